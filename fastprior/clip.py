@@ -1,0 +1,363 @@
+"""CLIP adapters: one interface, tokens and images in, embeddings out, over OpenCLIP, OpenAI CLIP, x-clip and CoCa.
+
+Importing this module loads torch only; open-clip-torch is imported when an adapter that needs it is constructed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import zipfile
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EOS_ID = 49407  # end of text in CLIP's byte-pair vocabulary; 0 is both the padding and "!"
+
+
+class EmbedTextReturn(NamedTuple):
+    """text_embed: (batch, dim_latent), text_encodings: (batch, seq, dim_text_encodings), 0 where masked, or None."""
+
+    text_embed: Tensor
+    text_encodings: Tensor | None
+
+
+class EmbedImageReturn(NamedTuple):
+    """image_embed: (batch, dim_latent), image_encodings: (batch, patches, dim) or None."""
+
+    image_embed: Tensor
+    image_encodings: Tensor | None
+
+
+EmbeddedText, EmbeddedImage = EmbedTextReturn, EmbedImageReturn
+
+
+def freeze_and_eval(module: nn.Module) -> nn.Module:
+    """Put `module` in eval mode, turn its parameters' gradients off, and return it."""
+    return module.eval().requires_grad_(False)
+
+
+def resize_image_to(image: Tensor, size: int) -> Tensor:
+    """Scale image: (batch, channels, height, width), float, so that its width becomes `size`, antialiased bicubic.
+
+    Uses `resize_right` where it is installed, else `F.interpolate`: the two differ only at the border, which
+    resize_right mixes with zeros.
+    """
+    height, width = image.shape[-2:]
+    if width == size:
+        return image
+    scale = size / width
+    # size / width * width can exceed size by one rounding (293 -> 224): the width is given, never recomputed
+    out_shape = (size if height == width else math.ceil(scale * height), size)
+    try:
+        from resize_right import resize
+    except ImportError:
+        return F.interpolate(image, out_shape, mode="bicubic", antialias=True)
+    return resize(image, scale_factors=scale, out_shape=out_shape)
+
+
+class BaseClipAdapter(nn.Module):
+    """What a prior needs of a CLIP; subclass it to plug in your own.
+
+    A subclass defines the properties `dim_latent`, `image_size`, `image_channels`, `max_text_len`, the methods
+    `embed_text` and `embed_image`, and `tokenize` where strings are to be accepted. `overrides` are kept in
+    `self.overrides`. An adapter stays in eval mode when the model around it is put in training mode: its embeddings
+    are conditioning and targets, which dropout must not blur.
+    """
+
+    def __init__(self, clip: nn.Module, **overrides: Any):
+        super().__init__()
+        self.clip = clip
+        self.overrides = overrides
+
+    def train(self, mode: bool = True) -> BaseClipAdapter:
+        return super().train(False)
+
+    @property
+    def dim_latent(self) -> int:
+        """Width of the joint embedding: of `text_embed` and `image_embed`."""
+        raise NotImplementedError
+
+    @property
+    def dim_text_encodings(self) -> int:
+        """Width of `text_encodings`; a prior can be conditioned on them only where it equals `dim_latent`."""
+        return self.dim_latent
+
+    @property
+    def image_size(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def image_channels(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def max_text_len(self) -> int:
+        raise NotImplementedError
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Token ids of `texts`: (batch, max_text_len), int64, on the CPU."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no tokenizer: pass token ids instead of strings, or override tokenize(texts)"
+        )
+
+    def embed_text(self, text: Tensor) -> EmbedTextReturn:
+        """Embed text: (batch, seq), int64 token ids, cut to `max_text_len`."""
+        raise NotImplementedError
+
+    def embed_image(self, image: Tensor) -> EmbedImageReturn:
+        """Embed image: (batch, channels, height, width), float in [0, 1], scaled down to `image_size`."""
+        raise NotImplementedError
+
+    def validate_and_resize_image(self, image: Tensor) -> Tensor:
+        """Scale `image` down to `image_size`. Raises ValueError if it is smaller than that."""
+        if image.shape[-1] < self.image_size:
+            raise ValueError(f"image is {image.shape[-1]} wide; this CLIP needs at least {self.image_size}")
+        return resize_image_to(image, self.image_size)
+
+
+class XClipAdapter(BaseClipAdapter):
+    """Adapter for an `x_clip.CLIP` with a text CLS token; encodings are (batch, seq, dim_text), 0 at token 0."""
+
+    dim_latent = property(lambda self: self.clip.dim_latent)
+    dim_text_encodings = property(lambda self: self.clip.dim_text)
+    image_size = property(lambda self: self.clip.image_size)
+    image_channels = property(lambda self: self.clip.image_channels)
+    max_text_len = property(lambda self: self.clip.text_seq_len)
+
+    @torch.no_grad()
+    def embed_text(self, text: Tensor) -> EmbedTextReturn:
+        text = text[..., : self.max_text_len]
+        cls, encodings = self.clip.text_transformer(text), None
+        if cls.ndim == 3:  # a text encoder of the user's own may return the CLS alone
+            cls, encodings = cls[:, 0], cls[:, 1:]
+            if encodings.shape[1] != text.shape[1]:
+                raise ValueError("x_clip.CLIP must have a text CLS token: text_causal_mask=True has none")
+            encodings = encodings.masked_fill((text == 0).unsqueeze(-1), 0.0)
+        return EmbedTextReturn(F.normalize(self.clip.to_text_latent(cls), dim=-1), encodings)
+
+    @torch.no_grad()
+    def embed_image(self, image: Tensor) -> EmbedImageReturn:
+        encoded = self.clip.visual_transformer(self.validate_and_resize_image(image))
+        embed = F.normalize(self.clip.to_visual_latent(encoded[:, 0]), dim=-1)
+        return EmbedImageReturn(embed, encoded[:, 1:])
+
+
+class CoCaAdapter(BaseClipAdapter):
+    """Adapter for a `coca_pytorch.CoCa`, given with image_size=, image_channels= and max_text_len=.
+
+    The embeddings are CoCa's layer-normed CLS tokens, (batch, dim), not l2-normed; encodings are 0 at token 0.
+    """
+
+    def _override(self, name: str) -> Any:
+        if name not in self.overrides:
+            raise ValueError(f"CoCaAdapter needs {name}=: a CoCa does not know it (given: {sorted(self.overrides)})")
+        return self.overrides[name]
+
+    dim_latent = property(lambda self: self.clip.dim)
+    image_size = property(lambda self: self._override("image_size"))
+    image_channels = property(lambda self: self._override("image_channels"))
+    max_text_len = property(lambda self: self._override("max_text_len"))
+
+    @torch.no_grad()
+    def embed_text(self, text: Tensor) -> EmbedTextReturn:
+        text = text[..., : self.max_text_len]
+        embed, encodings = self.clip.embed_text(text)
+        return EmbedTextReturn(embed, encodings.masked_fill((text == 0).unsqueeze(-1), 0.0))
+
+    @torch.no_grad()
+    def embed_image(self, image: Tensor) -> EmbedImageReturn:
+        return EmbedImageReturn(*self.clip.embed_image(self.validate_and_resize_image(image)))
+
+
+class OpenClipAdapter(BaseClipAdapter):
+    """A frozen OpenCLIP model (open-clip-torch >= 2.24).
+
+    name: an OpenCLIP model name, `/` or `-` alike, or `hf-hub:owner/model`.
+    pretrained: a tag of OpenCLIP, the path of a local checkpoint, or None for random weights.
+    cache_dir: where downloads are kept; device: where the model is built.
+    force_quick_gelu: the activation OpenAI's weights (and some others) were trained with. Always on for the tag
+        "openai", for which recent OpenCLIP releases only warn.
+
+    Text encodings are the output of `ln_final`, so `dim_text_encodings` is the text tower's width. It differs from
+    `dim_latent` in a few models (RN50: 512 and 1024): those can only drive priors without text encodings.
+    Raises ImportError without open-clip-torch, ValueError for a text tower without `ln_final` (Hugging Face towers).
+    """
+
+    def __init__(
+        self,
+        name: str = "ViT-B/32",
+        pretrained: str | os.PathLike[str] | None = "laion400m_e32",
+        *,
+        cache_dir: str | None = None,
+        device: str | torch.device = "cpu",
+        force_quick_gelu: bool = False,
+    ):
+        pretrained = None if pretrained is None else os.fspath(pretrained)
+        name = name if ":" in name else name.replace("/", "-")  # hf-hub:owner/model keeps its slash
+        quick_gelu = force_quick_gelu or pretrained == "openai"
+        clip, preprocess = _load_open_clip(
+            name, pretrained, cache_dir=cache_dir, device=device, force_quick_gelu=quick_gelu
+        )
+        super().__init__(clip)
+        self.name = name
+        self.cleared = False
+        self._captured: dict[int, Tensor | None] = {}  # by thread, so that concurrent calls do not mix
+        ln_final = getattr(self._tower, "ln_final", None)
+        if ln_final is None:
+            raise ValueError(f"OpenCLIP model {name!r} has no ln_final in its text tower to read text encodings from")
+        self.clip_normalize = preprocess.transforms[-1]
+        self.handle = ln_final.register_forward_hook(self._capture)
+        freeze_and_eval(self)
+
+    @property
+    def _tower(self) -> nn.Module:
+        return getattr(self.clip, "text", self.clip)  # `text` in open_clip.CustomTextCLIP
+
+    def _capture(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        thread = threading.get_ident()
+        if thread in self._captured:
+            self._captured[thread] = output
+
+    def clear(self) -> None:
+        """Remove the hook from the CLIP; afterwards `embed_text` and `embed_image` raise RuntimeError."""
+        self.handle.remove()
+        self.cleared = True
+
+    def _require_hook(self) -> None:
+        if self.cleared:
+            raise RuntimeError(f"this {type(self).__name__} was cleared and can no longer embed: construct a new one")
+
+    @property
+    def dim_latent(self) -> int:
+        projection = self._tower.text_projection
+        if projection is None:
+            return self.dim_text_encodings
+        return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        size = self.clip.visual.image_size
+        return max(size) if isinstance(size, (tuple, list)) else size
+
+    dim_text_encodings = property(lambda self: self._tower.ln_final.weight.shape[0])
+    image_channels = property(lambda self: 3)
+    max_text_len = property(lambda self: self.clip.context_length)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Token ids of `texts` with start, end and padding: (batch, max_text_len), int64; longer ones are cut."""
+        return _open_clip_tokenizer(self.name)(texts, context_length=self.max_text_len)
+
+    @torch.no_grad()
+    def embed_text(self, text: Tensor) -> EmbedTextReturn:
+        """Embed text: (batch, seq), int64. Returns fp32: text_embed l2-normed, text_encodings 0 after the end token.
+
+        Token 0 is masked before the end too, where it means "!": trained priors have seen it so.
+        """
+        self._require_hook()
+        text = text[..., : self.max_text_len]
+        thread = threading.get_ident()
+        self._captured[thread] = None
+        try:
+            embed = self.clip.encode_text(text)
+            encodings = self._captured[thread]
+        finally:
+            del self._captured[thread]
+        if encodings is None or encodings.shape[:2] != text.shape:  # e.g. OpenCLIP's CoCa norms only the pooled token
+            raise ValueError(f"ln_final of {self.name!r} gave no encoding for each token of text {tuple(text.shape)}")
+        is_eos = text == EOS_ID
+        ended_before = is_eos.cumsum(dim=-1) - is_eos.long() > 0
+        encodings = encodings.masked_fill((ended_before | (text == 0)).unsqueeze(-1), 0.0)
+        return EmbedTextReturn(F.normalize(embed.float(), dim=-1), encodings.float())
+
+    @torch.no_grad()
+    def embed_image(self, image: Tensor) -> EmbedImageReturn:
+        """Embed image: (batch, 3, height, width), float in [0, 1]. Returns image_embed l2-normed in fp32."""
+        self._require_hook()
+        image = self.clip_normalize(self.validate_and_resize_image(image))
+        image = image.to(next(self.clip.visual.parameters()).dtype)
+        return EmbedImageReturn(F.normalize(self.clip.encode_image(image).float(), dim=-1), None)
+
+
+class OpenAIClipAdapter(OpenClipAdapter):
+    """OpenAI's CLIP, run by open-clip-torch in fp32 with the same parameter names as OpenAI's package.
+
+    name: as OpenAI spells it ("ViT-B/32", "ViT-L/14@336px"); pretrained: "openai", or the path of a local file: the
+    TorchScript archive that OpenAI distributes, or a state dict. The activation is always QuickGELU.
+    """
+
+    def __init__(
+        self,
+        name: str = "ViT-B/32",
+        pretrained: str | os.PathLike[str] = "openai",
+        *,
+        cache_dir: str | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        name = name.replace("@336px", "-336")
+        super().__init__(name, pretrained, cache_dir=cache_dir, device=device, force_quick_gelu=True)
+
+
+def as_clip_adapter(clip: nn.Module, **overrides: Any) -> nn.Module:
+    """Return `clip` as an adapter: adapters unchanged, an x_clip.CLIP or a coca_pytorch.CoCa wrapped.
+
+    An adapter is any module with `embed_text`, `embed_image` and `dim_latent`, so dalle2-pytorch's are too.
+    overrides: passed to the adapter made here, unused for one that was given. Raises TypeError for anything else.
+    """
+    if isinstance(clip, BaseClipAdapter):
+        return clip
+    if _is_instance(clip, "x_clip", "CLIP"):
+        return XClipAdapter(clip, **overrides)
+    if _is_instance(clip, "coca_pytorch", "CoCa"):
+        return CoCaAdapter(clip, **overrides)
+    wanted = ("embed_text", "embed_image", "dim_latent")
+    if isinstance(clip, nn.Module) and all(hasattr(type(clip), n) or n in vars(clip) for n in wanted):
+        return clip
+    raise TypeError(
+        "clip must be an adapter (a torch module with embed_text, embed_image and dim_latent, such as OpenClipAdapter "
+        f"or a subclass of BaseClipAdapter), an x_clip.CLIP or a coca_pytorch.CoCa, not {type(clip).__module__}."
+        f"{type(clip).__qualname__}"
+    )
+
+
+def _is_instance(obj: object, package: str, name: str) -> bool:
+    """isinstance by name, so that `package` need not be imported."""
+    return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(obj).__mro__)
+
+
+def _import_open_clip() -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError('open-clip-torch is not installed: pip install "fastprior[clip]"') from error
+    return open_clip
+
+
+@lru_cache
+def _open_clip_tokenizer(name: str) -> Any:
+    return _import_open_clip().get_tokenizer(name)
+
+
+def _load_open_clip(name: str, pretrained: str | None, **options: Any) -> tuple[nn.Module, Any]:
+    """The model and its inference transform; reads OpenAI's TorchScript archives itself, where OpenCLIP fails."""
+    open_clip = _import_open_clip()
+    is_archive = pretrained is not None and _is_torchscript(pretrained)
+    tag = None if is_archive else pretrained
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag, **options)
+    if is_archive:
+        state = torch.jit.load(pretrained, map_location="cpu").state_dict()
+        for scalar in ("input_resolution", "context_length", "vocab_size"):
+            state.pop(scalar, None)
+        model.load_state_dict(state)
+    return model, preprocess
+
+
+def _is_torchscript(path: str) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())

@@ -1,0 +1,254 @@
+"""The prior network: a causal transformer over text encodings, text embedding, time, noisy image embedding, query."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastprior.layers import MLP, CausalTransformer, KVCache, SinusoidalPosEmb
+
+NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
+
+
+def prob_mask_like(shape: tuple[int, ...], prob: float, device) -> Tensor:
+    """A bool tensor whose elements are True with probability `prob`; 0 and 1 draw no random numbers."""
+    if prob in (0, 1):
+        return torch.full(shape, bool(prob), dtype=torch.bool, device=device)
+    return torch.zeros(shape, device=device).uniform_(0, 1) < prob
+
+
+class Conditioning(NamedTuple):
+    """What the steps of one run share: the prefix cache, the time tokens of the schedule, and which rows are null.
+
+    Attributes:
+        cache: keys and values of the prefix, per prompt.
+        time_tokens: (steps, num_time_embeds, dim).
+        null_rows: how many of the prompts, counted from the last, are the unconditional branch; their rows see the
+            null image embedding.
+    """
+
+    cache: KVCache
+    time_tokens: Tensor
+    null_rows: int
+
+
+class DiffusionPriorNetwork(nn.Module):
+    """Predict a clean image embedding (or v, or noise) from a noisy one, a time, and the text.
+
+    Args:
+        dim: width of the tokens and of the embeddings.
+        num_timesteps: number of discrete times, each with a learned embedding; None embeds continuous times.
+        num_time_embeds, num_image_embeds, num_text_embeds: tokens made of each.
+        max_text_len: length that text encodings are padded or cut to.
+        self_cond: feed the last x0 estimate back as a token (Analog Bits, Chen et al. 2022).
+        **kwargs: depth, dim_head, heads, ff_mult, norm_in, norm_out, attn_dropout, ff_dropout, final_proj, normformer,
+            rotary_emb, cosine_sim, dot_scale: see `CausalTransformer`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_timesteps: int | None = None,
+        num_time_embeds: int = 1,
+        num_image_embeds: int = 1,
+        num_text_embeds: int = 1,
+        max_text_len: int = 256,
+        self_cond: bool = False,
+        **kwargs,
+    ):
+        super().__init__()
+        self.dim, self.max_text_len, self.self_cond = dim, max_text_len, self_cond
+        self.num_time_embeds, self.num_image_embeds, self.num_text_embeds = (
+            num_time_embeds, num_image_embeds, num_text_embeds,
+        )  # fmt: skip
+        self.num_timesteps = num_timesteps
+        self.continuous_embedded_time = num_timesteps is None
+
+        def tokens(count: int, source: nn.Module | None = None) -> nn.Sequential:
+            if source is None:
+                source = nn.Linear(dim, dim * count) if count > 1 else nn.Identity()
+            return nn.Sequential(source, nn.Unflatten(-1, (count, dim)))
+
+        self.to_text_embeds = tokens(num_text_embeds)
+        time_width = dim * num_time_embeds
+        if self.continuous_embedded_time:
+            embed_time = nn.Sequential(SinusoidalPosEmb(dim), MLP(dim, time_width))
+        else:
+            embed_time = nn.Embedding(num_timesteps, time_width)
+        self.to_time_embeds = tokens(num_time_embeds, embed_time)
+        self.to_image_embeds = tokens(num_image_embeds)
+        self.learned_query = nn.Parameter(torch.randn(dim))
+        self.causal_transformer = CausalTransformer(dim=dim, **kwargs)
+        self.null_text_encodings = nn.Parameter(torch.randn(1, max_text_len, dim))
+        self.null_text_embeds = nn.Parameter(torch.randn(1, num_text_embeds, dim))
+        self.null_image_embed = nn.Parameter(torch.randn(1, dim))
+
+    @property
+    def prefix_tokens(self) -> int:
+        return self.max_text_len + self.num_text_embeds
+
+    @property
+    def suffix_tokens(self) -> int:
+        return self.num_time_embeds + self.num_image_embeds + bool(self.self_cond) + 1
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """dtype of the residual stream: that of the weights, but at least fp32."""
+        return torch.promote_types(self.learned_query.dtype, torch.float32)
+
+    def _embed(self, to_tokens: nn.Sequential, x: Tensor) -> Tensor:
+        """Embed in the weights' dtype where there are weights, and return in the stream's."""
+        weight = getattr(to_tokens[0], "weight", None)
+        return to_tokens(x if weight is None else x.to(weight.dtype)).to(self.stream_dtype)
+
+    def _time_tokens(self, times: Tensor) -> Tensor:
+        times = times.to(self.stream_dtype) if self.continuous_embedded_time else times.long()
+        return self.to_time_embeds(times).to(self.stream_dtype)
+
+    def _text_tokens(self, text_embed: Tensor, text_encodings: Tensor | None, keep: Tensor) -> Tensor:
+        """The prefix (batch, max_text_len + num_text_embeds, dim); padding and rows not kept get the learned nulls."""
+        dtype = self.stream_dtype
+        null_encodings = self.null_text_encodings.to(dtype).expand(len(text_embed), -1, -1)
+        if text_encodings is not None:
+            given = text_encodings[:, : self.max_text_len].to(dtype)
+            real = keep & given.ne(0).any(dim=-1, keepdim=True)
+            length = given.shape[1]
+            given = torch.where(real, given, null_encodings[:, :length])
+            null_encodings = torch.cat((given, null_encodings[:, length:]), dim=1)
+        text_tokens = torch.where(keep, self._embed(self.to_text_embeds, text_embed), self.null_text_embeds.to(dtype))
+        return torch.cat((null_encodings, text_tokens), dim=1)
+
+    def _suffix(self, time_tokens: Tensor, image_tokens: Tensor, self_cond: Tensor | None) -> Tensor:
+        batch = len(image_tokens)
+        query = self.learned_query.to(self.stream_dtype).expand(batch, 1, -1)
+        if not self.self_cond:
+            return torch.cat((time_tokens, image_tokens, query), dim=1)
+        if self_cond is None:
+            self_cond = torch.zeros_like(query[:, 0])
+        return torch.cat((time_tokens, image_tokens, self_cond[:, None].to(query.dtype), query), dim=1)
+
+    def _check(self, image_embed: Tensor, text_embed: Tensor, text_encodings: Tensor | None) -> None:
+        batch = len(image_embed)
+        wanted = {"image_embed": (image_embed, (batch, self.dim)), "text_embed": (text_embed, (batch, self.dim))}
+        if text_encodings is not None:
+            wanted["text_encodings"] = (text_encodings, (batch, text_encodings.shape[1:][0], self.dim))
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape} for this network")
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating point tensor")
+
+    def forward(
+        self,
+        image_embed: Tensor,
+        diffusion_timesteps: Tensor,
+        *,
+        text_embed: Tensor,
+        text_encodings: Tensor | None = None,
+        self_cond: Tensor | None = None,
+        text_cond_drop_prob: float = 0.0,
+        image_cond_drop_prob: float = 0.0,
+    ) -> Tensor:
+        """Predict from a noisy embedding.
+
+        Args:
+            image_embed: (batch, dim), the noisy image embedding.
+            diffusion_timesteps: (batch,), integers below `num_timesteps`, or real times for a continuous network.
+            text_embed: (batch, dim).
+            text_encodings: (batch, length, dim); all-zero rows are padding. Positions beyond `max_text_len` are cut.
+            self_cond: (batch, dim), the last x0 estimate; zeros by default. Ignored without `self_cond=True`.
+            text_cond_drop_prob, image_cond_drop_prob: chance per row of replacing the text, or the image, by nulls.
+        Returns:
+            (batch, dim), in the weights' dtype.
+        """
+        self._check(image_embed, text_embed, text_encodings)
+        batch, device = len(image_embed), image_embed.device
+        keep_text = prob_mask_like((batch, 1, 1), 1 - text_cond_drop_prob, device)
+        keep_image = prob_mask_like((batch, 1, 1), 1 - image_cond_drop_prob, device)
+        image_tokens = self._embed(self.to_image_embeds, image_embed)
+        image_tokens = torch.where(keep_image, image_tokens, self.null_image_embed.to(image_tokens.dtype))
+        suffix = self._suffix(self._time_tokens(diffusion_timesteps), image_tokens, self_cond)
+        tokens = torch.cat((self._text_tokens(text_embed, text_encodings, keep_text), suffix), dim=1)
+        if type(self.causal_transformer) is CausalTransformer:
+            return self.causal_transformer.last(tokens)
+        return self.causal_transformer(tokens)[:, -1]
+
+    def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> Tensor:
+        """`forward` with classifier-free guidance (Ho & Salimans 2022): null + (conditional - null) * cond_scale.
+
+        The null branch sees neither the text nor the image.
+        """
+        pred = self.forward(*args, **kwargs)
+        if cond_scale == 1:
+            return pred
+        null = self.forward(*args, **{**kwargs, "text_cond_drop_prob": 1.0, "image_cond_drop_prob": 1.0})
+        return null + (pred - null) * cond_scale
+
+    def prefill(
+        self,
+        text_embed: Tensor,
+        text_encodings: Tensor | None,
+        times: Tensor,
+        null_rows: int = 0,
+    ) -> Conditioning:
+        """Run the text once, for any number of steps.
+
+        Args:
+            text_embed: (prompts, dim).
+            text_encodings: (prompts, length, dim), or None.
+            times: (steps,), the times that `step` will be asked for, by index.
+            null_rows: 0, or `prompts` to append as many unconditional prompts.
+        """
+        self._check(text_embed, text_embed, text_encodings)
+        keep = torch.ones(len(text_embed), 1, 1, dtype=torch.bool, device=text_embed.device)
+        cache = self.causal_transformer.prefill(self._text_tokens(text_embed, text_encodings, keep), self.suffix_tokens)
+        if null_rows:
+            null = self._null_cache(text_embed.device)
+            pairs = (cache.k, null.k), (cache.v, null.v)
+            k, v = (torch.cat((own, other.expand(-1, null_rows, -1, -1)), dim=1) for own, other in pairs)
+            cache = cache._replace(k=k, v=v)
+        return Conditioning(cache, self._time_tokens(times), null_rows)
+
+    def _null_cache(self, device) -> KVCache:
+        """The prefix of the unconditional branch, as one prompt; without gradient to the (unused) text projection."""
+        text = torch.cat((self.null_text_encodings, self.null_text_embeds), dim=1).to(device, self.stream_dtype)
+        return self.causal_transformer.prefill(text, self.suffix_tokens)
+
+    def step(self, x: Tensor, index: Tensor, cond: Conditioning, self_cond: Tensor | None = None) -> Tensor:
+        """One evaluation behind the cached prefix.
+
+        Args:
+            x: (rows, dim), noisy embeddings; the rows of one prompt lie together.
+            index: 0-d or (rows,) int64, into the times given to `prefill`.
+            cond: from `prefill`.
+            self_cond: (rows, dim), see `forward`.
+        Returns:
+            (rows, dim) in fp32 or wider.
+        """
+        rows = len(x)
+        time_tokens = cond.time_tokens.index_select(0, index.reshape(-1)).expand(rows, -1, -1)
+        image_tokens = self._embed(self.to_image_embeds, x)
+        if cond.null_rows:
+            null_image = self.null_image_embed.to(image_tokens.dtype).expand_as(image_tokens)
+            first_null = rows - rows * cond.null_rows // cond.cache.k.shape[1]
+            image_tokens = torch.cat((image_tokens[:first_null], null_image[first_null:]))
+        pred = self.causal_transformer.step(self._suffix(time_tokens, image_tokens, self_cond), cond.cache)
+        return pred.to(self.stream_dtype)
+
+    def null_table(self, times: Tensor) -> Tensor:
+        """The unconditional prediction at each of the times (steps,): (steps, dim), in fp32 or wider.
+
+        It depends on the time alone, because the null branch drops the image as well; so one table per set of weights
+        replaces the second forward of guidance. Raises ValueError with self-conditioning, where it does see x.
+        """
+        if self.self_cond:
+            raise ValueError("null_table: with self_cond=True the null prediction depends on x; there is no table")
+        cache = self._null_cache(times.device)
+        chunks = []
+        for chunk in times.split(NULL_TABLE_ROWS):
+            cond = Conditioning(cache, self._time_tokens(chunk), null_rows=1)
+            x = self.null_image_embed.to(self.stream_dtype).expand(len(chunk), -1)
+            chunks.append(self.step(x, torch.arange(len(chunk), device=times.device), cond))
+        return torch.cat(chunks)

@@ -1,0 +1,438 @@
+"""The diffusion prior: CLIP text embeddings to CLIP image embeddings. Training loss, sampling, best-of-n."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+
+from fastprior.clip import as_clip_adapter, freeze_and_eval
+from fastprior.layers import l2norm
+from fastprior.sampler import SamplingPlan, is_overridden, obstacles, repeat_rows, sample_loop
+from fastprior.schedule import NoiseScheduler
+from fastprior.solvers import default_solver, step_table
+
+LOOPS = ("p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim")
+
+
+def _in_eval_mode(method):
+    @wraps(method)
+    def inner(self, *args, **kwargs):
+        training = self.training
+        self.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.train(training)
+
+    return inner
+
+
+class DiffusionPrior(nn.Module):
+    """Gaussian diffusion over image embeddings, conditioned on text (unCLIP, Ramesh et al. 2022, section 2.2).
+
+    Args:
+        net: a `DiffusionPriorNetwork`, or any module with `dim`, `self_cond`, `forward` and `forward_with_cond_scale`.
+        clip: an adapter from `fastprior.clip`, or an x-clip or CoCa model; needed only to embed raw text and images.
+        image_embed_dim: width of the embeddings; taken from `clip` by default.
+        image_channels: checked against `clip`.
+        timesteps: length of the schedule.
+        sample_timesteps: default number of steps of `sample`.
+        cond_drop_prob: chance of dropping text, and of dropping the image, in training; > 0 allows guidance.
+        text_cond_drop_prob, image_cond_drop_prob: override `cond_drop_prob` for each.
+        loss_type: "l2", "l1" or "huber".
+        predict_x_start: the network predicts x0; with False, the noise.
+        predict_v: the network predicts v; takes precedence.
+        beta_schedule: see `NoiseScheduler`.
+        condition_on_text_encodings: whether text encodings are part of the condition.
+        sampling_clamp_l2norm: scale each predicted x0 to length `image_embed_scale`.
+        sampling_final_clamp_l2norm: the same for the result.
+        training_clamp_l2norm: the same for the prediction in training.
+        init_image_embed_l2norm: the same for the initial noise.
+        image_embed_scale: diffusion runs on embeddings times this; default sqrt(image_embed_dim).
+        clip_adapter_overrides: passed to the adapter made of an x-clip or CoCa model.
+        clamp: how a predicted x0 is clamped in sampling: None, a float radius for ± clamping, or "l2". By default as
+            DALLE2-pytorch: "l2" with `sampling_clamp_l2norm`, nothing for x0 and v, ±1 where `predict_x_start=False`
+            (which is too tight for embeddings scaled by sqrt(dim)).
+        image_size: accepted for old configs, and not used.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        clip: nn.Module | None = None,
+        image_embed_dim: int | None = None,
+        image_size: int | None = None,
+        image_channels: int = 3,
+        timesteps: int = 1000,
+        sample_timesteps: int | None = None,
+        cond_drop_prob: float = 0.0,
+        text_cond_drop_prob: float | None = None,
+        image_cond_drop_prob: float | None = None,
+        loss_type: str = "l2",
+        predict_x_start: bool = True,
+        predict_v: bool = False,
+        beta_schedule: str = "cosine",
+        condition_on_text_encodings: bool = True,
+        sampling_clamp_l2norm: bool = False,
+        sampling_final_clamp_l2norm: bool = False,
+        training_clamp_l2norm: bool = False,
+        init_image_embed_l2norm: bool = False,
+        image_embed_scale: float | None = None,
+        clip_adapter_overrides: dict | None = None,
+        clamp: str | float | None = "default",
+    ):
+        super().__init__()
+        self.sample_timesteps = sample_timesteps
+        self.noise_scheduler = NoiseScheduler(beta_schedule=beta_schedule, timesteps=timesteps, loss_type=loss_type)
+        if clip is not None:
+            clip = freeze_and_eval(as_clip_adapter(clip, **(clip_adapter_overrides or {})))
+            if image_channels != clip.image_channels:
+                raise ValueError(f"image_channels={image_channels}; the CLIP given takes {clip.image_channels}")
+        elif image_embed_dim is None:
+            raise ValueError("image_embed_dim=None; it must be given where no clip is")
+        self.clip = clip
+        self.net = net
+        self.image_embed_dim = clip.dim_latent if image_embed_dim is None else image_embed_dim
+        if net.dim != self.image_embed_dim:
+            raise ValueError(f"image_embed_dim={self.image_embed_dim}; it must be the network's dim, {net.dim}")
+        if clip is not None and clip.dim_latent != self.image_embed_dim:
+            raise ValueError(f"image_embed_dim={self.image_embed_dim}; the CLIP given embeds in {clip.dim_latent}")
+        self.channels = image_channels
+        self.text_cond_drop_prob = cond_drop_prob if text_cond_drop_prob is None else text_cond_drop_prob
+        self.image_cond_drop_prob = cond_drop_prob if image_cond_drop_prob is None else image_cond_drop_prob
+        self.can_classifier_guidance = self.text_cond_drop_prob > 0 and self.image_cond_drop_prob > 0
+        self.condition_on_text_encodings = condition_on_text_encodings
+        self.predict_x_start, self.predict_v = predict_x_start, predict_v
+        self.image_embed_scale = self.image_embed_dim**0.5 if image_embed_scale is None else image_embed_scale
+        self.sampling_clamp_l2norm = sampling_clamp_l2norm
+        self.sampling_final_clamp_l2norm = sampling_final_clamp_l2norm
+        self.training_clamp_l2norm = training_clamp_l2norm
+        self.init_image_embed_l2norm = init_image_embed_l2norm
+        if not (clamp in (None, "default", "l2") or (isinstance(clamp, (int, float)) and clamp > 0)):
+            raise ValueError(f"clamp={clamp!r}; it must be None, 'l2', a positive radius, or left out")
+        self.clamp = clamp
+        self._warned_of_norm = False
+        self.register_buffer("_dummy", torch.tensor([True]), persistent=False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.clip is not None:
+            self.clip.eval()  # frozen: it must give the same embeddings in training
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self._dummy.device
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts: "v", "x0" or "noise"."""
+        return "v" if self.predict_v else "x0" if self.predict_x_start else "noise"
+
+    def l2norm_clamp_embed(self, image_embed: Tensor) -> Tensor:
+        """Scale to length `image_embed_scale`."""
+        return l2norm(image_embed) * self.image_embed_scale
+
+    # one step, method by method: what subclasses override and call
+
+    def _clamp(self) -> tuple[str | None, float]:
+        if self.clamp == "default":
+            if self.predict_x_start:
+                return ("l2", self.image_embed_scale) if self.sampling_clamp_l2norm else (None, 0.0)
+            return "range", 1.0
+        if self.clamp == "l2":
+            return "l2", self.image_embed_scale
+        return (None, 0.0) if self.clamp is None else ("range", float(self.clamp))
+
+    def x_start_from(self, x: Tensor, t: Tensor, pred: Tensor, clip_denoised: bool = True) -> Tensor:
+        """The clean embedding that a prediction at time t (batch,) stands for, clamped: the shape of x."""
+        if self.predict_v:
+            x_start = self.noise_scheduler.predict_start_from_v(x, t=t, v=pred)
+        elif self.predict_x_start:
+            x_start = pred
+        else:
+            x_start = self.noise_scheduler.predict_start_from_noise(x, t=t, noise=pred)
+        clamp, radius = self._clamp()
+        if clamp == "l2":
+            return self.l2norm_clamp_embed(x_start)
+        return x_start.clamp(-radius, radius) if clamp == "range" and clip_denoised else x_start
+
+    def _check_guidance(self, cond_scale: float) -> None:
+        if cond_scale != 1 and not self.can_classifier_guidance:
+            raise ValueError(
+                f"cond_scale={cond_scale}; this prior was built without conditional dropout (cond_drop_prob > 0): it "
+                "has no unconditional branch, and cond_scale must be 1"
+            )
+
+    def p_mean_variance(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text_cond: dict,
+        self_cond: Tensor | None = None,
+        clip_denoised: bool = False,
+        cond_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of p(x_{t-1} | x_t), and the predicted x0."""
+        self._check_guidance(cond_scale)
+        pred = self.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, self_cond=self_cond, **text_cond)
+        x_start = self.x_start_from(x, t, pred, clip_denoised)
+        return *self.noise_scheduler.q_posterior(x_start=x_start, x_t=x, t=t), x_start
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text_cond: dict | None = None,
+        self_cond: Tensor | None = None,
+        clip_denoised: bool = True,
+        cond_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """One ancestral step from x at time t (batch,): the next x, and the predicted x0."""
+        mean, _, log_variance, x_start = self.p_mean_variance(
+            x=x, t=t, text_cond=text_cond, self_cond=self_cond, clip_denoised=clip_denoised, cond_scale=cond_scale
+        )
+        noise = torch.randn_like(x)
+        is_last = (t == 0).view(-1, *(1,) * (x.ndim - 1))
+        return torch.where(is_last, mean, mean + (0.5 * log_variance).exp() * noise), x_start
+
+    # whole runs
+
+    def sampling_plan(
+        self,
+        timesteps: int | None = None,
+        cond_scale: float = 1.0,
+        solver: str | None = None,
+        eta: float | None = None,
+    ) -> SamplingPlan:
+        """Say how a run with these arguments goes, and why. Print it, or read its attributes.
+
+        Raises ValueError where the arguments do not fit the prior.
+        """
+        total = self.noise_scheduler.num_timesteps
+        timesteps = total if timesteps is None else timesteps
+        solver = solver or default_solver(total, timesteps)
+        table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta)
+        self._check_guidance(cond_scale)
+        reasons = tuple(obstacles(self))
+        cached = not reasons
+        if cond_scale == 1:
+            guidance = "none"
+        elif not cached:
+            guidance = "two passes"
+        else:
+            guidance = "second branch" if self.net.self_cond else "null table"
+        tokens = (self.net.prefix_tokens, self.net.suffix_tokens) if cached else (None, None)
+        return SamplingPlan("cached" if cached else "plain", reasons, guidance, table, *self._clamp(), *tokens)
+
+    def _check_text_cond(self, shape: tuple[int, ...], text_cond: dict) -> None:
+        if shape[0] == 0:
+            raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
+        embed = text_cond.get("text_embed")
+        if embed is None:
+            raise ValueError(f"text_cond has the keys {sorted(text_cond)}; it must hold 'text_embed'")
+        if len(embed) == 0 or shape[0] % len(embed):
+            raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")
+        for name, t in text_cond.items():
+            if not torch.is_tensor(t):
+                continue
+            if len(t) != len(embed):
+                raise ValueError(f"text_cond[{name!r}] has {len(t)} rows and text_embed {len(embed)}; they must agree")
+            if t.is_floating_point() and not t.isfinite().all():
+                raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
+        if embed.ndim == 2 and not self._warned_of_norm and (embed.float().norm(dim=-1) - 1).abs().max() > 0.05:
+            self._warned_of_norm = True
+            warnings.warn(
+                f"text_embed rows have norms up to {embed.float().norm(dim=-1).max():.3g}; CLIP priors are trained on "
+                "embeddings of norm 1 (this is said once)",
+                stacklevel=4,
+            )
+
+    def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
+        plan = self.sampling_plan(timesteps, cond_scale, solver, eta)
+        self._check_text_cond(shape, text_cond)
+        if not len(plan.table):
+            warnings.warn(f"timesteps={timesteps}: the {solver} solver makes no evaluation, the result is noise")
+        return sample_loop(self, plan, shape, text_cond, cond_scale, generator, progress)
+
+    @torch.no_grad()
+    def p_sample_loop_ddpm(self, shape, text_cond, cond_scale=1.0) -> Tensor:
+        """DDPM over the whole schedule. See `p_sample_loop`; the result is scaled by `image_embed_scale`."""
+        return self._run(shape, text_cond, cond_scale, self.noise_scheduler.num_timesteps, "ddpm")
+
+    @torch.no_grad()
+    def p_sample_loop_ddim(self, shape, text_cond, *, timesteps, eta=1.0, cond_scale=1.0) -> Tensor:
+        """DDIM on DALLE2-pytorch's grid. See `p_sample_loop`; the result is scaled by `image_embed_scale`."""
+        return self._run(shape, text_cond, cond_scale, timesteps, "ddim", eta)
+
+    @torch.no_grad()
+    def p_sample_loop(
+        self,
+        shape: tuple[int, ...],
+        text_cond: dict,
+        cond_scale: float = 1.0,
+        timesteps: int | None = None,
+        *,
+        solver: str | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = True,
+        **kwargs,
+    ) -> Tensor:
+        """Sample image embeddings.
+
+        Args:
+            shape: (rows, image_embed_dim); rows is a multiple of the prompts, and the samples of a prompt lie together.
+            text_cond: `text_embed` (prompts, dim) and, where conditioned on, `text_encodings` (prompts, length, dim).
+            cond_scale: classifier-free guidance; 1 is none.
+            timesteps: number of steps; all of the schedule by default.
+            solver: see `fastprior.solvers.step_table`; by default "ddpm" over the whole schedule, else "ddim".
+            generator: on the prior's device; the global one by default.
+            progress: show a bar.
+            **kwargs: `eta` for the DDIM solvers; anything else goes to an overridden loop.
+        Returns:
+            (rows, image_embed_dim) in fp32 or wider, not scaled.
+        Raises:
+            ValueError: for arguments that do not fit, with the argument, its value and the rule.
+        """
+        total = self.noise_scheduler.num_timesteps
+        timesteps = total if timesteps is None else timesteps
+        solver = solver or default_solver(total, timesteps)
+        loop = {"ddpm": "p_sample_loop_ddpm", "ddim": "p_sample_loop_ddim"}.get(solver)
+        if loop and is_overridden(self, loop, DiffusionPrior):
+            if timesteps > total:
+                raise ValueError(f"timesteps={timesteps}; the schedule has {total}")
+            if generator is not None:
+                kwargs["generator"] = generator
+            if solver == "ddim":
+                kwargs["timesteps"] = timesteps
+            embeds = getattr(self, loop)(shape, repeat_rows(text_cond, shape[0]), cond_scale=cond_scale, **kwargs)
+        else:
+            embeds = self._run(
+                shape, text_cond, cond_scale, timesteps, solver, generator=generator, progress=progress, **kwargs
+            )
+        return embeds / self.image_embed_scale
+
+    @torch.no_grad()
+    @_in_eval_mode
+    def sample_batch_size(self, batch_size: int, text_cond: dict, cond_scale: float = 1.0) -> Tensor:
+        """DDPM samples (batch_size, image_embed_dim) for given conditions, still scaled by `image_embed_scale`."""
+        return self.p_sample_loop_ddpm((batch_size, self.image_embed_dim), text_cond, cond_scale=cond_scale)
+
+    def _text_cond(self, text, text_embed, text_encodings, mask) -> dict:
+        if (text is None) == (text_embed is None):
+            raise ValueError("exactly one of text and text_embed must be given")
+        if text is not None:
+            if self.clip is None:
+                raise ValueError("text was given, but this prior has no clip; give text_embed and text_encodings")
+            if not torch.is_tensor(text):
+                text = self.clip.tokenize([text] if isinstance(text, str) else list(text))
+            text_embed, text_encodings = self.clip.embed_text(text.to(self.device))
+        if not self.condition_on_text_encodings:
+            return dict(text_embed=text_embed)
+        if text_encodings is None:
+            raise ValueError("text_encodings=None; this prior is conditioned on text encodings")
+        if mask is not None:
+            text_encodings = text_encodings.masked_fill(~mask.bool()[..., None], 0)
+        return dict(text_embed=text_embed, text_encodings=text_encodings)
+
+    @torch.no_grad()
+    @_in_eval_mode
+    def sample(
+        self,
+        text: Tensor | str | list[str] | None = None,
+        num_samples_per_batch: int = 2,
+        cond_scale: float = 1.0,
+        timesteps: int | None = None,
+        *,
+        text_embed: Tensor | None = None,
+        text_encodings: Tensor | None = None,
+        mask: Tensor | None = None,
+        n_samples_per_batch: int | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Sample `num_samples_per_batch` embeddings per prompt and keep the one most similar to its text embedding.
+
+        Args:
+            text: (prompts, length) int64 tokens, or strings; both need a CLIP adapter.
+            num_samples_per_batch: candidates per prompt; `n_samples_per_batch` is the same.
+            cond_scale, timesteps: see `p_sample_loop`; timesteps defaults to `sample_timesteps`.
+            text_embed: (prompts, dim), instead of `text`.
+            text_encodings: (prompts, length, dim), with `text_embed`.
+            mask: (prompts, length) bool, False where `text_encodings` is padding.
+            **kwargs: solver, eta, generator, progress: see `p_sample_loop`.
+        Returns:
+            (prompts, image_embed_dim).
+        """
+        repeats = num_samples_per_batch if n_samples_per_batch is None else n_samples_per_batch
+        if repeats < 1:
+            raise ValueError(f"num_samples_per_batch={repeats}; it must be at least 1")
+        timesteps = self.sample_timesteps if timesteps is None else timesteps
+        text_cond = self._text_cond(text, text_embed, text_encodings, mask)
+        prompts = len(text_cond["text_embed"])
+        shape = prompts * repeats, self.image_embed_dim
+        if any(is_overridden(self, loop, DiffusionPrior) for loop in LOOPS):
+            text_cond = repeat_rows(text_cond, shape[0]) if prompts else text_cond
+        embeds = self.p_sample_loop(shape, text_cond=text_cond, cond_scale=cond_scale, timesteps=timesteps, **kwargs)
+        embeds = embeds.view(prompts, repeats, -1)
+        wanted = text_cond["text_embed"].view(prompts, -1, embeds.shape[-1])[:, :1]
+        similarity = (l2norm(wanted) * l2norm(embeds)).sum(dim=-1)
+        return embeds[torch.arange(prompts, device=embeds.device), similarity.argmax(dim=-1)]
+
+    # training
+
+    def p_losses(self, image_embed: Tensor, times: Tensor, text_cond: dict, noise: Tensor | None = None) -> Tensor:
+        """The loss at given times (batch,) for scaled image embeddings (batch, dim): a 0-d tensor."""
+        noise = torch.randn_like(image_embed) if noise is None else noise
+        noisy = self.noise_scheduler.q_sample(x_start=image_embed, t=times, noise=noise)
+        self_cond = None
+        if self.net.self_cond and random.random() < 0.5:
+            with torch.no_grad():
+                self_cond = self.net(noisy, times, **text_cond)
+        pred = self.net(
+            noisy,
+            times,
+            self_cond=self_cond,
+            text_cond_drop_prob=self.text_cond_drop_prob,
+            image_cond_drop_prob=self.image_cond_drop_prob,
+            **text_cond,
+        )
+        if self.predict_x_start and self.training_clamp_l2norm:
+            pred = self.l2norm_clamp_embed(pred)
+        if self.predict_v:
+            target = self.noise_scheduler.calculate_v(image_embed, times, noise)
+        else:
+            target = image_embed if self.predict_x_start else noise
+        return self.noise_scheduler.loss_fn(pred, target)
+
+    def forward(
+        self,
+        text: Tensor | None = None,
+        image: Tensor | None = None,
+        text_embed: Tensor | None = None,
+        image_embed: Tensor | None = None,
+        text_encodings: Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> Tensor:
+        """The training loss at random times.
+
+        Args:
+            text: (batch, length) int64 tokens, or text_embed (batch, dim) with text_encodings (batch, length, dim).
+            image: (batch, channels, height, width) in 0..1, or image_embed (batch, dim), which is not modified.
+            *args, **kwargs: go to `p_losses`, such as `noise`.
+        Returns:
+            0-d tensor.
+        """
+        if (image is None) == (image_embed is None):
+            raise ValueError("exactly one of image and image_embed must be given")
+        if image is not None:
+            image_embed, _ = self.clip.embed_image(image)
+        text_cond = self._text_cond(text, text_embed, text_encodings, None)
+        times = self.noise_scheduler.sample_random_times(len(image_embed))
+        return self.p_losses(image_embed * self.image_embed_scale, times, *args, text_cond=text_cond, **kwargs)

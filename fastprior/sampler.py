@@ -1,0 +1,254 @@
+"""One denoising loop over a step table: behind a prefix cache where that is exact, by plain calls where it is not."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastprior.kernels import reference as ops
+from fastprior.layers import Attention, CausalTransformer, FeedForward, l2norm
+from fastprior.network import Conditioning, DiffusionPriorNetwork
+from fastprior.schedule import NoiseScheduler
+from fastprior.solvers import StepTable
+
+if TYPE_CHECKING:
+    from fastprior.prior import DiffusionPrior
+
+NETWORK_METHODS = ("forward", "forward_with_cond_scale", "prefill", "step", "null_table")
+PRIOR_METHODS = ("p_mean_variance", "p_sample", "l2norm_clamp_embed")
+SCHEDULE_METHODS = ("q_posterior", "predict_start_from_v", "predict_start_from_noise")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Which way a run will go, and why.
+
+    Attributes:
+        path: "cached" (one prefill, then `suffix_tokens` tokens a step) or "plain" (the whole network each step).
+        reasons: why not "cached"; empty when it is.
+        guidance: "none", "null table" (free: no second pass), "second branch" (both in one batch) or "two passes".
+        table: the solver's coefficients.
+        clamp, radius: how a predicted x0 is clamped, see `kernels.reference.clamp_x0`.
+        prefix_tokens, suffix_tokens: None on the plain path.
+    """
+
+    path: str
+    reasons: tuple[str, ...]
+    guidance: str
+    table: StepTable
+    clamp: str | None
+    radius: float
+    prefix_tokens: int | None
+    suffix_tokens: int | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.path} path, {self.table.solver}, {len(self.table)} evaluations, guidance: {self.guidance}"]
+        if self.path == "cached":
+            lines.append(f"prefix of {self.prefix_tokens} tokens once per prompt, {self.suffix_tokens} tokens per step")
+        return "\n".join([*lines, *(f"not cached: {reason}" for reason in self.reasons)])
+
+
+def is_overridden(instance: object, name: str, base: type) -> bool:
+    """Whether a subclass, or an assignment on the instance, replaced a method of `base`."""
+    return name in vars(instance) or getattr(type(instance), name) is not getattr(base, name)
+
+
+def _overrides(instance: object, names: tuple[str, ...], base: type) -> list[str]:
+    return [f"{type(instance).__name__}.{name} is overridden" for name in names if is_overridden(instance, name, base)]
+
+
+def network_obstacles(net: nn.Module) -> list[str]:
+    """Why the network cannot run as prefill and steps; empty when it can."""
+    if not isinstance(net, DiffusionPriorNetwork):
+        return [f"net is a {type(net).__name__}, not a fastprior.DiffusionPriorNetwork"]
+    found = _overrides(net, NETWORK_METHODS, DiffusionPriorNetwork)
+    transformer = net.causal_transformer
+    if type(transformer) is not CausalTransformer:
+        return [*found, f"net.causal_transformer is a {type(transformer).__name__}"]
+    blocks = [net, transformer, *(block for layer in transformer.layers for block in layer)]
+    for block in blocks[2:]:
+        if type(block) not in (Attention, FeedForward):
+            found.append(f"a {type(block).__name__} stands in the transformer's layers")
+    for block in blocks:
+        if any(getattr(block, hooks) for hooks in HOOKS):
+            found.append(f"{type(block).__name__} has a forward hook, which the cached path would not call")
+        if block is not net and "forward" in vars(block):
+            found.append(f"the forward of a {type(block).__name__} was replaced")
+    if net.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules()):
+        found.append("dropout is active (the network is in training mode)")
+    return found
+
+
+def method_overrides(prior: DiffusionPrior) -> list[str]:
+    """The step methods of the prior, or of its schedule, that a user replaced; each must be called at every step."""
+    from fastprior.prior import DiffusionPrior
+
+    schedule = prior.noise_scheduler
+    return [
+        *_overrides(prior, PRIOR_METHODS, DiffusionPrior),
+        *_overrides(schedule, SCHEDULE_METHODS, NoiseScheduler),
+    ]
+
+
+def obstacles(prior: DiffusionPrior) -> list[str]:
+    """Why a run of this prior must call methods one by one; empty when the cached path gives the same result."""
+    return [*method_overrides(prior), *network_obstacles(prior.net)]
+
+
+class WeightWatch:
+    """Notices that a module's weights changed: other tensors, in-place edits, or edits behind autograd's back.
+
+    In-place edits through `.data` leave no version behind, so the norms of all weights are compared as well; that reads
+    the weights once, the cost of about one denoising step. The module itself is not kept alive.
+    """
+
+    def __init__(self):
+        self.seen: tuple | None = None
+
+    def changed(self, module: nn.Module) -> bool:
+        """Whether the weights differ from those at the last call; True at the first."""
+        tensors = [t.detach() for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        identity = [(t.data_ptr(), t.dtype, t.shape) for t in tensors]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
+        same = self.seen is not None and self.seen[0] == identity and torch.equal(self.seen[1], norms)
+        self.seen = identity, norms
+        return not same
+
+
+class NullTables:
+    """The null tables of one network, by schedule; forgotten when its weights change."""
+
+    def __init__(self):
+        self.watch = WeightWatch()
+        self.tables: dict[tuple[int, ...], Tensor] = {}
+
+    def get(self, net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
+        """(steps, dim) null predictions at the given times."""
+        if self.watch.changed(net):
+            self.tables.clear()
+        if times not in self.tables:
+            self.tables[times] = net.null_table(torch.tensor(times, device=net.learned_query.device))
+        return self.tables[times]
+
+
+_NULL_TABLES: weakref.WeakKeyDictionary[nn.Module, NullTables] = weakref.WeakKeyDictionary()
+
+
+def null_table(net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
+    """`net.null_table(times)`, remembered for as long as the network lives and its weights stay."""
+    return _NULL_TABLES.setdefault(net, NullTables()).get(net, times)
+
+
+def denoise_step(
+    net: DiffusionPriorNetwork,
+    cond: Conditioning,
+    null_preds: Tensor,
+    rows: Tensor,
+    cond_scale: Tensor,
+    x: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    index: Tensor,
+    clamp: str | None,
+    radius: float,
+) -> tuple[Tensor, Tensor]:
+    """One step of any solver behind the prefix cache: the function that is compiled, and captured.
+
+    Args:
+        cond: from `net.prefill`; with null rows in it, both branches of guidance run as one batch.
+        null_preds: (steps, dim), the null predictions; zeros without guidance, which leaves the prediction as it is.
+        rows: (steps, 6), the solver's coefficients.
+        cond_scale: 0-d.
+        x, x0, noise: (rows, dim), fp32: the state, the last clean estimate (zeros at first) and this step's noise.
+        index: 0-d int64, the step.
+    Returns:
+        the next x, and the clean estimate.
+    """
+    index = index.reshape(1)
+    if cond.null_rows:
+        pred, null = net.step(x.repeat(2, 1), index, cond, x0.repeat(2, 1)).chunk(2)
+    else:
+        pred, null = net.step(x, index, cond, x0), null_preds.index_select(0, index)
+    return ops.diffusion_step(x, pred, null, cond_scale, x0, noise, rows.index_select(0, index), clamp, radius)
+
+
+def repeat_rows(text_cond: dict, rows: int) -> dict:
+    """Repeat every prompt of a text condition so that there are `rows` of them, the copies of one prompt together."""
+    repeats = rows // len(text_cond["text_embed"])
+    if repeats == 1:
+        return text_cond
+    return {name: t.repeat_interleave(repeats, dim=0) if torch.is_tensor(t) else t for name, t in text_cond.items()}
+
+
+def sample_loop(
+    prior: DiffusionPrior,
+    plan: SamplingPlan,
+    shape: tuple[int, ...],
+    text_cond: dict,
+    cond_scale: float,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Run a plan: (rows, dim) scaled embeddings, before the division by `image_embed_scale`.
+
+    Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one.
+    """
+    device, table = prior.device, plan.table
+    draw = partial(torch.randn, shape, device=device, generator=generator)
+    x = draw()
+    if prior.init_image_embed_l2norm:
+        x = l2norm(x) * prior.image_embed_scale
+    x0 = torch.zeros_like(x)
+    no_noise = torch.zeros_like(x)
+    rows = table.rows.to(device, torch.float32)
+    run = _cached_step if plan.path == "cached" else _plain_step
+    step = run(prior, plan, shape, text_cond, cond_scale, rows)
+    for index in tqdm(range(len(table)), desc="sampling loop time step", disable=not progress):
+        x, x0 = step(x, x0, lambda i=index: draw() if table.draws_noise[i] else no_noise, index)
+    if prior.sampling_final_clamp_l2norm and prior.predict_x_start:
+        x = prior.l2norm_clamp_embed(x)
+    return x
+
+
+def _cached_step(prior, plan, shape, text_cond, cond_scale, rows):
+    net, times = prior.net, torch.tensor(plan.table.times, device=prior.device)
+    prompts = len(text_cond["text_embed"])
+    second_branch = prompts if plan.guidance == "second branch" else 0
+    cond = net.prefill(text_cond["text_embed"], text_cond.get("text_encodings"), times, null_rows=second_branch)
+    if plan.guidance == "null table":
+        null_preds = null_table(net, plan.table.times)
+    else:
+        null_preds = rows.new_zeros(len(rows), net.dim)
+    scale = torch.tensor(cond_scale, dtype=torch.float32, device=prior.device)
+    indices = torch.arange(len(rows), device=prior.device)
+
+    def step(x, x0, noise, index):
+        return denoise_step(
+            net, cond, null_preds, rows, scale, x, x0, noise(), indices[index], plan.clamp, plan.radius
+        )  # fmt: skip
+
+    return step
+
+
+def _plain_step(prior, plan, shape, text_cond, cond_scale, rows):
+    text_cond = repeat_rows(text_cond, shape[0])
+    by_p_sample = plan.table.solver == "ddpm" and bool(method_overrides(prior))
+
+    def step(x, x0, noise, index):
+        t = torch.full((shape[0],), plan.table.times[index], device=x.device, dtype=torch.long)
+        self_cond = x0 if prior.net.self_cond and index else None
+        if by_p_sample:
+            return prior.p_sample(x, t, text_cond=text_cond, self_cond=self_cond, cond_scale=cond_scale)
+        pred = prior.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, self_cond=self_cond, **text_cond)
+        start = prior.x_start_from(x, t, pred)
+        _, _, a, b, c, s = rows[index]
+        return a * x + b * start + c * x0 + s * noise(), start
+
+    return step

@@ -1,0 +1,52 @@
+"""Packaging. The Triton kernels live in the top-level folder `kernels/` and are installed as `fastprior.kernels`.
+
+A top-level importable package named `kernels` would shadow the one of that name on PyPI, so the folder has no
+`__init__.py`; the package's own is `fastprior/kernels/__init__.py`, which finds the modules in a checkout.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+version = {}
+exec((ROOT / "fastprior" / "version.py").read_text(), version)
+
+CLIP = ["open-clip-torch>=2.24"]
+DATA = ["embedding-reader>=1.5", "pandas>=2", "pyarrow>=14"]
+QUICKSTART = [*DATA, "scikit-learn>=1.3", "matplotlib>=3.7"]
+TRAIN = [*DATA, "accelerate>=0.30", "pydantic>=2"]
+# the peers that parity is tested against; dalle2-pytorch 1.15.6 imports pkg_resources, so it needs an older setuptools
+INTEROP = ["dalle2-pytorch==1.15.6", "setuptools<81"]
+TEST = [*CLIP, *QUICKSTART, *INTEROP, "pydantic>=2", "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.6"]
+
+setup(
+    name="fastprior",
+    version=version["__version__"],
+    description="Fast, exact diffusion priors: CLIP text embeddings to CLIP image embeddings",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["fastprior", "fastprior.kernels"],
+    package_dir={"fastprior": "fastprior", "fastprior.kernels": "kernels"},
+    package_data={"fastprior": ["kernels/__init__.py"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "einops>=0.7",
+        "numpy",
+        "safetensors>=0.4",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "clip": CLIP,
+        "train": TRAIN,
+        "quickstart": QUICKSTART,
+        "interop": INTEROP,
+        "test": TEST,
+        "bench": [*INTEROP, "pytest>=8", "pytest-benchmark>=4"],
+        "xformers": ["xformers"],
+    },
+    entry_points={"console_scripts": ["fastprior=fastprior.cli:main"]},
+)

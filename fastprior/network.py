@@ -45,6 +45,9 @@ class DiffusionPriorNetwork(nn.Module):
         self_cond: feed the last x0 estimate back as a token (Analog Bits, Chen et al. 2022).
         **kwargs: depth, dim_head, heads, ff_mult, norm_in, norm_out, attn_dropout, ff_dropout, final_proj, normformer,
             rotary_emb, cosine_sim, dot_scale: see `CausalTransformer`.
+
+    Attributes:
+        config: the constructor's arguments, for saving.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class DiffusionPriorNetwork(nn.Module):
         **kwargs,
     ):
         super().__init__()
-        self.dim, self.max_text_len, self.self_cond = dim, max_text_len, self_cond
-        self.num_time_embeds, self.num_image_embeds, self.num_text_embeds = (
-            num_time_embeds, num_image_embeds, num_text_embeds,
+        self.config = dict(
+            dim=dim, num_timesteps=num_timesteps, num_time_embeds=num_time_embeds, num_image_embeds=num_image_embeds,
+            num_text_embeds=num_text_embeds, max_text_len=max_text_len, self_cond=self_cond, **kwargs,
         )  # fmt: skip
-        self.num_timesteps = num_timesteps
+        self.dim, self.max_text_len, self.self_cond, self.num_timesteps = dim, max_text_len, self_cond, num_timesteps
+        self.num_time_embeds, self.num_image_embeds = num_time_embeds, num_image_embeds
+        self.num_text_embeds = num_text_embeds
         self.continuous_embedded_time = num_timesteps is None
 
         def tokens(count: int, source: nn.Module | None = None) -> nn.Sequential:

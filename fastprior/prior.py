@@ -58,6 +58,9 @@ class DiffusionPrior(nn.Module):
             DALLE2-pytorch: "l2" with `sampling_clamp_l2norm`, nothing for x0 and v, ±1 where `predict_x_start=False`
             (which is too tight for embeddings scaled by sqrt(dim)).
         image_size: accepted for old configs, and not used.
+
+    Attributes:
+        config: the constructor's arguments without `net` and `clip`, for saving.
     """
 
     def __init__(
@@ -116,6 +119,15 @@ class DiffusionPrior(nn.Module):
         if not (clamp in (None, "default", "l2") or (isinstance(clamp, (int, float)) and clamp > 0)):
             raise ValueError(f"clamp={clamp!r}; it must be None, 'l2', a positive radius, or left out")
         self.clamp = clamp
+        self.config = dict(
+            image_embed_dim=self.image_embed_dim, image_channels=image_channels, timesteps=timesteps,
+            sample_timesteps=sample_timesteps, text_cond_drop_prob=self.text_cond_drop_prob,
+            image_cond_drop_prob=self.image_cond_drop_prob, loss_type=loss_type, predict_x_start=predict_x_start,
+            predict_v=predict_v, beta_schedule=beta_schedule, condition_on_text_encodings=condition_on_text_encodings,
+            sampling_clamp_l2norm=sampling_clamp_l2norm, sampling_final_clamp_l2norm=sampling_final_clamp_l2norm,
+            training_clamp_l2norm=training_clamp_l2norm, init_image_embed_l2norm=init_image_embed_l2norm,
+            image_embed_scale=self.image_embed_scale, clamp=clamp,
+        )  # fmt: skip
         self._warned_of_norm = False
         self.register_buffer("_dummy", torch.tensor([True]), persistent=False)
 

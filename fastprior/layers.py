@@ -18,9 +18,16 @@ def l2norm(t: Tensor) -> Tensor:
     return F.normalize(t, dim=-1)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with a gain `g` and no bias; eps 1e-5 for fp32 input and 1e-3 for 16-bit input.
+def at_least_fp32(t: Tensor) -> Tensor:
+    """16-bit tensors as fp32: logits of scale 16 in bf16 are wrong by several percent."""
+    return t.float() if t.element_size() < 4 else t
 
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a gain `g` and no bias, statistics in fp32.
+
+    `eps` is 1e-5, and 1e-3 for 16-bit input to an fp32 module (autocast), as DALLE2-pytorch trains. A module that was
+    itself cast to 16 bits keeps 1e-5: it stands in for the fp32 module, whose result 1e-3 would move.
     With `stable=True` each row is first divided by its signed maximum (see `kernels.reference.layer_norm`).
     """
 
@@ -30,7 +37,8 @@ class LayerNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        eps = self.eps if x.dtype in (torch.float32, torch.float64) else self.fp16_eps
+        autocast = x.element_size() < self.g.element_size() and x.element_size() == 2
+        eps = self.fp16_eps if autocast else self.eps
         return ops.layer_norm(x, self.g, eps, self.stable)
 
 
@@ -189,26 +197,24 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
 
     def normed(self, x: Tensor) -> Tensor:
+        """The input of the projections: the norm of the residual stream, in the weights' dtype."""
         return self.norm(x).to(self.to_q.weight.dtype)
 
     def queries(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries ready for the dot product, of normed tokens (batch, seq, dim): (batch, seq, heads, dim_head)."""
-        q = self.to_q(h).unflatten(-1, (self.heads, -1))
-        dtype = q.dtype
+        q = at_least_fp32(self.to_q(h)).unflatten(-1, (self.heads, -1))
         if rotary is not None:
             q = ops.rotate(q, *(t[:, None] for t in rotary))
         if self.cosine_sim:
             q = l2norm(q)
-        return (q * self.scale).to(dtype)
+        return q * self.scale
 
     def keys_values(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Keys and values of normed tokens (batch, seq, dim), without the null ones: two (batch, seq, dim_head)."""
-        k, v = self.to_kv(h).chunk(2, dim=-1)
+        k, v = at_least_fp32(self.to_kv(h)).chunk(2, dim=-1)
         if rotary is not None:
             k = ops.rotate(k, *rotary)
-        if self.cosine_sim:
-            k = l2norm(k)
-        return k.to(v.dtype), v
+        return l2norm(k) if self.cosine_sim else k, v
 
     def with_null(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put the null key and value in front of (batch, seq, dim_head) keys and values."""
@@ -233,8 +239,8 @@ class Attention(nn.Module):
             rotary = self.rotary_emb and self.rotary_emb.table(0, seq)
             q, (k, v) = self.queries(h, rotary), self.keys_values(h, rotary)
         else:
-            q = self.to_q(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            k, v = self.to_kv(h).chunk(2, dim=-1)
+            q = at_least_fp32(self.to_q(h)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            k, v = at_least_fp32(self.to_kv(h)).chunk(2, dim=-1)
             q, k = (self.rotary_emb.rotate_queries_or_keys(t) for t in (q, k))
             q, k = (l2norm(q), l2norm(k)) if self.cosine_sim else (q, k)
             q = q.transpose(1, 2) * self.scale
@@ -246,7 +252,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None = None) -> Tensor:
         out = ops.attention(q, k, v, bias, mask, self.dropout.p if self.training else 0.0)
-        return self.to_out(out)
+        return self.to_out(out.to(self.to_q.weight.dtype))
 
 
 def causal_bias(bias: Tensor | None, start: int, end: int, heads: int, device) -> Tensor:
@@ -376,6 +382,6 @@ class CausalTransformer(nn.Module):
                 x, h, bias = x[:, -1:], h[:, -1:], bias[-self.heads :]
                 rotary = rotary and tuple(t[-1:] for t in rotary)
             out = ops.decode_attention(attn.queries(h, rotary), cache.k[index], cache.v[index], k, v, bias)
-            x = attn.to_out(out) + x
+            x = attn.to_out(out.to(h.dtype)) + x
             x = ff(x) + x
         return self._head(x[:, -1])

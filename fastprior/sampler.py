@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ NETWORK_METHODS = ("forward", "forward_with_cond_scale", "prefill", "step", "nul
 PRIOR_METHODS = ("p_mean_variance", "p_sample", "l2norm_clamp_embed")
 SCHEDULE_METHODS = ("q_posterior", "predict_start_from_v", "predict_start_from_noise")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+Step = Callable[[Tensor, Tensor, Callable[[], Tensor], int], tuple[Tensor, Tensor]]  # x, x0, noise, index -> x, x0
 
 
 @dataclass(frozen=True)
@@ -196,48 +198,58 @@ def sample_loop(
     generator: torch.Generator | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Run a plan: (rows, dim) scaled embeddings, before the division by `image_embed_scale`.
+    """Run a plan: (rows, dim) scaled embeddings, before the division by `image_embed_scale`."""
+    draw = partial(torch.randn, shape, device=prior.device, generator=generator)
+    make = _cached_step if plan.path == "cached" else _plain_step
+    return run_steps(prior, plan.table, make(prior, plan, shape, text_cond, cond_scale), draw, progress)
 
-    Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one.
-    """
-    device, table = prior.device, plan.table
-    draw = partial(torch.randn, shape, device=device, generator=generator)
+
+def run_steps(
+    prior: DiffusionPrior, table: StepTable, step: Step, draw: Callable[[], Tensor], progress: bool = False
+) -> Tensor:
+    """The loop. Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one."""
     x = draw()
     if prior.init_image_embed_l2norm:
         x = l2norm(x) * prior.image_embed_scale
-    x0 = torch.zeros_like(x)
-    no_noise = torch.zeros_like(x)
-    rows = table.rows.to(device, torch.float32)
-    run = _cached_step if plan.path == "cached" else _plain_step
-    step = run(prior, plan, shape, text_cond, cond_scale, rows)
+    x0 = no_noise = torch.zeros_like(x)
     for index in tqdm(range(len(table)), desc="sampling loop time step", disable=not progress):
-        x, x0 = step(x, x0, lambda i=index: draw() if table.draws_noise[i] else no_noise, index)
+        x, x0 = step(x, x0, draw if table.draws_noise[index] else lambda: no_noise, index)
     if prior.sampling_final_clamp_l2norm and prior.predict_x_start:
         x = prior.l2norm_clamp_embed(x)
     return x
 
 
-def _cached_step(prior, plan, shape, text_cond, cond_scale, rows):
-    net, times = prior.net, torch.tensor(plan.table.times, device=prior.device)
-    prompts = len(text_cond["text_embed"])
-    second_branch = prompts if plan.guidance == "second branch" else 0
-    cond = net.prefill(text_cond["text_embed"], text_cond.get("text_encodings"), times, null_rows=second_branch)
+def step_inputs(net: DiffusionPriorNetwork, plan: SamplingPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """What `denoise_step` needs besides the condition: the times, the null predictions and the coefficient rows."""
+    device = net.learned_query.device
+    rows = plan.table.rows.to(device, torch.float32)
     if plan.guidance == "null table":
         null_preds = null_table(net, plan.table.times)
     else:
         null_preds = rows.new_zeros(len(rows), net.dim)
+    return torch.tensor(plan.table.times, device=device), null_preds, rows
+
+
+def prefill(net: DiffusionPriorNetwork, plan: SamplingPlan, text_cond: dict, times: Tensor) -> Conditioning:
+    text_embed = text_cond["text_embed"]
+    second_branch = len(text_embed) if plan.guidance == "second branch" else 0
+    return net.prefill(text_embed, text_cond.get("text_encodings"), times, null_rows=second_branch)
+
+
+def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step:
+    times, null_preds, rows = step_inputs(prior.net, plan)
+    cond = prefill(prior.net, plan, text_cond, times)
     scale = torch.tensor(cond_scale, dtype=torch.float32, device=prior.device)
     indices = torch.arange(len(rows), device=prior.device)
+    fixed = prior.net, cond, null_preds, rows, scale
 
     def step(x, x0, noise, index):
-        return denoise_step(
-            net, cond, null_preds, rows, scale, x, x0, noise(), indices[index], plan.clamp, plan.radius
-        )  # fmt: skip
+        return denoise_step(*fixed, x, x0, noise(), indices[index], plan.clamp, plan.radius)
 
     return step
 
 
-def _plain_step(prior, plan, shape, text_cond, cond_scale, rows):
+def _plain_step(prior, plan, shape, text_cond, cond_scale) -> Step:
     text_cond = repeat_rows(text_cond, shape[0])
     by_p_sample = plan.table.solver == "ddpm" and bool(method_overrides(prior))
 
@@ -248,7 +260,7 @@ def _plain_step(prior, plan, shape, text_cond, cond_scale, rows):
             return prior.p_sample(x, t, text_cond=text_cond, self_cond=self_cond, cond_scale=cond_scale)
         pred = prior.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, self_cond=self_cond, **text_cond)
         start = prior.x_start_from(x, t, pred)
-        _, _, a, b, c, s = rows[index]
+        _, _, a, b, c, s = plan.table.rows[index].tolist()
         return a * x + b * start + c * x0 + s * noise(), start
 
     return step

@@ -1,0 +1,187 @@
+"""Sampling in production: a sampler built once, for given batch sizes, solver, steps and dtype."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from contextlib import nullcontext
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprior.layers import l2norm
+from fastprior.prior import DiffusionPrior
+from fastprior.sampler import WeightWatch, denoise_step, prefill, run_steps, step_inputs
+
+
+class PriorSampler:
+    """Sample from a prior at low latency: everything that does not depend on the prompt is done before the first call.
+
+    Prompts are padded to the nearest of `batch_sizes`, which changes no row's result, and more prompts than the largest
+    run in parts. One compiled graph per batch size serves every prompt, seed and `cond_scale`. A change of the prior's
+    weights is noticed at the next call and served from then on. Calls from several threads run one after the other.
+
+    Args:
+        prior: in eval mode, with a network that can be cached (see `prior.sampling_plan`).
+        batch_sizes: numbers of prompts to prepare for.
+        samples_per_prompt: candidates per prompt, of which the one most similar to the text embedding is returned.
+        timesteps, solver, eta: see `DiffusionPrior.p_sample_loop`; timesteps defaults to `prior.sample_timesteps`.
+        guidance: prepare for a `cond_scale` other than 1; by default where the prior was trained for it.
+        dtype: run the network in this dtype; with another than its own, on a copy. State and schedule stay fp32.
+        compile: use torch.compile; off, the same steps run eagerly.
+    Raises:
+        ValueError: where the prior cannot be cached, with the reasons, or an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        *,
+        batch_sizes: tuple[int, ...] = (1, 8, 64),
+        samples_per_prompt: int = 1,
+        timesteps: int | None = None,
+        solver: str | None = None,
+        eta: float | None = None,
+        guidance: bool | None = None,
+        dtype: torch.dtype | None = None,
+        compile: bool = True,
+    ):
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise ValueError(f"batch_sizes={batch_sizes}; it must hold at least one number, each at least 1")
+        if samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt={samples_per_prompt}; it must be at least 1")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"dtype={dtype}; it must be a floating point dtype of 16 bits or more")
+        timesteps = prior.sample_timesteps if timesteps is None else timesteps
+        self.guidance = prior.can_classifier_guidance if guidance is None else guidance
+        # any scale but 1 stands for all of them: the scale is an input of the graph
+        self.plan = prior.sampling_plan(timesteps, 2.0 if self.guidance else 1.0, solver, eta)
+        if self.plan.path != "cached":
+            raise ValueError(f"this prior cannot be served by PriorSampler: {'; '.join(self.plan.reasons)}")
+        self.prior, self.samples_per_prompt = prior, samples_per_prompt
+        self.batch_sizes = tuple(sorted(set(batch_sizes)))
+        self.dtype, self.compile = dtype or prior.net.learned_query.dtype, compile
+        # inductor packs 16-bit weights for the CPU's matrix units only when it may treat them as constants
+        self._freeze = compile and prior.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
+        self._lock = threading.Lock()
+        self._watch = WeightWatch()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """(Re)build what depends on the weights, if they changed."""
+        if not self._watch.changed(self.prior.net):
+            return
+        own = self.prior.net
+        self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
+        self._times, self._null_preds, self._rows = step_inputs(self._net, self.plan)
+        self._indices = torch.arange(len(self._rows), device=self._rows.device)
+        self._steps = {}
+
+    def _step(self, batch: int):
+        """`denoise_step` of this network, compiled for one batch size."""
+        if batch not in self._steps:
+            net, clamp, radius = self._net, self.plan.clamp, self.plan.radius
+
+            def step(cond, null_preds, rows, cond_scale, x, x0, noise, index):
+                return denoise_step(net, cond, null_preds, rows, cond_scale, x, x0, noise, index, clamp, radius)
+
+            if self.compile:
+                # a code object of its own: torch.compile counts recompilations by code object, not by closure
+                own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
+                step = torch.compile(own, fullgraph=True, dynamic=False)
+            self._steps[batch] = step
+        return self._steps[batch]
+
+    def warmup(self) -> dict[int, float]:
+        """Compile and run every batch size once: {batch size: seconds}."""
+        seconds = {}
+        for batch in self.batch_sizes:
+            start = time.perf_counter()
+            text = F.normalize(torch.ones(batch, self.prior.image_embed_dim, device=self.prior.device), dim=-1)
+            encodings = text[:, None] if self.prior.condition_on_text_encodings else None
+            # a generator of its own: warming up must not move the global one
+            self(text, encodings, generator=torch.Generator(self.prior.device).manual_seed(0))
+            seconds[batch] = time.perf_counter() - start
+        return seconds
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        text_embed: Tensor,
+        text_encodings: Tensor | None = None,
+        *,
+        cond_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Sample.
+
+        Args:
+            text_embed: (prompts, dim), on the prior's device.
+            text_encodings: (prompts, length, dim), all-zero rows are padding; required by priors conditioned on it.
+            cond_scale: classifier-free guidance; other than 1 needs a sampler built with `guidance`.
+            generator: on the prior's device; the global one by default. A seed means the same as in `prior.sample`.
+        Returns:
+            (prompts, dim), not scaled.
+        """
+        if cond_scale != 1 and not self.guidance:
+            raise ValueError(f"cond_scale={cond_scale}; this sampler was built with guidance=False, so it must be 1")
+        text_cond = self.prior._text_cond(None, text_embed, text_encodings, None)
+        prompts, repeats, device = len(text_embed), self.samples_per_prompt, self.prior.device
+        shape = prompts * repeats, self.prior.image_embed_dim
+        self.prior._check_text_cond(shape, text_cond)
+        with self._lock:
+            self._refresh()
+            scale = torch.tensor(cond_scale, dtype=torch.float32, device=device)
+            part = min(prompts, self.batch_sizes[-1])
+            draws = self._draws(shape, generator, keep=part < prompts)
+            embeds = [
+                self._run({name: t[at : at + part] for name, t in text_cond.items()}, scale, draws, at * repeats)
+                for at in range(0, prompts, part)
+            ]
+        embeds = torch.cat(embeds).view(prompts, repeats, -1) / self.prior.image_embed_scale
+        best = (l2norm(text_embed)[:, None] * l2norm(embeds)).sum(dim=-1).argmax(dim=-1)
+        return embeds[torch.arange(prompts, device=device), best]
+
+    def _draws(self, shape: tuple[int, int], generator: torch.Generator | None, keep: bool):
+        """The run's noise tensors by number; kept where several parts of the batch need rows of the same tensor."""
+        kept: list[Tensor] = []
+
+        def draw(number: int) -> Tensor:
+            if number < len(kept):
+                return kept[number]
+            noise = torch.randn(shape, device=self.prior.device, generator=generator)
+            if keep:
+                kept.append(noise)
+            return noise
+
+        return draw
+
+    def _run(self, text_cond: dict, scale: Tensor, draws, first_row: int) -> Tensor:
+        """Run one part of the batch, padded to a batch size: its (rows, dim) scaled embeddings."""
+        prompts = len(text_cond["text_embed"])
+        rows = prompts * self.samples_per_prompt
+        batch = next(size for size in self.batch_sizes if size >= prompts)
+        padded = {name: F.pad(t, (0, 0) * (t.ndim - 1) + (0, batch - prompts)) for name, t in text_cond.items()}
+        cond = prefill(self._net, self.plan, padded, self._times)
+        compiled = self._step(batch)
+        numbers = iter(range(len(self.plan.table) + 1))
+
+        def draw() -> Tensor:
+            noise = draws(next(numbers))[first_row : first_row + rows]
+            return F.pad(noise, (0, 0, 0, batch * self.samples_per_prompt - rows))
+
+        def step(x, x0, noise, index):
+            return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise(), self._indices[index])
+
+        with self._compiler_options():
+            return run_steps(self.prior, self.plan.table, step, draw)[:rows]
+
+    def _compiler_options(self):
+        if not self._freeze:
+            return nullcontext()
+        from torch._inductor import config
+
+        return config.patch(freezing=True)

@@ -74,6 +74,9 @@ class NoiseScheduler(nn.Module):
         if timesteps < 1:
             raise ValueError(f"timesteps={timesteps}; it must be at least 1")
         betas = _choose("beta_schedule", beta_schedule, BETA_SCHEDULES)(timesteps)
+        if betas.max() > 1:
+            rule = "they must not exceed 1: take more timesteps"
+            raise ValueError(f"{beta_schedule=} with {timesteps=} has betas up to {betas.max():.3g}; {rule}")
         self.loss_fn = _choose("loss_type", loss_type, LOSSES)
         self.loss_type, self.num_timesteps = loss_type, timesteps
         alphas = 1 - betas

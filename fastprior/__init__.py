@@ -1,5 +1,8 @@
 """Fast, exact diffusion priors: CLIP text embeddings to CLIP image embeddings."""
 
+import importlib
+import importlib.util
+
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
@@ -17,5 +20,37 @@ __all__ = [
     "OpenAIClipAdapter",
     "OpenClipAdapter",
     "XClipAdapter",
+    "PriorSampler",
+    "convert",
+    "load",
+    "save",
     "__version__",
 ]
+
+_LATER = {  # imported when first asked for, so that `import fastprior` stays light
+    "DiffusionPriorTrainer": "trainer",
+    "PriorSampler": "serving",
+    "convert": "checkpoint",
+    "load": "checkpoint",
+    "save": "checkpoint",
+}
+# part of dalle2-pytorch, and not replaced here: the installed one's, or a stand-in that raises ImportError on use
+_PEER = ("CLIP", "DALLE2", "Decoder", "DecoderTrainer", "Unet", "VQGanVAE")
+
+
+def __getattr__(name):
+    if name in _LATER and importlib.util.find_spec(f"{__name__}.{_LATER[name]}"):
+        value = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _PEER or name == "DiffusionPriorTrainer":
+        from fastprior import dropin
+
+        if name in _PEER:
+            return dropin.peer_attribute(dropin.PACKAGE_NAMES[name], name)
+        return dropin.stand_in(
+            name,
+            "fastprior has no trainer yet; that of dalle2-pytorch takes fastprior's priors when the client runs under "
+            "`python -m fastprior.dropin`",
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -134,11 +134,13 @@ class DiffusionPriorNetwork(nn.Module):
             self_cond = torch.zeros_like(query[:, 0])
         return torch.cat((time_tokens, image_tokens, self_cond[:, None].to(query.dtype), query), dim=1)
 
-    def _check(self, image_embed: Tensor, text_embed: Tensor, text_encodings: Tensor | None) -> None:
-        batch = len(image_embed)
-        wanted = {"image_embed": (image_embed, (batch, self.dim)), "text_embed": (text_embed, (batch, self.dim))}
+    def _check(self, text_embed: Tensor, text_encodings: Tensor | None, image_embed: Tensor | None = None) -> None:
+        batch = len(text_embed)
+        wanted = {"text_embed": (text_embed, (batch, self.dim))}
+        if image_embed is not None:
+            wanted["image_embed"] = image_embed, (batch, self.dim)
         if text_encodings is not None:
-            wanted["text_encodings"] = (text_encodings, (batch, text_encodings.shape[1:][0], self.dim))
+            wanted["text_encodings"] = text_encodings, (batch, *text_encodings.shape[1:2], self.dim)
         for name, (tensor, shape) in wanted.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape} for this network")
@@ -168,7 +170,7 @@ class DiffusionPriorNetwork(nn.Module):
         Returns:
             (batch, dim), in the weights' dtype.
         """
-        self._check(image_embed, text_embed, text_encodings)
+        self._check(text_embed, text_encodings, image_embed)
         batch, device = len(image_embed), image_embed.device
         keep_text = prob_mask_like((batch, 1, 1), 1 - text_cond_drop_prob, device)
         keep_image = prob_mask_like((batch, 1, 1), 1 - image_cond_drop_prob, device)
@@ -206,7 +208,7 @@ class DiffusionPriorNetwork(nn.Module):
             times: (steps,), the times that `step` will be asked for, by index.
             null_rows: 0, or `prompts` to append as many unconditional prompts.
         """
-        self._check(text_embed, text_embed, text_encodings)
+        self._check(text_embed, text_encodings)
         keep = torch.ones(len(text_embed), 1, 1, dtype=torch.bool, device=text_embed.device)
         cache = self.causal_transformer.prefill(self._text_tokens(text_embed, text_encodings, keep), self.suffix_tokens)
         if null_rows:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastprior.clip import as_clip_adapter, freeze_and_eval
 from fastprior.layers import l2norm
+from fastprior.network import DiffusionPriorNetwork
 from fastprior.sampler import SamplingPlan, is_overridden, obstacles, repeat_rows, sample_loop
 from fastprior.schedule import NoiseScheduler
 from fastprior.solvers import default_solver, step_table
@@ -248,6 +249,8 @@ class DiffusionPrior(nn.Module):
             raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
         embed = text_cond.get("text_embed")
         if embed is None:
+            if not isinstance(self.net, DiffusionPriorNetwork):
+                return  # a foreign network's own condition
             raise ValueError(f"text_cond has the keys {sorted(text_cond)}; it must hold 'text_embed'")
         if len(embed) == 0 or shape[0] % len(embed):
             raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NETWORK_METHODS = ("forward", "forward_with_cond_scale", "prefill", "step", "null_table")
 PRIOR_METHODS = ("p_mean_variance", "p_sample", "l2norm_clamp_embed")
-SCHEDULE_METHODS = ("q_posterior", "predict_start_from_v", "predict_start_from_noise")
+SCHEDULE_METHODS = ("q_posterior", "predict_start_from_v", "predict_start_from_noise", "predict_noise_from_start")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 Step = Callable[[Tensor, Tensor, Callable[[], Tensor], int], tuple[Tensor, Tensor]]  # x, x0, noise, index -> x, x0
 
@@ -183,6 +183,8 @@ def denoise_step(
 
 def repeat_rows(text_cond: dict, rows: int) -> dict:
     """Repeat every prompt of a text condition so that there are `rows` of them, the copies of one prompt together."""
+    if "text_embed" not in text_cond:
+        return text_cond  # a foreign network's own condition
     repeats = rows // len(text_cond["text_embed"])
     if repeats == 1:
         return text_cond
@@ -251,7 +253,9 @@ def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step:
 
 def _plain_step(prior, plan, shape, text_cond, cond_scale) -> Step:
     text_cond = repeat_rows(text_cond, shape[0])
+    schedule = prior.noise_scheduler
     by_p_sample = plan.table.solver == "ddpm" and bool(method_overrides(prior))
+    by_noise = plan.table.solver == "ddim" and is_overridden(schedule, "predict_noise_from_start", NoiseScheduler)
 
     def step(x, x0, noise, index):
         t = torch.full((shape[0],), plan.table.times[index], device=x.device, dtype=torch.long)
@@ -261,6 +265,14 @@ def _plain_step(prior, plan, shape, text_cond, cond_scale) -> Step:
         pred = prior.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, self_cond=self_cond, **text_cond)
         start = prior.x_start_from(x, t, pred)
         _, _, a, b, c, s = plan.table.rows[index].tolist()
+        if by_noise:  # the table folds the noise prediction into a and b: take it out again
+            recip, recipm1 = (
+                table[plan.table.times[index]].item()
+                for table in (schedule.sqrt_recip_alphas_cumprod, schedule.sqrt_recipm1_alphas_cumprod)
+            )
+            direction = a * recipm1 / recip
+            predicted = schedule.predict_noise_from_start(x, t=t, x0=start)
+            return direction * predicted + (b + direction / recipm1) * start + s * noise(), start
         return a * x + b * start + c * x0 + s * noise(), start
 
     return step

@@ -36,7 +36,8 @@ def random_config(seed: int) -> tuple[dict, dict]:
         predict_x_start=pick([True, True, False]), predict_v=pick([False, False, True]),
         sampling_clamp_l2norm=pick([False, True]), sampling_final_clamp_l2norm=pick([False, True]),
         training_clamp_l2norm=pick([False, True]), init_image_embed_l2norm=pick([False, True]),
-        image_embed_scale=pick([None, 1.0, 7.5]), text_cond_drop_prob=pick([0.1, 0.5]), image_cond_drop_prob=pick([0.3, 1.0]),
+        image_embed_scale=pick([None, 1.0, 7.5]), text_cond_drop_prob=pick([0.1, 0.5]),
+        image_cond_drop_prob=pick([0.3, 1.0]),
     )  # fmt: skip
     if prior["beta_schedule"] == "jsd":  # ends at alphas_cumprod = 0, where x0 of a noise prediction is 0 / 0
         prior["predict_x_start"] = True
@@ -203,7 +204,8 @@ def test_attention_block(peer, causal, masked, cosine_sim, rotary):
     for attn, table in ((ours, bias), (theirs, peer_bias)):
         given = x.clone().requires_grad_()
         out = attn(given, mask=mask, attn_bias=table(seq, seq + 1, device="cpu"))
-        results.append((out, *torch.autograd.grad(out, [given, table.relative_attention_bias.weight, attn.null_kv], cotangent)))
+        inputs = [given, table.relative_attention_bias.weight, attn.null_kv]
+        results.append((out, *torch.autograd.grad(out, inputs, cotangent)))
     for mine, other in zip(*results):
         assert relative_error(mine, other) < 5e-5
 

@@ -121,8 +121,8 @@ def test_table_equals_the_textbook_recursion(solver, schedule, fraction, eta, pr
     x = torch.randn(3, 4, dtype=torch.float64)
     wanted = TEXTBOOK[solver](schedule, network, x, noises, steps, eta)
     got = run(table, network, x, noises, prediction)
-    # The buffers are fp32, so each holds its own rounding of 6e-8. Where the last alphas_cumprod is small, x0 is read off
-    # v or noise by dividing by its root, and the table and the recursion differ by that rounding, magnified.
+    # The buffers are fp32, so each holds its own rounding of 6e-8. Where the last alphas_cumprod is small, x0 is read
+    # off v or noise by dividing by its root, and the table and the recursion differ by that rounding, magnified.
     magnified = 1 if prediction == "x0" else schedule.sqrt_recip_alphas_cumprod.max().item()
     tolerance = 1e-4 * max(1.0, magnified)
     assert got.isfinite().all()
@@ -147,7 +147,7 @@ def test_shape_of_the_tables(schedule, fraction):
 
 
 def test_deterministic_solvers_converge_to_the_exact_solution():
-    """For normal data of deviation c the best denoiser and the probability flow ODE's solution are known in closed form."""
+    """For normal data of deviation c the best denoiser and the probability flow ODE's solution have closed forms."""
     schedule = NoiseScheduler(beta_schedule="linear", timesteps=1000, loss_type="l2")
     bars, c = schedule.alphas_cumprod.double(), 0.5
 

@@ -1,0 +1,312 @@
+"""Run clients of dalle2-pytorch on fastprior, unmodified.
+
+    python -m fastprior.dropin client.py --its arguments
+    python -m fastprior.dropin -m client.module --its arguments
+
+or, before the client is imported, `fastprior.dropin.install()`, or `with fastprior.dropin.installed():`.
+
+While installed, `dalle2_pytorch` and its modules are fastprior's for all that fastprior has: the prior, its network and
+blocks, CLIP adapters, optimizer, tokenizer, utils, prior configs. Every other name (Decoder, Unet, VQGanVAE, the
+trainers, ...) is that of the installed dalle2-pytorch; where it is not installed, a stand-in that raises ImportError
+when it is used.
+
+That dalle2-pytorch is loaded as a second copy, under the private name `fastprior.dropin.peer`, in which the prior and
+the CLIP adapters are fastprior's too, so that its Decoder, DALLE2 and trainers accept them. The package itself, if
+anybody imported it before, is left as it is and comes back with `uninstall()`.
+
+Limits: it holds for the whole process, all threads included. Names that were taken from dalle2_pytorch before
+`install()` stay what they were. A process that is spawned, rather than forked, begins without the drop-in.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.abc
+import importlib.util
+import os
+import runpy
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from types import ModuleType
+from typing import Any
+
+from fastprior.version import __version__
+
+PEER = "dalle2_pytorch"
+PEER_VERSION = "1.15.6"
+PRIVATE = "fastprior.dropin.peer"
+PACKAGES = (PEER, f"{PEER}.dataloaders")
+MODULES = (
+    *PACKAGES,
+    *(f"{PEER}.{name}" for name in (
+        "cli", "dalle2_pytorch", "dataloaders.decoder_loader", "dataloaders.prior_loader",
+        "dataloaders.simple_image_only_dataloader", "optimizer", "tokenizer", "trackers", "train_configs", "trainer",
+        "utils", "version", "vqgan_vae", "vqgan_vae_trainer",
+    )),
+)  # fmt: skip
+# the modules of fastprior that stand in for one of the peer's, those that exist; cli is something else here
+OURS = {
+    PEER: "fastprior",
+    f"{PEER}.dataloaders.prior_loader": "fastprior.dataloaders",
+    **{f"{PEER}.{name}": f"fastprior.{name}" for name in (
+        "dalle2_pytorch", "dataloaders", "optimizer", "tokenizer", "trackers", "train_configs", "trainer", "utils",
+    )},
+}  # fmt: skip
+# names of the peer's package that are not, or not yet, fastprior's, and the module that defines each
+PACKAGE_NAMES = {
+    "CLIP": "x_clip",
+    "DALLE2": f"{PEER}.dalle2_pytorch",
+    "Decoder": f"{PEER}.dalle2_pytorch",
+    "DecoderTrainer": f"{PEER}.trainer",
+    "DiffusionPriorTrainer": f"{PEER}.trainer",
+    "Unet": f"{PEER}.dalle2_pytorch",
+    "VQGanVAE": f"{PEER}.vqgan_vae",
+}
+# what the peer's own code checks with isinstance, or constructs, when it is handed a prior or a CLIP
+BRIDGED = (
+    "BaseClipAdapter", "CoCaAdapter", "DiffusionPrior", "DiffusionPriorNetwork", "OpenAIClipAdapter",
+    "OpenClipAdapter", "XClipAdapter",
+)  # fmt: skip
+
+__path__: list[str] = []  # makes this module a package, so that PRIVATE can be imported below it
+
+
+class _StandIn(type):
+    """The class of names that could not be imported: to call, subclass or look into one raises ImportError."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...] = (), namespace: dict | None = None, *, reason: str = ""):
+        for base in bases:
+            raise ImportError(base._reason)
+        return super().__new__(mcs, name, (), {"_reason": reason})
+
+    def __init__(cls, name, *_, reason: str = ""):
+        super().__init__(name, (), {})
+
+    def __call__(cls, *args, **kwargs):
+        raise ImportError(cls._reason)
+
+    def __getattr__(cls, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ImportError(cls._reason)
+
+
+def stand_in(name: str, reason: str) -> type:
+    """A class that can be imported and named, but raises ImportError(reason) when used; nothing is an instance."""
+    return _StandIn(name, reason=reason)
+
+
+def is_stand_in(value: Any) -> bool:
+    return isinstance(value, _StandIn)
+
+
+# the peer, as a private copy
+
+
+def _peer_spec(fullname: str) -> ModuleSpec | None:
+    """Where the installed peer's module lies, whatever stands in `sys.modules` under its name."""
+    parent, _, _ = fullname.rpartition(".")
+    path = None
+    if parent:
+        above = _peer_spec(parent)
+        path = above and above.submodule_search_locations
+        if path is None:
+            return None
+    specs = (finder.find_spec(fullname, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    return next((spec for spec in specs if spec is not None and spec.origin is not None), None)
+
+
+class _Rename(ast.NodeTransformer):
+    """Lets the copy's modules import each other: the peer writes `from dalle2_pytorch... import ...` throughout."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
+        if node.level == 0 and node.module.partition(".")[0] == PEER:
+            node.module = PRIVATE + node.module[len(PEER) :]
+        return node
+
+
+class _PeerLoader(SourceFileLoader):
+    def get_code(self, fullname: str):
+        # not by way of the bytecode cache, which belongs to the package under its own name
+        tree = _Rename().visit(ast.parse(self.get_source(fullname), self.path))
+        return compile(tree, self.path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__name__ == PRIVATE:  # its __init__ would import every trainer for the sake of one Unet
+            module.__getattr__ = lambda name: getattr(_ALIASES[PEER], name)
+            return
+        super().exec_module(module)
+        if module.__name__ == f"{PRIVATE}.dalle2_pytorch":
+            ours = importlib.import_module("fastprior.dalle2_pytorch")
+            vars(module).update({name: getattr(ours, name) for name in BRIDGED})
+
+
+class _PeerFinder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+        if fullname != PRIVATE and not fullname.startswith(PRIVATE + "."):
+            return None
+        name = PEER + fullname[len(PRIVATE) :]
+        found = _peer_spec(name)
+        if found is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        loader, places = _PeerLoader(fullname, found.origin), found.submodule_search_locations
+        return importlib.util.spec_from_file_location(
+            fullname, found.origin, loader=loader, submodule_search_locations=places
+        )
+
+
+def peer_attribute(module: str, name: str) -> Any:
+    """`name` of a module of the installed dalle2-pytorch (or of x_clip), or a stand-in where that cannot be imported.
+
+    Raises AttributeError where the module has no such name.
+    """
+    try:
+        found = importlib.import_module(PRIVATE + module[len(PEER) :] if module in MODULES else module)
+    except ImportError as error:
+        return stand_in(
+            name,
+            f"{name} is part of dalle2-pytorch, which fastprior passes on but does not replace, and {module} cannot be "
+            f'imported here ({error}). Install it: pip install "fastprior[interop]"',
+        )
+    try:
+        return getattr(found, name)
+    except AttributeError:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+
+
+# the names that clients see
+
+
+def _ours(fullname: str) -> ModuleType | None:
+    name = OURS.get(fullname)
+    return importlib.import_module(name) if name and importlib.util.find_spec(name) else None
+
+
+class _Alias(ModuleType):
+    """What a module of the peer is while the drop-in is installed: fastprior's names first, then the peer's own."""
+
+    def __init__(self, name: str):
+        super().__init__(name, f"{name}, on fastprior")
+        self.__spec__ = ModuleSpec(name, None, is_package=name in PACKAGES)
+        if name in PACKAGES:
+            self.__path__ = []
+        if name in (PEER, f"{PEER}.version"):
+            # what clients compare with the version in a checkpoint, so it says which release the behaviour is that of
+            self.__version__ = PEER_VERSION
+            self.__fastprior_version__ = __version__
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__all__":
+            return self._public()
+        if not name.startswith("_"):
+            if self.__name__ == PEER and name in PACKAGE_NAMES:
+                module = PACKAGE_NAMES[name]
+                return getattr(_ALIASES[module], name) if module in _ALIASES else peer_attribute(module, name)
+            ours = _ours(self.__name__)
+            if hasattr(ours, name):
+                return getattr(ours, name)
+            if self.__name__ not in (PEER, f"{PEER}.dalle2_pytorch"):  # whose fastprior counterparts ask the peer
+                return peer_attribute(self.__name__, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def _public(self) -> list[str]:
+        """What `import *` brings."""
+        if self.__name__ == PEER:
+            return [*PACKAGE_NAMES, *BRIDGED]
+        ours = _ours(self.__name__)
+        names = set(getattr(ours, "__all__", None) or (vars(ours) if ours else ()))
+        try:
+            names.update(vars(importlib.import_module(PRIVATE + self.__name__[len(PEER) :])))
+        except ImportError:
+            pass
+        return sorted(name for name in names if not name.startswith("_"))
+
+
+_ALIASES = {name: _Alias(name) for name in MODULES}
+for _name, _alias in _ALIASES.items():
+    if _name != PEER:
+        _parent, _, _child = _name.rpartition(".")
+        setattr(_ALIASES[_parent], _child, _alias)
+
+_LOCK = threading.RLock()
+_REPLACED: dict[str, ModuleType] = {}
+
+
+def is_installed() -> bool:
+    return sys.modules.get(PEER) is _ALIASES[PEER]
+
+
+def _take_out() -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name == PEER or name.startswith(PEER + ".")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _install() -> bool:
+    """Whether this put anything out of its place."""
+    with _LOCK:
+        if is_installed():
+            return False
+        _REPLACED.update(_take_out())
+        sys.modules.update(_ALIASES)
+        return bool(_REPLACED)
+
+
+def install() -> None:
+    """From now on, `import dalle2_pytorch` means fastprior. Warns if dalle2_pytorch was imported already."""
+    if _install():
+        warnings.warn(
+            "dalle2_pytorch was imported before fastprior.dropin.install(): what was taken from it until now stays "
+            "as it is",
+            stacklevel=2,
+        )
+
+
+def uninstall() -> None:
+    """Undo `install()`: `dalle2_pytorch` is the package of that name again, if there is one."""
+    with _LOCK:
+        if is_installed():
+            _take_out()
+            sys.modules.update(_REPLACED)
+            _REPLACED.clear()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """`install()` for the length of a `with` block, without the warning; what was installed before stays so."""
+    before = is_installed()
+    _install()
+    try:
+        yield
+    finally:
+        if not before:
+            uninstall()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `script.py args...` or `-m module args...` as python would, with the drop-in installed."""
+    args = sys.argv[1:] if argv is None else argv
+    module = args[1:] if args[:1] == ["-m"] else None
+    if not args or module == [] or args[0] in ("-h", "--help"):
+        sys.exit("usage: python -m fastprior.dropin [-m module | script.py] [its arguments ...]")
+    install()
+    if module:
+        sys.argv = module
+        runpy.run_module(module[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = args
+        if not getattr(sys.flags, "safe_path", False):
+            sys.path[0] = os.path.dirname(os.path.realpath(args[0]))
+        runpy.run_path(args[0], run_name="__main__")
+
+
+if __name__ == "__main__":  # under `python -m` this is a second copy; the state is that of the imported one
+    from fastprior.dropin import main as run
+
+    run()
+else:
+    sys.meta_path.insert(0, _PeerFinder())

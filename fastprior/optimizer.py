@@ -1,0 +1,41 @@
+"""Adam and AdamW with weight decay on matrices only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.nn import Parameter
+from torch.optim import Adam, AdamW, Optimizer
+
+
+def separate_weight_decayable_params(params: Iterable[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+    """Matrices and larger, which are decayed, and the rest (gains, biases, scalars), which are not."""
+    params = list(params)
+    return [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+
+
+def get_optimizer(
+    params: Iterable[Parameter],
+    lr: float = 1e-4,
+    wd: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-8,
+    filter_by_requires_grad: bool = False,
+    group_wd_params: bool = True,
+) -> Optimizer:
+    """Adam, or AdamW where there is weight decay.
+
+    Args:
+        params: the parameters; an iterator is consumed.
+        lr, betas, eps: as in torch.
+        wd: weight decay; 0 makes it Adam.
+        filter_by_requires_grad: leave frozen parameters out.
+        group_wd_params: decay only parameters of two or more dimensions.
+    """
+    params = [p for p in params if p.requires_grad or not filter_by_requires_grad]
+    if wd == 0:
+        return Adam(params, lr=lr, betas=betas, eps=eps)
+    if group_wd_params:
+        decayed, kept = separate_weight_decayable_params(params)
+        params = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    return AdamW(params, lr=lr, weight_decay=wd, betas=betas, eps=eps)

@@ -1,0 +1,270 @@
+"""Training configurations as JSON files, in dalle2-pytorch's format.
+
+The files that dalle2-pytorch 1.15.6 reads are read unchanged, and `config.prior.create()` builds the prior. A key that
+no constructor knows is an error which names the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from typing import Any, Literal
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+except ImportError as error:
+    raise ImportError('pydantic 2 is not installed: pip install "fastprior[train]"') from error
+
+from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
+from fastprior.network import DiffusionPriorNetwork
+from fastprior.prior import DiffusionPrior
+
+
+class Config(BaseModel):
+    """A section in which every key is known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
+        if unknown:
+            raise ValueError("; ".join(f"unknown key {key!r}, {_nearest(key, cls.model_fields)}" for key in unknown))
+        return data
+
+
+def _nearest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"the nearest is {close[0]!r}" if close else f"it must be one of {', '.join(map(repr, known))}"
+
+
+class AdapterConfig(Config):
+    """A CLIP adapter.
+
+    Attributes:
+        make: "openai", "open_clip", "x-clip" or "coca".
+        model: its name, for the first two.
+        base_model_kwargs: arguments of the x-clip or CoCa model, or further ones of the adapter, such as `pretrained`.
+            Without it, open_clip takes the last of the model's tags that it lists.
+    """
+
+    make: Literal["openai", "open_clip", "x-clip", "coca"] = "openai"
+    model: str = "ViT-L/14"
+    base_model_kwargs: dict[str, Any] | None = None
+
+    def create(self, **overrides: Any) -> BaseClipAdapter:
+        """The adapter; `overrides` are kept by those of x-clip and CoCa models."""
+        kwargs = self.base_model_kwargs or {}
+        if self.make == "openai":
+            return OpenAIClipAdapter(self.model, **kwargs)
+        if self.make == "open_clip":
+            return OpenClipAdapter(self.model, **({} if "pretrained" in kwargs else self._last_tag()), **kwargs)
+        if self.make == "x-clip":
+            from x_clip import CLIP
+
+            return XClipAdapter(CLIP(**kwargs), **overrides)
+        from coca_pytorch import CoCa
+
+        return CoCaAdapter(CoCa(**kwargs), **overrides)
+
+    def _last_tag(self) -> dict[str, str | None]:
+        if ":" in self.model:  # hf-hub:owner/model carries its own weights
+            return {"pretrained": None}
+        from open_clip import list_pretrained_tags_by_model
+
+        tags = list_pretrained_tags_by_model(self.model.replace("/", "-"))
+        if not tags:
+            raise ValueError(f"model={self.model!r}; open_clip lists no weights for it: give them as `pretrained`")
+        return {"pretrained": tags[-1]}
+
+
+class DiffusionPriorNetworkConfig(Config):
+    """The arguments of `DiffusionPriorNetwork`; `max_text_len` null or left out is the network's default."""
+
+    dim: int
+    depth: int
+    max_text_len: int | None = None
+    num_timesteps: int | None = None
+    num_time_embeds: int = 1
+    num_image_embeds: int = 1
+    num_text_embeds: int = 1
+    self_cond: bool = False
+    dim_head: int = 64
+    heads: int = 8
+    ff_mult: float = 4
+    norm_in: bool = False
+    norm_out: bool = True
+    attn_dropout: float = 0.0
+    ff_dropout: float = 0.0
+    final_proj: bool = True
+    normformer: bool = False
+    rotary_emb: bool = True
+    cosine_sim: bool = True
+    dot_scale: float | None = None
+
+    def create(self) -> DiffusionPriorNetwork:
+        return DiffusionPriorNetwork(**self.model_dump(exclude_none=True))
+
+
+class DiffusionPriorConfig(Config):
+    """The arguments of `DiffusionPrior`."""
+
+    clip: AdapterConfig | None = None
+    net: DiffusionPriorNetworkConfig
+    image_embed_dim: int
+    image_size: int | None = None
+    image_channels: int = 3
+    timesteps: int = 1000
+    sample_timesteps: int | None = None
+    cond_drop_prob: float = 0.0
+    text_cond_drop_prob: float | None = None
+    image_cond_drop_prob: float | None = None
+    loss_type: str = "l2"
+    predict_x_start: bool = True
+    predict_v: bool = False
+    beta_schedule: str = "cosine"
+    condition_on_text_encodings: bool = True
+    sampling_clamp_l2norm: bool = False
+    sampling_final_clamp_l2norm: bool = False
+    training_clamp_l2norm: bool = False
+    init_image_embed_l2norm: bool = False
+    image_embed_scale: float | None = None
+    clip_adapter_overrides: dict[str, Any] | None = None
+    clamp: float | str | None = "default"
+
+    def create(self) -> DiffusionPrior:
+        """The prior, with fresh weights."""
+        clip = self.clip and self.clip.create(**(self.clip_adapter_overrides or {}))
+        rest = self.model_dump(exclude={"clip", "net", "clip_adapter_overrides"})
+        return DiffusionPrior(net=self.net.create(), clip=clip, **rest)
+
+
+class TrainSplitConfig(Config):
+    """Shares of the data; they sum to 1, and the last may be empty."""
+
+    train: float = Field(0.75, ge=0)
+    val: float = Field(0.15, ge=0)
+    test: float = Field(0.1, ge=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> TrainSplitConfig:
+        total = math.fsum((self.train, self.val, self.test))
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train, val and test sum to {total}; they must sum to 1")
+        return self
+
+
+class DiffusionPriorTrainConfig(Config):
+    """How to train.
+
+    Attributes:
+        lr, wd, max_grad_norm: learning rate, weight decay, largest norm of the gradient.
+        use_ema, ema_beta, ema_update_after_step, ema_update_every: the moving average of the weights.
+        amp: mixed precision.
+        warmup_steps: steps until `lr` is reached.
+        save_every_seconds: between checkpoints.
+        eval_timesteps: the numbers of sampling steps to evaluate with.
+        best_validation_loss, current_epoch, num_samples_seen: where a resumed run stands.
+        random_seed: of torch.
+    """
+
+    epochs: int = 1
+    lr: float = 1.1e-4
+    wd: float = 6.02e-2
+    max_grad_norm: float | None = 0.5
+    use_ema: bool = True
+    ema_beta: float = 0.99
+    ema_update_after_step: int | None = None
+    ema_update_every: int | None = None
+    amp: bool = False
+    warmup_steps: int | None = None
+    save_every_seconds: int = 3600
+    eval_timesteps: list[int] = [64]
+    best_validation_loss: float = 1e9
+    current_epoch: int = 0
+    num_samples_seen: int = 0
+    random_seed: int = 0
+
+
+class DiffusionPriorDataConfig(Config):
+    """What to train on.
+
+    Attributes:
+        image_url, meta_url: folders of the image embeddings and of their captions.
+        splits: shares for training, validation and test.
+        batch_size: per process.
+        num_data_points: how many to use.
+        eval_every_seconds: between evaluations.
+    """
+
+    image_url: str
+    meta_url: str
+    splits: TrainSplitConfig
+    batch_size: int
+    num_data_points: int = 250_000_000
+    eval_every_seconds: int = 3600
+
+
+class OpenConfig(BaseModel):
+    """A section with further keys, which go to whatever logger, loader or saver it names."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class TrackerLogConfig(OpenConfig):
+    log_type: str = "console"
+    resume: bool = False
+    auto_resume: bool = False
+    verbose: bool = False
+
+
+class TrackerLoadConfig(OpenConfig):
+    load_from: str | None = None
+    only_auto_resume: bool = False
+
+
+class TrackerSaveConfig(OpenConfig):
+    save_to: str = "local"
+    save_all: bool = False
+    save_latest: bool = True
+    save_best: bool = True
+
+
+class TrackerConfig(Config):
+    """Where a run logs to, loads from and saves to."""
+
+    data_path: str = ".tracker_data"
+    overwrite_data_path: bool = False
+    log: TrackerLogConfig
+    load: TrackerLoadConfig | None = None
+    save: list[TrackerSaveConfig] | TrackerSaveConfig
+
+
+class TrainDiffusionPriorConfig(Config):
+    """A whole training run."""
+
+    prior: DiffusionPriorConfig
+    data: DiffusionPriorDataConfig
+    train: DiffusionPriorTrainConfig
+    tracker: TrackerConfig
+
+    @classmethod
+    def from_json_path(cls, json_path: str | os.PathLike[str]) -> TrainDiffusionPriorConfig:
+        """Read a file. Raises ValueError naming the file and each key that is wrong."""
+        with open(json_path, encoding="utf-8") as file:
+            text = file.read()
+        try:
+            return cls.model_validate(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{os.fspath(json_path)}: not valid JSON: {error}") from None
+        except ValidationError as error:
+            wrong = (f"{'.'.join(map(str, e['loc'])) or 'top level'}: {_message(e)}" for e in error.errors())
+            raise ValueError(f"{os.fspath(json_path)}: " + "; ".join(wrong)) from None
+
+
+def _message(error: Any) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    return message if error["type"] in ("value_error", "missing") else f"{message} (it is {error['input']!r})"

@@ -1,0 +1,121 @@
+"""PriorSampler: the same results as the prior, compiled once, whatever the batch."""
+
+import threading
+
+import pytest
+import torch
+from conftest import make_prior, make_text, relative_error, sample
+
+from fastprior.serving import PriorSampler
+
+TOLERANCE = 2e-5
+
+
+def call(sampler, text, rows=slice(None), seed=1, **kwargs):
+    return sampler(
+        text["text_embed"][rows],
+        text["text_encodings"][rows],
+        generator=torch.Generator().manual_seed(seed),
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("self_cond", [False, True])
+@pytest.mark.parametrize("solver, steps", [("ddpm", None), ("ddim", 9), ("dpm++", 9)])
+def test_results_do_not_depend_on_batch_sizes(self_cond, solver, steps):
+    prior, text = make_prior(dict(self_cond=self_cond)), make_text(11, 32)
+    sampler = PriorSampler(prior, batch_sizes=(2, 4), timesteps=steps, solver=solver, compile=False)
+    for prompts in (1, 2, 3, 11):
+        rows = slice(prompts)
+        given = {name: t[rows] for name, t in text.items()}
+        for cond_scale in (1.0, 3.0):
+            generator = torch.Generator().manual_seed(1)
+            kwargs = dict(cond_scale=cond_scale, timesteps=steps, solver=solver, generator=generator)
+            wanted = sample(prior, given, **kwargs)
+            assert relative_error(call(sampler, text, rows, cond_scale=cond_scale), wanted) < TOLERANCE
+
+
+def test_best_of_n_as_the_prior_takes_it():
+    prior, text = make_prior(), make_text(5, 32)
+    sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=6, samples_per_prompt=3, compile=False)
+    generator = torch.Generator().manual_seed(1)
+    wanted = prior.sample(**text, num_samples_per_batch=3, timesteps=6, generator=generator, progress=False)
+    assert relative_error(call(sampler, text), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_once_for_all_scales_prompts_and_seeds(dtype):
+    from torch._dynamo.utils import counters
+
+    prior, text = make_prior(dict(dim=64, depth=1)), make_text(4, 64)
+    sampler = PriorSampler(prior, batch_sizes=(2, 4), timesteps=8, dtype=dtype)
+    assert list(sampler.warmup()) == [2, 4]
+    counters.clear()
+    for prompts, scale, seed in ((1, 1.0, 1), (2, 3.0, 2), (3, 1.5, 3), (4, 7.0, 4)):
+        got = call(sampler, text, slice(prompts), cond_scale=scale, seed=seed)
+        given = {name: t[:prompts] for name, t in text.items()}
+        generator = torch.Generator().manual_seed(seed)
+        wanted = sample(prior, given, cond_scale=scale, timesteps=8, generator=generator)
+        if dtype == torch.float32:
+            assert relative_error(got, wanted) < TOLERANCE
+        assert torch.cosine_similarity(got, wanted).median() > (0.999 if dtype == torch.bfloat16 else 1 - 1e-6)
+    assert not counters["stats"].get("unique_graphs"), "a call after warmup compiled something"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_of_weights_is_served(dtype):
+    """The compiled step of a 16-bit sampler holds its weights as constants: it must still notice."""
+    prior, text = make_prior(dict(depth=1)), make_text(2, 32)
+    sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=4, dtype=dtype)
+    before = call(sampler, text, cond_scale=2.0)
+    assert torch.equal(call(sampler, text, cond_scale=2.0), before)
+    prior.net.causal_transformer.layers[0][1][1].weight.data.mul_(3)  # through .data: autograd does not see it
+    after = call(sampler, text, cond_scale=2.0)
+    fresh = call(PriorSampler(prior, batch_sizes=(2,), timesteps=4, dtype=dtype, compile=False), text, cond_scale=2.0)
+    assert relative_error(before, fresh) > 0.05
+    assert torch.cosine_similarity(after, fresh).min() > 0.995
+
+
+def test_threads_get_their_own_results():
+    prior, text = make_prior(), make_text(8, 32)
+    sampler = PriorSampler(prior, batch_sizes=(4,), timesteps=6, compile=False)
+    alone = [call(sampler, text, slice(i, i + 1), seed=i, cond_scale=1 + i) for i in range(8)]
+    together = [None] * 8
+
+    def work(i):
+        together[i] = call(sampler, text, slice(i, i + 1), seed=i, cond_scale=1 + i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+
+
+def test_warmup_leaves_the_global_generator_alone():
+    sampler = PriorSampler(make_prior(), batch_sizes=(1,), timesteps=4, compile=False)
+    before = torch.get_rng_state()
+    sampler.warmup()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bad_arguments():
+    prior, text = make_prior(), make_text(1, 32)
+    for kwargs, message in (
+        (dict(batch_sizes=()), "batch_sizes=()"),
+        (dict(batch_sizes=(0, 2)), "each at least 1"),
+        (dict(samples_per_prompt=0), "samples_per_prompt=0; it must be at least 1"),
+        (dict(dtype=torch.int8), "dtype=torch.int8; it must be a floating point dtype"),
+        (dict(timesteps=30), "timesteps=30; the schedule has 20"),
+    ):
+        with pytest.raises(ValueError) as error:
+            PriorSampler(prior, **kwargs)
+        assert message in str(error.value)
+    with pytest.raises(ValueError, match="cannot be served by PriorSampler: dropout is active"):
+        PriorSampler(make_prior(dict(ff_dropout=0.1)).train())
+    with pytest.raises(ValueError, match="cond_scale=2.0; this sampler was built with guidance=False"):
+        call(PriorSampler(prior, guidance=False, timesteps=4, compile=False), text, cond_scale=2.0)
+    with pytest.raises(ValueError, match="text_encodings=None; this prior is conditioned"):
+        PriorSampler(prior, timesteps=4, compile=False)(text["text_embed"])

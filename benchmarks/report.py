@@ -1,0 +1,125 @@
+"""Make the README's speed table from the records: `python benchmarks/report.py`; with `--check` only compare."""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+START, END = "<!-- speed table: made by benchmarks/report.py -->", "<!-- end of speed table -->"
+PROVIDERS = {
+    "drop-in": "drop-in, eager fp32",
+    "sampler-float32": "`PriorSampler`, fp32",
+    "sampler-bfloat16": "`PriorSampler`, bf16",
+}
+
+
+def latest(records: list[dict]) -> list[dict]:
+    """The last record of each measurement; the files are appended to, so later lines are newer."""
+    last = {}
+    for record in records:
+        key = tuple(
+            record.get(k)
+            for k in ("device", "op", "provider", "model", "batch", "cond_scale", "steps", "dtype", "unit")
+        )
+        last.pop(key, None)
+        last[key] = record
+    return list(last.values())
+
+
+def read_records() -> list[dict]:
+    return latest(
+        [
+            json.loads(line)
+            for path in sorted((HERE / "records").glob("*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
+    )
+
+
+def find(records: list[dict], **wanted) -> dict | None:
+    return next((r for r in records if all(r.get(k) == v for k, v in wanted.items())), None)
+
+
+def speed_table(records: list[dict]) -> list[str]:
+    """Ratios to the eager peer of a 64-step run, and our time, per batch."""
+    runs = [r for r in records if r["op"] == "sample" and r.get("steps") == 64 and r.get("ratio")]
+    batches = sorted({r["batch"] for r in runs})
+    lines = [
+        "| 64-step DDIM, D2-small | guidance | " + " | ".join(f"batch {b}" for b in batches) + " |",
+        "|---|---|" + "---|" * len(batches),
+    ]
+    for provider, label in PROVIDERS.items():
+        for scale in sorted({r["cond_scale"] for r in runs}):
+            row = [find(runs, provider=provider, cond_scale=scale, batch=b) for b in batches]
+            cells = [f"**{r['ratio']:.3g}x** ({_time(r['p50'])})" if r else "" for r in row]
+            if any(cells):
+                lines.append(f"| {label} | {'none' if scale == 1 else scale} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def facts(records: list[dict]) -> list[str]:
+    lines = []
+    for r in records:
+        if r["op"] == "ratio to compiled peer":
+            lines.append(
+                f"- {PROVIDERS[r['provider']]}, batch {r['batch']}: {r['p50']:.3g}x the peer under `torch.compile`."
+            )
+        if r["op"] == "step":
+            lines.append(
+                f"- One {r['dtype']} step at batch 1: {r['p50']:.1f} ms, {r['share']:.0%} of the speed of reading its "
+                f"{r['bytes'] / 1e6:.0f} MB of weights once."
+            )
+        if r["op"] == "best of 4":
+            lines.append(f"- Best of 4 in {r['dtype']}: {r['ratio_to_one']:.2f}x the time of one sample.")
+        if r["op"] == "sample" and r.get("steps") == 1000 and "max_error" in r:
+            lines.append(
+                f"- 1000-step DDPM at batch 1, eager fp32: {r['ratio']:.3g}x ({_time(r['p50'])}), and after 1000 steps "
+                f"within {r['max_error']:.0e} of the peer's embedding."
+            )
+        if r["op"] == "peak memory" and "ratio" in r:
+            lines.append(f"- Peak memory, {r['dtype']}, batch {r['batch']}: {r['ratio']:.2f}x the peer's (fp32).")
+    return sorted(lines)
+
+
+def table() -> str:
+    sections = []
+    records = read_records()
+    for device in sorted({r["device"] for r in records}):
+        here = [r for r in records if r["device"] == device]
+        one = find(here, op="sample") or here[0]
+        versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("torch", "dalle2-pytorch", "python"))
+        sections.append(
+            "\n".join(
+                [
+                    f"Times faster than dalle2-pytorch (fp32, eager), in the same run; our time in brackets. {device}; "
+                    f"{versions}; {max(r['date'] for r in here)}.",
+                    "",
+                    *speed_table(here),
+                    "",
+                    *facts(here),
+                ]
+            )
+        )
+    return "\n\n".join(sections)
+
+
+def main() -> int:
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    wanted = f"{before}{START}\n{table()}\n{END}{after}"
+    if "--check" in sys.argv:
+        if wanted != text:
+            print("README.md: the speed table is not what benchmarks/report.py makes of the records", file=sys.stderr)
+        return int(wanted != text)
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Every snippet of the README runs, in order; files and CLIP weights it names are stood in for by small ones."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_prior
+from test_sampler import WordClip
+
+import fastprior
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_snippets(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = dict(dim=32, depth=1, dim_head=16, heads=2, max_text_len=7, num_timesteps=100)
+    given = make_prior(net, timesteps=100)
+    torch.save({"model": given.state_dict(), "step": torch.tensor([3])}, "latest.pth")
+    config = {"net": net, "image_embed_dim": 32, "timesteps": 100, "cond_drop_prob": 0.1}
+    Path("prior_config.json").write_text(json.dumps({"prior": config}))
+    monkeypatch.setattr(fastprior, "OpenAIClipAdapter", lambda name: WordClip())
+    assert len(SNIPPETS) == 3
+    space = {}
+    for snippet in SNIPPETS:
+        exec(snippet, space)
+    printed = capsys.readouterr().out
+    assert printed.count("(4, 64)") == 0 and printed.count("torch.Size([4, 64])") == 2
+    assert "cached path, ddim, 15 evaluations, guidance: null table" in printed
+    assert space["image_embed"].shape == (1, 32) and space["image_embed"].norm() > 0.01
+    assert Path("prior.safetensors").exists()
+    again = fastprior.load("prior.safetensors")
+    assert torch.equal(again.net.learned_query, given.net.learned_query)
+
+
+def test_speed_table_is_made_of_the_records():
+    done = subprocess.run([sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

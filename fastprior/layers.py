@@ -117,14 +117,17 @@ class RotaryEmbedding(nn.Module):
         freqs = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim) if custom_freqs is None else custom_freqs
         self.freqs = nn.Parameter(freqs, requires_grad=learned_freq)
 
-    def table(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at positions start..end-1: two (end - start, dim / 2) tensors, fp32."""
+    def table(self, start: int, end: int, dim_head: int) -> tuple[Tensor, Tensor]:
+        """cos and sin at positions start..end-1 for `kernels.reference.rotate`: (end - start, width), fp32."""
         angles = torch.arange(start, end, device=self.freqs.device)[:, None] * self.freqs.float()
-        return angles.cos(), angles.sin()
+        still = 0, dim_head // 2 * 2 - 2 * angles.shape[-1]  # features that are not rotated
+        cos = torch.stack((angles.cos(), angles.cos()), dim=-1).flatten(-2)
+        sin = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(-2)
+        return F.pad(cos, still, value=1.0), F.pad(sin, still)
 
     def rotate_queries_or_keys(self, t: Tensor, seq_dim: int = -2, offset: int = 0) -> Tensor:
         """Rotate t (..., seq, dim_head), or (..., seq, heads, dim_head) with `seq_dim=-3`, by its position."""
-        cos, sin = self.table(offset, offset + t.shape[seq_dim])
+        cos, sin = self.table(offset, offset + t.shape[seq_dim], t.shape[-1])
         if seq_dim == -3:
             cos, sin = cos[:, None], sin[:, None]
         return ops.rotate(t, cos, sin).to(t.dtype)
@@ -236,7 +239,7 @@ class Attention(nn.Module):
         h = self.normed(x)
         seq = x.shape[1]
         if self.rotary_emb is None or isinstance(self.rotary_emb, RotaryEmbedding):
-            rotary = self.rotary_emb and self.rotary_emb.table(0, seq)
+            rotary = self.rotary_emb and self.rotary_emb.table(0, seq, self.null_kv.shape[-1])
             q, (k, v) = self.queries(h, rotary), self.keys_values(h, rotary)
         else:
             q = at_least_fp32(self.to_q(h)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -265,7 +268,7 @@ def causal_bias(bias: Tensor | None, start: int, end: int, heads: int, device) -
 
 class KVCache(NamedTuple):
     """What a step needs of the prefix: keys and values (depth, prompts, prefix + 1, dim_head), the null ones first, and
-    the suffix's attention bias (suffix * heads, prefix + 1 + suffix) and rotary table (suffix, pairs)."""
+    the suffix's attention bias (suffix * heads, prefix + 1 + suffix) and rotary table (suffix, width)."""
 
     k: Tensor
     v: Tensor
@@ -321,8 +324,8 @@ class CausalTransformer(nn.Module):
         return causal_bias(self.rel_pos_bias.rows(start, end, end + 1, device), start, end, self.heads, device)
 
     def _rotary(self, start: int, end: int) -> tuple[Tensor, Tensor] | None:
-        rotary = self.layers[0][0].rotary_emb
-        return rotary and rotary.table(start, end)
+        attn = self.layers[0][0]
+        return attn.rotary_emb and attn.rotary_emb.table(start, end, attn.null_kv.shape[-1])
 
     def _head(self, x: Tensor) -> Tensor:
         x = self.norm(x)

@@ -25,18 +25,19 @@ def layer_norm(x: Tensor, gain: Tensor, eps: float, stable: bool = False) -> Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first `2 * cos.shape[-1]` features, as interleaved pairs (RoFormer, Su et al. 2021).
+    """Rotary embedding of interleaved pairs (RoFormer, Su et al. 2021): `x * cos + swapped pairs of x * sin`.
 
     Args:
         x: (..., dim_head).
-        cos, sin: broadcastable to (..., pairs), fp32.
+        cos, sin: broadcastable to (..., width), fp32, width even and at most dim_head; both values of a pair stand side
+            by side, sin with the sign of its term. Where features are not rotated cos is 1 and sin 0.
     Returns:
         the shape of `x`, in the wider dtype of `x` and `cos`.
     """
-    pairs = cos.shape[-1]
-    even, odd = x[..., : 2 * pairs].unflatten(-1, (pairs, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated, x[..., 2 * pairs :]), dim=-1)
+    width = cos.shape[-1]
+    turned = x if width == x.shape[-1] else x[..., :width]
+    turned = turned * cos + turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 
 def attention(

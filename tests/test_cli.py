@@ -1,0 +1,357 @@
+"""The command line: what it prints, writes and returns."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastprior
+from fastprior import DiffusionPrior, DiffusionPriorNetwork, cli, digits
+
+
+def make_prior(dim=64, length=8, **options):
+    torch.manual_seed(0)
+    net = DiffusionPriorNetwork(dim=dim, depth=1, dim_head=16, heads=2, max_text_len=length)
+    return DiffusionPrior(net, image_embed_dim=dim, timesteps=20, cond_drop_prob=0.1, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A digits checkpoint, one of another encoder, and text embeddings."""
+    folder = tmp_path_factory.mktemp("cli")
+    fastprior.save(make_prior(image_channels=1), folder / "digits.safetensors", metadata=dict(text_encoder="digits"))
+    fastprior.save(make_prior(dim=32, length=6), folder / "other.safetensors")
+    fastprior.save(make_prior(dim=32, length=6, condition_on_text_encodings=False), folder / "embed-only.safetensors")
+    np.save(folder / "embed.npy", F.normalize(torch.randn(3, 32), dim=-1).numpy())
+    np.save(folder / "encodings.npy", torch.randn(3, 6, 32).numpy())
+    np.save(folder / "ints.npy", np.zeros((3, 32), dtype=np.int64))
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(folder / "archive.npz", a=np.zeros(3))
+    (folder / "junk").write_bytes(b"junk")
+    (folder / "junk.safetensors").write_bytes(b"junk")
+    return folder
+
+
+def run(capsys, *argv):
+    """Status, stdout, stderr."""
+    try:
+        status = cli.main([str(arg) for arg in argv])
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def error_of(capsys, *argv):
+    """The one line that a user's error prints."""
+    status, out, err = run(capsys, *argv)
+    assert status == 2 and err.startswith("fastprior: error: ") and err.count("\n") == 1, (status, out, err)
+    return err
+
+
+# help and info
+
+
+def test_help_version_and_usage(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0 and all(name in out for name in ("info", "quickstart", "sample", "convert"))
+    assert run(capsys, "--version") == (0, f"fastprior {fastprior.__version__}\n", "")
+    for argv in ((), ("nonsense",), ("sample", "a three")):
+        status, _, err = run(capsys, *argv)
+        assert status == 2 and "usage: fastprior" in err
+
+
+def test_info_reports_what_is_there(capsys, monkeypatch):
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    rows = {line[2:20].strip(): line[20:] for line in out.splitlines() if line.startswith("  ")}
+    assert rows["fastprior"] == fastprior.__version__ and rows["torch"] == torch.__version__.partition("+")[0]
+    assert rows["prefix cache"].startswith("on") and rows["null table"].startswith("on")
+    assert f"torch uses {torch.get_num_threads()} threads" in rows["cpu"]
+    if not torch.cuda.is_available():
+        assert rows["cuda"] == "none available"
+        assert rows["Triton kernels"].startswith("off") and rows["CUDA graphs"] == "off, no CUDA device"
+
+    monkeypatch.setattr(cli, "OPTIONAL", ("a-package-that-is-not-there",))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(fastprior.sampler, "network_obstacles", lambda net: ["it is Tuesday"])
+    out = run(capsys, "info")[1]
+    assert any(line.split() == ["a-package-that-is-not-there", "not", "installed"] for line in out.splitlines())
+    assert "not on the CPU, no C++ compiler no-such-compiler" in out
+    assert "off, for fastprior's own networks (it is Tuesday)" in out
+
+
+# sample
+
+
+def test_sample_draws_and_writes_digits(capsys, tmp_path, files):
+    out_file = tmp_path / "out.npy"
+    captions = ["a handwritten three", "the digit 8, written by hand"]
+    status, out, err = run(
+        capsys, "sample", "--checkpoint", files / "digits.safetensors", *captions, "--out", out_file, "--seed", 5,
+        "--steps", 4, "--samples-per-prompt", 3, "--cond-scale", 1.5, "--solver", "dpm++", "--device", "cpu",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    embeds = np.load(out_file)
+    assert embeds.shape == (2, 64) and embeds.dtype == np.float32
+    prior = fastprior.load(files / "digits.safetensors")
+    prior.clip = digits.DigitsClip()
+    expected = prior.sample(
+        captions, 3, 1.5, 4, solver="dpm++", generator=torch.Generator().manual_seed(5), progress=False
+    )
+    np.testing.assert_allclose(embeds, expected.numpy(), rtol=0, atol=1e-6)
+    for caption, embed in zip(captions, expected):
+        assert f"{caption}\n\n{digits.terminal_picture(embed[None])}\n" in out
+    assert f"wrote {out_file}: 2 embeddings of 64" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_sample_follows_the_seed(capsys, tmp_path, files):
+    def sampled(*options):
+        argv = "sample", "--checkpoint", files / "digits.safetensors", "seven", "--out", tmp_path / "o.npy"
+        assert run(capsys, *argv, "--steps", 3, *options)[0] == 0
+        return np.load(tmp_path / "o.npy")
+
+    assert (sampled("--seed", 1) == sampled("--seed", 1)).all()
+    assert abs(sampled("--seed", 1) - sampled("--seed", 2)).max() > 1e-3
+    assert abs(sampled() - sampled()).max() > 1e-3
+
+
+def test_sample_names_unknown_words(capsys, files):
+    argv = "sample", "--checkpoint", files / "digits.safetensors", "a purple 3", "one zebra", "--steps", 2
+    assert run(capsys, *argv)[2] == "fastprior: note: words that the training never saw: purple, zebra\n"
+
+
+def test_sample_from_embeddings(capsys, tmp_path, files):
+    common = "--text-embed", files / "embed.npy", "--out", tmp_path / "o.npy", "--steps", 4, "--seed", 0
+    embed, encodings = (torch.from_numpy(np.load(files / f"{name}.npy")) for name in ("embed", "encodings"))
+    for name, options, cond in (
+        ("other", ("--text-encodings", files / "encodings.npy"), dict(text_embed=embed, text_encodings=encodings)),
+        ("embed-only", (), dict(text_embed=embed)),
+    ):
+        file = files / f"{name}.safetensors"
+        argv = "sample", "--checkpoint", file, *common, *options, "--device", "cpu"
+        assert run(capsys, *argv)[0] == 0
+        generator = torch.Generator().manual_seed(0)
+        expected = fastprior.load(file).sample(None, 4, timesteps=4, generator=generator, progress=False, **cond)
+        np.testing.assert_allclose(np.load(tmp_path / "o.npy"), expected.numpy(), rtol=0, atol=1e-6)
+
+
+def test_sample_encodes_captions_with_the_given_clip(capsys, tmp_path, files, monkeypatch):
+    made = []
+
+    class Narrow(digits.DigitsClip):
+        """The digits' CLIP, cut to 32 features and to colour images."""
+
+        dim_latent = property(lambda self: 32)
+        image_channels = property(lambda self: 3)
+
+        def __init__(self, *args, **kwargs):
+            made.append((args, kwargs))
+            super().__init__()
+
+        def embed_text(self, text):
+            embed, encodings = super().embed_text(text)
+            return F.normalize(embed[:, :32], dim=-1), encodings[..., :32]
+
+    monkeypatch.setattr(fastprior, "OpenClipAdapter", Narrow)
+    argv = "sample", "--checkpoint", files / "other.safetensors", "a six", "a two", "--out", tmp_path / "o.npy"
+    clip = "--clip-model", "ViT-B-32", "--clip-pretrained", "weights.pt"
+    assert run(capsys, *argv, *clip, "--steps", 3, "--seed", 0, "--device", "cpu")[0] == 0
+    assert made == [(("ViT-B-32", "weights.pt"), dict(device="cpu"))]
+    prior = fastprior.load(files / "other.safetensors", clip=Narrow())
+    expected = prior.sample(
+        ["a six", "a two"], 4, timesteps=3, generator=torch.Generator().manual_seed(0), progress=False
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "o.npy"), expected.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--checkpoint {0}/none.safetensors three", "none.safetensors does not exist"),
+        ("--checkpoint {0}/junk.safetensors three", "junk.safetensors"),
+        ("--checkpoint {0}/junk three", "junk"),
+        ("--checkpoint {0} three", "directory"),
+        ("--checkpoint {0}/digits.safetensors", "give either captions or --text-embed"),
+        ("--checkpoint {0}/other.safetensors a --text-embed {0}/embed.npy", "give either captions or --text-embed"),
+        ("--checkpoint {0}/other.safetensors a --text-encodings {0}/encodings.npy", "goes with --text-embed"),
+        ("--checkpoint {0}/other.safetensors a", "give --out FILE.npy"),
+        ("--checkpoint {0}/other.safetensors a --out {0}/o", "give --clip-model and --clip-pretrained, or embeddings"),
+        ("--checkpoint {0}/other.safetensors a --out {0}/o --clip-model b", "--clip-pretrained go together"),
+        ("--checkpoint {0}/other.safetensors --out {0}/o --text-embed {0}/embed.npy", "give --text-encodings too"),
+        ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/no.npy", "No such file"),
+        ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/junk", "is not a .npy file of numbers"),
+        ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/objects.npy", "is not a .npy file"),
+        ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/archive.npz", "an .npz archive"),
+        ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/ints.npy", "int64 (3, 32)"),
+        ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/encodings.npy", "2-dimensional"),
+        ("--checkpoint {0}/digits.safetensors --text-embed {0}/embed.npy --text-encodings {0}/encodings.npy", "shape"),
+        ("--checkpoint {0}/digits.safetensors a --out {0}/no/o.npy", "its folder does not exist"),
+        ("--checkpoint {0}/digits.safetensors a --out {0}", "is a folder"),
+        ("--checkpoint {0}/digits.safetensors three --solver euler", "solver='euler'; it must be one of"),
+        ("--checkpoint {0}/digits.safetensors three --steps 21", "timesteps=21; the schedule has 20"),
+        ("--checkpoint {0}/digits.safetensors three --samples-per-prompt 0", "must be at least 1"),
+        ("--checkpoint {0}/digits.safetensors three --cond-scale nan", "--cond-scale nan: it must be finite"),
+    ],
+)  # fmt: skip
+def test_sample_errors_are_one_line(capsys, files, argv, message):
+    before = sorted(files.iterdir())
+    argv = [part.format(files) for part in argv.split()]
+    if "--steps" not in argv:
+        argv += ["--steps", "2"]
+    assert message in error_of(capsys, "sample", *argv).replace("fastprior: note: ", "")
+    assert sorted(files.iterdir()) == before
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", str(2**63)])
+def test_bad_seeds_are_usage_errors(capsys, files, seed):
+    status, _, err = run(capsys, "sample", "--checkpoint", files / "digits.safetensors", "one", f"--seed={seed}")
+    assert status == 2 and "argument --seed" in err
+
+
+@pytest.mark.parametrize("name, weights", [("no-such-model", "junk"), ("ViT-B-32", "no-such-weights")])
+def test_clip_that_cannot_be_loaded(capsys, files, name, weights):
+    pytest.importorskip("open_clip")
+    argv = "sample", "--checkpoint", files / "other.safetensors", "a", "--out", files / "o"
+    err = error_of(capsys, *argv, "--clip-model", name, "--clip-pretrained", weights)
+    assert f"CLIP {name} with weights {weights} cannot be loaded (" in err
+
+
+def test_missing_open_clip_names_the_extra(capsys, files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    argv = "sample", "--checkpoint", files / "other.safetensors", "a", "--out", files / "o"
+    err = error_of(capsys, *argv, "--clip-model", "ViT-B-32", "--clip-pretrained", "x")
+    assert 'pip install "fastprior[clip]"' in err
+
+
+# convert
+
+
+def test_convert_and_overwrite(capsys, tmp_path, files):
+    target = tmp_path / "prior.pt"
+    argv = "convert", files / "other.safetensors", target
+    status, out, _ = run(capsys, *argv)
+    assert status == 0 and "other.safetensors: fastprior file" in out and f"wrote {target}" in out
+    theirs, ours = torch.load(target, weights_only=True), fastprior.load(files / "other.safetensors").state_dict()
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+    assert f"{target} exists; --overwrite replaces it" in error_of(capsys, *argv)
+    assert run(capsys, *argv, "--overwrite")[0] == 0
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dict(prior=dict(image_embed_scale=3.0))))
+    back = tmp_path / "back.safetensors"
+    assert run(capsys, "convert", target, back, "--config", config)[0] == 0
+    assert fastprior.load(back).image_embed_scale == 3.0
+    config.write_text("{")
+    assert "is not JSON" in error_of(capsys, "convert", target, back, "--config", config, "--overwrite")
+    assert "model weights only" in error_of(capsys, "convert", target, tmp_path / "e.pt", "--weights", "ema")
+    assert "none.pt" in error_of(capsys, "convert", tmp_path / "none.pt", back, "--overwrite")
+
+
+# quickstart
+
+
+def summary_with(**changes):
+    """What a run returns, as far as the command reads it."""
+    summary = dict(
+        goal=dict(metric="right digit, sampled", at_least=0.95, judged=True, reached=True),
+        metrics={"right digit, sampled": 0.97},
+        samplers=dict(agree=True),
+        files=dict(checkpoint="a dir/prior.safetensors", data="a dir/data"),
+    )
+    for name, change in changes.items():
+        summary[name].update(change)
+    return summary
+
+
+@pytest.mark.parametrize(
+    "changes, status, message",
+    [
+        (dict(), 0, "goal reached: 97.0% of the sampled embeddings show the right digit, at least 95% were wanted"),
+        (dict(goal=dict(judged=False, reached=False)), 0, "the goal of 95% is not judged"),
+        (dict(goal=dict(reached=False)), 1, "failed: only 97.0%"),
+        (dict(samplers=dict(agree=False)), 1, "failed: the cached and the uncached sampler differ by more than 0.0001"),
+    ],
+    ids=["reached", "short", "missed", "disagree"],
+)
+def test_quickstart_judges_its_goal(capsys, monkeypatch, changes, status, message):
+    from fastprior import quickstart
+
+    given = []
+    monkeypatch.setattr(
+        quickstart, "run", lambda out, **options: given.append((out, options)) or summary_with(**changes)
+    )
+    monkeypatch.setattr(quickstart, "report", lambda summary: "the report")
+    found, out, err = run(capsys, "quickstart", "--out", "a dir", "--seed", 3, "--no-progress")
+    assert found == status and message in out + err and "the report" in out
+    assert "fastprior sample --checkpoint 'a dir/prior.safetensors' \"a handwritten three\"" in out
+    defaults = dict(steps=quickstart.STEPS, batch=quickstart.BATCH)
+    assert given == [("a dir", dict(**defaults, seed=3, progress=False))]
+
+
+def test_quickstart_then_the_command_that_it_prints(capsys, tmp_path, monkeypatch):
+    """A shortened run into a folder with a space in its name, and the printed command as a shell reads it."""
+    for package in ("sklearn", "matplotlib", "embedding_reader"):
+        pytest.importorskip(package)
+    from fastprior import quickstart
+
+    monkeypatch.setattr(quickstart, "TIMED_ROUNDS", 1)
+    monkeypatch.setattr(quickstart, "TIMED_CAPTIONS", 8)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "quickstart", "--out", "my out", "--steps", "10", "--batch", "16")
+    assert status == 0
+    assert "10/10" in err and "loss=" in err and "4/4" not in err  # one bar, ours
+    assert "the goal of 95% is not judged for a training this short" in out
+    line = next(line for line in out.splitlines() if line.startswith("  fastprior sample"))
+    program, *argv = shlex.split(line)
+    assert program == "fastprior" and argv[-1] == "a handwritten three"
+    status, out, _ = run(capsys, *argv, "--out", "three.npy")
+    assert status == 0 and out.startswith("a handwritten three\n")
+    assert np.load("three.npy").shape == (1, 64)
+
+
+def test_quickstart_in_a_place_that_cannot_be_written(capsys, tmp_path):
+    pytest.importorskip("sklearn")
+    (tmp_path / "file").write_text("")
+    assert "file" in error_of(capsys, "quickstart", "--out", tmp_path / "file", "--steps", 1)
+    assert "steps=0" in error_of(capsys, "quickstart", "--out", tmp_path / "o", "--steps", 0)
+
+
+def test_quickstart_without_its_packages(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    err = error_of(capsys, "quickstart", "--out", tmp_path / "o")
+    assert 'sklearn: pip install "fastprior[quickstart]"' in err
+
+
+# ways to end
+
+
+def test_interrupt_and_warnings(capsys, monkeypatch):
+    import warnings
+
+    def interrupted(args):
+        warnings.warn("look\nout")
+        raise KeyboardInterrupt("half way")
+
+    interrupted.__name__ = "info"
+    monkeypatch.setattr(cli, "info", interrupted)
+    status, _, err = run(capsys, "info")
+    assert status == 130
+    assert err == "fastprior: warning: look out\nfastprior: interrupted: half way\n"
+
+
+def test_reader_that_leaves(tmp_path):
+    """`fastprior info | true` ends without a traceback."""
+    command = [sys.executable, "-m", "fastprior.cli", "info"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.returncode == 141 and "Traceback" not in result.stderr and "Exception" not in result.stderr

@@ -27,7 +27,7 @@ GOALS = {
     ("bfloat16", 1.0): {1: 12, 8: 30, 64: 40},
 }
 PEER_STEPS = {1: STEPS, 8: 10, 64: 3}
-ROUNDS = {1: 5, 8: 5, 64: 3}
+ROUNDS = {1: 3, 8: 3, 64: 2}
 
 
 def peer_run(prior, batch: int, cond_scale: float, device, steps: int) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_compiled_peer(benchmark, record, device, batch):
     peer = copy.deepcopy(eager)
     torch._dynamo.reset()
     peer.net.forward = torch.compile(peer.net.forward)
-    peer_steps = 20
+    peer_steps = 10
     start = time.perf_counter()
     got = peer_run(peer, batch, 1.0, device, 4)
     compile_s = time.perf_counter() - start
@@ -136,7 +136,7 @@ def test_compiled_peer(benchmark, record, device, batch):
         for name, run in built.items():
             times[name].append(seconds(lambda run=run: run(**text(batch, device)), device))
 
-    benchmark.pedantic(round_, rounds=5)
+    benchmark.pedantic(round_, rounds=3)
     record("sample", "peer compiled", times["peer compiled"], **details, dtype="float32")
     for name in built:
         ratio = statistics.median(a / b for a, b in zip(times["peer compiled"], times[name]))

@@ -96,7 +96,8 @@ def _read(path: Path) -> tuple[Mapping, dict | None]:
                 f"{path} is refused, and nothing in it was run: it refers to {forbidden[1]}, and a checkpoint must "
                 "hold tensors and plain values only. Save its state_dict() alone where it was made"
             ) from None
-        raise ValueError(f"{path} cannot be read: it is damaged, cut short, or no checkpoint ({detail})") from error
+        kind = f"{type(error).__name__}: {detail or error}"
+        raise ValueError(f"{path} cannot be read: it is damaged, cut short, or no checkpoint ({kind})") from error
     if not isinstance(payload, Mapping):
         raise ValueError(f"{path} holds a {type(payload).__name__}; it must hold a dict")
     return payload, None
@@ -319,7 +320,10 @@ def _write(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
         raise FileNotFoundError(f"{path} cannot be written; it must be a file in a folder that exists")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask gives; safetensors would leave 0600
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

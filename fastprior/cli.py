@@ -242,7 +242,7 @@ def sample(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> int:
     from fastprior import checkpoint
 
-    options = dict(overwrite=args.overwrite, config=args.config, weights=args.weights)
+    options = dict(overwrite=args.overwrite, config=args.config, weights=args.weights, version=args.trained_with)
     try:
         report = checkpoint.convert(args.source, args.target, **options)
     except FileExistsError:
@@ -308,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     sub.add_argument("--config", metavar="JSON", help="file with what weights do not show")
     sub.add_argument("--weights", choices=("auto", "model", "ema"), default="auto", help="(%(default)s)")
+    sub.add_argument("--trained-with", metavar="RELEASE", help="of dalle2-pytorch, for old files that do not record it")
     return parser
 
 

@@ -889,3 +889,12 @@ def test_convert_keeps_an_old_era_and_metadata(tmp_path):
     save(prior, tmp_path / "more.safetensors", metadata={"a": 1})
     assert convert(tmp_path / "more.safetensors", tmp_path / "copy.safetensors").metadata == {"a": 1}
     assert load(tmp_path / "copy.safetensors").load_report.metadata == {"a": 1}
+
+
+def test_saved_files_have_the_usual_permissions(tmp_path):
+    old = os.umask(0o022)
+    try:
+        save(make_prior(), tmp_path / "prior.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "prior.safetensors").stat().st_mode & 0o777 == 0o644

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import pack, rearrange, reduce, repeat, unpack
 from einops.layers.torch import Rearrange
-from torch import Tensor, einsum, nn
+from torch import einsum, nn
 from tqdm.auto import tqdm
 
 from fastprior.clip import (
@@ -44,7 +43,8 @@ from fastprior.layers import (
 )
 from fastprior.network import DiffusionPriorNetwork, prob_mask_like
 from fastprior.prior import DiffusionPrior
-from fastprior.schedule import BETA_SCHEDULES, NoiseScheduler
+from fastprior.prior import in_eval_mode as eval_decorator
+from fastprior.schedule import BETA_SCHEDULES, NoiseScheduler, extract
 from fastprior.tokenizer import tokenizer
 
 cosine_beta_schedule = BETA_SCHEDULES["cosine"]
@@ -62,26 +62,6 @@ def default(val: Any, d: Any) -> Any:
     if val is not None:
         return val
     return d() if callable(d) else d
-
-
-def eval_decorator(fn: Callable) -> Callable:
-    """Make a method run in eval mode; the mode comes back afterwards, also after an error."""
-
-    @wraps(fn)
-    def inner(model, *args, **kwargs):
-        training = model.training
-        model.eval()
-        try:
-            return fn(model, *args, **kwargs)
-        finally:
-            model.train(training)
-
-    return inner
-
-
-def extract(a: Tensor, t: Tensor, x_shape: tuple[int, ...]) -> Tensor:
-    """The entries of table `a` (timesteps,) at times t (batch,), as (batch, 1, ...) with as many dims as `x_shape`."""
-    return a.gather(-1, t).view(-1, *(1,) * (len(x_shape) - 1))
 
 
 __all__ = [

@@ -42,6 +42,13 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.g, eps, self.stable)
 
 
+class Linear(nn.Linear):
+    """nn.Linear that is fast for few rows too, see `kernels.reference.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class SinusoidalPosEmb(nn.Module):
     """Embed real-valued times (batch,) as (batch, dim) sines and cosines; computed in fp32."""
 
@@ -148,11 +155,11 @@ class FeedForward(nn.Sequential):
         inner = int(mult * dim)
         super().__init__(
             LayerNorm(dim),
-            nn.Linear(dim, inner * 2, bias=False),
+            Linear(dim, inner * 2, bias=False),
             SwiGLU(),
             LayerNorm(inner) if post_activation_norm else nn.Identity(),
             nn.Dropout(dropout),
-            nn.Linear(inner, dim, bias=False),
+            Linear(inner, dim, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,10 +201,10 @@ class Attention(nn.Module):
         self.norm = LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.null_kv = nn.Parameter(torch.randn(2, dim_head))
-        self.to_q = nn.Linear(dim, dim_head * heads, bias=False)
-        self.to_kv = nn.Linear(dim, dim_head * 2, bias=False)
+        self.to_q = Linear(dim, dim_head * heads, bias=False)
+        self.to_kv = Linear(dim, dim_head * 2, bias=False)
         self.rotary_emb = rotary_emb
-        self.to_out = nn.Sequential(nn.Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
+        self.to_out = nn.Sequential(Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
 
     def normed(self, x: Tensor) -> Tensor:
         """The input of the projections: the norm of the residual stream, in the weights' dtype."""
@@ -318,7 +325,7 @@ class CausalTransformer(nn.Module):
             for _ in range(depth)
         )  # fmt: skip
         self.norm = LayerNorm(dim, stable=True) if norm_out else nn.Identity()
-        self.project_out = nn.Linear(dim, dim, bias=False) if final_proj else nn.Identity()
+        self.project_out = Linear(dim, dim, bias=False) if final_proj else nn.Identity()
 
     def _bias(self, start: int, end: int, device) -> Tensor:
         return causal_bias(self.rel_pos_bias.rows(start, end, end + 1, device), start, end, self.heads, device)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprior.layers import MLP, CausalTransformer, KVCache, SinusoidalPosEmb
+from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
 
@@ -73,7 +73,7 @@ class DiffusionPriorNetwork(nn.Module):
 
         def tokens(count: int, source: nn.Module | None = None) -> nn.Sequential:
             if source is None:
-                source = nn.Linear(dim, dim * count) if count > 1 else nn.Identity()
+                source = Linear(dim, dim * count) if count > 1 else nn.Identity()
             return nn.Sequential(source, nn.Unflatten(-1, (count, dim)))
 
         self.to_text_embeds = tokens(num_text_embeds)

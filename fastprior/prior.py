@@ -19,7 +19,9 @@ from fastprior.solvers import default_solver, step_table
 LOOPS = ("p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim")
 
 
-def _in_eval_mode(method):
+def in_eval_mode(method):
+    """Make a method run in eval mode; the mode comes back afterwards, also after an error."""
+
     @wraps(method)
     def inner(self, *args, **kwargs):
         training = self.training
@@ -334,7 +336,7 @@ class DiffusionPrior(nn.Module):
         return embeds / self.image_embed_scale
 
     @torch.no_grad()
-    @_in_eval_mode
+    @in_eval_mode
     def sample_batch_size(self, batch_size: int, text_cond: dict, cond_scale: float = 1.0) -> Tensor:
         """DDPM samples (batch_size, image_embed_dim) for given conditions, still scaled by `image_embed_scale`."""
         return self.p_sample_loop_ddpm((batch_size, self.image_embed_dim), text_cond, cond_scale=cond_scale)
@@ -357,7 +359,7 @@ class DiffusionPrior(nn.Module):
         return dict(text_embed=text_embed, text_encodings=text_encodings)
 
     @torch.no_grad()
-    @_in_eval_mode
+    @in_eval_mode
     def sample(
         self,
         text: Tensor | str | list[str] | None = None,

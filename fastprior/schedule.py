@@ -48,6 +48,11 @@ def _choose(name: str, value: str, options: dict):
     return options[value]
 
 
+def extract(a: Tensor, t: Tensor, x_shape: tuple[int, ...]) -> Tensor:
+    """The entries of table `a` (timesteps,) at times t (batch,), as (batch, 1, ...) with as many dims as `x_shape`."""
+    return a.gather(-1, t).view(-1, *(1,) * (len(x_shape) - 1))
+
+
 class NoiseScheduler(nn.Module):
     """A variance-preserving schedule of `timesteps` betas, its loss, and the arithmetic between x_t, x_0, v and noise.
 
@@ -107,12 +112,9 @@ class NoiseScheduler(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
-            self._buffers[name] = value.to(self._buffers[name].device)
+            if not value.is_meta:
+                self._buffers[name] = value.to(self._buffers[name].device)
         return self
-
-    @staticmethod
-    def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        return table.gather(-1, t).view(-1, *(1,) * (like.ndim - 1))
 
     def sample_random_times(self, batch: int) -> Tensor:
         """(batch,) int64, uniform over the schedule."""
@@ -120,44 +122,44 @@ class NoiseScheduler(nn.Module):
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0)."""
-        mean = self._at(self.posterior_mean_coef1, t, x_t) * x_start + self._at(self.posterior_mean_coef2, t, x_t) * x_t
-        variance = self._at(self.posterior_variance, t, x_t)
-        return mean, variance, self._at(self.posterior_log_variance_clipped, t, x_t)
+        mean = (
+            extract(self.posterior_mean_coef1, t, x_t.shape) * x_start
+            + extract(self.posterior_mean_coef2, t, x_t.shape) * x_t
+        )
+        variance = extract(self.posterior_variance, t, x_t.shape)
+        return mean, variance, extract(self.posterior_log_variance_clipped, t, x_t.shape)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """A draw of x_t given x_0."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        signal = self._at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-        return signal + self._at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        signal = extract(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+        return signal + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
 
     def q_sample_from_to(self, x_from: Tensor, from_t: Tensor, to_t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Move x from time `from_t` to time `to_t`, adding noise."""
         noise = torch.randn_like(x_from) if noise is None else noise
-        alpha, sigma = (
-            self._at(t, from_t, x_from) for t in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
-        )
-        alpha_to, sigma_to = (
-            self._at(t, to_t, x_from) for t in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
-        )
+        tables = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        alpha, sigma = (extract(table, from_t, x_from.shape) for table in tables)
+        alpha_to, sigma_to = (extract(table, to_t, x_from.shape) for table in tables)
         return x_from * (alpha_to / alpha) + noise * (sigma_to * alpha - sigma * alpha_to) / alpha
 
     def calculate_v(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """v of Salimans & Ho 2022: sqrt(ā) * noise - sqrt(1 - ā) * x_0."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        signal = self._at(self.sqrt_alphas_cumprod, t, x_start) * noise
-        return signal - self._at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+        signal = extract(self.sqrt_alphas_cumprod, t, x_start.shape) * noise
+        return signal - extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * x_start
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        signal = self._at(self.sqrt_alphas_cumprod, t, x_t) * x_t
-        return signal - self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+        signal = extract(self.sqrt_alphas_cumprod, t, x_t.shape) * x_t
+        return signal - extract(self.sqrt_one_minus_alphas_cumprod, t, x_t.shape) * v
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        signal = self._at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-        return signal - self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+        signal = extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
+        return signal - extract(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        signal = self._at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-        return (signal - x0) / self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+        signal = extract(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
+        return (signal - x0) / extract(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
 
     def p2_reweigh_loss(self, loss: Tensor, times: Tensor) -> Tensor:
-        return loss * self._at(self.p2_loss_weight, times, loss) if self.has_p2_loss_reweighting else loss
+        return loss * extract(self.p2_loss_weight, times, loss.shape) if self.has_p2_loss_reweighting else loss

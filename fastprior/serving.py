@@ -91,7 +91,9 @@ class PriorSampler:
             if self.compile:
                 # a code object of its own: torch.compile counts recompilations by code object, not by closure
                 own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
-                step = torch.compile(own, fullgraph=True, dynamic=False)
+                # the weights are watched here, so their several hundred guards need not be checked at every step
+                options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+                step = torch.compile(own, fullgraph=True, dynamic=False, options=options)
             self._steps[batch] = step
         return self._steps[batch]
 

@@ -24,6 +24,28 @@ def layer_norm(x: Tensor, gain: Tensor, eps: float, stable: bool = False) -> Ten
     return F.layer_norm(x, x.shape[-1:], gain.to(x.dtype), None, eps)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, with a fast way for few rows on the CPU.
+
+    There `weight @ x.T` reads the weights faster than the usual order does: in 16 bits up to about 256 rows and up to
+    twice as fast, in fp32 for 5 to 64 rows. In a compiled graph 16-bit weights get packed, which is faster still.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), in the dtype of `x`.
+        bias: (out,).
+    Returns:
+        (..., out).
+    """
+    rows = x.numel() // x.shape[-1]
+    half = x.element_size() == 2
+    few = x.device.type == "cpu" and (rows <= 256 if half else 5 <= rows <= 64) and x.dtype == weight.dtype
+    if not few or (half and torch.compiler.is_compiling()):
+        return F.linear(x, weight, bias)
+    out = (weight @ x.reshape(rows, -1).t()).t()
+    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of interleaved pairs (RoFormer, Su et al. 2021): `x * cos + swapped pairs of x * sin`.
 

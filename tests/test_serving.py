@@ -8,7 +8,7 @@ from conftest import make_prior, make_text, relative_error, sample
 
 from fastprior.serving import PriorSampler
 
-TOLERANCE = 2e-5
+TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
 
 
 def call(sampler, text, rows=slice(None), seed=1, **kwargs):

@@ -1,0 +1,45 @@
+"""On a GPU, where there is one: the same network as on the CPU, and every path equal on the device."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_prior, make_text, relative_error, sample
+from test_sampler import plain
+
+from fastprior.serving import PriorSampler
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE = "cuda"
+
+
+def on_device(text: dict) -> dict:
+    return {name: t.to(DEVICE) for name, t in text.items()}
+
+
+@pytest.mark.parametrize("net", [{}, dict(self_cond=True), dict(num_timesteps=20, normformer=True)])
+def test_forward_equals_the_cpu(net):
+    prior, text = make_prior(net), make_text(3, 32)
+    x, t = torch.randn(3, 32), torch.tensor([1, 7, 19])
+    wanted = prior.net(x, t, **text)
+    got = prior.to(DEVICE).net(x.to(DEVICE), t.to(DEVICE), **on_device(text))
+    assert relative_error(got.cpu(), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 3.0])
+@pytest.mark.parametrize("run", [{}, dict(timesteps=9), dict(timesteps=9, solver="dpm++")])
+def test_cached_equals_plain(run, cond_scale):
+    prior, text = make_prior().to(DEVICE), on_device(make_text(3, 32))
+    got, wanted = (sample(p, text, cond_scale=cond_scale, **run) for p in (prior, plain(prior)))
+    assert relative_error(got.cpu(), wanted.cpu()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_sampler(dtype):
+    prior, text = make_prior(dict(dim=64)).to(DEVICE), on_device(make_text(3, 64))
+    sampler = PriorSampler(prior, batch_sizes=(4,), timesteps=8, dtype=dtype)
+    sampler.warmup()
+    generators = [torch.Generator(DEVICE).manual_seed(1) for _ in range(2)]
+    wanted = sample(copy.deepcopy(prior), text, timesteps=8, cond_scale=2.0, generator=generators[0])
+    got = sampler(**text, cond_scale=2.0, generator=generators[1])
+    assert torch.cosine_similarity(got, wanted).median() > (1 - 1e-6 if dtype == torch.float32 else 0.999)

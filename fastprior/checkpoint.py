@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -24,6 +23,7 @@ from fastprior.eras import LoadReport, plan, read_config, some
 from fastprior.layers import RotaryEmbedding
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
+from fastprior.utils import atomic
 from fastprior.version import __version__
 
 FORMAT = 1
@@ -313,24 +313,6 @@ def _contents(prior: DiffusionPrior) -> tuple[dict[str, Tensor], dict]:
     return state, config
 
 
-def _write(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Write a file so that at any moment there is the old one or the new one, whole."""
-    path = Path(os.path.realpath(path))
-    if path.is_dir() or not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written; it must be a file in a folder that exists")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask gives; safetensors would leave 0600
-        write(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | None = None) -> None:
     """Save a prior, without its CLIP, as one safetensors file that records how to build it. Atomic.
 
@@ -348,7 +330,8 @@ def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | 
         header = json.dumps({"format": FORMAT, "version": __version__, **config, "metadata": dict(metadata or {})})
     except TypeError as error:
         raise TypeError(f"metadata and configuration must be JSON values ({error})") from error
-    _write(path, lambda file: safetensors.torch.save_file(state, file, metadata={HEADER: header}))
+    with atomic(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata={HEADER: header})
 
 
 def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
@@ -361,7 +344,8 @@ def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
     state, config = _contents(prior)
     if not config["net"].get("cosine_sim", True):
         raise ValueError("the network has cosine_sim=False; dalle2-pytorch has cosine similarity attention only")
-    _write(path, lambda file: torch.save(state, file))
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
 
 def convert(

@@ -188,6 +188,7 @@ def sample(args: argparse.Namespace) -> int:
     import torch
 
     from fastprior import checkpoint, digits
+    from fastprior.utils import atomic
 
     _check_sample(args)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -230,7 +231,7 @@ def sample(args: argparse.Namespace) -> int:
         for title, embed in zip(args.captions or [f"row {i}" for i in range(len(embeds))], embeds):
             print(f"{title}\n\n{digits.terminal_picture(embed[None])}\n")
     if args.out:
-        with digits.atomic(Path(args.out)) as path, open(path, "wb") as file:
+        with atomic(Path(args.out)) as path, open(path, "wb") as file:
             np.save(file, embeds.float().cpu().numpy())
         print(f"wrote {args.out}: {embeds.shape[0]} embeddings of {embeds.shape[1]}")
     return 0

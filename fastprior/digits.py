@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.clip import BaseClipAdapter, EmbedImageReturn, EmbedTextReturn
+from fastprior.utils import atomic
 
 NAME = "digits"  # how a checkpoint names this text encoder
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -32,17 +31,6 @@ SIDE = 8  # an image is SIDE x SIDE pixels
 DIM = SIDE * SIDE
 MAX_WORDS = 8
 SHARDS = 4
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its name when the block ends well and is removed when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # the tiny CLIP

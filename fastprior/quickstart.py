@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from fastprior import DiffusionPrior, DiffusionPriorNetwork, __version__, checkpoint, digits
 from fastprior.digits import Pairs
+from fastprior.utils import atomic
 
 STEPS, BATCH = 500, 128
 LEARNING_RATE, WARMUP, EMA_DECAY = 6e-3, 0.1, 0.98  # peak; share of the steps that it rises for
@@ -234,7 +235,7 @@ def draw_figure(path: Path, prior: DiffusionPrior, held_out: Pairs, curves: Curv
     axes.axhline(bound, color="0.5", linestyle="--", label="between real images of one digit")
     axes.set(title="similarity with original image", xlabel="step", ylim=(None, 1))
     axes.legend(frameon=False, loc="upper right")
-    with digits.atomic(path) as temporary:
+    with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
@@ -311,7 +312,7 @@ def run(
             checkpoint=str(file), figure=str(out / "digits.png"), metrics=str(out / "metrics.json"), data=str(data)
         ),
     )
-    with digits.atomic(out / "metrics.json") as temporary:
+    with atomic(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from contextlib import nullcontext
 from types import FunctionType
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fastprior.layers import l2norm
 from fastprior.prior import DiffusionPrior
-from fastprior.sampler import WeightWatch, denoise_step, prefill, run_steps, step_inputs
+from fastprior.sampler import WeightWatch, denoise_step, network_obstacles, prefill, run_steps, step_inputs
 
 
 class PriorSampler:
@@ -64,21 +63,24 @@ class PriorSampler:
         self.prior, self.samples_per_prompt = prior, samples_per_prompt
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
         self.dtype, self.compile = dtype or prior.net.learned_query.dtype, compile
-        # inductor packs 16-bit weights for the CPU's matrix units only when it may treat them as constants
-        self._freeze = compile and prior.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
         self._lock = threading.Lock()
-        self._watch = WeightWatch()
+        self._modules: list | None = None
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """(Re)build what depends on the weights, if they changed."""
-        if not self._watch.changed(self.prior.net):
-            return
+        """(Re)build what depends on the network: all of it for other modules or hooks, the tables for other weights."""
         own = self.prior.net
-        self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
-        self._times, self._null_preds, self._rows = step_inputs(self._net, self.plan)
-        self._indices = torch.arange(len(self._rows), device=self._rows.device)
-        self._steps = {}
+        modules = [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in own.modules()]
+        if modules != self._modules:
+            if found := network_obstacles(own):
+                raise ValueError(f"the prior's network was changed, and cannot be served: {'; '.join(found)}")
+            self._modules, self._steps, self._watch = modules, {}, WeightWatch()
+            self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
+        if self._watch.changed(own):
+            if self._net is not own:
+                self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
+            self._times, self._null_preds, self._rows = step_inputs(self._net, self.plan)
+            self._indices = torch.arange(len(self._rows), device=self._rows.device)
 
     def _step(self, batch: int):
         """`denoise_step` of this network, compiled for one batch size."""
@@ -91,7 +93,7 @@ class PriorSampler:
             if self.compile:
                 # a code object of its own: torch.compile counts recompilations by code object, not by closure
                 own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
-                # the weights are watched here, so their several hundred guards need not be checked at every step
+                # modules and weights are watched in _refresh: no need to check several hundred guards at every step
                 options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
                 step = torch.compile(own, fullgraph=True, dynamic=False, options=options)
             self._steps[batch] = step
@@ -178,12 +180,4 @@ class PriorSampler:
         def step(x, x0, noise, index):
             return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise(), self._indices[index])
 
-        with self._compiler_options():
-            return run_steps(self.prior, self.plan.table, step, draw)[:rows]
-
-    def _compiler_options(self):
-        if not self._freeze:
-            return nullcontext()
-        from torch._inductor import config
-
-        return config.patch(freezing=True)
+        return run_steps(self.prior, self.plan.table, step, draw)[:rows]

@@ -1,10 +1,37 @@
-"""Small helpers that training scripts import."""
+"""Small helpers: atomic files, and what training scripts import."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+
+
+@contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well, and is removed when it does not.
+
+    So at any moment there is the old file or the new one, whole. Raises FileNotFoundError where no file can be.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written; it must be a file in a folder that exists")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask gives; safetensors would leave 0600
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Timer:

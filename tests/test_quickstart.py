@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("embedding_reader")
 
 from fastprior import quickstart
+from fastprior.utils import atomic
 
 STEPS, BATCH = 20, 32
 
@@ -183,11 +184,11 @@ def test_stray_shards_are_refused(tmp_path, stray):
 def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), digits.atomic(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-    with digits.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 

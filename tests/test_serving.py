@@ -64,17 +64,33 @@ def test_compiled_once_for_all_scales_prompts_and_seeds(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_change_of_weights_is_served(dtype):
-    """The compiled step of a 16-bit sampler holds its weights as constants: it must still notice."""
+def test_a_change_of_weights_or_modules_is_served(dtype):
+    """Guards are not checked at every step, and a 16-bit sampler runs on a copy: both must still notice."""
     prior, text = make_prior(dict(depth=1)), make_text(2, 32)
+    feed_forward = prior.net.causal_transformer.layers[0][1]
     sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=4, dtype=dtype)
-    before = call(sampler, text, cond_scale=2.0)
-    assert torch.equal(call(sampler, text, cond_scale=2.0), before)
-    prior.net.causal_transformer.layers[0][1][1].weight.data.mul_(3)  # through .data: autograd does not see it
-    after = call(sampler, text, cond_scale=2.0)
-    fresh = call(PriorSampler(prior, batch_sizes=(2,), timesteps=4, dtype=dtype, compile=False), text, cond_scale=2.0)
-    assert relative_error(before, fresh) > 0.05
-    assert torch.cosine_similarity(after, fresh).min() > 0.995
+
+    def scale_behind_autograd():
+        feed_forward[1].weight.data.mul_(3)
+
+    def replace_a_parameter():
+        feed_forward[5].weight = torch.nn.Parameter(feed_forward[5].weight * -2)
+
+    def hook_a_linear():
+        feed_forward[1].register_forward_hook(lambda module, args, out: out * 0.1)
+
+    for change in (scale_behind_autograd, replace_a_parameter, hook_a_linear):
+        before = call(sampler, text, cond_scale=2.0)
+        assert torch.equal(call(sampler, text, cond_scale=2.0), before)
+        change()
+        after = call(sampler, text, cond_scale=2.0)
+        plain = PriorSampler(prior, batch_sizes=(2,), timesteps=4, dtype=dtype, compile=False)
+        fresh = call(plain, text, cond_scale=2.0)
+        assert relative_error(before, fresh) > 0.02, change
+        assert torch.cosine_similarity(after, fresh).min() > 0.995, change
+    feed_forward.register_forward_hook(lambda module, args, out: out)
+    with pytest.raises(ValueError, match="cannot be served: FeedForward has a forward hook"):
+        call(sampler, text)
 
 
 def test_threads_get_their_own_results():

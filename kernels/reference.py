@@ -41,7 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     few = rows <= 256 if x.element_size() == 2 else 5 <= rows <= 64
     if not few or x.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
-    out = (weight @ x.reshape(rows, -1).t()).t()
+    # contiguous: random numbers "like" a result, and dropout masks, are drawn in the order of its memory
+    out = (weight @ x.reshape(rows, -1).t()).t().contiguous()
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 

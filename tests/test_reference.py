@@ -33,7 +33,7 @@ def test_rotate_turns_pairs_and_keeps_the_rest():
     x, angle = torch.randn(3, 7), torch.rand(3, 2)
     cos, sin = (t.repeat_interleave(2, dim=-1) for t in (angle.cos(), angle.sin()))
     got = ops.rotate(x, cos, sin * torch.tensor([-1.0, 1, -1, 1]))
-    turned = torch.view_as_complex(x[:, :4].reshape(3, 2, 2)) * torch.polar(torch.ones_like(angle), angle)
+    turned = torch.view_as_complex(x[:, :4].reshape(3, 2, 2).contiguous()) * torch.polar(torch.ones_like(angle), angle)
     assert relative_error(got[:, :4], torch.view_as_real(turned).flatten(1)) < 1e-6
     assert torch.equal(got[:, 4:], x[:, 4:])
 

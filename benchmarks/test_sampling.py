@@ -83,6 +83,7 @@ def check(out: torch.Tensor, batch: int, cond_scale: float, device, dtype: str) 
 def test_sampling(benchmark, record, device, request, provider, cond_scale, batch):
     ours, peer = pair(device)
     peer_steps = STEPS if request.config.getoption("--full-peer") else PEER_STEPS[batch]
+    rounds = request.config.getoption("--rounds") or ROUNDS[batch]
     dtype = "float32" if provider == "drop-in" else provider.removeprefix("sampler-")
     details = dict(model="D2-small", batch=batch, cond_scale=cond_scale, steps=STEPS, dtype=dtype)
     if provider == "drop-in":
@@ -105,7 +106,7 @@ def test_sampling(benchmark, record, device, request, provider, cond_scale, batc
         once = seconds(lambda: peer_run(peer, batch, cond_scale, device, peer_steps), device)
         theirs.append(once * (STEPS - 1) / (peer_steps - 1))
 
-    benchmark.pedantic(lambda: mine.append(seconds(run, device)), setup=time_peer, rounds=ROUNDS[batch])
+    benchmark.pedantic(lambda: mine.append(seconds(run, device)), setup=time_peer, rounds=rounds)
     ratio = statistics.median(a / b for a, b in zip(theirs, mine))
     goal = GOALS.get((dtype, cond_scale), {}).get(batch)
     record("sample", "peer eager", theirs, **details | dict(dtype="float32", peer_evaluations=peer_steps - 1))

@@ -21,6 +21,7 @@ torch.set_num_threads(os.cpu_count() if "OMP_NUM_THREADS" not in os.environ else
 def pytest_addoption(parser):
     parser.addoption("--record", metavar="FILE", help="append the measurements to this file, as JSON lines")
     parser.addoption("--device", default="cpu", help="where to run: cpu or cuda")
+    parser.addoption("--rounds", type=int, help="rounds of whole runs; by default 3 at batch 1 and 8, 2 at batch 64")
     parser.addoption(
         "--full-peer", action="store_true", help="run the peer's every step, also where that takes minutes"
     )

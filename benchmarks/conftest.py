@@ -79,6 +79,7 @@ def record(request, device):
         )
         path = request.config.getoption("--record")
         if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         return mid

@@ -10,17 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprior.kernels import reference as ops
+from fastprior.kernels import ops, reference
+from fastprior.kernels.reference import Rotary
 
 
 def l2norm(t: Tensor) -> Tensor:
     """Scale the last dimension to Euclidean length 1."""
     return F.normalize(t, dim=-1)
-
-
-def at_least_fp32(t: Tensor) -> Tensor:
-    """16-bit tensors as fp32: logits of scale 16 in bf16 are wrong by several percent."""
-    return t.float() if t.element_size() < 4 else t
 
 
 class LayerNorm(nn.Module):
@@ -36,10 +32,11 @@ class LayerNorm(nn.Module):
         self.eps, self.fp16_eps, self.stable = eps, fp16_eps, stable
         self.g = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, after: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The norm of x (..., dim), plus `after`, in `dtype`: see `kernels.reference.layer_norm`."""
         autocast = x.element_size() < self.g.element_size() and x.element_size() == 2
         eps = self.fp16_eps if autocast else self.eps
-        return ops.layer_norm(x, self.g, eps, self.stable)
+        return ops.layer_norm(x, self.g, eps=eps, stable=self.stable, after=after, dtype=dtype)
 
 
 class Linear(nn.Linear):
@@ -93,8 +90,9 @@ class RelPosBias(nn.Module):
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.relative_attention_bias = nn.Embedding(num_buckets, heads)
 
-    def _buckets(self, rows: Tensor, cols: Tensor) -> Tensor:
-        distance = (rows[:, None] - cols[None, :]).clamp(min=0)
+    def buckets(self, distances: int, device=None) -> Tensor:
+        """The bucket of each distance from 0: (distances,) int64."""
+        distance = torch.arange(distances, device=device)
         exact = self.num_buckets // 2
         scale = (self.num_buckets - exact) / math.log(self.max_distance / exact)
         far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
@@ -106,8 +104,8 @@ class RelPosBias(nn.Module):
 
     def rows(self, start: int, end: int, keys: int, device=None) -> Tensor:
         """The bias of queries start..end-1 to keys 0..keys-1: (end - start, heads, keys)."""
-        buckets = self._buckets(torch.arange(start, end, device=device), torch.arange(keys, device=device))
-        return self.relative_attention_bias(buckets).transpose(1, 2)
+        table = self.relative_attention_bias.weight
+        return reference.expand_bias(table, self.buckets(end, table.device), end - start, keys)
 
 
 class RotaryEmbedding(nn.Module):
@@ -124,7 +122,7 @@ class RotaryEmbedding(nn.Module):
         freqs = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim) if custom_freqs is None else custom_freqs
         self.freqs = nn.Parameter(freqs, requires_grad=learned_freq)
 
-    def table(self, start: int, end: int, dim_head: int) -> tuple[Tensor, Tensor]:
+    def table(self, start: int, end: int, dim_head: int) -> Rotary:
         """cos and sin at positions start..end-1 for `kernels.reference.rotate`: (end - start, width), fp32."""
         angles = torch.arange(start, end, device=self.freqs.device)[:, None] * self.freqs.float()
         still = 0, dim_head // 2 * 2 - 2 * angles.shape[-1]  # features that are not rotated
@@ -137,7 +135,7 @@ class RotaryEmbedding(nn.Module):
         cos, sin = self.table(offset, offset + t.shape[seq_dim], t.shape[-1])
         if seq_dim == -3:
             cos, sin = cos[:, None], sin[:, None]
-        return ops.rotate(t, cos, sin).to(t.dtype)
+        return reference.rotate(t, cos, sin).to(t.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -164,8 +162,16 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, expand, activation, inner_norm, dropout, contract = self
-        h = activation(expand(norm(x).to(expand.weight.dtype)))
+        h = activation(expand(norm(x, dtype=expand.weight.dtype)))
         return contract(dropout(inner_norm(h)))
+
+
+class NormedLinear(nn.Sequential):
+    """A linear and the norm of its result."""
+
+    def forward(self, x: Tensor, after: Tensor | None = None) -> Tensor:
+        linear, norm = self
+        return norm(linear(x), after=after)
 
 
 class Attention(nn.Module):
@@ -204,34 +210,28 @@ class Attention(nn.Module):
         self.to_q = Linear(dim, dim_head * heads, bias=False)
         self.to_kv = Linear(dim, dim_head * 2, bias=False)
         self.rotary_emb = rotary_emb
-        self.to_out = nn.Sequential(Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
+        self.to_out = NormedLinear(Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
 
     def normed(self, x: Tensor) -> Tensor:
         """The input of the projections: the norm of the residual stream, in the weights' dtype."""
-        return self.norm(x).to(self.to_q.weight.dtype)
+        return self.norm(x, dtype=self.to_q.weight.dtype)
 
-    def queries(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Queries ready for the dot product, of normed tokens (batch, seq, dim): (batch, seq, heads, dim_head)."""
-        q = at_least_fp32(self.to_q(h)).unflatten(-1, (self.heads, -1))
-        if rotary is not None:
-            q = ops.rotate(q, *(t[:, None] for t in rotary))
-        if self.cosine_sim:
-            q = l2norm(q)
-        return q * self.scale
+    def queries(self, h: Tensor) -> Tensor:
+        """Raw queries of normed tokens (batch, seq, dim): (batch, seq, heads, dim_head)."""
+        return self.to_q(h).unflatten(-1, (self.heads, -1))
 
-    def keys_values(self, h: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of normed tokens (batch, seq, dim), without the null ones: two (batch, seq, dim_head)."""
-        k, v = at_least_fp32(self.to_kv(h)).chunk(2, dim=-1)
-        if rotary is not None:
-            k = ops.rotate(k, *rotary)
-        return l2norm(k) if self.cosine_sim else k, v
+    def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw keys and values of normed tokens (batch, seq, dim): two (batch, seq, 1, dim_head)."""
+        return self.to_kv(h).unsqueeze(-2).chunk(2, dim=-1)
 
-    def with_null(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the null key and value in front of (batch, seq, dim_head) keys and values."""
-        null_k, null_v = self.null_kv.to(k.dtype)
-        if self.cosine_sim:
-            null_k = l2norm(null_k)
-        return tuple(torch.cat((null.expand(len(t), 1, -1), t), dim=1) for null, t in ((null_k, k), (null_v, v)))
+    def cached(self, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Keys and values ready for `decode_attention`: at least fp32, prepared, the null ones in front."""
+        k, v, null_k, null_v = (reference.at_least_fp32(t) for t in (k, v, *self.null_kv[:, None, None]))
+        k, null_k = (
+            reference.prepare_heads(k, rotary, self.cosine_sim),
+            reference.prepare_heads(null_k, None, self.cosine_sim),
+        )
+        return tuple(torch.cat((null.expand(len(t), 1, 1, -1), t), dim=1) for null, t in ((null_k, k), (null_v, v)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, attn_bias: Tensor | None = None) -> Tensor:
         """Attend.
@@ -243,44 +243,42 @@ class Attention(nn.Module):
         Returns:
             (batch, seq, dim).
         """
-        h = self.normed(x)
-        seq = x.shape[1]
-        if self.rotary_emb is None or isinstance(self.rotary_emb, RotaryEmbedding):
-            rotary = self.rotary_emb and self.rotary_emb.table(0, seq, self.null_kv.shape[-1])
-            q, (k, v) = self.queries(h, rotary), self.keys_values(h, rotary)
-        else:
-            q = at_least_fp32(self.to_q(h)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            k, v = at_least_fp32(self.to_kv(h)).chunk(2, dim=-1)
-            q, k = (self.rotary_emb.rotate_queries_or_keys(t) for t in (q, k))
-            q, k = (l2norm(q), l2norm(k)) if self.cosine_sim else (q, k)
-            q = q.transpose(1, 2) * self.scale
+        h, rotary = self.normed(x), None
+        q, (k, v) = self.queries(h), self.keys_values(h)
+        if isinstance(self.rotary_emb, RotaryEmbedding):
+            rotary = self.rotary_emb.table(0, x.shape[1], q.shape[-1])
+        elif self.rotary_emb is not None:
+            rotate = self.rotary_emb.rotate_queries_or_keys
+            q, k = (rotate(reference.at_least_fp32(t).transpose(1, 2)).transpose(1, 2) for t in (q, k))
         bias = None if attn_bias is None else attn_bias.transpose(0, 1)
-        if self.causal:
-            bias = causal_bias(bias, 0, seq, self.heads, x.device)
-        mask = None if mask is None else F.pad(mask, (1, 0), value=True)
-        return self.attend(q, *self.with_null(k, v), None if bias is None else bias.flatten(0, 1), mask)
+        return self.attend(q, k, v, rotary, dict(bias=bias, causal=self.causal), mask=mask)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        out = ops.attention(q, k, v, bias, mask, self.dropout.p if self.training else 0.0)
-        return self.to_out(out.to(self.to_q.weight.dtype))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, bias: dict, **kwargs) -> Tensor:
+        """Attention of raw queries, keys and values, and the output projection; `residual` is added to it.
 
-
-def causal_bias(bias: Tensor | None, start: int, end: int, heads: int, device) -> Tensor:
-    """`bias` (end - start, heads, end + 1) with -inf where query i may not see a key: beyond column i + 1."""
-    hidden = torch.arange(end + 1, device=device) > torch.arange(start, end, device=device)[:, None] + 1
-    if bias is None:
-        bias = torch.zeros(1, heads, 1, device=device)
-    return bias.masked_fill(hidden[:, None, :], -math.inf)
+        Args:
+            bias: `bias`, `buckets` and `causal` of `kernels.reference.attention`.
+            **kwargs: `mask`, `residual`.
+        """
+        residual = kwargs.pop("residual", None)
+        if rotary is not None and rotary[0].requires_grad:  # learned frequencies: kernels give them no gradient
+            q, k = (reference.rotate(t, *(table[-t.shape[1] :, None] for table in rotary)) for t in (q, k))
+            rotary = None
+        out = ops.attention(
+            q, k, v, scale=self.scale, rotary=rotary, cosine=self.cosine_sim, null_kv=self.null_kv[:, None],
+            dropout=self.dropout.p if self.training else 0.0, **bias, **kwargs,
+        )  # fmt: skip
+        return self.to_out(out.to(self.to_q.weight.dtype), after=residual)
 
 
 class KVCache(NamedTuple):
-    """What a step needs of the prefix: keys and values (depth, prompts, prefix + 1, dim_head), the null ones first, and
-    the suffix's attention bias (suffix * heads, prefix + 1 + suffix) and rotary table (suffix, width)."""
+    """What a step needs of the prefix: keys and values (depth, prompts, prefix + 1, 1, dim_head), the null ones first,
+    and the suffix's attention bias (suffix, heads, prefix + 1 + suffix) and rotary table (suffix, width)."""
 
     k: Tensor
     v: Tensor
     bias: Tensor
-    rotary: tuple[Tensor, Tensor] | None
+    rotary: Rotary | None
 
 
 class CausalTransformer(nn.Module):
@@ -328,15 +326,26 @@ class CausalTransformer(nn.Module):
         self.project_out = Linear(dim, dim, bias=False) if final_proj else nn.Identity()
 
     def _bias(self, start: int, end: int, device) -> Tensor:
-        return causal_bias(self.rel_pos_bias.rows(start, end, end + 1, device), start, end, self.heads, device)
+        """Position bias of queries start..end-1 to the null key and keys 0..end-1, -inf where a key may not be seen."""
+        bias = self.rel_pos_bias.rows(start, end, end + 1, device)
+        hidden = torch.arange(end + 1, device=device) > torch.arange(start, end, device=device)[:, None] + 1
+        return bias.masked_fill(hidden[:, None], -math.inf)
 
-    def _rotary(self, start: int, end: int) -> tuple[Tensor, Tensor] | None:
+    def _attention_bias(self, seq: int, x: Tensor) -> dict:
+        """The same for all of a sequence, as `Attention.attend` takes it: kernels read the table themselves."""
+        if not ops.on_triton(x):
+            return dict(bias=self._bias(0, seq, x.device))
+        table = self.rel_pos_bias.relative_attention_bias.weight
+        return dict(bias=table, buckets=self.rel_pos_bias.buckets(seq, x.device), causal=True)
+
+    def _rotary(self, start: int, end: int) -> Rotary | None:
         attn = self.layers[0][0]
         return attn.rotary_emb and attn.rotary_emb.table(start, end, attn.null_kv.shape[-1])
 
     def _head(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return x if isinstance(self.project_out, nn.Identity) else self.project_out(x.to(self.project_out.weight.dtype))
+        if isinstance(self.project_out, nn.Identity):
+            return self.norm(x)
+        return self.project_out(self.norm(x).to(self.project_out.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all of x (batch, seq, dim), dtype fp32 or wider (fp16 and bf16 are taken too): (batch, seq, dim)."""
@@ -351,14 +360,15 @@ class CausalTransformer(nn.Module):
         """`forward(x)[:, -1]`, (batch, dim), with only the last token computed where no other is needed."""
         seq = x.shape[1]
         x = self.init_norm(x)
-        bias, rotary = self._bias(0, seq, x.device).flatten(0, 1), self._rotary(0, seq)
+        bias, rotary = self._attention_bias(seq, x), self._rotary(0, seq)
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
-            kv = attn.with_null(*attn.keys_values(h, rotary))
+            kv = attn.keys_values(h)
             if index == len(self.layers) - 1:
-                x, h, bias = x[:, -1:], h[:, -1:], bias[-self.heads :]
-                rotary = rotary and tuple(t[-1:] for t in rotary)
-            x = attn.attend(attn.queries(h, rotary), *kv, bias) + x
+                x, h = x[:, -1:], h[:, -1:]
+                if "buckets" not in bias:
+                    bias = dict(bias=bias["bias"][-1:])
+            x = attn.attend(attn.queries(h), *kv, rotary, bias, residual=x)
             x = ff(x) + x
         return self._head(x[:, -1])
 
@@ -366,17 +376,18 @@ class CausalTransformer(nn.Module):
         """Run the prefix x (prompts, prefix, dim) and return what `suffix` tokens after it need."""
         prefix = x.shape[1]
         x = self.init_norm(x)
-        bias, rotary = self._bias(0, prefix, x.device).flatten(0, 1), self._rotary(0, prefix)
+        bias, rotary = self._attention_bias(prefix, x), self._rotary(0, prefix)
         cache = []
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
-            cache.append(attn.with_null(*attn.keys_values(h, rotary)))
+            kv = attn.keys_values(h)
+            cache.append(attn.cached(*kv, rotary))
             if index < len(self.layers) - 1:
-                x = attn.attend(attn.queries(h, rotary), *cache[-1], bias) + x
+                x = attn.attend(attn.queries(h), *kv, rotary, bias, residual=x)
                 x = ff(x) + x
         end = prefix + suffix
         k, v = (torch.stack(t) for t in zip(*cache))
-        return KVCache(k, v, self._bias(prefix, end, x.device).flatten(0, 1).to(k.dtype), self._rotary(prefix, end))
+        return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end))
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """The output of the last of the suffix tokens x (rows, suffix, dim) behind the cached prefix: (rows, dim).
@@ -384,14 +395,15 @@ class CausalTransformer(nn.Module):
         `rows` is a multiple of the cache's prompts; the rows of one prompt lie together.
         """
         x = self.init_norm(x)
-        bias, rotary = cache.bias, cache.rotary
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
-            k, v = attn.keys_values(h, rotary)
+            kv = attn.keys_values(h)
             if index == len(self.layers) - 1:
-                x, h, bias = x[:, -1:], h[:, -1:], bias[-self.heads :]
-                rotary = rotary and tuple(t[-1:] for t in rotary)
-            out = ops.decode_attention(attn.queries(h, rotary), cache.k[index], cache.v[index], k, v, bias)
-            x = attn.to_out(out.to(h.dtype)) + x
+                x, h = x[:, -1:], h[:, -1:]
+            out = ops.decode_attention(
+                attn.queries(h), *kv, cache.k[index], cache.v[index], scale=attn.scale, rotary=cache.rotary,
+                cosine=attn.cosine_sim, bias=cache.bias,
+            )  # fmt: skip
+            x = attn.to_out(out, after=x)
             x = ff(x) + x
         return self._head(x[:, -1])

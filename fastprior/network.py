@@ -214,7 +214,7 @@ class DiffusionPriorNetwork(nn.Module):
         if null_rows:
             null = self._null_cache(text_embed.device)
             pairs = (cache.k, null.k), (cache.v, null.v)
-            k, v = (torch.cat((own, other.expand(-1, null_rows, -1, -1)), dim=1) for own, other in pairs)
+            k, v = (torch.cat((own, other.expand(-1, null_rows, -1, -1, -1)), dim=1) for own, other in pairs)
             cache = cache._replace(k=k, v=v)
         return Conditioning(cache, self._time_tokens(times), null_rows)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastprior.kernels import reference as ops
+from fastprior.kernels import ops
 from fastprior.layers import Attention, CausalTransformer, FeedForward, l2norm
 from fastprior.network import Conditioning, DiffusionPriorNetwork
 from fastprior.schedule import NoiseScheduler
@@ -180,9 +180,10 @@ def denoise_step(
     index = index.reshape(1)
     if cond.null_rows:
         pred, null = net.step(x.repeat(2, 1), index, cond, x0.repeat(2, 1)).chunk(2)
+        null_preds = None
     else:
-        pred, null = net.step(x, index, cond, x0), null_preds.index_select(0, index)
-    return ops.diffusion_step(x, pred, null, cond_scale, x0, noise, rows.index_select(0, index), clamp, radius)
+        pred, null = net.step(x, index, cond, x0), None
+    return ops.diffusion_step(x, pred, null, cond_scale, x0, noise, rows, index, clamp, radius, null_table=null_preds)
 
 
 def repeat_rows(text_cond: dict, rows: int) -> dict:

@@ -1,7 +1,13 @@
 """Shared fixtures: tiny priors, the same prior in the peer, and the comparison every parity test uses."""
 
+import os
+
 import pytest
 import torch
+
+# without a GPU the kernels run in Triton's interpreter; triton reads this when it is first imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastprior
 from fastprior.layers import l2norm

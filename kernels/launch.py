@@ -1,0 +1,159 @@
+"""How kernels are launched and checked, and how their launches are recorded for compilation without a device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from torch import Tensor
+
+TYPE_NAMES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+FLOATS = torch.float32, torch.bfloat16, torch.float16
+
+_recorded: list[Variant] | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of a kernel: what Triton's compiler is given besides the target.
+
+    Attributes:
+        kernel: the jitted function.
+        signature: (argument, Triton type) of every argument; "constexpr" for the constants.
+        constants: (argument, value) of the constants.
+        num_warps, num_stages: of the launch.
+        divisible: arguments whose value is a multiple of 16; not part of the identity, since any call may differ in it.
+    """
+
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    num_warps: int
+    num_stages: int
+    divisible: tuple[str, ...] = field(compare=False)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int, **constants) -> None:
+    """Run `kernel[grid]`; while recording, note the variant instead.
+
+    Args:
+        kernel: a `triton.jit` function whose run-time arguments come first and whose constexprs come last.
+        grid: programs along up to three axes.
+        *args: the run-time arguments, in order: tensors, ints or floats. None is passed as a constant.
+        **constants: the constexprs, by name.
+    """
+    if _recorded is None:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if device.type != "cuda" and not interpreted():
+            raise RuntimeError(
+                f"Triton kernels need CUDA tensors, not {device}; or the interpreter, TRITON_INTERPRET=1"
+            )
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        return
+    signature, divisible = {}, []
+    for name, value in zip(kernel.arg_names, args):
+        if value is None:
+            signature[name], constants[name] = "constexpr", None
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPE_NAMES[value.dtype]
+            divisible.append(name)
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                divisible.append(name)
+    signature |= {name: "constexpr" for name in kernel.arg_names if name in constants}
+    ordered = tuple((name, signature[name]) for name in kernel.arg_names)
+    values = tuple(sorted(constants.items()))
+    _recorded.append(Variant(kernel, ordered, values, num_warps, num_stages, tuple(divisible)))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Variant]]:
+    """Collect the variants that launchers choose, and launch nothing: they may be called with meta tensors."""
+    global _recorded
+    outer, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = outer
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1` when the process started)."""
+    return not isinstance(_probe, triton.runtime.JITFunction)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a result, on the device of `like` and in its dtype by default. All launchers allocate here."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def by_reference(op, reference: Callable) -> None:
+    """Give a custom op the gradient of its reference, run again in backward.
+
+    Args:
+        op: from `torch.library.custom_op`.
+        reference: takes the op's arguments and returns its results.
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.kinds = [isinstance(i, Tensor) for i in inputs]
+        ctx.others = [i for i in inputs if not isinstance(i, Tensor)]
+        ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)))
+
+    def backward(ctx, *grads):
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        with torch.enable_grad():
+            inputs = [next(tensors).detach() if kind else next(others) for kind in ctx.kinds]
+            wanted = [i for i, need in zip(inputs, ctx.needs_input_grad) if need]
+            for tensor in wanted:
+                tensor.requires_grad_()
+            outputs = reference(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
+            found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FLOATS) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must be one of {names}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise ValueError unless the tensor has this shape, has elements, and lies on the device of `like`."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; no dimension may be zero")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on {like.device}, as the other tensors are")
+
+
+def check_last_contiguous(name: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be contiguous there")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,89 @@
+"""The operations that models call: the PyTorch reference on the CPU, Triton kernels on CUDA.
+
+`FASTPRIOR_KERNELS=reference` or `triton`, read when this is imported, forces one; on the CPU the kernels run only in
+Triton's interpreter (`TRITON_INTERPRET=1`). fp64 always takes the reference. Arguments: see `kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+BACKENDS = "reference", "triton"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_forced = os.environ.get("FASTPRIOR_KERNELS") or None
+if _forced not in (None, *BACKENDS):
+    raise ValueError(f"FASTPRIOR_KERNELS={_forced!r}; it must be unset, 'reference' or 'triton'")
+
+
+@contextlib.contextmanager
+def using(backend: str | None) -> Iterator[None]:
+    """Force "reference" or "triton", or with None let the device decide, within the block."""
+    global _forced
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend={backend!r}; it must be None, 'reference' or 'triton'")
+    outer, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether an operation on x runs as a Triton kernel."""
+    if x.dtype == torch.float64:
+        return False
+    if _forced is None:
+        return x.is_cuda and HAS_TRITON
+    return _forced == "triton"
+
+
+# imported on first use: the kernels need triton, and most of its import time is not torch's
+
+
+def layer_norm(x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+    if on_triton(x):
+        from .norm import layer_norm as run
+    else:
+        run = reference.layer_norm
+    return run(x, *args, **kwargs)
+
+
+def attention(q: Tensor, *args, **kwargs) -> Tensor:
+    if on_triton(q):
+        from .attention import attention as run
+    else:
+        run = reference.attention
+    return run(q, *args, **kwargs)
+
+
+def decode_attention(q: Tensor, *args, **kwargs) -> Tensor:
+    if on_triton(q):
+        from .decode import decode_attention as run
+    else:
+        run = reference.decode_attention
+    return run(q, *args, **kwargs)
+
+
+def diffusion_step(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    if on_triton(x):
+        from .step import diffusion_step as run
+    else:
+        run = reference.diffusion_step
+    return run(x, *args, **kwargs)
+
+
+def linear(x: Tensor, *args, **kwargs) -> Tensor:
+    if on_triton(x) and not torch.is_autocast_enabled(x.device.type):  # which casts for PyTorch's own linear alone
+        from .linear import linear as run
+    else:
+        run = reference.linear
+    return run(x, *args, **kwargs)

@@ -1,4 +1,7 @@
-"""Make the README's speed table from the records: `python benchmarks/report.py`; with `--check` only compare."""
+"""Make the README's speed table from the records: `python benchmarks/report.py`; with `--check` only compare.
+
+`--summary FILE` prints every measurement of a file of records beside its goal.
+"""
 
 import json
 import sys
@@ -14,17 +17,37 @@ PROVIDERS = {
 }
 
 
+MEASURED = {
+    "p20", "p50", "p80", "runs", "ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy", "goal",
+    "worst_cosine", "max_error", "floor_ms", "bytes", "peer_evaluations", "driver", "versions", "commit", "date",
+}  # fmt: skip
+
+
 def latest(records: list[dict]) -> list[dict]:
     """The last record of each measurement; the files are appended to, so later lines are newer."""
     last = {}
     for record in records:
-        key = tuple(
-            record.get(k)
-            for k in ("device", "op", "provider", "model", "batch", "cond_scale", "steps", "dtype", "unit")
-        )
+        key = tuple(sorted((name, str(value)) for name, value in record.items() if name not in MEASURED))
         last.pop(key, None)
         last[key] = record
     return list(last.values())
+
+
+def summary(path: Path) -> str:
+    """A line for each measurement: what, by whom, how much, and what was reached of the goal."""
+    lines = []
+    for r in latest([json.loads(line) for line in path.read_text().splitlines()]):
+        known = MEASURED | {"op", "provider", "unit", "device"}
+        details = " ".join(f"{name}={value}" for name, value in r.items() if name not in known)
+        reached = [
+            f"{name.replace('_', ' ')} {r[name]:.3g}"
+            for name in ("ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy")
+            if r.get(name) is not None
+        ]
+        goal = f"goal {r['goal']}" if r.get("goal") is not None else ""
+        lines.append(f"{r['op']:30} {r['provider']:30} {r['p50']:10.4g} {r['unit']:8} " + "; ".join([*reached, goal]))
+        lines[-1] += f"  ({details})"
+    return "\n".join(lines)
 
 
 def read_records() -> list[dict]:
@@ -109,6 +132,9 @@ def table() -> str:
 
 
 def main() -> int:
+    if "--summary" in sys.argv:
+        print(summary(Path(sys.argv[sys.argv.index("--summary") + 1])))
+        return 0
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)

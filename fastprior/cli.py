@@ -59,11 +59,10 @@ def _devices() -> list[tuple[str, str]]:
 
 def _fast_paths() -> list[tuple[str, str]]:
     """Each fast path, and whether it works here: found out, where that takes no time, by trying."""
-    import pkgutil
-
     import torch
 
-    from fastprior import DiffusionPrior, DiffusionPriorNetwork, kernels
+    from fastprior import DiffusionPrior, DiffusionPriorNetwork
+    from fastprior.kernels import ops
 
     net = DiffusionPriorNetwork(dim=8, depth=1, dim_head=8, heads=1, max_text_len=2)
     plan = DiffusionPrior(net, image_embed_dim=8, timesteps=8, cond_drop_prob=0.1).eval().sampling_plan(8, 2.0)
@@ -80,15 +79,16 @@ def _fast_paths() -> list[tuple[str, str]]:
     rows.append(("torch.compile", f"{found}; {serving}"))
 
     cuda = torch.cuda.is_available()
-    names = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if module.name != "reference")
-    if not names:
-        triton = "off, none in this release: plain PyTorch runs"
-    elif not cuda:
-        triton = "off, no CUDA device: plain PyTorch runs"
-    elif not importlib.util.find_spec("triton"):
+    if ops.forced() == "reference":
+        triton = "off, FASTPRIOR_KERNELS=reference: plain PyTorch runs"
+    elif not ops.HAS_TRITON:
         triton = "off, triton is not installed: plain PyTorch runs"
+    elif cuda:
+        triton = f"on, for CUDA tensors: {', '.join(ops.OPERATIONS)}"
+    elif ops.forced() == "triton":
+        triton = "on, FASTPRIOR_KERNELS=triton; without a CUDA device they need TRITON_INTERPRET=1"
     else:
-        triton = f"available: {', '.join(names)}"
+        triton = "off, no CUDA device: plain PyTorch runs"
     rows.append(("Triton kernels", triton))
     rows.append(("CUDA graphs", f"off, {'not used in this release' if cuda else 'no CUDA device'}"))
 

@@ -17,11 +17,17 @@ from torch import Tensor
 from . import reference
 
 BACKENDS = "reference", "triton"
+OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _forced = os.environ.get("FASTPRIOR_KERNELS") or None
 if _forced not in (None, *BACKENDS):
     raise ValueError(f"FASTPRIOR_KERNELS={_forced!r}; it must be unset, 'reference' or 'triton'")
+
+
+def forced() -> str | None:
+    """The backend that is forced, if one is."""
+    return _forced
 
 
 @contextlib.contextmanager

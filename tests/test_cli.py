@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import fastprior
 from fastprior import DiffusionPrior, DiffusionPriorNetwork, cli, digits
+from fastprior.kernels import ops
 
 
 def make_prior(dim=64, length=8, **options):
@@ -77,6 +78,10 @@ def test_info_reports_what_is_there(capsys, monkeypatch):
         assert rows["cuda"] == "none available"
         assert rows["Triton kernels"].startswith("off") and rows["CUDA graphs"] == "off, no CUDA device"
 
+    with ops.using("reference"):
+        assert "FASTPRIOR_KERNELS=reference" in run(capsys, "info")[1]
+    with ops.using("triton"):
+        assert "Triton kernels    on" in run(capsys, "info")[1]
     monkeypatch.setattr(cli, "OPTIONAL", ("a-package-that-is-not-there",))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(fastprior.sampler, "network_obstacles", lambda net: ["it is Tuesday"])

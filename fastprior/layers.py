@@ -402,7 +402,7 @@ class CausalTransformer(nn.Module):
                 x, h = x[:, -1:], h[:, -1:]
             out = ops.decode_attention(
                 attn.queries(h), *kv, cache.k[index], cache.v[index], scale=attn.scale, rotary=cache.rotary,
-                cosine=attn.cosine_sim, bias=cache.bias,
+                cosine=attn.cosine_sim, bias=cache.bias, dropout=attn.dropout.p if self.training else 0.0,
             )  # fmt: skip
             x = attn.to_out(out, after=x)
             x = ff(x) + x

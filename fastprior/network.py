@@ -138,7 +138,10 @@ class DiffusionPriorNetwork(nn.Module):
         batch = len(text_embed)
         wanted = {"text_embed": (text_embed, (batch, self.dim))}
         if image_embed is not None:
-            wanted["image_embed"] = image_embed, (batch, self.dim)
+            rows = len(image_embed)
+            if rows % max(batch, 1):
+                raise ValueError(f"image_embed has {rows} rows; they must be a multiple of the {batch} of text_embed")
+            wanted["image_embed"] = image_embed, (rows, self.dim)
         if text_encodings is not None:
             wanted["text_encodings"] = text_encodings, (batch, *text_encodings.shape[1:2], self.dim)
         for name, (tensor, shape) in wanted.items():
@@ -158,29 +161,36 @@ class DiffusionPriorNetwork(nn.Module):
         text_cond_drop_prob: float = 0.0,
         image_cond_drop_prob: float = 0.0,
     ) -> Tensor:
-        """Predict from a noisy embedding.
+        """Predict from noisy embeddings.
+
+        There may be several per prompt, whose rows lie together: the text then runs once for all of them.
 
         Args:
-            image_embed: (batch, dim), the noisy image embedding.
-            diffusion_timesteps: (batch,), integers below `num_timesteps`, or real times for a continuous network.
-            text_embed: (batch, dim).
-            text_encodings: (batch, length, dim); all-zero rows are padding. Positions beyond `max_text_len` are cut.
-            self_cond: (batch, dim), the last x0 estimate; zeros by default. Ignored without `self_cond=True`.
-            text_cond_drop_prob, image_cond_drop_prob: chance per row of replacing the text, or the image, by nulls.
+            image_embed: (rows, dim), the noisy image embeddings; rows is a multiple of prompts.
+            diffusion_timesteps: (rows,), integers below `num_timesteps`, or real times for a continuous network.
+            text_embed: (prompts, dim).
+            text_encodings: (prompts, length, dim); all-zero rows are padding. Positions beyond `max_text_len` are cut.
+            self_cond: (rows, dim), the last x0 estimate; zeros by default. Ignored without `self_cond=True`.
+            text_cond_drop_prob, image_cond_drop_prob: chance per prompt of replacing the text by nulls, and per row of
+                replacing the image.
         Returns:
-            (batch, dim), in the weights' dtype.
+            (rows, dim), in the weights' dtype.
         """
         self._check(text_embed, text_encodings, image_embed)
-        batch, device = len(image_embed), image_embed.device
-        keep_text = prob_mask_like((batch, 1, 1), 1 - text_cond_drop_prob, device)
-        keep_image = prob_mask_like((batch, 1, 1), 1 - image_cond_drop_prob, device)
+        prompts, rows, device = len(text_embed), len(image_embed), image_embed.device
+        keep_text = prob_mask_like((prompts, 1, 1), 1 - text_cond_drop_prob, device)
+        keep_image = prob_mask_like((rows, 1, 1), 1 - image_cond_drop_prob, device)
         image_tokens = self._embed(self.to_image_embeds, image_embed)
         image_tokens = torch.where(keep_image, image_tokens, self.null_image_embed.to(image_tokens.dtype))
+        prefix = self._text_tokens(text_embed, text_encodings, keep_text)
         suffix = self._suffix(self._time_tokens(diffusion_timesteps), image_tokens, self_cond)
-        tokens = torch.cat((self._text_tokens(text_embed, text_encodings, keep_text), suffix), dim=1)
-        if type(self.causal_transformer) is CausalTransformer:
-            return self.causal_transformer.last(tokens)
-        return self.causal_transformer(tokens)[:, -1]
+        transformer = self.causal_transformer
+        if rows > prompts:
+            return transformer.step(suffix, transformer.prefill(prefix, suffix.shape[1]))
+        tokens = torch.cat((prefix, suffix), dim=1)
+        if type(transformer) is CausalTransformer:
+            return transformer.last(tokens)
+        return transformer(tokens)[:, -1]
 
     def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> Tensor:
         """`forward` with classifier-free guidance (Ho & Salimans 2022): null + (conditional - null) * cond_scale.

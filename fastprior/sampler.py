@@ -66,8 +66,8 @@ def _overrides(instance: object, names: tuple[str, ...], base: type) -> list[str
     return [f"{type(instance).__name__}.{name} is overridden" for name in names if is_overridden(instance, name, base)]
 
 
-def network_obstacles(net: nn.Module) -> list[str]:
-    """Why the network cannot run as prefill and steps; empty when it can."""
+def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
+    """Why the network cannot run as prefill and steps; empty when it can. `dropout` may be active where it says so."""
     if not isinstance(net, DiffusionPriorNetwork):
         return [f"net is a {type(net).__name__}, not a fastprior.DiffusionPriorNetwork"]
     found = _overrides(net, NETWORK_METHODS, DiffusionPriorNetwork)
@@ -83,7 +83,7 @@ def network_obstacles(net: nn.Module) -> list[str]:
             found.append(f"{type(block).__name__} has a forward hook, which the cached path would not call")
         if block is not net and "forward" in vars(block):
             found.append(f"the forward of a {type(block).__name__} was replaced")
-    if net.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules()):
+    if not dropout and net.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules()):
         found.append("dropout is active (the network is in training mode)")
     return found
 

@@ -71,12 +71,12 @@ def attention(q: Tensor, *args, **kwargs) -> Tensor:
     return run(q, *args, **kwargs)
 
 
-def decode_attention(q: Tensor, *args, **kwargs) -> Tensor:
-    if on_triton(q):
+def decode_attention(q: Tensor, *args, dropout: float = 0.0, **kwargs) -> Tensor:
+    if on_triton(q) and not dropout:  # which only training has
         from .decode import decode_attention as run
-    else:
-        run = reference.decode_attention
-    return run(q, *args, **kwargs)
+
+        return run(q, *args, **kwargs)
+    return reference.decode_attention(q, *args, dropout=dropout, **kwargs)
 
 
 def diffusion_step(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

@@ -260,6 +260,7 @@ def decode_attention(
     cosine: bool = False,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention of the few suffix tokens over a cached prefix and over themselves.
 
@@ -273,6 +274,7 @@ def decode_attention(
         bias: (suffix, heads, prefix + suffix), added to the logits; -inf where a key must not be seen. Without it a
             suffix token sees the prefix, itself and the suffix tokens before it.
         mask: (prompts, prefix), added to the logits of the prefix.
+        dropout: probability of dropping an attention weight; torch's generator draws.
     Returns:
         (rows, seq, heads * dim_head) in the dtype of q.
     """
@@ -312,6 +314,7 @@ def decode_attention(
     if mask is not None:
         on_prefix = on_prefix + mask
     weights = (torch.cat((on_prefix, q @ k.transpose(1, 2)), dim=-1) + extra).softmax(dim=-1)
+    weights = F.dropout(weights, dropout) if dropout else weights
     out = by_row(by_prompt(weights[..., :prefix]) @ prefix_v) + weights[..., prefix:] @ v
     out = out.view(rows, kv_heads, seq, group, dim_head).transpose(1, 2)
     return out.reshape(rows, seq, heads * dim_head).to(given)

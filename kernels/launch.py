@@ -157,3 +157,17 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def promoted(t: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype that holds all of these."""
+    dtype = t.dtype
+    for other in others:
+        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """(rows, dim), contiguous in the last dimension: a view where it can be one."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()

@@ -234,7 +234,8 @@ def attention(
     if mask is not None:
         mask = F.pad(mask, (null, 0), value=mask.dtype == torch.bool).repeat_interleave(kv_heads, 0)[:, None]
         if mask.dtype == torch.bool:
-            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+            # what a query may not see at all stays at -inf, also where it sees nothing else
+            logits = torch.where(mask, logits, logits.clamp(max=torch.finfo(logits.dtype).min))
         else:
             logits = logits + mask.to(logits.dtype)
     weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
@@ -313,7 +314,7 @@ def decode_attention(
     on_prefix = by_row(by_prompt(q) @ prefix_k.transpose(1, 2))
     if mask is not None:
         on_prefix = on_prefix + mask
-    weights = (torch.cat((on_prefix, q @ k.transpose(1, 2)), dim=-1) + extra).softmax(dim=-1)
+    weights = (torch.cat((on_prefix, q @ k.transpose(1, 2)), dim=-1) + extra).softmax(dim=-1, dtype=q.dtype)
     weights = F.dropout(weights, dropout) if dropout else weights
     out = by_row(by_prompt(weights[..., :prefix]) @ prefix_v) + weights[..., prefix:] @ v
     out = out.view(rows, kv_heads, seq, group, dim_head).transpose(1, 2)

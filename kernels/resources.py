@@ -3,7 +3,7 @@
     python -m fastprior.kernels.resources [--arch 80 90 100] [--record FILE] [--only NAME]
 
 prints a table of registers, shared memory, spills and tensor-core use, and fails where a kernel does not compile, does
-not fit, spills, or leaves out the tensor cores that it should use. `CASES` reach every launch configuration that the
+not fit, spills, or leaves out the tensor cores that it should use. `cases` reach every launch configuration that the
 launchers can choose; `tests/test_resources.py` holds them to that.
 """
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,14 +26,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .cases import cases
 from .launch import Variant, interpreted, recording
 
 ARCHITECTURES = 80, 90, 100
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# (kernel, architecture): why it may spill
-SPILLS_ALLOWED: dict[tuple[str, int], str] = {}
+# (kernel, type of its inputs, one of its constants): (bytes that it may spill, why)
+SPILLS_ALLOWED = {
+    ("_attention_bwd_dbias_kernel", "fp32", "BLOCK_D=128"): (16, "no tile that was tried is clean on all chips"),
+}
 
 
 def variants(arch: int) -> list[Variant]:
@@ -74,10 +77,13 @@ def compile_variant(variant: Variant, arch: int) -> dict:
         seconds=round(time.perf_counter() - start, 1),
         problem="",
     )
-    allowed = SPILLS_ALLOWED.get((record["kernel"], arch))
+    allowed = 0
+    for (kernel, dtype, constant), (limit, _) in SPILLS_ALLOWED.items():
+        if (kernel, dtype) == (record["kernel"], record["dtypes"].split("/")[0]) and constant in record["constants"]:
+            allowed = limit
     if record["shared"] > SHARED_LIMIT[arch]:
         record["problem"] = f"shared memory beyond {SHARED_LIMIT[arch]}"
-    elif record["spilled"] and not allowed:
+    elif record["spilled"] > allowed:
         record["problem"] = "spills registers"
     elif not instruction and "tl.dot(" in variant.kernel.src:
         record["problem"] = "has a dot product and does not use the tensor cores"
@@ -143,14 +149,6 @@ def main(arguments: list[str] | None = None) -> int:
     problems = sum(bool(record["problem"]) for record in records)
     print(f"{len(records)} compilations, {problems} problems")
     return int(problems > 0)
-
-
-Case = Callable[[], object]
-
-
-def cases(arch: int) -> Iterator[Case]:
-    """Calls of the launchers, with meta tensors, that reach every launch configuration."""
-    yield from ()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,363 @@
+"""LayerNorm and RMSNorm, and what is fused around them: one read and one write of each row, also in backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, reference
+from .launch import FLOATS, as_rows, ceil_div, check_dtype, check_shape, power_of_2, promoted
+
+MAX_DIM = 4096  # longer rows do not fit the registers of a program in backward
+TILE = 4096  # elements that a program holds at once
+PARTS = 384  # programs in backward, each with its own sums over rows: 3 to a multiprocessor, whose registers they fill
+
+
+@triton.jit
+def _standardise(x, in_rows, in_dim, dim, eps, STABLE: tl.constexpr, RMS: tl.constexpr):
+    """Rows of mean 0 and variance 1 (zeros outside), and the factor of their derivative."""
+    inside = in_rows & in_dim
+    if STABLE:
+        inverse = 1.0 / tl.max(tl.where(inside, x, float("-inf")), axis=1, keep_dims=True)
+        x *= inverse
+    if not RMS:
+        x = tl.where(inside, x - tl.sum(x, axis=1, keep_dims=True) / dim, 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / dim + eps)
+    rstd = tl.where(in_rows, rstd, 0.0)
+    return x * rstd, rstd * inverse if STABLE else rstd
+
+
+@triton.jit
+def _load_vector(ptr, col, in_dim):
+    return tl.load(ptr + col, mask=in_dim, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _layer_norm_fwd_kernel(
+    x_ptr,
+    gain_ptr,
+    bias_ptr,
+    residual_ptr,
+    after_ptr,
+    out_ptr,
+    total_ptr,  # of x + residual
+    rows,
+    dim,
+    stride_x_row,
+    stride_residual_row,
+    stride_after_row,
+    eps,
+    STABLE: tl.constexpr,
+    RMS: tl.constexpr,
+    L2: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    in_rows, in_dim = row < rows, col < dim
+    inside = in_rows & in_dim
+    x = tl.load(x_ptr + row * stride_x_row + col, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + row * stride_residual_row + col, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * dim + col, total, mask=inside)
+        x = total.to(tl.float32)
+    y, _ = _standardise(x, in_rows, in_dim, dim, eps, STABLE, RMS)
+    if gain_ptr is not None:
+        y *= _load_vector(gain_ptr, col, in_dim)
+    if bias_ptr is not None:
+        y += _load_vector(bias_ptr, col, in_dim)
+    if L2:
+        y *= 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, axis=1, keep_dims=True)), 1e-12)
+    if after_ptr is not None:
+        y += tl.load(after_ptr + row * stride_after_row + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * dim + col, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _layer_norm_bwd_kernel(
+    dout_ptr,
+    dtotal_ptr,
+    total_ptr,
+    gain_ptr,
+    bias_ptr,
+    dx_ptr,
+    dgain_ptr,  # (programs, dim)
+    dbias_ptr,
+    rows,
+    dim,
+    stride_dout_row,
+    stride_dtotal_row,
+    stride_total_row,
+    eps,
+    STABLE: tl.constexpr,
+    RMS: tl.constexpr,
+    L2: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    col = tl.arange(0, BLOCK)
+    in_vector = col < dim
+    if dgain_ptr is not None:
+        dgain = tl.zeros([BLOCK], tl.float32)
+    if dbias_ptr is not None:
+        dbias = tl.zeros([BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        in_rows, in_dim = row < rows, in_vector[None, :]
+        inside = in_rows & in_dim
+        x = tl.load(total_ptr + row * stride_total_row + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dout_ptr + row * stride_dout_row + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        y, scale = _standardise(x, in_rows, in_dim, dim, eps, STABLE, RMS)
+        if gain_ptr is not None:
+            gain = _load_vector(gain_ptr, col, in_vector)[None, :]
+        if L2:
+            z = y
+            if gain_ptr is not None:
+                z *= gain
+            if bias_ptr is not None:
+                z += _load_vector(bias_ptr, col, in_vector)[None, :]
+            norm = tl.sqrt(tl.sum(z * z, axis=1, keep_dims=True))
+            inverse = 1.0 / tl.maximum(norm, 1e-12)
+            along = tl.sum(z * dy, axis=1, keep_dims=True) * inverse * inverse
+            along = tl.where(norm >= 1e-12, along, 0.0)  # below the floor the divisor is constant
+            dy = (dy - z * along) * inverse
+        if dgain_ptr is not None:
+            dgain += tl.sum(dy * y, axis=0)
+        if dbias_ptr is not None:
+            dbias += tl.sum(dy, axis=0)
+        if dx_ptr is not None:
+            if gain_ptr is not None:
+                dy *= gain
+            slope = tl.sum(dy * y, axis=1, keep_dims=True) / dim
+            if not RMS:
+                dy -= tl.sum(dy, axis=1, keep_dims=True) / dim
+            dx = (dy - y * slope) * scale
+            if dtotal_ptr is not None:
+                dtotal = dtotal_ptr + row * stride_dtotal_row + col[None, :]
+                dx += tl.load(dtotal, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + row * dim + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    part = tl.program_id(0) * dim + col
+    if dgain_ptr is not None:
+        tl.store(dgain_ptr + part, dgain, mask=in_vector)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + part, dbias, mask=in_vector)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of whole rows: `rows` of `block` elements."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def layer_norm_config(dim: int) -> Config:
+    if dim > MAX_DIM:
+        raise ValueError(f"dim={dim}; it must be at most {MAX_DIM}")
+    block = max(power_of_2(dim), 256)  # shorter rows are many to a tile, and need no variants of their own
+    # with fewer, rows of 4096 with every option spill in backward
+    num_warps = 16 if block == 4096 else 4
+    return Config(TILE // block, block, num_warps)
+
+
+def layer_norm_fwd(
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    after: Tensor | None,
+    eps: float,
+    stable: bool,
+    rms: bool,
+    l2: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """The norm of rows (rows, dim) in `dtype`, and the sum of x and residual; there may be a stride between rows."""
+    rows, dim = x.shape
+    out = launch.empty((rows, dim), x, dtype)
+    total = None if residual is None else launch.empty((rows, dim), x, promoted(x, residual))
+    config = layer_norm_config(dim)
+    launch.launch(
+        _layer_norm_fwd_kernel, (ceil_div(rows, config.rows),),
+        x, gain, bias, residual, after, out, total,
+        rows, dim, *(_row_stride(t) for t in (x, residual, after)), eps,
+        STABLE=stable, RMS=rms, L2=l2, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+    return out, total
+
+
+def layer_norm_bwd(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    stable: bool,
+    rms: bool,
+    l2: bool,
+    need_dx: bool,
+    need_dgain: bool,
+    need_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the sum, in its dtype, and of gain and bias, in fp32; None where they are not needed."""
+    rows, dim = total.shape
+    config = layer_norm_config(dim)
+    programs = min(ceil_div(rows, config.rows), PARTS)
+    dx = launch.empty((rows, dim), total) if need_dx else None
+    dgain, dbias = (
+        launch.empty((programs, dim), total, torch.float32) if need else None for need in (need_dgain, need_dbias)
+    )
+    launch.launch(
+        _layer_norm_bwd_kernel, (programs,),
+        dout, dtotal if need_dx else None, total, gain, bias if l2 else None, dx, dgain, dbias,
+        rows, dim, *(_row_stride(t) for t in (dout, dtotal, total)), eps,
+        STABLE=stable, RMS=rms, L2=l2, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+    return dx, *(None if parts is None else parts.sum(0) for parts in (dgain, dbias))
+
+
+def _row_stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+@torch.library.custom_op("fastprior::layer_norm", mutates_args=())
+def _layer_norm(
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    after: Tensor | None,
+    eps: float,
+    stable: bool,
+    rms: bool,
+    l2: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    out, total = layer_norm_fwd(x, gain, bias, residual, after, eps, stable, rms, l2, dtype)
+    return out, x.new_empty(0) if total is None else total
+
+
+@_layer_norm.register_fake
+def _(x, gain, bias, residual, after, eps, stable, rms, l2, dtype):
+    total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=promoted(x, residual))
+    return x.new_empty(x.shape, dtype=dtype), total
+
+
+@torch.library.custom_op("fastprior::layer_norm_bwd", mutates_args=())
+def _layer_norm_bwd(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    stable: bool,
+    rms: bool,
+    l2: bool,
+    need_dx: bool,
+    need_dgain: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needed = need_dx, need_dgain, need_dbias
+    grads = layer_norm_bwd(dout, dtotal, total, gain, bias, eps, stable, rms, l2, *needed)
+    dx, dgain, dbias = (total.new_empty(0) if g is None else g for g in grads)
+    return dx, dgain, dbias
+
+
+@_layer_norm_bwd.register_fake
+def _(dout, dtotal, total, gain, bias, eps, stable, rms, l2, need_dx, need_dgain, need_dbias):
+    dx = torch.empty_like(total, memory_format=torch.contiguous_format) if need_dx else total.new_empty(0)
+    dgain, dbias = (
+        total.new_empty(total.shape[1], dtype=torch.float32) if need else total.new_empty(0)
+        for need in (need_dgain, need_dbias)
+    )
+    return dx, dgain, dbias
+
+
+def _setup_context(ctx, inputs, output):
+    x, gain, bias, residual, after, *options, _ = inputs
+    ctx.set_materialize_grads(False)  # zeros for an unused sum would be read
+    ctx.save_for_backward(x if residual is None else output[1], gain, bias)
+    ctx.options = options
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, gain, bias, residual, after)]
+
+
+def _backward(ctx, dout, dtotal):
+    total, gain, bias = ctx.saved_tensors
+    need_x, need_gain, need_bias, need_residual, _ = needs = ctx.needs_input_grad[:5]
+    needed = need_x or need_residual, need_gain, need_bias
+    dtotal = None if dtotal is None or not dtotal.numel() else as_rows(dtotal)
+    dx = dgain = dbias = None
+    if dout is None:  # only the sum was used
+        dx = dtotal
+    elif any(needed):
+        dx, dgain, dbias = _layer_norm_bwd(as_rows(dout), dtotal, total, gain, bias, *ctx.options, *needed)
+    grads = zip((dx, dgain, dbias, dx, dout), ctx.dtypes, needs)
+    return *(None if g is None or not need else g.to(dtype) for g, dtype, need in grads), *[None] * 5
+
+
+_layer_norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def layer_norm(
+    x: Tensor,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stable: bool = False,
+    rms: bool = False,
+    residual: Tensor | None = None,
+    after: Tensor | None = None,
+    l2: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.layer_norm` as one kernel, and one more for all its gradients; PyTorch computes rows beyond 4096.
+
+    All is computed in fp32, from gain and bias in the dtype that they are stored in; the sum with `residual` is rounded
+    to its dtype before it is normalised. Nothing is kept for backward but `x`, or the sum.
+
+    Args:
+        x: (..., dim). x, residual and after may have any strides; those whose rows are not contiguous, or not at one
+            stride from each other, are copied.
+        gain, bias, eps, stable, rms, residual, after, l2, dtype: see `reference.layer_norm`.
+    Returns:
+        (..., dim), contiguous; with `residual` also the sum, in the wider dtype of the two.
+    Raises:
+        TypeError: a dtype is not fp32, bf16 or fp16.
+        ValueError: shapes do not fit, devices differ, or a dimension is zero.
+    """
+    if x.ndim == 0:
+        raise ValueError("x has no dimensions; it must be (..., dim)")
+    dim = x.shape[-1]
+    tensors = dict(x=(x, x.shape), gain=(gain, (dim,)), bias=(bias, (dim,)))
+    tensors |= dict(residual=(residual, x.shape), after=(after, x.shape))
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None:
+            check_dtype(name, tensor)
+            check_shape(name, tensor, shape, x)
+    if dtype is None:
+        dtype = promoted(x, residual, after)
+    elif dtype not in FLOATS:
+        raise TypeError(f"dtype={dtype}; it must be float32, bfloat16 or float16")
+    if dim > MAX_DIM:
+        options = dict(stable=stable, rms=rms, residual=residual, after=after, l2=l2, dtype=dtype)
+        return reference.layer_norm(x, gain, bias, eps, **options)
+    gain, bias = (None if t is None else t.contiguous() for t in (gain, bias))
+    rows, residual_rows, after_rows = (None if t is None else as_rows(t) for t in (x, residual, after))
+    out, total = _layer_norm(rows, gain, bias, residual_rows, after_rows, eps, stable, rms, l2, dtype)
+    out = out.view(x.shape)
+    return out if residual is None else (out, total.view(x.shape))
+
+
+def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-5, **options) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm `x / sqrt(mean(x^2) + eps) * gain` (Zhang & Sennrich 2019), with the options of `layer_norm`."""
+    return layer_norm(x, gain, eps=eps, rms=True, **options)

@@ -1,0 +1,233 @@
+"""The whole arithmetic of a diffusion step between two network evaluations, in one launch and one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, philox, reference
+from .launch import FLOATS, check_dtype, check_last_contiguous, check_shape, power_of_2
+
+MAX_DIM = 4096
+CLAMPS = None, "range", "l2"
+
+
+@triton.jit
+def _normal(seed, c0, c1):
+    """Standard normal noise of counters c0 and c0 + 1, see `reference.philox_normal`."""
+    u = tl.maximum(philox.uniform(seed, c0, c1), 1e-7)
+    angle = philox.uniform(seed, c0 + 1, c1)
+    # the cosine of a whole turn is the sine of at most a quarter, whose series is short; tl.cos is long for any angle
+    z = (tl.abs(angle - 0.5) - 0.25) * 6.283185307179586
+    w = z * z
+    sine = z * (1 + w * (-1 / 6 + w * (1 / 120 + w * (-1 / 5040 + w * (1 / 362880 - w / 39916800)))))
+    return tl.sqrt(-2.0 * tl.log(u)) * sine
+
+
+@triton.jit(do_not_specialize=["stride_scale", "stride_index"])
+def _diffusion_step_fwd_kernel(
+    x_ptr,
+    pred_ptr,
+    null_ptr,
+    cond_scale_ptr,
+    x0_prev_ptr,
+    noise_ptr,
+    table_ptr,
+    index_ptr,
+    seed_ptr,
+    x_next_ptr,  # may be x_ptr, and x0_ptr may be x0_prev_ptr: a program reads its row before it writes it
+    x0_ptr,
+    dim,
+    stride_x_row,
+    stride_pred_row,
+    stride_null_row,
+    stride_x0_prev_row,
+    stride_noise_row,
+    stride_x_next_row,
+    stride_x0_row,
+    stride_scale,
+    stride_index,
+    radius,
+    CLAMP: tl.constexpr,
+    NULL_BY_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    inside = col < dim
+    index = tl.load(index_ptr + row * stride_index)
+    x = tl.load(x_ptr + row * stride_x_row + col, mask=inside, other=0.0)
+    pred = tl.load(pred_ptr + row * stride_pred_row + col, mask=inside, other=0.0).to(tl.float32)
+    x0_prev = tl.load(x0_prev_ptr + row * stride_x0_prev_row + col, mask=inside, other=0.0)
+    if noise_ptr is not None:
+        noise = tl.load(noise_ptr + row * stride_noise_row + col, mask=inside, other=0.0)
+    else:
+        noise = _normal(tl.load(seed_ptr), (tl.program_id(0) * dim + col) * 2, index.to(tl.int32))
+    if null_ptr is not None:
+        null_row = index if NULL_BY_INDEX else row
+        null = tl.load(null_ptr + null_row * stride_null_row + col, mask=inside, other=0.0).to(tl.float32)
+        pred = null + (pred - null) * tl.load(cond_scale_ptr + row * stride_scale)
+
+    coefficients = table_ptr + index * 6
+    p, q = tl.load(coefficients), tl.load(coefficients + 1)
+    a, b = tl.load(coefficients + 2), tl.load(coefficients + 3)
+    c, s = tl.load(coefficients + 4), tl.load(coefficients + 5)
+    x0 = p * x + q * pred
+    if CLAMP == "range":
+        x0 = tl.clamp(x0, -radius, radius, propagate_nan=tl.PropagateNan.ALL)
+    elif CLAMP == "l2":
+        norm = tl.sqrt(tl.sum(x0 * x0, axis=0))
+        x0 *= radius / tl.maximum(norm, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    x_next = a * x + b * x0 + c * x0_prev + s * noise
+    tl.store(x_next_ptr + row * stride_x_next_row + col, x_next, mask=inside)
+    tl.store(x0_ptr + row * stride_x0_row + col, x0, mask=inside)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One row a program, of `block` elements."""
+
+    block: int
+    num_warps: int
+
+
+def diffusion_step_config(dim: int) -> Config:
+    if dim > MAX_DIM:
+        raise ValueError(f"dim={dim}; it must be at most {MAX_DIM}")
+    block = max(power_of_2(dim), 256)
+    # no more threads than groups of 4 elements: every element is read by one thread alone, as in-place results need
+    return Config(block=block, num_warps=max(block // 256, 2))
+
+
+def diffusion_step_fwd(
+    x: Tensor,
+    pred: Tensor,
+    null_pred: Tensor | None,
+    cond_scale: Tensor,
+    x0_prev: Tensor,
+    noise: Tensor | None,
+    table: Tensor,
+    index: Tensor,
+    clamp: str | None,
+    radius: float,
+    null_table: Tensor | None,
+    seed: Tensor | None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The next x, and x0, as new tensors or in `out`, which may be `(x, x0_prev)` themselves. Checks nothing."""
+    rows, dim = x.shape
+    x_next, x0 = (launch.empty((rows, dim), x), launch.empty((rows, dim), x)) if out is None else out
+    null = null_pred if null_table is None else null_table
+    strides = (0 if t is None else t.stride(0) for t in (x, pred, null, x0_prev, noise, x_next, x0))
+    config = diffusion_step_config(dim)
+    launch.launch(
+        _diffusion_step_fwd_kernel, (rows,),
+        x, pred, null, cond_scale, x0_prev, noise, table, index, seed if noise is None else None, x_next, x0,
+        dim, *strides, *(int(t.numel() > 1) for t in (cond_scale, index)), radius,
+        CLAMP=clamp, NULL_BY_INDEX=null_table is not None, BLOCK=config.block,
+        num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+    return x_next, x0
+
+
+@torch.library.custom_op("fastprior::diffusion_step", mutates_args=())
+def _diffusion_step(
+    x: Tensor,
+    pred: Tensor,
+    null_pred: Tensor | None,
+    cond_scale: Tensor,
+    x0_prev: Tensor,
+    noise: Tensor | None,
+    table: Tensor,
+    index: Tensor,
+    clamp: str | None,
+    radius: float,
+    null_table: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return diffusion_step_fwd(
+        x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
+    )
+
+
+@_diffusion_step.register_fake
+def _(x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _reference(*inputs):
+    *positional, null_table, seed = inputs
+    return reference.diffusion_step(*positional, null_table=null_table, seed=seed)
+
+
+launch.by_reference(_diffusion_step, _reference)
+
+
+def diffusion_step(
+    x: Tensor,
+    pred: Tensor,
+    null_pred: Tensor | None,
+    cond_scale: Tensor,
+    x0_prev: Tensor,
+    noise: Tensor | None,
+    table: Tensor,
+    index: Tensor,
+    clamp: str | None = None,
+    radius: float = 1.0,
+    *,
+    null_table: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.diffusion_step` as one kernel; PyTorch computes rows beyond 4096, and every gradient.
+
+    Args:
+        x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed: see
+            `reference.diffusion_step`; last dimensions contiguous. cond_scale and index may also be (1,). They are
+            read on the device, so an index beyond the table is not noticed: the result is then undefined.
+    Returns:
+        the next x, and x0, (rows, dim) fp32, contiguous.
+    Raises:
+        TypeError: x, x0_prev, noise, table or cond_scale is not fp32; a prediction is not fp32, bf16 or fp16; index or
+            seed is not int64.
+        ValueError: shapes, strides or devices do not fit; the clamp is unknown; there is neither noise nor a seed.
+    """
+    if clamp not in CLAMPS:
+        raise ValueError(f"clamp={clamp!r}; it must be None, 'range' or 'l2'")
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (rows, dim)")
+    if noise is None and seed is None:
+        raise ValueError("noise=None and seed=None; one of them must be given")
+    if table.ndim != 2:
+        raise ValueError(f"table has shape {tuple(table.shape)}; it must be (steps, 6)")
+    fp32, int64 = (torch.float32,), (torch.int64,)
+    rows, steps = len(x), len(table)
+    tensors = (
+        ("x", x, x.shape, fp32),
+        ("pred", pred, x.shape, FLOATS),
+        ("null_pred", null_pred, x.shape, FLOATS),
+        ("cond_scale", cond_scale, _per_row(cond_scale, rows), fp32),
+        ("x0_prev", x0_prev, x.shape, fp32),
+        ("noise", noise, x.shape, fp32),
+        ("table", table, (steps, 6), fp32),
+        ("index", index, _per_row(index, rows), int64),
+        ("null_table", null_table, (steps, x.shape[1]), FLOATS),
+        ("seed", seed, (), int64),
+    )
+    for name, tensor, shape, dtypes in tensors:
+        if tensor is not None:
+            check_dtype(name, tensor, dtypes)
+            check_shape(name, tensor, shape, x)
+            if tensor.ndim == 2:
+                check_last_contiguous(name, tensor)
+    cond_scale, table, index = cond_scale.contiguous(), table.contiguous(), index.contiguous()
+    inputs = x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
+    return _diffusion_step(*inputs) if x.shape[1] <= MAX_DIM else _reference(*inputs)
+
+
+def _per_row(t: Tensor, rows: int) -> tuple[int, ...]:
+    """The shape that t must have: its own where it is one value for all rows."""
+    return tuple(t.shape) if t.numel() == 1 and t.ndim < 2 else (rows,)

@@ -1,0 +1,142 @@
+"""Whole models with the Triton kernels on, against the same models on the reference."""
+
+import contextlib
+import copy
+import random
+
+import pytest
+import torch
+from conftest import make_prior, make_text, relative_error, sample
+from kernel_checks import DEVICE
+
+from fastprior.kernels import ops
+from fastprior.layers import Attention, RelPosBias, RotaryEmbedding
+from fastprior.serving import PriorSampler
+
+NETS = [
+    dict(),
+    dict(normformer=True, norm_in=True, rotary_emb=False, num_time_embeds=2),
+    dict(self_cond=True, cosine_sim=False, final_proj=False, num_image_embeds=2),
+    dict(norm_out=False, ff_mult=2, heads=1, dim_head=32, num_timesteps=20),
+]
+
+
+@contextlib.contextmanager
+def counting(*names):
+    """Which of these operations ran as kernels."""
+    from fastprior.kernels import launch
+
+    ran, plain = set(), launch.launch
+
+    def note(kernel, *args, **kwargs):
+        ran.update(name for name in names if name in kernel.__name__)
+        return plain(kernel, *args, **kwargs)
+
+    launch.launch = note
+    try:
+        yield ran
+    finally:
+        launch.launch = plain
+
+
+def both(run):
+    """What `run` gives on the reference and on the kernels."""
+    with ops.using("reference"):
+        wanted = run()
+    with ops.using("triton"), counting("norm", "attention", "decode", "linear", "step") as ran:
+        got = run()
+    return got, wanted, ran
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+    """Gradients of parts that are not used are zero, or None, on both sides."""
+    if wanted is None or not wanted.abs().max() > 0:
+        return got is None or not got.abs().max() > 0
+    return relative_error(got.cpu(), wanted.cpu()) <= tolerance
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_loss_and_gradients(net):
+    prior = make_prior(net).to(DEVICE)
+    text = {name: t.to(DEVICE) for name, t in make_text(3, 32).items()}
+    image = torch.randn(3, 32, device=DEVICE)
+
+    def run():
+        model = copy.deepcopy(prior).train()
+        torch.manual_seed(3)
+        random.seed(3)  # decides on self-conditioning
+        loss = model(**text, image_embed=image)
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    (loss, grads), (wanted_loss, wanted_grads), ran = both(run)
+    assert {"norm", "attention"} <= ran
+    assert relative_error(loss, wanted_loss) <= 1e-5
+    for name, wanted in wanted_grads.items():
+        assert close(grads[name], wanted, 1e-3), name
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("cond_scale", [1.0, 3.0])
+def test_sampling(net, cond_scale):
+    prior = make_prior(net).to(DEVICE)
+    text = {name: t.to(DEVICE) for name, t in make_text(2, 32).items()}
+    got, wanted, ran = both(lambda: sample(prior, text, rows=4, cond_scale=cond_scale, timesteps=4))
+    assert ran == {"norm", "attention", "decode", "linear", "step"}
+    assert relative_error(got.cpu(), wanted.cpu()) <= 1e-4
+
+
+def test_sampling_in_16_bits():
+    prior = make_prior().to(DEVICE, torch.float16)
+    text = {name: t.to(DEVICE) for name, t in make_text(2, 32).items()}
+    got, wanted, _ = both(lambda: sample(prior, text, timesteps=4))
+    assert torch.cosine_similarity(got.float(), wanted.float()).min() > 0.9999
+
+
+def test_compiled_sampler():
+    """The kernels are custom ops: they take their place in a graph that allows no break."""
+    prior = make_prior().to(DEVICE)
+    text = {name: t.to(DEVICE) for name, t in make_text(2, 32).items()}
+
+    def run():
+        sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=3, guidance=False)
+        return sampler(**text, generator=torch.Generator(DEVICE).manual_seed(1))
+
+    got, wanted, ran = both(run)
+    assert {"norm", "decode", "linear", "step"} <= ran and relative_error(got.cpu(), wanted.cpu()) <= 1e-4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_block_alone(causal, masked):
+    """Non-causal attention with null keys and a dense relative bias is somebody's main workload."""
+    torch.manual_seed(0)
+    block = Attention(32, dim_head=16, heads=2, causal=causal, rotary_emb=RotaryEmbedding(16)).to(DEVICE)
+    bias = RelPosBias(heads=2).to(DEVICE)
+    x = torch.randn(2, 9, 32, device=DEVICE)
+    mask = torch.rand(2, 9, device=DEVICE) > 0.4 if masked else None
+    cotangent = torch.randn(2, 9, 32, device=DEVICE)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        out = block(leaf, mask=mask, attn_bias=bias(9, 10))
+        inputs = leaf, bias.relative_attention_bias.weight, block.null_kv, block.to_kv.weight
+        return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
+
+    got, wanted, ran = both(run)
+    assert "attention" in ran
+    for ours, reference, tolerance in zip(got, wanted, (1e-4, 1e-3, 1e-3, 1e-3, 1e-3)):
+        assert close(ours, reference, tolerance)
+
+
+def test_learned_rotary_frequencies_keep_their_gradient():
+    torch.manual_seed(0)
+    rotary = RotaryEmbedding(16, learned_freq=True)
+    block = Attention(32, dim_head=16, heads=2, causal=True, rotary_emb=rotary).to(DEVICE)
+    x, cotangent = torch.randn(2, 1, 2, 7, 32, device=DEVICE)[:, 0]
+
+    def run():
+        return torch.autograd.grad(block(x), rotary.freqs, cotangent)[0]
+
+    got, wanted, _ = both(run)
+    assert close(got, wanted, 1e-3)

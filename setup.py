@@ -13,12 +13,13 @@ version = {}
 exec((ROOT / "fastprior" / "version.py").read_text(), version)
 
 CLIP = ["open-clip-torch>=2.24"]
-DATA = ["embedding-reader>=1.5", "pandas>=2", "pyarrow>=14"]
-QUICKSTART = [*DATA, "scikit-learn>=1.3", "matplotlib>=3.7"]
-TRAIN = [*DATA, "accelerate>=0.30", "pydantic>=2"]
+DATA = ["embedding-reader>=1.5", "pandas>=2", "pyarrow>=14", "fsspec"]
+PLOT = ["matplotlib>=3.7"]
+QUICKSTART = [*DATA, *PLOT, "scikit-learn>=1.3"]
+TRAIN = [*DATA, *PLOT, "accelerate>=1.0", "pydantic>=2"]
 # the peers that parity is tested against; dalle2-pytorch 1.15.6 imports pkg_resources, so it needs an older setuptools
 INTEROP = ["dalle2-pytorch==1.15.6", "setuptools<81"]
-TEST = [*CLIP, *QUICKSTART, *INTEROP, "pydantic>=2", "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.6"]
+TEST = [*CLIP, *QUICKSTART, *TRAIN, *INTEROP, "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.6"]
 
 setup(
     name="fastprior",
@@ -43,6 +44,9 @@ setup(
         "clip": CLIP,
         "train": TRAIN,
         "quickstart": QUICKSTART,
+        "wandb": ["wandb"],
+        "tensorboard": ["tensorboard"],
+        "hub": ["huggingface_hub>=0.20"],
         "interop": INTEROP,
         "test": TEST,
         "bench": [*INTEROP, "pytest>=8", "pytest-benchmark>=4"],

@@ -1,7 +1,6 @@
 """Fast, exact diffusion priors: CLIP text embeddings to CLIP image embeddings."""
 
 import importlib
-import importlib.util
 
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
 from fastprior.network import DiffusionPriorNetwork
@@ -39,18 +38,17 @@ _PEER = ("CLIP", "DALLE2", "Decoder", "DecoderTrainer", "Unet", "VQGanVAE")
 
 
 def __getattr__(name):
-    if name in _LATER and importlib.util.find_spec(f"{__name__}.{_LATER[name]}"):
-        value = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    if name in _LATER:
+        try:
+            value = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+        except ImportError as error:  # of an extra: clients may name what they never use
+            from fastprior import dropin
+
+            return dropin.stand_in(name, str(error))
         globals()[name] = value
         return value
-    if name in _PEER or name == "DiffusionPriorTrainer":
+    if name in _PEER:
         from fastprior import dropin
 
-        if name in _PEER:
-            return dropin.peer_attribute(dropin.PACKAGE_NAMES[name], name)
-        return dropin.stand_in(
-            name,
-            "fastprior has no trainer yet; that of dalle2-pytorch takes fastprior's priors when the client runs under "
-            "`python -m fastprior.dropin`",
-        )
+        return dropin.peer_attribute(dropin.PACKAGE_NAMES[name], name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `fastprior info`, `quickstart`, `sample`, `convert`."""
+"""The command line: `fastprior info`, `quickstart`, `sample`, `convert`, and the commands of training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from fastprior.training_commands import add_evaluate_parser, add_inspect_parser, add_train_parser
 from fastprior.version import __version__
 
 # Commands import what they need, so that --help needs none of it.
@@ -310,6 +311,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", metavar="JSON", help="file with what weights do not show")
     sub.add_argument("--weights", choices=("auto", "model", "ema"), default="auto", help="(%(default)s)")
     sub.add_argument("--trained-with", metavar="RELEASE", help="of dalle2-pytorch, for old files that do not record it")
+
+    for add_parser in (add_inspect_parser, add_train_parser, add_evaluate_parser):
+        add_parser(commands)
     return parser
 
 

@@ -1,9 +1,11 @@
-"""Adam and AdamW with weight decay on matrices only."""
+"""Adam and AdamW with weight decay on matrices only, the learning rate, and the moments by parameter name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch.nn import Parameter
 from torch.optim import Adam, AdamW, Optimizer
 
@@ -22,6 +24,7 @@ def get_optimizer(
     eps: float = 1e-8,
     filter_by_requires_grad: bool = False,
     group_wd_params: bool = True,
+    fused: bool | None = None,
 ) -> Optimizer:
     """Adam, or AdamW where there is weight decay.
 
@@ -31,11 +34,55 @@ def get_optimizer(
         wd: weight decay; 0 makes it Adam.
         filter_by_requires_grad: leave frozen parameters out.
         group_wd_params: decay only parameters of two or more dimensions.
+        fused: one kernel for all of a step, on CPU and CUDA; None leaves the choice to torch.
     """
     params = [p for p in params if p.requires_grad or not filter_by_requires_grad]
     if wd == 0:
-        return Adam(params, lr=lr, betas=betas, eps=eps)
+        return Adam(params, lr=lr, betas=betas, eps=eps, fused=fused)
     if group_wd_params:
         decayed, kept = separate_weight_decayable_params(params)
         params = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
-    return AdamW(params, lr=lr, weight_decay=wd, betas=betas, eps=eps)
+    return AdamW(params, lr=lr, weight_decay=wd, betas=betas, eps=eps, fused=fused)
+
+
+def learning_rate_factor(step: int, warmup_steps: int | None, decay_steps: int | None) -> float:
+    """What the learning rate is multiplied with at a step: a linear warm-up times a cosine that ends at 0."""
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    decay = 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps))) if decay_steps else 1.0
+    return warmup * decay
+
+
+def named_state(optimizer: Optimizer, names: Mapping[Parameter, str]) -> dict:
+    """The optimizer's state dict with names in place of numbers. Tensors are not copied."""
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return {"state": {names[p]: dict(state) for p, state in optimizer.state.items()}, "param_groups": groups}
+
+
+def load_moments(
+    optimizer: Optimizer, moments: Mapping[str, Mapping], names: Mapping[Parameter, str], strict: bool = True
+) -> None:
+    """Take over copies of what an optimizer keeps of each parameter; the hyperparameters stay as they are.
+
+    Args:
+        moments: by name of the parameter, such as the "state" of `named_state`; empty before the first step.
+        strict: every parameter has an entry, and the other way round.
+    Raises:
+        ValueError: it does not fit, in names (if strict) or shapes. Nothing is loaded then.
+    """
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    wanted = {names[p] for p in order}
+    if strict and moments and moments.keys() != wanted:
+        name = min(moments.keys() ^ wanted)
+        where = "the checkpoint" if name in moments else "this trainer"
+        raise ValueError(f"optimizer: only {where} trains {name}; strict=False loads the moments of the others")
+    state = {}
+    for index, parameter in enumerate(order):
+        own = moments.get(names[parameter])
+        if own is None:
+            continue
+        for key, value in own.items():
+            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                shapes = f"{tuple(value.shape)}; it must be {tuple(parameter.shape)}"
+                raise ValueError(f"optimizer: {key} of {names[parameter]} has shape {shapes}")
+        state[index] = {key: value.clone() if torch.is_tensor(value) else value for key, value in own.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

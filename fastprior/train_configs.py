@@ -13,13 +13,14 @@ import os
 from typing import Any, Literal
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 except ImportError as error:
     raise ImportError('pydantic 2 is not installed: pip install "fastprior[train]"') from error
 
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
+from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
 
 
 class Config(BaseModel):
@@ -167,6 +168,11 @@ class DiffusionPriorTrainConfig(Config):
         warmup_steps: steps until `lr` is reached.
         save_every_seconds: between checkpoints.
         eval_timesteps: the numbers of sampling steps to evaluate with.
+        eval_cond_scale: guidance of that sampling.
+        cosine_decay_max_steps, draws, compile, checkpoint_activations, max_bad_steps: see `DiffusionPriorTrainer`.
+        gradient_accumulation_steps: batches to a step.
+        max_batch_size: run each batch in chunks of at most this.
+        log_every_steps: between lines of the log; on several processes also between looks at the clock and at signals.
         best_validation_loss, current_epoch, num_samples_seen: where a resumed run stands.
         random_seed: of torch.
     """
@@ -183,6 +189,15 @@ class DiffusionPriorTrainConfig(Config):
     warmup_steps: int | None = None
     save_every_seconds: int = 3600
     eval_timesteps: list[int] = [64]
+    eval_cond_scale: float = 1.0
+    cosine_decay_max_steps: int | None = Field(None, ge=1)
+    draws: int = Field(1, ge=1)
+    compile: bool = False
+    checkpoint_activations: bool = False
+    max_bad_steps: int = Field(20, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_batch_size: int | None = Field(None, ge=1)
+    log_every_steps: int = Field(10, ge=1)
     best_validation_loss: float = 1e9
     current_epoch: int = 0
     num_samples_seen: int = 0
@@ -193,54 +208,124 @@ class DiffusionPriorDataConfig(Config):
     """What to train on.
 
     Attributes:
-        image_url, meta_url: folders of the image embeddings and of their captions.
+        image_url: folder of the image embeddings.
+        meta_url, text_url, encodings_url: of their captions, or of text embeddings and text encodings made before.
         splits: shares for training, validation and test.
         batch_size: per process.
         num_data_points: how many to use.
         eval_every_seconds: between evaluations.
+        max_eval_pairs: how many pairs an evaluation looks at; null is all of the split.
+        shuffle_seed: of the order of the training pairs; null keeps that of the files.
+        on_problem: what to do about a file that is missing or damaged: "error" or "skip".
+        workers, prefetch: threads that read, and batches made ahead.
     """
 
     image_url: str
-    meta_url: str
+    meta_url: str | None = None
+    text_url: str | None = None
+    encodings_url: str | None = None
     splits: TrainSplitConfig
     batch_size: int
-    num_data_points: int = 250_000_000
+    num_data_points: int = Field(250_000_000, ge=1)
     eval_every_seconds: int = 3600
+    max_eval_pairs: int | None = Field(10_000, ge=1)
+    shuffle_seed: int | None = Field(0, ge=0)
+    on_problem: Literal["error", "skip"] = "error"
+    workers: int = Field(1, ge=1)
+    prefetch: int = Field(4, ge=0)
+
+    @model_validator(mode="after")
+    def _has_text(self) -> DiffusionPriorDataConfig:
+        if self.meta_url is None and self.text_url is None:
+            raise ValueError("meta_url and text_url are both missing; one must be given")
+        return self
 
 
 class OpenConfig(BaseModel):
-    """A section with further keys, which go to whatever logger, loader or saver it names."""
+    """A section with further keys: the options of the logger, loader or saver that it names."""
 
     model_config = ConfigDict(extra="allow")
 
+    @model_validator(mode="after")
+    def _fits(self):
+        self.create(".")  # has no effect, but for the errors
+        return self
+
 
 class TrackerLogConfig(OpenConfig):
+    """A logger; its other options are the fields of `ConsoleLogger`, `WandbLogger` or `TensorboardLogger`.
+
+    Attributes:
+        log_type: "console", "wandb" or "tensorboard".
+        resume, auto_resume, verbose: see `fastprior.loggers.BaseLogger`.
+    """
+
     log_type: str = "console"
     resume: bool = False
     auto_resume: bool = False
     verbose: bool = False
 
+    def create(self, data_path: str | os.PathLike[str]) -> BaseLogger:
+        return create_logger(self.log_type, data_path, **self.model_dump(exclude={"log_type"}))
+
 
 class TrackerLoadConfig(OpenConfig):
+    """A loader; its other options are the fields of `LocalLoader`, `UrlLoader`, `WandbLoader` or `HuggingfaceLoader`.
+
+    Attributes:
+        load_from: "local", "url", "wandb" or "huggingface"; null loads nothing.
+        only_auto_resume: load in runs that go on after an interruption only.
+    """
+
     load_from: str | None = None
     only_auto_resume: bool = False
 
+    def create(self, data_path: str | os.PathLike[str]) -> BaseLoader | None:
+        if self.load_from is None:
+            return None
+        return create_loader(self.load_from, data_path, **self.model_dump(exclude={"load_from"}))
+
 
 class TrackerSaveConfig(OpenConfig):
+    """A saver; its other options are the fields of `LocalSaver`, `WandbSaver` or `HuggingfaceSaver`.
+
+    Attributes:
+        save_to: "local", "wandb" or "huggingface".
+        save_all, save_latest, save_best: see `fastprior.storage.BaseSaver`.
+    """
+
     save_to: str = "local"
     save_all: bool = False
     save_latest: bool = True
     save_best: bool = True
 
+    def create(self, data_path: str | os.PathLike[str]) -> BaseSaver:
+        return create_saver(self.save_to, data_path, **self.model_dump(exclude={"save_to"}))
+
 
 class TrackerConfig(Config):
-    """Where a run logs to, loads from and saves to."""
+    """Where a run logs to, loads from and saves to: one saver, or a list of them."""
 
     data_path: str = ".tracker_data"
     overwrite_data_path: bool = False
     log: TrackerLogConfig
     load: TrackerLoadConfig | None = None
-    save: list[TrackerSaveConfig] | TrackerSaveConfig
+    save: list[TrackerSaveConfig] = Field(min_length=1)
+
+    @field_validator("save", mode="before")
+    @classmethod
+    def _listed(cls, save: Any) -> Any:
+        return save if isinstance(save, list) else [save]
+
+    def create(self, full_config: BaseModel, extra_config: dict[str, Any], dummy_mode: bool = False) -> Tracker:
+        """The tracker, begun; `dummy_mode` is for all processes but the main one. See `Tracker.init`."""
+        tracker = Tracker(self.data_path, overwrite_data_path=self.overwrite_data_path, dummy_mode=dummy_mode)
+        tracker.add_logger(self.log.create(self.data_path))
+        tracker.add_loader(self.load and self.load.create(self.data_path))
+        for saver in self.save:
+            tracker.add_saver(saver.create(self.data_path))
+        tracker.init(full_config, extra_config)
+        return tracker
 
 
 class TrainDiffusionPriorConfig(Config):

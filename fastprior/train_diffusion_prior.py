@@ -1,0 +1,289 @@
+"""Train a prior from a JSON config.
+
+    accelerate launch -m fastprior.train_diffusion_prior --config_file FILE
+
+or `python -m …`, or `fastprior train`. One process or several; Ctrl-C and SIGTERM save, and the run goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from fastprior.evaluate import evaluate, plot_curves
+from fastprior.pair_stream import PairStream
+from fastprior.shards import EmbeddingShards
+from fastprior.trackers import Tracker, read_metrics
+from fastprior.train_configs import TrainDiffusionPriorConfig
+from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged
+
+SPLITS = "train", "validation", "test"
+
+
+class Interruption:
+    """The signal that asked the run to end, if one did; a second one ends it at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Interruption]:
+        def note(number, frame):
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def split_edges(shares: tuple[float, ...], pairs: int) -> list[int]:
+    """Where the splits of so many pairs begin and end: the first is [edges[0], edges[1]) and so on."""
+    ends = [round(pairs * math.fsum(shares[: index + 1])) for index in range(len(shares))]
+    return [0, *(min(end, pairs) for end in ends)]
+
+
+class Run:
+    """One training run: data, trainer and tracker, and how far it is."""
+
+    def __init__(self, config: TrainDiffusionPriorConfig, accelerator: Accelerator, config_path: Path | None = None):
+        train, data = config.train, config.data
+        self.config, self.accelerator = config, accelerator
+        set_seed(train.random_seed)  # the same weights on every rank
+        prior = config.prior.create()
+        self.shards = EmbeddingShards.open(
+            data.image_url, data.meta_url, data.text_url, data.encodings_url, on_problem=data.on_problem
+        )
+        self._check_data(prior)
+        self.streams = self._streams()
+        self.trainer = DiffusionPriorTrainer(
+            prior,
+            accelerator,
+            **{name: getattr(train, name) for name in (
+                "use_ema", "lr", "wd", "max_grad_norm", "warmup_steps", "cosine_decay_max_steps", "ema_beta",
+                "ema_update_after_step", "ema_update_every", "draws", "compile", "checkpoint_activations",
+                "max_bad_steps", "amp",
+            )},
+        )  # fmt: skip
+        set_seed(train.random_seed, device_specific=True)  # other noise on every rank
+        self.epoch, self.samples_seen, self.best = (
+            train.current_epoch,
+            train.num_samples_seen,
+            train.best_validation_loss,
+        )
+        extra = dict(processes=accelerator.num_processes, pairs=self.shards.pairs)
+        self.tracker: Tracker = config.tracker.create(config, extra, dummy_mode=not accelerator.is_main_process)
+        if config_path is not None:
+            self.tracker.save_config(config_path)
+        if self.tracker.can_recall:
+            self._resume(self.tracker.recall())
+        else:
+            self.streams["train"].set_epoch(self.epoch)
+        self._saved = self._evaluated = time.monotonic()
+
+    def _check_data(self, prior) -> None:
+        columns, dim = self.shards.columns, self.shards.dim
+        if dim != prior.image_embed_dim:
+            raise ValueError(f"data.image_url has embeddings of {dim}; prior.image_embed_dim={prior.image_embed_dim}")
+        needs_encodings = prior.condition_on_text_encodings and "text_encodings" not in columns
+        if ("text_embed" not in columns or needs_encodings) and ("text" not in columns or prior.clip is None):
+            wanted = "text_url and encodings_url" if prior.condition_on_text_encodings else "text_url"
+            raise ValueError(
+                f"the data has {', '.join(columns)}, and this prior needs prior.clip to make its text condition of "
+                f"captions (data.meta_url), or data.{wanted}"
+            )
+        self.columns = (
+            [c for c in columns if c != "text"]
+            if not needs_encodings and "text_embed" in columns
+            else ([c for c in columns if c in ("image_embed", "text")])
+        )
+
+    def _streams(self) -> dict[str, PairStream]:
+        data = self.config.data
+        ranks = dict(rank=self.accelerator.process_index, world_size=self.accelerator.num_processes)
+        pairs = min(self.shards.pairs, data.num_data_points)
+        edges = split_edges((data.splits.train, data.splits.val, data.splits.test), pairs)
+        streams = {}
+        for name, start, stop in zip(SPLITS, edges, edges[1:]):
+            training = name == "train"
+            if not training and data.max_eval_pairs is not None:
+                stop = min(stop, start + data.max_eval_pairs)
+            streams[name] = PairStream(
+                self.shards, start=start, stop=stop, batch_size=data.batch_size, drop_last=training,
+                seed=data.shuffle_seed if training else None, workers=data.workers, prefetch=data.prefetch, **ranks,
+            )  # fmt: skip
+        if not len(streams["train"]):
+            raise ValueError(
+                f"data.batch_size={data.batch_size}; the training split has {edges[1]} pairs for "
+                f"{self.accelerator.num_processes} processes, which is not one batch"
+            )
+        return streams
+
+    def _resume(self, state: dict) -> None:
+        self.trainer.load(state)
+        progress = state.get("progress")
+        if progress is None:  # of another trainer: its weights, and a run that begins
+            self.accelerator.print(f"resuming the weights of step {int(self.trainer.step)}; the data begins anew")
+            return
+        self.streams["train"].load_state_dict(progress["data"])
+        self.epoch, self.samples_seen, self.best = (progress[name] for name in ("epoch", "samples_seen", "best"))
+        self.accelerator.print(f"resuming at step {int(self.trainer.step)}, sample {self.samples_seen:,}")
+
+    # one run
+
+    def train(self) -> int:
+        """Train to the last epoch: 0, or 128 + the number of the signal that ended it before."""
+        train, stream = self.config.train, self.streams["train"]
+        with Interruption().watched() as interruption, self._bar() as bar:
+            while self.epoch < train.epochs:
+                for batch in stream:
+                    loss = self._step(batch, bar)
+                    if not self.accelerator.sync_gradients:
+                        continue
+                    step = int(self.trainer.step)
+                    if step % train.log_every_steps == 0:
+                        self._log_step(loss, step, bar)
+                    stop, evaluate_now, save_now = self._due(step, interruption)
+                    if evaluate_now:
+                        self.evaluate("validation")
+                    if stop or save_now:
+                        self.save()
+                    if stop:
+                        number = interruption.signal or signal.SIGTERM  # another process was asked to end
+                        self.accelerator.print(f"{signal.Signals(number).name}: saved at step {step}")
+                        return 128 + number
+                self.epoch += 1
+        self.evaluate("validation")
+        self.save()
+        if len(self.streams["test"]):
+            self.evaluate("test")
+        self._plot()
+        return 0
+
+    def _step(self, batch: dict, bar: tqdm) -> float:
+        inputs = {name: batch[name] for name in self.columns}
+        loss = self.trainer(**inputs, max_batch_size=self.config.train.max_batch_size)
+        self.trainer.update()
+        count = len(batch["image_embed"]) * self.accelerator.num_processes
+        self.samples_seen += count
+        bar.update(count)
+        return loss
+
+    def _bar(self) -> tqdm:
+        stream = self.streams["train"]
+        total = len(stream) * stream.batch_size * self.accelerator.num_processes * self.config.train.epochs
+        shown = self.accelerator.is_main_process and sys.stderr.isatty()
+        return tqdm(
+            total=total, initial=min(self.samples_seen, total), desc="training", unit=" samples", unit_scale=True,
+            disable=not shown,
+        )  # fmt: skip
+
+    def _log_step(self, loss: float, step: int, bar: tqdm) -> None:
+        loss = self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), "mean").item()
+        now, last = (time.monotonic(), self.samples_seen), getattr(self, "_logged", None)
+        self._logged = now
+        log = {f"training/{self.config.prior.loss_type}-loss": loss, "lr": self.trainer.scheduler.get_last_lr()[0]}
+        log |= dict(epoch=self.epoch, samples_seen=self.samples_seen, bad_steps=self.trainer.bad_steps)
+        if last is not None:
+            log["samples_per_second"] = (now[1] - last[1]) / max(now[0] - last[0], 1e-9)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.tracker.log(log, step=step)
+
+    def _due(self, step: int, interruption: Interruption) -> tuple[bool, bool, bool]:
+        """Whether to stop, evaluate and save now: what one process wants, all do."""
+        several = self.accelerator.num_processes > 1
+        if several and step % self.config.train.log_every_steps:
+            return False, False, False
+        now = time.monotonic()
+        due = [
+            interruption.signal is not None,
+            now - self._evaluated >= self.config.data.eval_every_seconds,
+            now - self._saved >= self.config.train.save_every_seconds,
+        ]
+        if several:
+            wishes = torch.tensor(due, dtype=torch.int32, device=self.accelerator.device)
+            due = (self.accelerator.reduce(wishes, "sum") > 0).tolist()
+        return tuple(due)
+
+    def evaluate(self, split: str) -> None:
+        """Measure the online weights and those that sample, log both, and save where the loss is the best so far."""
+        self._evaluated = time.monotonic()
+        stream, train = self.streams[split], self.config.train
+        if not len(stream):
+            return
+        which = {"online": (self.trainer.prior, ())} if train.use_ema else {}
+        which["ema" if train.use_ema else "online"] = self.trainer.sampling_prior, tuple(train.eval_timesteps)
+        log = {}
+        for name, (prior, timesteps) in which.items():
+            stream.set_epoch(0)
+            batches = ({column: batch[column] for column in self.columns} for batch in stream)
+            metrics = evaluate(
+                prior, batches, cond_scale=train.eval_cond_scale, timesteps=timesteps, accelerator=self.accelerator
+            )
+            log |= {f"{split}/{name} {metric}": value for metric, value in metrics.items()}
+        self.tracker.log(log, step=int(self.trainer.step))
+        loss = log[f"{split}/{name} {self.config.prior.loss_type}-loss"]
+        if split == "validation" and loss < self.best:
+            self.best = loss
+            self.save(is_best=True)
+
+    def save(self, is_best: bool = False) -> None:
+        self._saved = time.monotonic()
+        progress: dict[str, Any] = dict(epoch=self.epoch, samples_seen=self.samples_seen, best=self.best)
+        progress["data"] = self.streams["train"].state_dict()
+        self.tracker.save(self.trainer, is_best=is_best, is_latest=True, progress=progress)
+        self.accelerator.wait_for_everyone()
+
+    def _plot(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with contextlib.suppress(ImportError):  # matplotlib is of another extra
+            plot_curves(read_metrics(self.tracker.metrics_path), self.tracker.data_path / "curves.png")
+
+
+def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
+    """As the launcher set it up; `train.amp` asks for mixed precision where the launcher did not."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if config.train.amp and precision == "no":
+        precision = "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
+    steps = config.train.gradient_accumulation_steps
+    # said outright, because accelerate does not join several processes without a GPU by itself
+    without_gpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=without_gpu, mixed_precision=precision, gradient_accumulation_steps=steps)
+
+
+def train(config: TrainDiffusionPriorConfig, config_path: Path | None = None) -> int:
+    """Train as the config says; returns the exit status."""
+    return Run(config, make_accelerator(config), config_path).train()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastprior.train_diffusion_prior", description=__doc__)
+    parser.add_argument("--config_file", "--config_path", "--config-file", required=True, metavar="FILE.json")
+    path = Path(parser.parse_args(argv).config_file)
+    try:
+        return train(TrainDiffusionPriorConfig.from_json_path(path), path)
+    except TrainingDiverged as error:
+        print(f"error: {error}; the last checkpoint is kept", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,417 @@
+"""Training a prior: loss and backward, steps, moving average and checkpoints, with dalle2-pytorch's calls."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from accelerate import Accelerator, DistributedType
+except ImportError as error:
+    raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
+
+from fastprior.checkpoint import _read
+from fastprior.chunks import prior_sample_in_chunks, split_args_and_kwargs
+from fastprior.ema import EMA
+from fastprior.optimizer import get_optimizer, learning_rate_factor
+from fastprior.prior import DiffusionPrior, in_eval_mode
+from fastprior.training_state import capture, plain, restore, to_peer
+from fastprior.utils import atomic
+
+EMA_OPTIONS = {f"ema_{name}" for name in inspect.signature(EMA).parameters if name != "model"}
+ACCELERATOR_OPTIONS = {f"accelerator_{name}" for name in inspect.signature(Accelerator).parameters}
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient; `bad_steps` says how many."""
+
+    def __init__(self, bad_steps: int, step: int):
+        super().__init__(f"{bad_steps} steps in a row after step {step} had a non-finite loss or gradient")
+        self.bad_steps = bad_steps
+
+
+def _reject_unknown(unknown: Mapping, known: set[str]) -> None:
+    for name in unknown:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see DiffusionPriorTrainer"
+        raise TypeError(f"unknown argument {name}={unknown[name]!r}; {hint}")
+
+
+def _make_accelerator(accelerator: Accelerator | None, options: dict, amp: bool, device) -> Accelerator:
+    """The accelerator given, or one of these options; `amp` and `device` hold for either."""
+    device = None if device is None else torch.device(device)
+    if accelerator is None:
+        if device is not None and device.type == "cpu":
+            options.setdefault("cpu", True)
+        if amp:
+            on_gpu = torch.cuda.is_available() and not options.get("cpu")
+            options.setdefault("mixed_precision", "fp16" if on_gpu else "bf16")
+        accelerator = Accelerator(**options)
+    elif options:
+        raise ValueError(f"accelerator_{min(options)} was given with accelerator=; it must be set in that one")
+    if amp and accelerator.mixed_precision == "no":
+        raise ValueError(
+            "amp=True, but the accelerator has mixed_precision='no'; it must be made with 'fp16' or 'bf16'"
+        )
+    if device is not None:
+        own = accelerator.device
+        if device.type != own.type or device.index not in (None, own.index or 0):
+            raise ValueError(f"device={str(device)!r}; it must be the accelerator's, {str(own)!r}")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        kind = accelerator.distributed_type.value
+        raise ValueError(f"accelerator runs {kind}; it must be one process or several under DDP")
+    return accelerator
+
+
+def _checkpoint_activations(prior: DiffusionPrior) -> None:
+    """Keep only queries, keys, values and the residual stream of each layer, and compute the rest again in backward."""
+    layers = getattr(getattr(prior.net, "causal_transformer", None), "layers", None)
+    if layers is None:
+        kind = type(prior.net).__name__
+        raise ValueError(f"checkpoint_activations=True needs a net with a causal_transformer; this is a {kind}")
+    for attention, feed_forward in layers:
+        attention.attend = functools.partial(checkpoint, attention.attend, use_reentrant=False)
+        feed_forward.forward = functools.partial(checkpoint, feed_forward.forward, use_reentrant=False)
+
+
+class DiffusionPriorTrainer(nn.Module):
+    """Train a prior: `loss = trainer(text_embed=…, image_embed=…)`, then `trainer.update()`.
+
+    One process, or several under DDP. With `gradient_accumulation_steps` of the accelerator, each call counts as one
+    batch, and `update` does nothing until the last of them; call `accelerator.accumulate` yourself, or leave it.
+
+    A step with a non-finite loss or gradient on any process is skipped on all: weights, moments, average and learning
+    rate stay. So are overflows of fp16.
+
+    Args:
+        diffusion_prior: moved to the accelerator's device, and trained in place.
+        accelerator: from accelerate, with precision and accumulation; made of the `accelerator_…` arguments by default.
+        use_ema: keep an `EMA`, which then is what samples.
+        lr, wd, eps, betas: of AdamW (of Adam with wd=0).
+        max_grad_norm: clip the gradient's norm to this.
+        group_wd_params: decay only matrices.
+        warmup_steps: steps of linear warm-up.
+        cosine_decay_max_steps: steps until the learning rate is 0, on a cosine; it stays there.
+        ema_beta, ema_update_after_step, ema_update_every: see `EMA`; None is its default.
+        draws: draws of time and noise per caption; others than 1 need a prior whose `forward` takes `draws`.
+        compile: compile the network; a dict is torch.compile's arguments. Dropout, that of conditions too, then draws
+            other numbers than it does eagerly.
+        checkpoint_activations: trade time for memory, layer by layer.
+        max_bad_steps: so many skipped steps in a row raise `TrainingDiverged`.
+        **kwargs: `ema_…` and `accelerator_…` for the rest of their arguments, and what older scripts pass: amp=True is
+            mixed precision (fp16 on a GPU, else bf16), device= where to train.
+
+    Attributes:
+        step: (1,) int64, steps done.
+        bad_steps: steps skipped.
+        text_conditioned: whether the prior is conditioned on text encodings.
+
+    Raises:
+        TypeError: an unknown argument, or no DiffusionPrior.
+        ValueError: an argument out of range, or one against the accelerator.
+    """
+
+    def __init__(
+        self,
+        diffusion_prior: DiffusionPrior,
+        accelerator: Accelerator | None = None,
+        use_ema: bool = True,
+        lr: float = 3e-4,
+        wd: float = 1e-2,
+        eps: float = 1e-6,
+        max_grad_norm: float | None = None,
+        group_wd_params: bool = True,
+        warmup_steps: int | None = None,
+        cosine_decay_max_steps: int | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        ema_beta: float | None = None,
+        ema_update_after_step: int | None = None,
+        ema_update_every: int | None = None,
+        draws: int = 1,
+        compile: bool | dict = False,
+        checkpoint_activations: bool = False,
+        max_bad_steps: int = 20,
+        **kwargs,
+    ):
+        super().__init__()
+        if not isinstance(diffusion_prior, DiffusionPrior):
+            raise TypeError(f"diffusion_prior is a {type(diffusion_prior).__name__}; it must be a DiffusionPrior")
+        ranges = dict(
+            max_grad_norm=(max_grad_norm, 0), warmup_steps=(warmup_steps, -1), max_bad_steps=(max_bad_steps, 0),
+            cosine_decay_max_steps=(cosine_decay_max_steps, 0), draws=(draws, 0),
+        )  # fmt: skip
+        for name, (value, bound) in ranges.items():
+            if value is not None and not value > bound:
+                raise ValueError(f"{name}={value}; it must be greater than {bound}")
+        if draws != 1 and "draws" not in inspect.signature(diffusion_prior.forward).parameters:
+            raise ValueError(f"draws={draws}; {type(diffusion_prior).__name__}.forward takes no `draws`: it must be 1")
+        ema = dict(ema_beta=ema_beta, ema_update_after_step=ema_update_after_step, ema_update_every=ema_update_every)
+        ema.update({key: kwargs.pop(key) for key in EMA_OPTIONS & kwargs.keys()})
+        options = {key[12:]: kwargs.pop(key) for key in ACCELERATOR_OPTIONS & kwargs.keys()}
+        amp, device = kwargs.pop("amp", False), kwargs.pop("device", None)
+        known = inspect.signature(DiffusionPriorTrainer).parameters.keys() | EMA_OPTIONS | ACCELERATOR_OPTIONS
+        _reject_unknown(kwargs, known | {"amp", "device"})
+
+        self.accelerator = _make_accelerator(accelerator, options, amp, device)
+        self.device = self.accelerator.device
+        self.text_conditioned = diffusion_prior.condition_on_text_encodings
+        self.use_ema, self.max_grad_norm, self.lr, self.draws = use_ema, max_grad_norm, lr, draws
+        self.max_bad_steps, self.bad_steps, self._bad_in_a_row = max_bad_steps, 0, 0
+        self.cosine_decay_max_steps = cosine_decay_max_steps
+        self._batches_counted = self.accelerator.step
+
+        diffusion_prior.to(self.device)
+        self.ema_diffusion_prior = None
+        if use_ema:  # copied before anything is wrapped
+            options = {key[4:]: value for key, value in ema.items() if value is not None}
+            self.ema_diffusion_prior = EMA(diffusion_prior, **options)
+        if checkpoint_activations:
+            _checkpoint_activations(diffusion_prior)
+        if compile:
+            diffusion_prior.net.compile(**{"fullgraph": True, **(compile if isinstance(compile, dict) else {})})
+        fused = True if self.device.type in ("cpu", "cuda") else None
+        optimizer = get_optimizer(
+            diffusion_prior.parameters(), lr=lr, wd=wd, betas=betas, eps=eps, filter_by_requires_grad=True,
+            group_wd_params=group_wd_params, fused=fused,
+        )  # fmt: skip
+        # not prepared: accelerate would step it once per process
+        self.scheduler = LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, warmup_steps, cosine_decay_max_steps)
+        )
+        self.diffusion_prior, self.optimizer = self.accelerator.prepare(diffusion_prior, optimizer)
+        if use_ema:
+            self.ema_diffusion_prior.copy_params_from_model_to_ema()  # DDP has made the ranks' weights equal
+        self.register_buffer("step", torch.tensor([0], device=self.device))
+
+    @property
+    def prior(self) -> DiffusionPrior:
+        """The prior that is trained, without wrappers."""
+        return self.accelerator.unwrap_model(self.diffusion_prior)
+
+    @property
+    def sampling_prior(self) -> DiffusionPrior:
+        """The prior that samples: the average where there is one."""
+        return self.ema_diffusion_prior.ema_model if self.use_ema else self.prior
+
+    # training
+
+    def _on_device(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+        if isinstance(value, dict):
+            return {key: self._on_device(item) for key, item in value.items()}
+        return value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
+
+    def _accumulate(self) -> AbstractContextManager:
+        """Count a batch of gradient accumulation, unless the caller is within `accelerator.accumulate`, which did."""
+        if self.accelerator.step != self._batches_counted:
+            return nullcontext()
+        return self.accelerator.accumulate(self.diffusion_prior)
+
+    def loss_tensor(self, *args, max_batch_size: int | None = None, **kwargs) -> Tensor:
+        """As calling the trainer, but the loss is a detached 0-d tensor, and the host does not wait for it."""
+        args, kwargs = map(self._on_device, args), self._on_device(kwargs)
+        if self.draws != 1:
+            kwargs["draws"] = self.draws
+        chunks = list(split_args_and_kwargs(*args, split_size=max_batch_size, **kwargs))
+        if not self.training:
+            with torch.no_grad():
+                return sum(self.diffusion_prior(*args, **kwargs) * share for share, (args, kwargs) in chunks)
+        total = 0.0
+        with self._accumulate():
+            for index, (share, (args, kwargs)) in enumerate(chunks):
+                is_last = index == len(chunks) - 1
+                with nullcontext() if is_last else self.accelerator.no_sync(self.diffusion_prior):
+                    loss = self.diffusion_prior(*args, **kwargs) * share
+                    # a non-finite loss makes the gradient NaN, of all ranks when they add theirs up: `update` sees it
+                    poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+                    self.accelerator.backward(loss * poison)
+                total = total + loss.detach()
+        self._batches_counted = self.accelerator.step
+        return total
+
+    def forward(self, *args, max_batch_size: int | None = None, **kwargs) -> float:
+        """The loss of a batch, and in training mode its backward.
+
+        Args:
+            *args, **kwargs: see `DiffusionPrior.forward`: text or text_embed (batch, dim) and text_encodings, image or
+                image_embed (batch, dim); tensors on any device, or numpy arrays.
+            max_batch_size: run the batch in chunks of at most this; each weighs as much as its share of the batch.
+        Returns:
+            This process's mean loss, possibly not finite: then `update` skips the step.
+        """
+        return self.loss_tensor(*args, max_batch_size=max_batch_size, **kwargs).item()
+
+    def update(self) -> None:
+        """Take a step with the accumulated gradient; nothing happens while batches are still being accumulated.
+
+        Raises:
+            TrainingDiverged: this step was skipped, as were the `max_bad_steps - 1` before it.
+        """
+        if not self.accelerator.sync_gradients:
+            return
+        self.accelerator.unscale_gradients(self.optimizer)
+        trained = [p for p in self.diffusion_prior.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in trained])  # the same on all ranks
+        if not norm.isfinite():  # the host waits for the backward here
+            self._skip()
+            return
+        if self.max_grad_norm is not None:
+            clip_grads_with_norm_(trained, self.max_grad_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.step += 1
+        if self.use_ema:
+            self.ema_diffusion_prior.update()
+        self._bad_in_a_row = 0
+
+    def _skip(self) -> None:
+        self.optimizer.zero_grad()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.bad_steps += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= self.max_bad_steps:
+            raise TrainingDiverged(self._bad_in_a_row, int(self.step))
+
+    # checkpoints
+
+    def training_state(self) -> dict:
+        """All that `load` needs, in plain types and tensors, which are not copied; the CLIP is left out.
+
+        Keys: step, model, ema_model and ema (with `use_ema`), optimizer (by name of the parameter), scheduler, rng,
+        scaler (in fp16), bad_steps, fastprior_version.
+        """
+        return capture(self)
+
+    def save(self, path: str | os.PathLike, overwrite: bool = True, **kwargs) -> None:
+        """Write a checkpoint, on the main process alone. Atomic; folders are made.
+
+        Gradients are no part of it: save after an `update` that took a step, not among batches being accumulated.
+
+        Args:
+            overwrite: replace an existing file; FileExistsError otherwise.
+            **kwargs: further entries, of tensors and plain values.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        state = self.training_state()
+        for name, value in kwargs.items():
+            if name in state or name == "version":
+                raise ValueError(f"{name}={value!r}; this entry is the trainer's own")
+            plain(value, name)
+        self._write({**state, **kwargs}, path, overwrite)
+
+    def export_for_peer(self, path: str | os.PathLike, overwrite: bool = True) -> None:
+        """Write a checkpoint that the trainer of dalle2-pytorch 1.15.6 loads, with the CLIP where there is one.
+
+        That trainer must be made with the same arguments; what it saves, `load` reads.
+        """
+        if not getattr(self.prior.net, "config", {}).get("cosine_sim", True):
+            raise ValueError("the network has cosine_sim=False; dalle2-pytorch has cosine similarity attention only")
+        if self.accelerator.is_main_process:
+            self._write(to_peer(self), path, overwrite)
+
+    def _write(self, state: dict, path: str | os.PathLike, overwrite: bool) -> None:
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; overwrite=True replaces it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            torch.save(state, temporary)
+
+    def load(
+        self,
+        path_or_state: str | os.PathLike | Mapping,
+        overwrite_lr: bool = True,
+        strict: bool = True,
+        *,
+        restore_rng: bool = True,
+    ) -> Mapping:
+        """Go on from a checkpoint, ours or that of dalle2-pytorch's trainer, on every process.
+
+        The run continues as if it had never stopped; of the optimizer, only the moments come from the file. Under DDP
+        the random generators of ranks other than the first are seeded anew.
+
+        Args:
+            path_or_state: a file, or what one holds.
+            overwrite_lr: keep this trainer's learning rate; False takes the file's.
+            strict: weights, average and moments must all fit; with False, what the file lacks stays, and an average
+                that it lacks starts from its model.
+            restore_rng: put the global random generators where they were, if the file says so.
+        Returns:
+            What the file holds.
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, unsafe, no trainer's checkpoint, or does not fit. Nothing is loaded then.
+        """
+        is_file = not isinstance(path_or_state, Mapping)
+        payload = _read(Path(path_or_state))[0] if is_file else path_or_state
+        where = str(path_or_state) if is_file else "the state given"
+        restore(self, payload, where, overwrite_lr, strict, restore_rng)
+        self._bad_in_a_row = 0
+        return payload
+
+    # sampling and embedding
+
+    @torch.no_grad()
+    @in_eval_mode
+    def p_sample_loop(
+        self, shape: tuple[int, ...], text_cond: dict, *args, max_batch_size: int | None = None, **kwargs
+    ) -> Tensor:
+        """See `DiffusionPrior.p_sample_loop`, at most `max_batch_size` rows at a time (but one prompt at least)."""
+        prior, text_cond = self.sampling_prior, self._on_device(text_cond)
+        if max_batch_size is None:
+            return prior.p_sample_loop(shape, text_cond, *args, **kwargs)
+        prompts = next(len(value) for value in text_cond.values() if torch.is_tensor(value))
+        if shape[0] % prompts:
+            raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of the prompts, {prompts}")
+        repeats = shape[0] // prompts
+        chunks = split_args_and_kwargs(split_size=max(1, max_batch_size // repeats), **text_cond)
+        shares = ((round(share * prompts) * repeats, part) for share, (_, part) in chunks)
+        return torch.cat([prior.p_sample_loop((rows, *shape[1:]), part, *args, **kwargs) for rows, part in shares])
+
+    @torch.no_grad()
+    @in_eval_mode
+    @prior_sample_in_chunks
+    def sample(self, *args, **kwargs) -> Tensor:
+        """See `DiffusionPrior.sample`; `max_batch_size` prompts at a time."""
+        return self.sampling_prior.sample(*map(self._on_device, args), **self._on_device(kwargs))
+
+    @torch.no_grad()
+    def sample_batch_size(self, *args, **kwargs) -> Tensor:
+        """See `DiffusionPrior.sample_batch_size`."""
+        return self.sampling_prior.sample_batch_size(*map(self._on_device, args), **self._on_device(kwargs))
+
+    def _clip_adapter(self) -> nn.Module:
+        if self.prior.clip is None:
+            raise ValueError("this prior has no clip; give embeddings instead of raw text and images")
+        return self.prior.clip
+
+    @torch.no_grad()
+    @prior_sample_in_chunks
+    def embed_text(self, text: Tensor) -> tuple:
+        """The CLIP adapter's `embed_text` of tokens (batch, length), `max_batch_size` at a time."""
+        return self._clip_adapter().embed_text(self._on_device(text))
+
+    @torch.no_grad()
+    @prior_sample_in_chunks
+    def embed_image(self, image: Tensor) -> tuple:
+        """The CLIP adapter's `embed_image` of images (batch, channels, height, width), `max_batch_size` at a time."""
+        return self._clip_adapter().embed_image(self._on_device(image))

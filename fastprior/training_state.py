@@ -1,0 +1,198 @@
+"""What a trainer's checkpoint holds: of our format, and of dalle2-pytorch's.
+
+Functions take the trainer whose state it is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from fastprior.optimizer import load_moments, named_state, separate_weight_decayable_params
+from fastprior.version import __version__
+
+if TYPE_CHECKING:
+    from fastprior.trainer import DiffusionPriorTrainer
+
+PEER_VERSION = "1.15.6"  # of dalle2-pytorch, whose format is written
+
+
+def plain(value: Any, name: str) -> None:
+    """Raise TypeError, naming the entry, unless value is made of tensors, dicts, lists, tuples and plain values."""
+    if type(value) is dict:
+        for key, item in value.items():
+            plain(key, f"{name}'s key {key!r}")
+            plain(item, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            plain(item, f"{name}[{index}]")
+    elif not (torch.is_tensor(value) or type(value) in (type(None), bool, int, float, str, bytes)):
+        raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+
+
+def _names(prior: nn.Module) -> dict[Parameter, str]:
+    return {parameter: name for name, parameter in prior.named_parameters()}
+
+
+def _without_clip(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.startswith("clip.")}
+
+
+# random generators
+
+
+def _rng_state(device: torch.device) -> dict:
+    state = dict(torch=torch.get_rng_state(), python=random.getstate())
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: Mapping, device: torch.device, rank: int) -> None:
+    """The generators as rank 0 saved them; the other ranks' are seeded by those."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    if rank:
+        seed = int(torch.randint(2**62, ())) + rank
+        torch.manual_seed(seed)
+        random.seed(seed)
+
+
+# our format
+
+
+def capture(trainer: DiffusionPriorTrainer) -> dict:
+    """See `DiffusionPriorTrainer.training_state`."""
+    prior, ema, scheduler = trainer.prior, trainer.ema_diffusion_prior, trainer.scheduler
+    state = dict(
+        fastprior_version=__version__,
+        step=trainer.step.cpu(),
+        model=_without_clip(prior.state_dict()),
+        optimizer=named_state(trainer.optimizer, _names(prior)),
+        scheduler=dict(base_lrs=list(scheduler.base_lrs), last_epoch=scheduler.last_epoch),
+        rng=_rng_state(trainer.device),
+        bad_steps=trainer.bad_steps,
+    )
+    if trainer.accelerator.scaler is not None:
+        state["scaler"] = trainer.accelerator.scaler.state_dict()
+    if ema is not None:
+        state["ema_model"] = _without_clip(ema.ema_model.state_dict())
+        state["ema"] = dict(step=ema.step, initted=ema.initted)
+    return state
+
+
+def _fitting(state: Mapping[str, Tensor], prior: nn.Module, what: str, strict: bool) -> dict[str, Tensor]:
+    """The weights to load into a prior; ValueError, naming the key, where they do not fit it."""
+    state, own = _without_clip(state), _without_clip(prior.state_dict())
+    if strict and state.keys() != own.keys():
+        lists = (", ".join(sorted(a.keys() - b.keys())[:5]) or "none" for a, b in ((own, state), (state, own)))
+        raise ValueError("{}: missing keys: {}; unexpected keys: {}".format(what, *lists))
+    for key in state.keys() & own.keys():
+        if state[key].shape != own[key].shape:
+            shapes = f"{tuple(state[key].shape)}; it must be {tuple(own[key].shape)}"
+            raise ValueError(f"{what}: {key} has shape {shapes}")
+    return state
+
+
+def restore(
+    trainer: DiffusionPriorTrainer, payload: Mapping, where: str, overwrite_lr: bool, strict: bool, restore_rng: bool
+) -> None:
+    """See `DiffusionPriorTrainer.load`; `where` the payload is from, for messages."""
+    prior, ema, scaler = trainer.prior, trainer.ema_diffusion_prior, trainer.accelerator.scaler
+    missing = [key for key in ("model", "optimizer", "scheduler", "step") if key not in payload]
+    if missing:
+        raise ValueError(f"{where} has no entry {missing[0]!r}; it must be a trainer's checkpoint")
+    if ema is not None and strict and "ema_model" not in payload:
+        raise ValueError(f"{where} has no 'ema_model'; it must have, with use_ema=True and strict=True")
+    model = _fitting(payload["model"], prior, f"{where}: model", strict)
+    average = _fitting(payload.get("ema_model", model), prior, f"{where}: ema_model", strict)
+    is_peers = "fastprior_version" not in payload
+    moments = _moments_from_peer(payload, prior, where) if is_peers else payload["optimizer"]["state"]
+    load_moments(trainer.optimizer, moments, _names(prior), strict)  # the last to raise
+
+    prior.load_state_dict(model, strict=False)
+    if ema is not None:
+        ema.ema_model.load_state_dict(average, strict=False)
+        for name in payload.get("ema", {}).keys() & {"step", "initted"}:
+            getattr(ema, name).fill_(int(payload["ema"][name]))
+    trainer.step.fill_(int(payload["step"]))
+    _resume_schedule(trainer, trainer.lr if overwrite_lr else payload["scheduler"]["base_lrs"][0])
+    trainer.bad_steps = payload.get("bad_steps", 0)
+    if scaler is not None and "scaler" in payload:
+        scaler.load_state_dict(payload["scaler"])
+    if restore_rng and "rng" in payload:
+        _set_rng_state(payload["rng"], trainer.device, trainer.accelerator.process_index)
+
+
+def _resume_schedule(trainer: DiffusionPriorTrainer, lr: float) -> None:
+    """Set the learning rate to what it is at this step with `lr` as its base."""
+    scheduler, groups = trainer.scheduler, trainer.optimizer.param_groups
+    scheduler.last_epoch = int(trainer.step)
+    scheduler.base_lrs = [lr] * len(groups)
+    for group, factor in zip(groups, scheduler.lr_lambdas):
+        group["initial_lr"], group["lr"] = lr, lr * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in groups]
+
+
+# dalle2-pytorch's format, which numbers the parameters in their order in the prior, group by group, a CLIP's first
+
+
+def _grouped(parameters: list[Parameter], groups: int) -> list[list[Parameter]]:
+    return [parameters] if groups == 1 else list(separate_weight_decayable_params(parameters))
+
+
+def _moments_from_peer(payload: Mapping, prior: nn.Module, where: str) -> dict[str, dict]:
+    """The optimizer's moments by name; whether the file or the prior has a CLIP does not matter."""
+    own = _without_clip(dict(prior.named_parameters()))
+    names = {own[name]: name for name in payload["model"] if name in own}
+    stored, groups = payload["optimizer"]["state"], payload["optimizer"]["param_groups"]
+    moments = {}
+    for parameters, group in zip(_grouped(list(names), len(groups)), groups):
+        surplus = len(group["params"]) - len(parameters)
+        if surplus < 0:
+            rule = f"it must be the prior's {len(parameters)} or more"
+            raise ValueError(f"{where}: optimizer has {len(group['params'])} parameters in a group; {rule}")
+        numbers = group["params"][surplus:]
+        moments.update({names[p]: dict(stored[n]) for p, n in zip(parameters, numbers) if n in stored})
+    return moments
+
+
+def to_peer(trainer: DiffusionPriorTrainer) -> dict:
+    """A checkpoint that dalle2-pytorch's trainer loads, in plain types; tensors are not copied."""
+    prior, ema, steps = trainer.prior, trainer.ema_diffusion_prior, int(trainer.step)
+    names, optimizer = _names(prior), named_state(trainer.optimizer, _names(prior))
+    groups, state, count = [], {}, 0
+    for parameters, own in zip(_grouped(list(names), len(optimizer["param_groups"])), optimizer["param_groups"]):
+        numbers = range(count, count + len(parameters))
+        moments = ((n, optimizer["state"].get(names[p])) for n, p in zip(numbers, parameters))
+        state.update({n: kept for n, kept in moments if kept is not None})
+        groups.append({**own, "params": list(numbers), "fused": None, "foreach": None})
+        count += len(parameters)
+    scheduler = dict(
+        base_lrs=list(trainer.scheduler.base_lrs),
+        last_epoch=steps,
+        _step_count=steps + 1,
+        _last_lr=[group["lr"] for group in groups],
+    )
+    if trainer.cosine_decay_max_steps is None:
+        scheduler["lr_lambdas"] = [None] * len(groups)
+    else:
+        scheduler.update(T_max=trainer.cosine_decay_max_steps, eta_min=0.0)
+    model = prior.state_dict()
+    payload = dict(
+        model=model, optimizer={"state": state, "param_groups": groups}, scheduler=scheduler, warmup_scheduler=None,
+        version=PEER_VERSION, step=trainer.step.cpu(),
+    )  # fmt: skip
+    if ema is not None:
+        average = ema.ema_model.state_dict()
+        both = {"online_model": model, "ema_model": average}
+        nested = {f"{name}.{key}": value for name, weights in both.items() for key, value in weights.items()}
+        payload.update(ema={"initted": ema.initted, "step": ema.step, **nested}, ema_model=average)
+    return payload

@@ -1,0 +1,239 @@
+"""The training script on small real files: whole runs, interruptions, resumption, two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+
+from fastprior import checkpoint, train_diffusion_prior
+from fastprior.trackers import read_metrics
+from fastprior.train_configs import TrainDiffusionPriorConfig
+from fastprior.train_diffusion_prior import Run, make_accelerator, split_edges
+
+ROOT = Path(__file__).parent.parent
+DIM, SHARDS, ROWS = 16, 3, 120
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Text embeddings, and image embeddings that are a rotation of them."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    rotation = np.linalg.qr(draw.normal(size=(DIM, DIM)))[0]
+    for name in ("images", "texts"):
+        (folder / name).mkdir()
+    for shard in range(SHARDS):
+        text = draw.normal(size=(ROWS, DIM))
+        text /= np.linalg.norm(text, axis=1, keepdims=True)
+        np.save(folder / "texts" / f"text_emb_{shard}.npy", text.astype(np.float32))
+        np.save(folder / "images" / f"img_emb_{shard}.npy", (text @ rotation).astype(np.float32))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its settings for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_config(data, out, *, train=None, data_options=None, resume=True) -> dict:
+    return dict(
+        prior=dict(
+            net=dict(dim=DIM, depth=2, heads=2, dim_head=8, max_text_len=4, num_timesteps=50),
+            image_embed_dim=DIM, timesteps=50, cond_drop_prob=0.1, condition_on_text_encodings=False,
+        ),
+        data=dict(
+            image_url=str(data / "images"), text_url=str(data / "texts"), batch_size=16,
+            splits=dict(train=0.8, val=0.1, test=0.1),
+        ) | (data_options or {}),
+        train=dict(epochs=3, lr=3e-3, wd=0.01, ema_beta=0.9, ema_update_after_step=1, ema_update_every=1,
+                   eval_timesteps=[8], log_every_steps=5) | (train or {}),
+        tracker=dict(
+            data_path=str(out), overwrite_data_path=True, log=dict(log_type="console", auto_resume=resume),
+            load=dict(load_from="local", file_path=str(out / "latest.pth"), only_auto_resume=True),
+            save=[dict(save_to="local", save_latest_to=str(out / "latest.pth"), save_best_to=str(out / "best.pth"),
+                       save_type="checkpoint")],
+        ),
+    )  # fmt: skip
+
+
+def write(config: dict, path) -> str:
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def run(config: dict, path) -> int:
+    return train_diffusion_prior.main(["--config_file", write(config, path)])
+
+
+def weights(path) -> dict:
+    return torch.load(path, weights_only=True, map_location="cpu")["model"]
+
+
+def test_a_whole_run(data, tmp_path):
+    out = tmp_path / "run"
+    assert (
+        run(make_config(data, out, train=dict(epochs=30, lr=1e-2, max_grad_norm=None)), tmp_path / "config.json") == 0
+    )
+    records = read_metrics(out / "metrics.jsonl")
+    losses = [r["training/l2-loss"] for r in records if "training/l2-loss" in r]
+    assert len(losses) == 30 * 18 // 5 and np.mean(losses[-5:]) < 0.4 * np.mean(losses[:3])
+    last = next(r for r in reversed(records) if "test/ema similarity with original image [steps=8]" in r)
+    assert last["test/ema similarity with original image [steps=8]"] > 0.7
+    assert any("validation/online l2-loss" in r and "validation/ema l2-loss" in r for r in records)
+    prior = checkpoint.load(out / "latest.pth")
+    text = F.normalize(torch.randn(2, DIM), dim=-1)
+    assert prior.p_sample_loop((2, DIM), text_cond=dict(text_embed=text), timesteps=4).isfinite().all()
+    assert (out / "best.pth").exists() and (out / "config.json").exists() and (out / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, number):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(make_config(data, whole), tmp_path / "whole.json") == 0
+    plain_step, config = Run._step, make_config(data, parts)
+    for stop_after in (7, 25):
+
+        def step(self, batch, bar, stop_after=stop_after):
+            if int(self.trainer.step) == stop_after:
+                os.kill(os.getpid(), number)
+            return plain_step(self, batch, bar)
+
+        monkeypatch.setattr(Run, "_step", step)
+        assert run(config, tmp_path / "parts.json") == 128 + number
+        assert torch.load(parts / "latest.pth", weights_only=True)["step"].item() == stop_after + 1
+    monkeypatch.setattr(Run, "_step", plain_step)
+    assert run(config, tmp_path / "parts.json") == 0
+    ours, wanted = weights(parts / "latest.pth"), weights(whole / "latest.pth")
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_evaluation_does_not_change_the_training(data, tmp_path):
+    for name, seconds in (("never", 10**6), ("always", 0)):
+        options = dict(data_options=dict(eval_every_seconds=seconds), train=dict(epochs=1))
+        assert run(make_config(data, tmp_path / name, **options), tmp_path / "config.json") == 0
+    never, always = (weights(tmp_path / name / "latest.pth") for name in ("never", "always"))
+    assert all(torch.equal(never[name], always[name]) for name in never)
+
+
+def test_killed_at_any_moment(data, tmp_path):
+    """Every checkpoint that a killed run leaves can be read, and the run ends where it would have."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = dict(epochs=40, save_every_seconds=0)
+    assert run(make_config(data, whole, train=options), tmp_path / "whole.json") == 0
+    config = write(make_config(data, killed, train=options), tmp_path / "killed.json")
+    command = [sys.executable, "-m", "fastprior.train_diffusion_prior", "--config_path", config]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    draw = np.random.default_rng(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 180
+        seen = (killed / "latest.pth").stat().st_mtime_ns if (killed / "latest.pth").exists() else 0
+        while process.poll() is None and time.monotonic() < deadline:
+            if (killed / "latest.pth").exists() and (killed / "latest.pth").stat().st_mtime_ns != seen:
+                break
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.6))
+        process.kill()
+        process.wait()
+        assert torch.load(killed / "latest.pth", weights_only=True)["step"] > 0
+    assert run(json.loads((tmp_path / "killed.json").read_text()), tmp_path / "again.json") == 0
+    ours, wanted = weights(killed / "latest.pth"), weights(whole / "latest.pth")
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_two_processes(data, tmp_path):
+    out = tmp_path / "two"
+    config = make_config(data, out, train=dict(epochs=2), data_options=dict(splits=dict(train=0.85, val=0.15, test=0)))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+        "fastprior.train_diffusion_prior", "--config_file", write(config, tmp_path / "config.json"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = read_metrics(out / "metrics.jsonl")
+    steps = (306 // 2 // 16) * 2  # of both epochs, with 16 pairs on each process
+    assert torch.load(out / "latest.pth", weights_only=True)["step"].item() == steps
+    assert max(r.get("samples_seen", 0) for r in records) <= steps * 32
+    assert any("validation/ema l2-loss" in r for r in records)
+
+
+def test_diverging_training_keeps_the_last_checkpoint(data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert run(make_config(data, out, train=dict(epochs=1)), tmp_path / "config.json") == 0
+    before = (out / "latest.pth").read_bytes()
+    plain_step = Run._step
+
+    def step(self, batch, bar):
+        return plain_step(self, batch | {"image_embed": batch["image_embed"] * torch.nan}, bar)
+
+    monkeypatch.setattr(Run, "_step", step)
+    assert run(make_config(data, out, train=dict(epochs=2, max_bad_steps=3)), tmp_path / "config.json") == 1
+    assert "3 steps in a row" in capsys.readouterr().err
+    assert (out / "latest.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(data_options=dict(batch_size=1000)), "data.batch_size=1000; the training split has 288 pairs"),
+        (dict(data_options=dict(text_url=None)), "meta_url and text_url are both missing"),
+        (dict(data_options=dict(image_urk="x")), "unknown key 'image_urk', the nearest is 'image_url'"),
+        (dict(train=dict(draws=0)), "train.draws: Input should be greater than or equal to 1"),
+        (dict(data_options=dict(image_url="/nowhere")), "/nowhere"),
+    ],
+)
+def test_wrong_configs(data, tmp_path, change, message):
+    config = make_config(data, tmp_path / "run", **change)
+    with pytest.raises((ValueError, FileNotFoundError), match=message.replace("(", r"\(")):
+        run(config, tmp_path / "config.json")
+
+
+def test_captions_need_a_clip(data, tmp_path):
+    config = make_config(data, tmp_path / "run")
+    config["prior"]["condition_on_text_encodings"] = True
+    with pytest.raises(ValueError, match="needs prior.clip .* or data.text_url and encodings_url"):
+        run(config, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
+def test_the_configs_that_come_along_are_valid(path):
+    config = TrainDiffusionPriorConfig.from_json_path(path)
+    with torch.device("meta"):
+        net = config.prior.net.create()
+    weights = sum(p.numel() for p in net.causal_transformer.parameters() if p.ndim == 2)
+    assert weights == pytest.approx(
+        {"tiny": 8032, "prior_small": 100.9e6, "prior_laion_vit_l14": 248.4e6}[path.stem], rel=0.002
+    )
+
+
+def test_the_tiny_config_trains(data, tmp_path, monkeypatch):
+    for name in ("images", "texts"):
+        (tmp_path / name).symlink_to(data / name)
+    monkeypatch.chdir(tmp_path)
+    assert train_diffusion_prior.main(["--config_file", str(ROOT / "configs" / "tiny.json")]) == 0
+    assert (tmp_path / "run" / "best.pth").exists()
+
+
+def test_splits_are_whole():
+    assert split_edges((0.7, 0.2, 0.1), 10) == [0, 7, 9, 10]
+    assert split_edges((0.85, 0.15, 0.0), 7) == [0, 6, 7, 7]
+    assert split_edges((1.0, 0.0, 0.0), 3) == [0, 3, 3, 3]
+
+
+def test_mixed_precision_and_accumulation(data, tmp_path):
+    train = dict(amp=True, gradient_accumulation_steps=2, epochs=1, draws=2)
+    config = TrainDiffusionPriorConfig.model_validate(make_config(data, tmp_path / "run", train=train))
+    assert make_accelerator(config).mixed_precision == "bf16"
+    assert train_diffusion_prior.train(config) == 0
+    assert torch.load(tmp_path / "run" / "latest.pth", weights_only=True)["step"].item() == 18 // 2

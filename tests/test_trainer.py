@@ -1,0 +1,713 @@
+"""The trainer: parity with dalle2-pytorch's, its faults mended, checkpoints of both, runs that are cut or go bad."""
+
+import copy
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_prior, relative_error
+
+import fastprior
+from fastprior.clip import BaseClipAdapter, EmbeddedText
+from fastprior.layers import l2norm
+
+pytest.importorskip("accelerate")
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from fastprior.optimizer import learning_rate_factor
+from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged, split_args_and_kwargs
+
+NET = dict(dim=16, depth=2, dim_head=8, heads=2, num_timesteps=10, max_text_len=4)
+BATCH = 8
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its precision and accumulation for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class ToyClip(BaseClipAdapter):
+    dim_latent = property(lambda self: 16)
+    image_size = property(lambda self: 8)
+    image_channels = property(lambda self: 3)
+    max_text_len = property(lambda self: 4)
+
+    def __init__(self):
+        super().__init__(torch.nn.Embedding(4000, 16))
+
+    def embed_text(self, text):
+        return EmbeddedText(l2norm(self.clip(text).sum(1)), self.clip(text))
+
+
+def small_prior(net=None, **kwargs):
+    kwargs = dict(timesteps=10, condition_on_text_encodings=False) | kwargs
+    return make_prior(NET | (net or {}), **kwargs).train()
+
+
+def make_trainer(prior=None, cls=DiffusionPriorTrainer, **kwargs):
+    """On the CPU, with an average that moves at once."""
+    if "accelerator" not in kwargs:
+        kwargs["accelerator_cpu"] = True
+    kwargs = dict(lr=1e-2, ema_beta=0.9, ema_update_after_step=0, ema_update_every=1) | kwargs
+    return cls(small_prior() if prior is None else prior, **kwargs)
+
+
+def batch(seed=0, rows=BATCH):
+    draw = torch.Generator().manual_seed(seed)
+    return {name: l2norm(torch.randn(rows, 16, generator=draw)) for name in ("text_embed", "image_embed")}
+
+
+def run(trainer, steps, start=0):
+    losses = []
+    for step in range(start, start + steps):
+        losses.append(trainer(**batch(step)))
+        trainer.update()
+    return losses
+
+
+def tensors(trainer):
+    """Copies of all that a step may change."""
+    state = trainer.training_state()
+    moments = {f"{n}.{k}": v for n, kept in state["optimizer"]["state"].items() for k, v in kept.items()}
+    named = {"model": state["model"], "ema": state.get("ema_model", {}), "moments": moments}
+    return {f"{kind}.{key}": value.clone() for kind, own in named.items() for key, value in own.items()}
+
+
+def differing(one, other):
+    assert one.keys() == other.keys()
+    return [key for key in one if not torch.equal(one[key], other[key])]
+
+
+def lr_of(trainer):
+    (lr,) = {group["lr"] for group in trainer.optimizer.param_groups}
+    return lr
+
+
+# against the peer
+
+
+SCHEDULES = {
+    "plain": {},
+    "warm-up": dict(warmup_steps=10),
+    "both": dict(warmup_steps=10, cosine_decay_max_steps=40, max_grad_norm=0.05, wd=0.1),
+    "adam": dict(wd=0, group_wd_params=False),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_parity(peer, schedule):
+    from dalle2_pytorch.trainer import DiffusionPriorTrainer as Peers
+
+    steps, found = 40, []
+    for module, cls in ((peer, Peers), (fastprior, DiffusionPriorTrainer)):
+        trainer = make_trainer(small_prior(module=module), cls, eps=1e-6, ema_beta=0.8, **SCHEDULES[schedule])
+        torch.manual_seed(0)
+        losses, rates = [], []
+        for step in range(steps):
+            rates.append(lr_of(trainer))
+            losses += run(trainer, 1, step)
+        rates.append(lr_of(trainer))
+        found.append((torch.tensor(losses), rates, trainer.ema_diffusion_prior.ema_model.net.learned_query))
+    (theirs, their_rates, their_ema), (ours, rates, ema) = found
+    assert type(losses[0]) is float and losses[-1] < 0.8 * losses[0]
+    assert rates == pytest.approx(their_rates, rel=1e-6, abs=1e-9)
+    assert relative_error(ours, theirs) < 1e-3 and relative_error(ema, their_ema) < 1e-3
+
+
+def test_the_average_is_that_of_ema_pytorch():
+    from ema_pytorch import EMA as Theirs
+
+    from fastprior.ema import EMA
+
+    options = dict(beta=0.95, update_after_step=4, update_every=3, inv_gamma=2.0, power=0.5, min_value=0.1)
+    model = small_prior()
+    ours, theirs = EMA(model, **options), Theirs(model, **options)
+    for _ in range(40):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        ours.update(), theirs.update()
+        for p, q in zip(ours.ema_model.parameters(), theirs.ema_model.parameters()):
+            torch.testing.assert_close(p, q)
+    assert {key for key in theirs.state_dict() if not key.startswith("online_model.")} == set(ours.state_dict())
+
+
+@pytest.mark.parametrize("with_clip", [False, True], ids=["embeddings", "clip"])
+@pytest.mark.parametrize("schedule", ["warm-up", "adam"])
+def test_the_peers_checkpoint_goes_on(peer, tmp_path, monkeypatch, schedule, with_clip):
+    from dalle2_pytorch.trainer import DiffusionPriorTrainer as Peers
+
+    options = SCHEDULES[schedule]
+    prior = dict(clip=peer_clip(peer) if with_clip else None)
+    theirs = make_trainer(small_prior(module=peer, **prior), Peers, **options)
+    run(theirs, 6)
+    theirs.save(tmp_path / "peer.pth")
+    ours = make_trainer(small_prior(seed=5, clip=ToyClip() if with_clip else None), **options)
+    ours.load(tmp_path / "peer.pth")
+    assert int(ours.step) == 6 and int(ours.ema_diffusion_prior.step) == 6
+    assert lr_of(ours) == pytest.approx(lr_of(theirs))
+    wanted = continued(theirs)
+    assert relative_error(continued(ours), wanted) < 1e-4
+    # and without the moments the curve is another
+    fresh = make_trainer(small_prior(seed=5, clip=ToyClip() if with_clip else None), **options)
+    fresh.prior.load_state_dict(torch.load(tmp_path / "peer.pth", weights_only=False)["model"], strict=False)
+    assert relative_error(continued(fresh), wanted) > 1e-3
+
+
+def peer_clip(peer):
+    from dalle2_pytorch.dalle2_pytorch import BaseClipAdapter as Base
+
+    class PeersToyClip(Base):
+        dim_latent, image_size, image_channels = ToyClip.dim_latent, ToyClip.image_size, ToyClip.image_channels
+        max_text_len = ToyClip.max_text_len
+
+    return PeersToyClip(torch.nn.Embedding(4000, 16))
+
+
+def continued(trainer):
+    """Ten losses, and the average's weights after them."""
+    torch.manual_seed(3)
+    losses = torch.tensor(run(trainer, 10, start=50))
+    return torch.cat((losses, trainer.ema_diffusion_prior.ema_model.net.learned_query))
+
+
+@pytest.mark.parametrize("schedule", ["warm-up", "adam", "both"])
+def test_export_for_the_peer(peer, tmp_path, schedule):
+    from dalle2_pytorch.trainer import DiffusionPriorTrainer as Peers
+
+    ours = make_trainer(**SCHEDULES[schedule])
+    run(ours, 6)
+    ours.export_for_peer(tmp_path / "ours.pth")
+    theirs = make_trainer(small_prior(module=peer, seed=5), Peers, **SCHEDULES[schedule])
+    theirs.load(str(tmp_path / "ours.pth"), overwrite_lr=False)
+    assert theirs.step.item() == 6 and theirs.ema_diffusion_prior.step.item() == 6
+    assert lr_of(theirs) == pytest.approx(lr_of(ours))
+    if schedule != "both":  # after a resumption the peer's cosine starts anew
+        assert relative_error(continued(ours), continued(theirs)) < 1e-4
+    back = make_trainer(small_prior(seed=6), **SCHEDULES[schedule])
+    back.load(tmp_path / "ours.pth")
+    theirs.save(tmp_path / "theirs.pth")
+    assert "net.learned_query" in back.load(tmp_path / "theirs.pth")["model"]
+
+
+# arguments
+
+
+def test_unknown_arguments_raise():
+    with pytest.raises(TypeError, match="unknown argument warmup_step=5; did you mean 'warmup_steps'?"):
+        make_trainer(warmup_step=5)
+    with pytest.raises(TypeError, match="unknown argument ema_betta=0.5; did you mean 'ema_beta'?"):
+        make_trainer(ema_betta=0.5)
+
+
+def test_legacy_arguments_do_what_they_say():
+    assert make_trainer(amp=True, device="cpu").accelerator.mixed_precision == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ValueError, match="amp=True, but the accelerator has mixed_precision='no'"):
+        make_trainer(accelerator=accelerator, amp=True)
+    with pytest.raises(ValueError, match="device='cuda:1'; it must be the accelerator's, 'cpu'"):
+        make_trainer(accelerator=accelerator, device="cuda:1")
+    with pytest.raises(ValueError, match="accelerator_cpu was given with accelerator="):
+        make_trainer(accelerator=accelerator, accelerator_cpu=True)
+    trainer = make_trainer(accelerator=accelerator, amp=False, device=accelerator.device)
+    assert trainer.accelerator is accelerator and trainer.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("max_grad_norm", 0), ("warmup_steps", -1), ("cosine_decay_max_steps", 0), ("max_bad_steps", 0), ("draws", 0),
+    ("draws", 2), ("ema_beta", 1.0), ("ema_update_every", 0), ("ema_update_after_step", -1),
+])  # fmt: skip
+def test_arguments_out_of_range(name, value):
+    prior = small_prior()
+    prior.forward = lambda *args, **kwargs: None  # takes no draws
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        make_trainer(prior, **{name: value})
+
+
+def test_draws_reach_the_prior():
+    trainer = make_trainer(draws=3)
+    torch.manual_seed(0)
+    loss = trainer(**batch())
+    for draws, same in ((3, True), (1, False)):
+        torch.manual_seed(0)
+        assert (loss == trainer.prior(**batch(), draws=draws).item()) is same
+
+
+def test_only_a_prior_is_trained():
+    with pytest.raises(TypeError, match="diffusion_prior is a Linear"):
+        make_trainer(torch.nn.Linear(2, 2))
+
+
+def test_arguments_of_the_average_arrive():
+    ema = make_trainer(ema_beta=0.5, ema_update_after_step=7, ema_update_every=3, ema_power=0.9).ema_diffusion_prior
+    assert (ema.beta, ema.update_after_step, ema.update_every, ema.power) == (0.5, 7, 3, 0.9)
+    ema = make_trainer(ema_beta=None, ema_update_after_step=None, ema_update_every=None).ema_diffusion_prior
+    assert (ema.beta, ema.update_after_step, ema.update_every) == (0.9999, 100, 10)  # ema-pytorch's
+
+
+# learning rate
+
+
+def test_schedule():
+    trainer = make_trainer(lr=0.1, cosine_decay_max_steps=4)
+    rates = []
+    for step in range(6):
+        rates.append(lr_of(trainer))
+        run(trainer, 1, step)
+    assert rates == pytest.approx([0.1 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)] + [0, 0])
+    assert [learning_rate_factor(step, 4, None) for step in (0, 1, 3, 9)] == [0.25, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_overwrite_lr_holds(tmp_path, overwrite):
+    schedule = dict(warmup_steps=4, cosine_decay_max_steps=20)
+    old = make_trainer(lr=0.1, **schedule)
+    run(old, 2)
+    old.save(tmp_path / "old.pth")
+    new = make_trainer(lr=0.3, **schedule)
+    new.load(tmp_path / "old.pth", overwrite_lr=overwrite)
+    base = 0.3 if overwrite else 0.1
+    for step in range(2, 7):
+        assert lr_of(new) == pytest.approx(base * learning_rate_factor(step, 4, 20))
+        run(new, 1, step)
+
+
+# steps that are not taken
+
+
+def spoil(batch, name="image_embed", value=math.nan):
+    batch[name][0, 0] = value
+    return batch
+
+
+def test_a_bad_step_changes_nothing():
+    trainer = make_trainer(warmup_steps=10)
+    run(trainer, 3)
+    before, lr = tensors(trainer), lr_of(trainer)
+    assert math.isnan(trainer(**spoil(batch())))
+    trainer.update()
+    assert not differing(before, tensors(trainer))
+    assert (int(trainer.step), int(trainer.ema_diffusion_prior.step), trainer.bad_steps) == (3, 3, 1)
+    assert lr_of(trainer) == lr
+    run(trainer, 1)
+    assert int(trainer.step) == 4 and differing(before, tensors(trainer))
+
+
+def test_a_loss_that_overflows_with_a_finite_gradient_is_a_bad_step():
+    trainer = make_trainer()
+    before = tensors(trainer)
+    assert trainer(**spoil(batch(), value=5e18)) == math.inf  # whose square, but not itself, overflows
+    trainer.update()
+    assert trainer.bad_steps == 1 and not differing(before, tensors(trainer))
+
+
+def test_a_bad_gradient_with_a_finite_loss_is_a_bad_step():
+    trainer = make_trainer(max_grad_norm=0.5)
+    before = tensors(trainer)
+    assert math.isfinite(trainer(**batch()))
+    trainer.prior.net.learned_query.grad[3] = math.inf
+    trainer.update()
+    assert trainer.bad_steps == 1 and not differing(before, tensors(trainer))
+
+
+def test_divergence_is_raised():
+    trainer = make_trainer(max_bad_steps=3)
+    for data in (spoil(batch()), spoil(batch()), batch(), spoil(batch()), spoil(batch())):
+        trainer(**data)
+        trainer.update()
+    trainer(**spoil(batch()))
+    with pytest.raises(TrainingDiverged, match="3 steps in a row after step 1 had a non-finite loss") as caught:
+        trainer.update()
+    assert caught.value.bad_steps == 3 and trainer.bad_steps == 5
+
+
+@pytest.mark.parametrize("by_caller", [False, True], ids=["own", "caller's"])
+def test_accumulation(by_caller):
+    """Two batches of an accumulated step are one of twice the size, and the average follows steps, not batches."""
+
+    def trained(rows, **accumulation):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        accelerator = Accelerator(cpu=True, **accumulation)
+        trainer = make_trainer(fixed_times(small_prior(cond_drop_prob=0.0)), accelerator=accelerator)
+        data = {key: torch.cat([batch(seed)[key] for seed in range(4)]) for key in batch()}
+        data["noise"] = torch.randn(len(data["text_embed"]), 16, generator=torch.Generator().manual_seed(9))
+        for _, (_, part) in split_args_and_kwargs(split_size=rows, **data):
+            if by_caller:
+                with accelerator.accumulate(trainer.diffusion_prior):
+                    trainer(**part)
+                    trainer.update()
+            else:
+                trainer(**part)
+                trainer.update()
+        return trainer
+
+    halves, wholes = trained(BATCH, gradient_accumulation_steps=2), trained(2 * BATCH)
+    assert int(halves.step) == int(wholes.step) == int(halves.ema_diffusion_prior.step) == 2
+    for key, value in tensors(wholes).items():
+        torch.testing.assert_close(tensors(halves)[key], value, atol=1e-4, rtol=1e-3, msg=key)
+
+
+def fixed_times(prior):
+    prior.noise_scheduler.sample_random_times = lambda rows: torch.full((rows,), 4)
+    return prior
+
+
+# precision, memory, speed
+
+
+def test_bf16_trains_fp32_weights():
+    curves = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = make_trainer(accelerator=Accelerator(cpu=True, mixed_precision=precision))
+        torch.manual_seed(0)
+        curves[precision] = torch.tensor(run(trainer, 10))
+        assert {value.dtype for value in trainer.training_state()["model"].values()} == {torch.float32}
+    assert 0 < relative_error(curves["bf16"], curves["no"]) < 0.05
+
+
+def fp16_accelerator():
+    """accelerate refuses fp16 on a CPU, though torch's GradScaler runs there."""
+    if torch.cuda.is_available():
+        return Accelerator(mixed_precision="fp16")
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    return accelerator
+
+
+def test_fp16_overflow_is_a_skipped_step_of_a_scale_too_large(tmp_path):
+    trainer = make_trainer(accelerator=fp16_accelerator())
+    run(trainer, 2)
+    scaler, before = trainer.accelerator.scaler, tensors(trainer)
+    scaler._scale.fill_(1e30)
+    trainer(**batch())
+    trainer.update()
+    assert not differing(before, tensors(trainer)) and trainer.bad_steps == 1
+    assert scaler.get_scale() == pytest.approx(5e29)
+    assert (int(trainer.step), int(trainer.ema_diffusion_prior.step)) == (2, 2)
+    trainer.save(tmp_path / "fp16.pth")
+    scaler._scale.fill_(256.0)
+    run(trainer, 1)
+    assert int(trainer.step) == 3 and scaler.get_scale() == 256 and differing(before, tensors(trainer))
+    trainer.load(tmp_path / "fp16.pth")
+    assert scaler.get_scale() == pytest.approx(5e29)
+
+
+def test_compiled_loss_is_the_same():
+    curves = []
+    for options in ({}, dict(compile=dict(backend="aot_eager"))):
+        trainer = make_trainer(**options)
+        torch.manual_seed(0)
+        curves.append(torch.tensor(run(trainer, 4)))
+    compiled, plain = curves[1], curves[0]
+    assert relative_error(compiled, plain) < 1e-5
+    assert trainer.prior.net._compiled_call_impl is not None
+    assert trainer.ema_diffusion_prior.ema_model.net._compiled_call_impl is None
+
+
+def test_activation_checkpointing_saves_memory_and_nothing_else():
+    kept, found = [], []
+    for flag in (False, True):
+        prior = small_prior(dict(attn_dropout=0.1, ff_dropout=0.1, depth=4))
+        trainer = make_trainer(prior, checkpoint_activations=flag)
+        torch.manual_seed(0)
+        sizes = {}
+
+        def pack(t, sizes=sizes):
+            if not t.is_leaf or not t.requires_grad:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = trainer(**batch())
+        kept.append(sum(sizes.values()))
+        trainer.update()
+        found.append((loss, tensors(trainer)))
+    assert found[0][0] == found[1][0] and not differing(found[0][1], found[1][1])
+    assert kept[1] < 0.3 * kept[0]
+
+
+def test_loss_tensor_is_the_loss():
+    trainer = make_trainer()
+    torch.manual_seed(0)
+    loss = trainer.loss_tensor(**batch())
+    torch.manual_seed(0)
+    assert loss.shape == () and not loss.requires_grad and trainer(**batch()) == loss.item()
+
+
+# batches
+
+
+def test_chunks_weigh_their_share():
+    prior = fixed_times(small_prior(cond_drop_prob=0.0))
+    noise = torch.randn(BATCH, 16)
+    gradients, losses = [], []
+    for size in (None, 3):
+        trainer = make_trainer(copy.deepcopy(prior))
+        fixed_times(trainer.prior)
+        losses.append(trainer(**batch(), noise=noise, max_batch_size=size))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.prior.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and relative_error(gradients[1], gradients[0]) < 1e-4
+
+
+def test_split_args_and_kwargs():
+    rows = torch.arange(5)
+    chunks = list(split_args_and_kwargs(rows, split_size=2, text=list("abcde"), name="xy", none=None, scale=2.0))
+    assert [share for share, _ in chunks] == [0.4, 0.4, 0.2]
+    assert [args[0].tolist() for _, (args, _) in chunks] == [[0, 1], [2, 3], [4]]
+    assert chunks[2][1][1] == dict(text=["e"], name="xy", none=None, scale=2.0)
+    with pytest.raises(ValueError, match="sizes {0: 5, 'other': 4}"):
+        list(split_args_and_kwargs(rows, split_size=2, other=rows[:4]))
+    with pytest.raises(ValueError, match="max_batch_size=0"):
+        list(split_args_and_kwargs(rows, split_size=0))
+
+
+def test_numpy_batches_and_evaluation():
+    trainer = make_trainer().eval()
+    torch.manual_seed(0)
+    loss = trainer(**{name: value.numpy() for name, value in batch().items()})
+    torch.manual_seed(0)
+    assert trainer(**batch()) == loss
+    assert all(p.grad is None for p in trainer.parameters())
+
+
+def test_without_an_average(tmp_path):
+    trainer = make_trainer(small_prior(dict(ff_dropout=0.5)), use_ema=False)
+    run(trainer, 2)
+    trainer.save(tmp_path / "x.pth")
+    assert trainer.ema_diffusion_prior is None and trainer.sampling_prior is trainer.prior
+    text = dict(text_embed=batch()["text_embed"])
+    once, again = (
+        trainer.p_sample_loop((BATCH, 16), text, generator=torch.Generator().manual_seed(0), progress=False)
+        for _ in range(2)
+    )
+    assert torch.equal(once, again) and trainer.prior.training  # without dropout
+    again = make_trainer(use_ema=False, prior=small_prior(seed=4))
+    again.load(tmp_path / "x.pth")
+    assert not differing(tensors(trainer), tensors(again))
+    with pytest.raises(ValueError, match="has no 'ema_model'"):
+        make_trainer().load(tmp_path / "x.pth")
+    averaging = make_trainer()
+    averaging.load(tmp_path / "x.pth", strict=False)
+    assert torch.equal(averaging.sampling_prior.net.learned_query, trainer.prior.net.learned_query)
+
+
+# checkpoints
+
+
+def test_checkpoint_holds_nothing_twice(tmp_path):
+    trainer = make_trainer(small_prior(dict(depth=4, dim_head=32, heads=8), clip=ToyClip()))
+    run(trainer, 2)
+    trainer.save(tmp_path / "x.pth", epoch=3, best=[0.5, None])
+    own = sum(v.nbytes for name, v in trainer.prior.state_dict().items() if not name.startswith("clip."))
+    assert 4 * own < (tmp_path / "x.pth").stat().st_size < 4.2 * own + 150_000  # names and generators
+    payload = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert payload["epoch"] == 3 and payload["best"] == [0.5, None] and "version" not in payload
+    assert not [key for key in (*payload["model"], *payload["ema_model"]) if key.startswith("clip.")]
+    again = make_trainer(small_prior(dict(depth=4, dim_head=32, heads=8), clip=ToyClip(), seed=3))
+    assert again.load(tmp_path / "x.pth")["epoch"] == 3
+    assert not differing(tensors(trainer), tensors(again))
+    loaded = fastprior.load(tmp_path / "x.pth", config=dict(timesteps=10, condition_on_text_encodings=False))
+    assert torch.equal(loaded.net.learned_query, trainer.sampling_prior.net.learned_query)
+
+
+@pytest.mark.parametrize("kind", ["str", "path", "state"])
+def test_load_takes(tmp_path, kind):
+    trainer = make_trainer()
+    run(trainer, 2)
+    trainer.save(tmp_path / "x" / "y.pth")
+    source = dict(str=str(tmp_path / "x" / "y.pth"), path=Path(tmp_path / "x" / "y.pth"))
+    source["state"] = trainer.training_state()
+    again = make_trainer(small_prior(seed=3))
+    again.load(source[kind])
+    before = tensors(trainer)
+    assert not differing(before, tensors(again)) and int(again.step) == 2
+    run(again, 2)
+    assert not differing(before, tensors(trainer))  # nothing is shared
+
+
+def test_resumption_is_exact(tmp_path):
+    """With everything that draws: times, noise, dropout, dropped conditions, self-conditioning."""
+    net = dict(attn_dropout=0.1, ff_dropout=0.1, self_cond=True)
+    options = dict(warmup_steps=5, cosine_decay_max_steps=9, max_grad_norm=0.1)
+    torch.manual_seed(7)
+    random.seed(7)
+    whole = make_trainer(small_prior(net), **options)
+    run(whole, 4)
+    whole.save(tmp_path / "half.pth")
+    wanted = run(whole, 4, 4)
+    torch.manual_seed(8)
+    random.seed(8)
+    half = make_trainer(small_prior(net, seed=5), **options)
+    half.load(tmp_path / "half.pth")
+    assert run(half, 4, 4) == wanted
+    assert not differing(tensors(whole), tensors(half)) and lr_of(whole) == lr_of(half)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    trainer = make_trainer()
+    with pytest.raises(TypeError, match=r"extra\['a'\]\[0\] is a PosixPath"):
+        trainer.save(tmp_path / "x.pth", extra={"a": [Path()]})
+    with pytest.raises(TypeError, match="loss is a float64"):
+        trainer.save(tmp_path / "x.pth", loss=np.float64(1))
+    for name in ("version", "model"):
+        with pytest.raises(ValueError, match=f"{name}='1'; this entry is the trainer's own"):
+            trainer.save(tmp_path / "x.pth", **{name: "1"})
+    assert not list(tmp_path.iterdir())
+    trainer.save(tmp_path / "x.pth")
+    with pytest.raises(FileExistsError, match="x.pth exists"):
+        trainer.save(tmp_path / "x.pth", overwrite=False)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    trainer = make_trainer()
+    run(trainer, 2)
+    trainer.save(tmp_path / "x.pth")
+    before = tensors(trainer)
+
+    def refused(match, change=None, net=None):
+        payload = torch.load(tmp_path / "x.pth")
+        if change:
+            change(payload)
+        torch.save(payload, tmp_path / "bad.pth")
+        other = trainer if net is None else make_trainer(small_prior(net))
+        with pytest.raises(ValueError, match=match):
+            other.load(tmp_path / "bad.pth")
+
+    refused("has no entry 'optimizer'", lambda p: p.pop("optimizer"))
+    refused("model: missing keys: net.learned_query", lambda p: p["model"].pop("net.learned_query"))
+    refused("ema_model: .* unexpected keys: x", lambda p: p["ema_model"].update(x=torch.zeros(1)))
+    refused("model: net.learned_query has shape", lambda p: p["model"].update({"net.learned_query": torch.zeros(3)}))
+    refused("only this trainer trains net.learned_query", lambda p: p["optimizer"]["state"].pop("net.learned_query"))
+    moments = dict(step=torch.tensor(2.0), exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3))
+    refused(
+        "exp_avg of net.learned_query has shape",
+        lambda p: p["optimizer"]["state"].update({"net.learned_query": moments}),
+    )
+    refused("missing keys: net.causal_transformer.layers.2", net=dict(depth=3))
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cut.pth cannot be read"):
+        trainer.load(tmp_path / "cut.pth")
+    with pytest.raises(FileNotFoundError, match="gone.pth"):
+        trainer.load(tmp_path / "gone.pth")
+    assert not differing(before, tensors(trainer)) and int(trainer.step) == 2
+
+
+# sampling
+
+
+def test_the_average_samples():
+    trainer = make_trainer(small_prior(dict(ff_dropout=0.5)), ema_beta=0.5)
+    run(trainer, 3)
+    text = batch()["text_embed"]
+    torch.manual_seed(0)
+    found = trainer.p_sample_loop((BATCH, 16), text_cond=dict(text_embed=text), timesteps=4, progress=False)
+    assert trainer.training and trainer.prior.training
+    torch.manual_seed(0)
+    average = trainer.ema_diffusion_prior.ema_model
+    assert torch.equal(found, average.p_sample_loop((BATCH, 16), dict(text_embed=text), timesteps=4, progress=False))
+    torch.manual_seed(0)
+    online = trainer.prior.eval().p_sample_loop((BATCH, 16), dict(text_embed=text), timesteps=4, progress=False)
+    assert relative_error(found, online) > 1e-3
+    best = trainer.sample(text_embed=text, num_samples_per_batch=3, timesteps=4, max_batch_size=3, progress=False)
+    assert best.shape == (BATCH, 16) and best.isfinite().all()
+
+
+def test_sampling_in_chunks(monkeypatch):
+    trainer, rows = make_trainer(), []
+
+    def loop(shape, text_cond, **kwargs):
+        rows.append(shape[0])
+        return text_cond["text_embed"].repeat_interleave(shape[0] // len(text_cond["text_embed"]), 0)
+
+    monkeypatch.setattr(trainer.sampling_prior, "p_sample_loop", loop)
+    text = batch()["text_embed"]
+    cond = dict(text_embed=text, text_encodings=None)
+    found = trainer.p_sample_loop((3 * BATCH, 16), cond, max_batch_size=10)
+    assert rows == [9, 9, 6] and torch.equal(found, text.repeat_interleave(3, 0))
+    with pytest.raises(ValueError, match="rows must be a multiple of the prompts, 8"):
+        trainer.p_sample_loop((9, 16), cond, max_batch_size=10)
+
+
+def test_embedding_in_chunks():
+    trainer = make_trainer(small_prior(clip=ToyClip()))
+    tokens = torch.randint(1, 9, (5, 4))
+    wanted = trainer.embed_text(tokens)
+    for found in (trainer.embed_text(tokens, max_batch_size=2), trainer.embed_text(tokens.numpy())):
+        assert torch.equal(found.text_embed, wanted.text_embed)
+        assert torch.equal(found.text_encodings, wanted.text_encodings)
+    with pytest.raises(ValueError, match="has no clip"):
+        make_trainer().embed_image(torch.zeros(1, 3, 8, 8))
+
+
+# several processes
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_trainer import *
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=True)
+rank, world = accelerator.process_index, accelerator.num_processes
+prior = fixed_times(small_prior(cond_drop_prob=0.0, seed=rank))  # DDP takes rank 0's weights
+trainer = make_trainer(prior, accelerator=accelerator, cosine_decay_max_steps=8, max_grad_norm=0.2)
+assert torch.equal(trainer.prior.net.learned_query, trainer.sampling_prior.net.learned_query)
+losses = []
+for step in range(4):
+    data = batch(step, rows=2 * BATCH) | {"noise": batch(90 + step, rows=2 * BATCH)["text_embed"]}
+    own = {key: value.chunk(world)[rank] for key, value in data.items()}
+    if step == 1 and rank == world - 1:
+        own["image_embed"] = own["image_embed"] * float("nan")
+    size = 3 if world > 1 else None
+    loss = torch.tensor(trainer(**own, max_batch_size=size))
+    losses.append(accelerator.reduce(loss, "mean").item())
+    trainer.update()
+trainer.save(sys.argv[2], losses=losses, bad=trainer.bad_steps, lr=lr_of(trainer))
+accelerator.wait_for_everyone()
+trainer.load(sys.argv[2])
+draws = accelerator.gather(torch.randn(1)).tolist()
+assert len(set(draws)) == world, draws
+"""
+
+
+def start_processes(world, path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(Path(__file__).parent), str(path)]
+    shared = dict(
+        os.environ, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
+    )
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
+    return [subprocess.Popen(command, env=shared | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
+
+
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
+    """Losses, weights, learning rate, and the step that one process spoils."""
+    started = {world: start_processes(world, tmp_path / f"{world}.pth") for world in (1, 2)}
+    for process in (process for group in started.values() for process in group):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    one, two = (torch.load(tmp_path / f"{world}.pth") for world in (1, 2))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, nan_ok=True)
+    assert one["bad"] == two["bad"] == 1 and one["lr"] == pytest.approx(two["lr"])
+    assert two["lr"] == pytest.approx(1e-2 * learning_rate_factor(3, None, 8))
+    for kind in ("model", "ema_model"):
+        for key, value in one[kind].items():
+            torch.testing.assert_close(two[kind][key], value, atol=1e-5, rtol=1e-3, msg=key)

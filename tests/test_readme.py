@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from conftest import make_prior
 from test_sampler import WordClip
 
 import fastprior
+from fastprior import cli
+from fastprior.train_configs import DiffusionPriorNetworkConfig, TrainDiffusionPriorConfig, TrainSplitConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +28,7 @@ def test_snippets(tmp_path, monkeypatch, capsys):
     config = {"net": net, "image_embed_dim": 32, "timesteps": 100, "cond_drop_prob": 0.1}
     Path("prior_config.json").write_text(json.dumps({"prior": config}))
     monkeypatch.setattr(fastprior, "OpenAIClipAdapter", lambda name: WordClip())
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     space = {}
     for snippet in SNIPPETS:
         exec(snippet, space)
@@ -34,6 +37,7 @@ def test_snippets(tmp_path, monkeypatch, capsys):
     assert "cached path, ddim, 15 evaluations, guidance: null table" in printed
     assert space["image_embed"].shape == (1, 32) and space["image_embed"].norm() > 0.01
     assert Path("prior.safetensors").exists()
+    assert isinstance(space["loss"], float) and fastprior.load("trainer.pth").image_embed_dim == 64
     again = fastprior.load("prior.safetensors")
     assert torch.equal(again.net.learned_query, given.net.learned_query)
 
@@ -41,3 +45,26 @@ def test_snippets(tmp_path, monkeypatch, capsys):
 def test_speed_table_is_made_of_the_records():
     done = subprocess.run([sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_commands_of_the_training_section_are_understood():
+    lines = [
+        line.split("#")[0] for line in README.splitlines() if line.startswith(("fastprior ", "accelerate launch "))
+    ]
+    commands = [
+        line.replace("accelerate launch -m fastprior.train_diffusion_prior", "fastprior train") for line in lines
+    ]
+    parsed = [cli._parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    assert [arguments.command for arguments in parsed] == ["inspect", "train", "evaluate"]
+    config = TrainDiffusionPriorConfig.from_json_path(ROOT / parsed[1].config_file)
+    assert parsed[2].checkpoint == config.tracker.save[0].save_best_to
+
+
+def test_every_option_of_the_configs_is_explained():
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    sections = TrainDiffusionPriorConfig.model_fields
+    for section, kind in (*sections.items(), ("prior", DiffusionPriorNetworkConfig), ("data", TrainSplitConfig)):
+        part = text.split(f"## `{section}`")[1].split("\n## ")[0]
+        fields = getattr(kind, "annotation", kind).model_fields
+        missing = [name for name in fields if f"`{name}`" not in part]
+        assert not missing, f"configs/README.md does not explain {missing} of {section}"

@@ -85,7 +85,7 @@ def compile_variant(variant: Variant, arch: int) -> dict:
         record["problem"] = f"shared memory beyond {SHARED_LIMIT[arch]}"
     elif record["spilled"] > allowed:
         record["problem"] = "spills registers"
-    elif not instruction and "tl.dot(" in variant.kernel.src:
+    elif not instruction and "tt.dot" in compiled.asm["ttir"]:
         record["problem"] = "has a dot product and does not use the tensor cores"
     return record
 

@@ -43,3 +43,40 @@ def test_compiled_sampler(dtype):
     wanted = sample(copy.deepcopy(prior), text, timesteps=8, cond_scale=2.0, generator=generators[0])
     got = sampler(**text, cond_scale=2.0, generator=generators[1])
     assert torch.cosine_similarity(got, wanted).median() > (1 - 1e-6 if dtype == torch.float32 else 0.999)
+
+
+def test_split_sums_are_the_same_whichever_program_comes_last():
+    """The order of arrival changes from run to run; that of the sum must not. Eagerly, and in a graph of its own."""
+    from fastprior.kernels import linear
+
+    x, weight = (torch.randn(rows, 3072, device=DEVICE, dtype=torch.bfloat16) for rows in (3, 768))
+    workspace, counters = linear.linear_workspace(x, weight)
+    assert workspace is not None, "this shape is to be split"
+    wanted = linear.linear_fwd(x, weight)
+    assert torch.cosine_similarity(wanted.float().flatten(), (x @ weight.t()).float().flatten(), dim=0) > 0.9999
+    for _ in range(500):
+        assert torch.equal(linear.linear_fwd(x, weight, workspace=workspace, counters=counters), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = linear.linear_fwd(x, weight, workspace=workspace, counters=counters)
+    for _ in range(500):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_gives_equal_bits_at_the_sizes_of_models(dtype):
+    from fastprior.kernels import ops
+
+    q, k, v = (torch.randn(16, 260, h, 64, device=DEVICE, dtype=dtype, requires_grad=True) for h in (12, 1, 1))
+    table, buckets = torch.randn(32, 12, device=DEVICE, requires_grad=True), torch.arange(260, device=DEVICE) // 9
+    cotangent = torch.randn(16, 260, 12 * 64, device=DEVICE, dtype=dtype)
+
+    def run():
+        out = ops.attention(q, k, v, scale=16.0, cosine=True, bias=table, buckets=buckets, causal=True)
+        return out, *torch.autograd.grad(out, (q, k, v, table), cotangent)
+
+    first = run()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, run()))

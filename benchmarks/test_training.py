@@ -45,7 +45,7 @@ def test_training_step(benchmark, record, device, dtype, draws):
     batch = dict(**text(BATCH, device), image_embed=image)
     one = steps_of(DiffusionPriorTrainer(ours, accelerator, **OPTIONS), batch)
     if draws == 1:
-        # the peer trains in fp32: under autocast to bf16 its own steps fail or are slower, and users run it so
+        # the peer in fp32, as its script runs unless the launcher says otherwise
         AcceleratorState._reset_state(reset_partial_state=True)
         other_accelerator = Accelerator(cpu=device.type == "cpu")
         other = steps_of(

@@ -104,6 +104,10 @@ def facts(records: list[dict]) -> list[str]:
                 f"- 1000-step DDPM at batch 1, eager fp32: {r['ratio']:.3g}x ({_time(r['p50'])}), and after 1000 steps "
                 f"within {r['max_error']:.0e} of the peer's embedding."
             )
+        if r["op"] == "training step" and "ratio" in r:
+            other = "dalle2-pytorch's trainer (fp32)" if r["draws"] == 1 else "the loss terms per second of one draw"
+            what = "" if r["draws"] == 1 else f", {r['draws']} draws"
+            lines.append(f"- Training, {r['dtype']}, batch {r['batch']}{what}: {r['ratio']:.2f}x {other}.")
         if r["op"] == "peak memory" and "ratio" in r:
             lines.append(f"- Peak memory, {r['dtype']}, batch {r['batch']}: {r['ratio']:.2f}x the peer's (fp32).")
     return sorted(lines)

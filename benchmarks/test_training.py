@@ -36,7 +36,7 @@ def steps_of(trainer, batch: dict):
 
 @pytest.mark.parametrize("draws", [1, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_step(benchmark, record, device, dtype, draws):
+def test_training_step(benchmark, record, device, request, dtype, draws):
     """Goals on the CPU: 1.5x in fp32, 3x in bf16; 8 draws give 5x the loss terms per second of 1."""
     precision = "no" if dtype == "float32" else "bf16"
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
@@ -68,7 +68,7 @@ def test_training_step(benchmark, record, device, dtype, draws):
         times["other"].append(seconds(other, device))
         times["ours"].append(seconds(run, device))
 
-    benchmark.pedantic(round_, rounds=5)
+    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 5)
     ratio = statistics.median(b / a for a, b in zip(times["ours"], times["other"])) * terms
     goal = GOALS.get((dtype, draws)) if draws == 1 else 5.0
     details = dict(model="D2-small", batch=BATCH, dtype=dtype, draws=draws)

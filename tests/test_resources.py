@@ -115,7 +115,7 @@ def large(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.dot(x, tl.trans(x), input_precision="ieee"))
 
 problems = []
-for kernel, block in ((greedy, 8192), (large, 32)):
+for kernel, block in ((greedy, 2048), (large, 32)):
     with launch.recording() as recorded:
         launch.launch(kernel, (1,), meta(block), meta(block), num_warps=1, num_stages=1, BLOCK=block)
     problems.append(resources.compile_variant(recorded[0], 90)["problem"])

@@ -443,8 +443,9 @@ class DiffusionPrior(nn.Module):
         Args:
             text: (batch, length) int64 tokens, or text_embed (batch, dim) with text_encodings (batch, length, dim).
             image: (batch, channels, height, width) in 0..1, or image_embed (batch, dim), which is not modified.
-            draws: times and noises per pair. The text runs once for all of them, so that 8 draws cost little more than
-                one; the loss has the same mean and a smaller variance. Dropped text is dropped for all draws of a pair.
+            draws: times and noises per pair. The text runs once for all of them, so that 8 draws cost much less than 8
+                steps; the loss has the same mean and a smaller variance. Dropped text is dropped for all draws of a
+                pair.
             *args, **kwargs: go to `p_losses`, such as `noise`, of (batch * draws, dim).
         Returns:
             0-d tensor.

@@ -6,7 +6,6 @@ TensorBoard and loading from the Hugging Face hub come besides. Whatever the log
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import time
@@ -32,7 +31,7 @@ from fastprior.storage import (
     WandbSaver,
 )  # fmt: skip
 from fastprior.training_state import PEER_VERSION
-from fastprior.utils import atomic
+from fastprior.utils import atomic, nearest
 
 RESERVED = ("scaler", "optimizer", "model", "version", "step", "steps")  # a checkpoint's own keys
 
@@ -41,19 +40,14 @@ LOADERS = {"local": LocalLoader, "url": UrlLoader, "wandb": WandbLoader, "huggin
 SAVERS = {"local": LocalSaver, "wandb": WandbSaver, "huggingface": HuggingfaceSaver}
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"the nearest is {close[0]!r}" if close else f"it must be one of {', '.join(map(repr, known))}"
-
-
 def _create(kind: str, parts: dict[str, type[Part]], name: str, data_path, options: dict):
     if name not in parts:
-        raise ValueError(f"{kind}={name!r}; {_nearest(name, parts)}")
+        raise ValueError(f"{kind}={name!r}; {nearest(name, parts)}")
     known = {field.name: field for field in fields(parts[name]) if field.name != "data_path"}
     anywhere = {field.name for part in parts.values() for field in fields(part)}
     for key in options:
         if key not in known and key not in anywhere:
-            raise ValueError(f"unknown key {key!r} with {kind}={name!r}, {_nearest(key, known)}")
+            raise ValueError(f"unknown key {key!r} with {kind}={name!r}, {nearest(key, known)}")
         if key not in known:
             warnings.warn(f"{key!r} means nothing with {kind}={name!r}, and is ignored")
     required = [key for key, field in known.items() if field.default is MISSING]

@@ -6,7 +6,6 @@ no constructor knows is an error which names the nearest one that exists.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, Open
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
+from fastprior.utils import nearest
 
 
 class Config(BaseModel):
@@ -33,13 +33,8 @@ class Config(BaseModel):
     def _known_keys(cls, data: Any) -> Any:
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
         if unknown:
-            raise ValueError("; ".join(f"unknown key {key!r}, {_nearest(key, cls.model_fields)}" for key in unknown))
+            raise ValueError("; ".join(f"unknown key {key!r}, {nearest(key, cls.model_fields)}" for key in unknown))
         return data
-
-
-def _nearest(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"the nearest is {close[0]!r}" if close else f"it must be one of {', '.join(map(repr, known))}"
 
 
 class AdapterConfig(Config):

@@ -83,11 +83,8 @@ class Run:
             )},
         )  # fmt: skip
         set_seed(train.random_seed, device_specific=True)  # other noise on every rank
-        self.epoch, self.samples_seen, self.best = (
-            train.current_epoch,
-            train.num_samples_seen,
-            train.best_validation_loss,
-        )
+        self.epoch, self.samples_seen = train.current_epoch, train.num_samples_seen
+        self.best = train.best_validation_loss
         extra = dict(processes=accelerator.num_processes, pairs=self.shards.pairs)
         self.tracker: Tracker = config.tracker.create(config, extra, dummy_mode=not accelerator.is_main_process)
         if config_path is not None:
@@ -97,23 +94,20 @@ class Run:
         else:
             self.streams["train"].set_epoch(self.epoch)
         self._saved = self._evaluated = time.monotonic()
+        self._logged: tuple[float, int] | None = None  # when, and samples seen then
 
     def _check_data(self, prior) -> None:
         columns, dim = self.shards.columns, self.shards.dim
         if dim != prior.image_embed_dim:
             raise ValueError(f"data.image_url has embeddings of {dim}; prior.image_embed_dim={prior.image_embed_dim}")
-        needs_encodings = prior.condition_on_text_encodings and "text_encodings" not in columns
-        if ("text_embed" not in columns or needs_encodings) and ("text" not in columns or prior.clip is None):
+        embedded = ["image_embed", "text_embed", *["text_encodings"] * prior.condition_on_text_encodings]
+        self.columns = embedded if set(embedded) <= set(columns) else ["image_embed", "text"]
+        if "text" in self.columns and ("text" not in columns or prior.clip is None):
             wanted = "text_url and encodings_url" if prior.condition_on_text_encodings else "text_url"
             raise ValueError(
                 f"the data has {', '.join(columns)}, and this prior needs prior.clip to make its text condition of "
                 f"captions (data.meta_url), or data.{wanted}"
             )
-        self.columns = (
-            [c for c in columns if c != "text"]
-            if not needs_encodings and "text_embed" in columns
-            else ([c for c in columns if c in ("image_embed", "text")])
-        )
 
     def _streams(self) -> dict[str, PairStream]:
         data = self.config.data
@@ -197,7 +191,7 @@ class Run:
 
     def _log_step(self, loss: float, step: int, bar: tqdm) -> None:
         loss = self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), "mean").item()
-        now, last = (time.monotonic(), self.samples_seen), getattr(self, "_logged", None)
+        now, last = (time.monotonic(), self.samples_seen), self._logged
         self._logged = now
         log = {f"training/{self.config.prior.loss_type}-loss": loss, "lr": self.trainer.scheduler.get_last_lr()[0]}
         log |= dict(epoch=self.epoch, samples_seen=self.samples_seen, bad_steps=self.trainer.bad_steps)

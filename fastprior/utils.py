@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,13 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For the message about an unknown name: the one that is most like it, or else all that there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"the nearest is {close[0]!r}" if close else f"it must be one of {', '.join(map(repr, known))}"
 
 
 class Timer:

@@ -231,21 +231,7 @@ def decode_attention_fwd(
     return out
 
 
-@torch.library.custom_op("fastprior::decode_attention", mutates_args=())
-def _decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    cosine: bool,
-) -> Tensor:
-    return decode_attention_fwd(q, k, v, prefix_k, prefix_v, cos, sin, bias, mask, scale, cosine)
+_decode_attention = torch.library.custom_op("fastprior::decode_attention", decode_attention_fwd, mutates_args=())
 
 
 @_decode_attention.register_fake

@@ -1,4 +1,4 @@
-"""Every launch that the wrappers can choose compiles, fits its chip and does not spill: found out without a GPU."""
+"""Every configuration that the wrappers can choose compiles, fits its chip and does not spill: without a GPU."""
 
 import json
 import os

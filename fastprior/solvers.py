@@ -26,12 +26,16 @@ class StepTable:
         rows: (steps, 6) fp64 on the host, columns p, q, a, b, c, s.
         draws_noise: which steps draw a noise tensor, whether or not its coefficient is zero: the draws are part of what
             a seed means.
+        uses_prediction: c multiplies the guided prediction of the same step instead of the last x0.
+        noise_scale: of the initial noise.
     """
 
     solver: str
-    times: tuple[int, ...]
+    times: tuple[float, ...]
     rows: Tensor
     draws_noise: tuple[bool, ...]
+    uses_prediction: bool = False
+    noise_scale: float = 1.0
 
     def __len__(self) -> int:
         return len(self.times)

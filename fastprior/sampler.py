@@ -214,15 +214,21 @@ def sample_loop(
 def run_steps(
     prior: DiffusionPrior, table: StepTable, step: Step, draw: Callable[[], Tensor], progress: bool = False
 ) -> Tensor:
-    """The loop. Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one."""
+    """A whole run. Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one."""
     x = draw()
     if prior.init_image_embed_l2norm:
         x = l2norm(x) * prior.image_embed_scale
+    x = run_table(table, step, x, draw, progress)
+    if prior.sampling_final_clamp_l2norm and prior.predict_x_start:
+        x = prior.l2norm_clamp_embed(x)
+    return x
+
+
+def run_table(table: StepTable, step: Step, x: Tensor, draw: Callable[[], Tensor], progress: bool = False) -> Tensor:
+    """Every step of a table from x (rows, dim), with noise drawn at those that have some."""
     x0 = no_noise = torch.zeros_like(x)
     for index in tqdm(range(len(table)), desc="sampling loop time step", disable=not progress):
         x, x0 = step(x, x0, draw if table.draws_noise[index] else lambda: no_noise, index)
-    if prior.sampling_final_clamp_l2norm and prior.predict_x_start:
-        x = prior.l2norm_clamp_embed(x)
     return x
 
 

@@ -1,0 +1,255 @@
+"""PriorPipeline gives what diffusers' prior pipelines give, from the same folder and the same generator."""
+
+import json
+import string
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+
+from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.prior_pipeline import PriorPipeline, TextEncoding
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+from PIL import Image  # noqa: E402
+
+TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by
+DIM, LENGTH, STEPS = 16, 9, 6
+KARLO = dict(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+CLIP = dict(
+    hidden_size=DIM, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, projection_dim=DIM,
+    hidden_act="quick_gelu",
+)  # fmt: skip
+
+
+class Cond(NamedTuple):
+    text: TextEncoding
+    times: torch.Tensor
+
+    def select(self, index):
+        return Cond(TextEncoding(*(t[index] for t in self.text)), self.times)
+
+
+class StandIn(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.post_process_latents = model.post_process_latents
+
+    def prefill(self, embeds, encodings, mask, times):
+        return Cond(TextEncoding(embeds, encodings, mask), times)
+
+    def step(self, x, index, cond):
+        text = (t.repeat_interleave(len(x) // len(t), dim=0) for t in cond.text)
+        return self.model(x.to(cond.text.embeds.dtype), cond.times[index], *text).predicted_image_embedding
+
+
+def make_tokenizer(folder):
+    """A byte-level tokenizer of single letters, in CLIP's files."""
+    letters = string.ascii_lowercase
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    ends = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    config = dict(tokenizer_class="CLIPTokenizer", model_max_length=LENGTH, unk_token="<|endoftext|>", **ends)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return transformers.CLIPTokenizer.from_pretrained(folder), len(tokens)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The components of a tiny pipeline, with random weights."""
+    torch.manual_seed(0)
+    tokenizer, vocabulary = make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "files")
+    ends = dict(bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1)
+    text = transformers.CLIPTextConfig(**CLIP, **ends, vocab_size=vocabulary, max_position_embeddings=LENGTH)
+    vision = transformers.CLIPVisionConfig(**CLIP, image_size=8, patch_size=4)
+    size = dict(height=8, width=8)
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=LENGTH
+    ).eval()
+    for name, weights in prior.named_parameters():
+        if weights.ndim == 1 and not name.endswith("bias"):
+            continue
+        torch.nn.init.normal_(weights, std=0.2)
+    return dict(
+        prior=prior,
+        text_encoder=transformers.CLIPTextModelWithProjection(text).eval(),
+        tokenizer=tokenizer,
+        image_encoder=transformers.CLIPVisionModelWithProjection(vision).eval(),
+        image_processor=transformers.CLIPImageProcessor(size=size, crop_size=size),
+        scheduler=diffusers.UnCLIPScheduler(**KARLO),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipeline")
+    diffusers.KandinskyV22PriorPipeline(**parts).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def ours(folder, parts):
+    return PriorPipeline(
+        StandIn(parts["prior"]), DiffusersSchedule.from_pretrained(folder / "scheduler"), folder=folder
+    )
+
+
+def theirs(parts, kind="KandinskyV22PriorPipeline"):
+    pipeline = getattr(diffusers, kind)(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeded(rows=None):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(rows or 1)]
+    return generators if rows else generators[0]
+
+
+def assert_same(got, wanted):
+    assert relative_error(got.image_embeds, wanted.image_embeds) < TOLERANCE
+    assert relative_error(got.negative_image_embeds, wanted.negative_image_embeds) < TOLERANCE
+
+
+CALLS = {
+    "one": dict(prompt="red fox"),
+    "many": dict(prompt=["red fox", "", "red fox"], num_images_per_prompt=2),
+    "negative": dict(prompt="red fox", negative_prompt="low", num_images_per_prompt=2),
+    "negatives": dict(prompt=["red fox", "cat"], negative_prompt=["low", "bad art"], guidance_scale=2.5),
+    "no-guidance": dict(prompt=["red fox", "cat"], guidance_scale=1.0),
+    "no-guidance-negative": dict(prompt=["red fox", "cat"], negative_prompt=["low", "low"], guidance_scale=0.5),
+    "steps": dict(prompt="red fox", num_inference_steps=25, guidance_scale=7.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["KandinskyPriorPipeline", "KandinskyV22PriorPipeline"])
+@pytest.mark.parametrize("name", CALLS)
+def test_kandinsky(kind, name, ours, parts):
+    kwargs = dict(num_inference_steps=STEPS) | CALLS[name]
+    mine, other = seeded(), seeded()
+    assert_same(ours(generator=mine, **kwargs), theirs(parts, kind)(generator=other, **kwargs))
+    assert mine.get_state().equal(other.get_state())
+
+
+@pytest.mark.parametrize("given", ["latents", "generators"])
+def test_initial_noise_and_generators_by_row(given, ours, parts):
+    def kwargs():
+        if given == "generators":
+            return dict(generator=seeded(rows=2))
+        return dict(generator=seeded(), latents=torch.randn(2, DIM, generator=torch.Generator().manual_seed(7)))
+
+    prompt = ["red fox", "cat"]
+    wanted = theirs(parts)(prompt, num_inference_steps=STEPS, **kwargs())
+    assert_same(ours(prompt, num_inference_steps=STEPS, **kwargs()), wanted)
+
+
+@pytest.mark.parametrize("image", ["embeddings", "pixels", "picture", "pictures"])
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+@pytest.mark.parametrize("name", ["one", "many", "negatives"])
+def test_from_images(image, strength, name, ours, parts):
+    kwargs = CALLS[name] | dict(num_inference_steps=STEPS, strength=strength)
+    draw = torch.Generator().manual_seed(3)
+    count = len(kwargs["prompt"]) if isinstance(kwargs["prompt"], list) and image != "picture" else 1
+    kwargs["image"] = {
+        "embeddings": torch.randn(count, DIM, generator=draw),
+        "pixels": torch.randn(count, 3, 8, 8, generator=draw),
+        "picture": picture(),
+        "pictures": [picture(seed) for seed in range(count)],
+    }[image]
+    wanted = theirs(parts, "KandinskyV22PriorEmb2EmbPipeline")(generator=seeded(), **kwargs)
+    assert_same(ours(generator=seeded(), **kwargs), wanted)
+
+
+def picture(seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (12, 10, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind, images", [("KandinskyPriorPipeline", 1), ("KandinskyV22PriorPipeline", 2)])
+@pytest.mark.parametrize("negative", ["", "low"])
+@pytest.mark.parametrize("negative_prior", [None, "bad"])
+def test_interpolation(kind, images, negative, negative_prior, ours, parts):
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    given = ["red fox", picture(), pixels, "cat"], [0.3, 0.2, 0.1, 0.4]
+    kwargs = dict(num_images_per_prompt=images, num_inference_steps=STEPS, guidance_scale=3.0)
+    kwargs |= dict(negative_prompt=negative, negative_prior_prompt=negative_prior)
+    mine, other = seeded(), seeded()
+    got = ours.interpolate(*given, generator=mine, **kwargs)
+    assert_same(got, theirs(parts, kind).interpolate(*given, generator=other, **kwargs))
+    assert mine.get_state().equal(other.get_state())
+
+
+def test_ready_embeddings(ours, folder):
+    """Encoded texts need no encoder, and mean the same as the texts."""
+    kwargs = dict(num_inference_steps=STEPS, num_images_per_prompt=2)
+    wanted = ours(["red fox", "cat"], generator=seeded(), **kwargs)
+    text, empty, zero = ours.encode_text(["red fox", "cat"]), ours.encode_text(""), ours.zero_embed()
+    bare = PriorPipeline(ours.prior, ours.schedule)
+    got = bare(text, empty, zero_embed=zero, generator=seeded(), **kwargs)
+    assert got.image_embeds.equal(wanted.image_embeds)
+    assert got.negative_image_embeds.equal(wanted.negative_image_embeds)
+    low = ours.encode_text(["low", "bad art"])
+    wanted = ours(["red fox", "cat"], ["low", "bad art"], generator=seeded(), **kwargs)
+    assert_same(bare(text, low, generator=seeded(), **kwargs), wanted)
+    assert bare(text, guidance_scale=1.0, **kwargs).negative_image_embeds is None
+    with pytest.raises(ValueError, match="tokenizer=None; it is needed here and no folder was given"):
+        bare(text, **kwargs)
+
+
+def test_each_text_is_encoded_once(ours):
+    encoder, seen = ours._part("text_encoder"), []
+    hook = encoder.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    ours(["red fox", "cat", "red fox"], num_images_per_prompt=3, num_inference_steps=2)
+    hook.remove()
+    assert sorted(seen) == [1, 2]
+
+
+def test_long_texts_are_cut_with_a_warning(ours, parts):
+    long = "abcdefgh hijkl"
+    with pytest.warns(
+        UserWarning, match=r"1 texts have more than 9 tokens, and are cut there; the first is 'abcdefgh hijkl'"
+    ):
+        got = ours(["cat", long], generator=seeded(), num_inference_steps=STEPS)
+    assert_same(got, theirs(parts)(["cat", long], generator=seeded(), num_inference_steps=STEPS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.encode_text("abcdefg")
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, message",
+    [
+        ([3], {}, "prompt=3; it must be a string, a list of strings, or a TextEncoding"),
+        ([[]], {}, r"prompt=\[\]; it must be a string"),
+        (["a", ["b", 1]], {}, r"negative_prompt=\['b', 1\]; it must be a string"),
+        ([["a", "b", "c"], ["d", "e"]], {}, "negative_prompt has 2 texts; it must have 1, or as many as prompt, 3"),
+        (["a"], dict(num_images_per_prompt=0), "num_images_per_prompt=0; it must be at least 1"),
+        (["a"], dict(generator=[torch.Generator()] * 2, num_images_per_prompt=3), "generator has 2 entries; .* 3 rows"),
+        (["a"], dict(latents=torch.zeros(2, DIM)), r"latents has shape \(2, 16\); it must be \(1, 16\)"),
+        (["a"], dict(latents=torch.zeros(1, DIM), image=torch.zeros(1, DIM)), "latents and image were both given"),
+        (["a"], dict(image=torch.zeros(2, DIM)), "image has 2 images; the number of prompts must be a multiple"),
+        (["a"], dict(image=torch.zeros(2, 3, DIM)), r"image has shape \(2, 3, 16\); it must be \(images, 3, height"),
+        (["a"], dict(image=torch.zeros(1, DIM), strength=0.0), "strength=0.0; it must be at most 1, and at least"),
+        (["a"], dict(eta=0.5), "eta=0.5; a UnCLIPScheduler has no eta"),
+    ],
+)
+def test_arguments_that_are_refused(args, kwargs, message, ours):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ours(*args, **kwargs)
+
+
+def test_encodings_of_another_prior_are_refused(ours):
+    text = ours.encode_text("red fox")
+    with pytest.raises(
+        ValueError, match=r"prompt.encodings has shape \(1, 8, 16\); for this prior it must be \(1, 9, 16\)"
+    ):
+        ours(text._replace(encodings=text.encodings[:, 1:]))
+    with pytest.raises(ValueError, match="images_and_prompts has 1 entries and weights 2"):
+        ours.interpolate(["a"], [0.5, 0.5])
+    with pytest.raises(TypeError, match="unet= is no part of a pipeline; it must be one of text_encoder"):
+        PriorPipeline(ours.prior, ours.schedule, unet=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +13,18 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, (list, tuple)) or (torch.is_tensor(value) and value.ndim > 0)
 
 
+def _sizes(values: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, int]]:
+    for name, value in values:
+        if isinstance(value, dict):
+            yield from _sizes(value.items())
+        elif _is_batch(value):
+            yield name, len(value)
+
+
 def split_args_and_kwargs(
     *args, split_size: int | None = None, **kwargs
 ) -> Iterator[tuple[float, tuple[tuple, dict[str, Any]]]]:
-    """Cut the tensors, lists and tuples among the arguments along the batch, and repeat the others.
+    """Cut the tensors, lists and tuples among the arguments, and in their dicts, along the batch; repeat the others.
 
     Args:
         split_size: largest size of a chunk; None leaves the batch whole.
@@ -30,7 +38,7 @@ def split_args_and_kwargs(
         return
     if split_size < 1:
         raise ValueError(f"max_batch_size={split_size}; it must be at least 1")
-    sizes = {name: len(value) for name, value in [*enumerate(args), *kwargs.items()] if _is_batch(value)}
+    sizes = dict(_sizes([*enumerate(args), *kwargs.items()]))
     if len(set(sizes.values())) != 1:
         raise ValueError(f"arguments of the sizes {sizes or 'none'}; all must have one batch in common to be split")
     (batch,) = set(sizes.values())
@@ -38,6 +46,8 @@ def split_args_and_kwargs(
         end = min(start + split_size, batch)
 
         def part(value, chunk=slice(start, end)):
+            if isinstance(value, dict):
+                return {name: part(item, chunk) for name, item in value.items()}
             return value[chunk] if _is_batch(value) else value
 
         yield (end - start) / batch, (tuple(map(part, args)), {key: part(value) for key, value in kwargs.items()})

@@ -1,12 +1,20 @@
-"""The prior network: a causal transformer over text encodings, text embedding, time, noisy image embedding, query."""
+"""The prior network: a causal transformer over text encodings, text embedding, time, noisy image embedding, query.
+
+Extra conditions stand in front of the text. So they are part of what is run once per prompt, the text is read in their
+light, and the distances between all other tokens, which the position bias and the rotation see, are those of a prior
+without conditions, from whose weights training may begin.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastprior.conditions import Conditions
 from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
@@ -43,6 +51,10 @@ class DiffusionPriorNetwork(nn.Module):
         num_time_embeds, num_image_embeds, num_text_embeds: tokens made of each.
         max_text_len: length that text encodings are padded or cut to.
         self_cond: feed the last x0 estimate back as a token (Analog Bits, Chen et al. 2022).
+        text_dim: width of the text encodings; another than `dim`, such as T5's, is projected. `dim` by default.
+        text_embed_dim: the same of the text embedding, for text encoders without a CLIP embedding: the mean of their
+            encodings will do. It cannot be compared with image embeddings then, so there is no best-of-n.
+        conditions: names and options of extra conditions, see `Conditions`.
         **kwargs: depth, dim_head, heads, ff_mult, norm_in, norm_out, attn_dropout, ff_dropout, final_proj, normformer,
             rotary_emb, cosine_sim, dot_scale: see `CausalTransformer`.
 
@@ -59,13 +71,22 @@ class DiffusionPriorNetwork(nn.Module):
         num_text_embeds: int = 1,
         max_text_len: int = 256,
         self_cond: bool = False,
+        text_dim: int | None = None,
+        text_embed_dim: int | None = None,
+        conditions: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs,
     ):
         super().__init__()
+        for name, width in (("text_dim", text_dim), ("text_embed_dim", text_embed_dim)):
+            if width is not None and width < 1:
+                raise ValueError(f"{name}={width}; it must be at least 1")
+        further = dict(text_dim=text_dim, text_embed_dim=text_embed_dim, conditions=copy.deepcopy(conditions) or None)
         self.config = dict(
             dim=dim, num_timesteps=num_timesteps, num_time_embeds=num_time_embeds, num_image_embeds=num_image_embeds,
-            num_text_embeds=num_text_embeds, max_text_len=max_text_len, self_cond=self_cond, **kwargs,
+            num_text_embeds=num_text_embeds, max_text_len=max_text_len, self_cond=self_cond,
+            **{name: value for name, value in further.items() if value is not None}, **kwargs,
         )  # fmt: skip
+        self.text_dim, self.text_embed_dim = text_dim or dim, text_embed_dim or dim
         self.dim, self.max_text_len, self.self_cond, self.num_timesteps = dim, max_text_len, self_cond, num_timesteps
         self.num_time_embeds, self.num_image_embeds = num_time_embeds, num_image_embeds
         self.num_text_embeds = num_text_embeds
@@ -76,7 +97,11 @@ class DiffusionPriorNetwork(nn.Module):
                 source = Linear(dim, dim * count) if count > 1 else nn.Identity()
             return nn.Sequential(source, nn.Unflatten(-1, (count, dim)))
 
-        self.to_text_embeds = tokens(num_text_embeds)
+        def projection(width: int, count: int = 1) -> nn.Module | None:
+            return None if width == dim else Linear(width, dim * count)
+
+        self.to_text_encodings = nn.Sequential(projection(self.text_dim) or nn.Identity())
+        self.to_text_embeds = tokens(num_text_embeds, projection(self.text_embed_dim, num_text_embeds))
         time_width = dim * num_time_embeds
         if self.continuous_embedded_time:
             embed_time = nn.Sequential(SinusoidalPosEmb(dim), MLP(dim, time_width))
@@ -89,10 +114,11 @@ class DiffusionPriorNetwork(nn.Module):
         self.null_text_encodings = nn.Parameter(torch.randn(1, max_text_len, dim))
         self.null_text_embeds = nn.Parameter(torch.randn(1, num_text_embeds, dim))
         self.null_image_embed = nn.Parameter(torch.randn(1, dim))
+        self.conditions = Conditions(dim, conditions) if conditions else None
 
     @property
     def prefix_tokens(self) -> int:
-        return self.max_text_len + self.num_text_embeds
+        return len(self.conditions or ()) + self.max_text_len + self.num_text_embeds
 
     @property
     def suffix_tokens(self) -> int:
@@ -112,18 +138,26 @@ class DiffusionPriorNetwork(nn.Module):
         times = times.to(self.stream_dtype) if self.continuous_embedded_time else times.long()
         return self.to_time_embeds(times).to(self.stream_dtype)
 
-    def _text_tokens(self, text_embed: Tensor, text_encodings: Tensor | None, keep: Tensor) -> Tensor:
-        """The prefix (batch, max_text_len + num_text_embeds, dim); padding and rows not kept get the learned nulls."""
+    def _prefix(
+        self,
+        text_embed: Tensor,
+        text_encodings: Tensor | None,
+        conditions: Mapping[str, Tensor] | None,
+        keep: Tensor,
+    ) -> Tensor:
+        """The tokens (batch, prefix_tokens, dim); padding and rows not kept (batch, 1, 1) get the learned nulls."""
         dtype = self.stream_dtype
         null_encodings = self.null_text_encodings.to(dtype).expand(len(text_embed), -1, -1)
         if text_encodings is not None:
-            given = text_encodings[:, : self.max_text_len].to(dtype)
+            given = text_encodings[:, : self.max_text_len]
             real = keep & given.ne(0).any(dim=-1, keepdim=True)
             length = given.shape[1]
-            given = torch.where(real, given, null_encodings[:, :length])
+            given = torch.where(real, self._embed(self.to_text_encodings, given), null_encodings[:, :length])
             null_encodings = torch.cat((given, null_encodings[:, length:]), dim=1)
         text_tokens = torch.where(keep, self._embed(self.to_text_embeds, text_embed), self.null_text_embeds.to(dtype))
-        return torch.cat((null_encodings, text_tokens), dim=1)
+        if self.conditions is None:
+            return torch.cat((null_encodings, text_tokens), dim=1)
+        return torch.cat((self.conditions(conditions, keep[:, 0]).to(dtype), null_encodings, text_tokens), dim=1)
 
     def _suffix(self, time_tokens: Tensor, image_tokens: Tensor, self_cond: Tensor | None) -> Tensor:
         batch = len(image_tokens)
@@ -134,21 +168,33 @@ class DiffusionPriorNetwork(nn.Module):
             self_cond = torch.zeros_like(query[:, 0])
         return torch.cat((time_tokens, image_tokens, self_cond[:, None].to(query.dtype), query), dim=1)
 
-    def _check(self, text_embed: Tensor, text_encodings: Tensor | None, image_embed: Tensor | None = None) -> None:
+    def _check(
+        self,
+        text_embed: Tensor,
+        text_encodings: Tensor | None,
+        conditions: Mapping[str, Tensor] | None,
+        image_embed: Tensor | None = None,
+    ) -> None:
         batch = len(text_embed)
-        wanted = {"text_embed": (text_embed, (batch, self.dim))}
+        wanted = {"text_embed": (text_embed, (batch, self.text_embed_dim))}
         if image_embed is not None:
             rows = len(image_embed)
             if rows % max(batch, 1):
                 raise ValueError(f"image_embed has {rows} rows; they must be a multiple of the {batch} of text_embed")
             wanted["image_embed"] = image_embed, (rows, self.dim)
         if text_encodings is not None:
-            wanted["text_encodings"] = text_encodings, (batch, *text_encodings.shape[1:2], self.dim)
+            wanted["text_encodings"] = text_encodings, (batch, *text_encodings.shape[1:2], self.text_dim)
         for name, (tensor, shape) in wanted.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape} for this network")
             if not tensor.is_floating_point():
                 raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating point tensor")
+        if conditions:
+            if self.conditions is None:
+                raise ValueError(
+                    f"conditions has the names {', '.join(conditions)}; this network was built without any"
+                )
+            self.conditions.check(conditions, batch)
 
     def forward(
         self,
@@ -157,6 +203,7 @@ class DiffusionPriorNetwork(nn.Module):
         *,
         text_embed: Tensor,
         text_encodings: Tensor | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
         self_cond: Tensor | None = None,
         text_cond_drop_prob: float = 0.0,
         image_cond_drop_prob: float = 0.0,
@@ -168,21 +215,24 @@ class DiffusionPriorNetwork(nn.Module):
         Args:
             image_embed: (rows, dim), the noisy image embeddings; rows is a multiple of prompts.
             diffusion_timesteps: (rows,), integers below `num_timesteps`, or real times for a continuous network.
-            text_embed: (prompts, dim).
-            text_encodings: (prompts, length, dim); all-zero rows are padding. Positions beyond `max_text_len` are cut.
+            text_embed: (prompts, text_embed_dim).
+            text_encodings: (prompts, length, text_dim); all-zero rows are padding. Positions beyond `max_text_len` are
+                cut.
+            conditions: values of extra conditions by name, (prompts,) or (prompts, size); those left out are missing.
             self_cond: (rows, dim), the last x0 estimate; zeros by default. Ignored without `self_cond=True`.
-            text_cond_drop_prob, image_cond_drop_prob: chance per prompt of replacing the text by nulls, and per row of
-                replacing the image.
+            text_cond_drop_prob, image_cond_drop_prob: chance per prompt of replacing the text and all conditions by
+                nulls, and per row of replacing the image. Besides, each condition has a dropout of its own in training
+                mode.
         Returns:
             (rows, dim), in the weights' dtype.
         """
-        self._check(text_embed, text_encodings, image_embed)
+        self._check(text_embed, text_encodings, conditions, image_embed)
         prompts, rows, device = len(text_embed), len(image_embed), image_embed.device
         keep_text = prob_mask_like((prompts, 1, 1), 1 - text_cond_drop_prob, device)
         keep_image = prob_mask_like((rows, 1, 1), 1 - image_cond_drop_prob, device)
         image_tokens = self._embed(self.to_image_embeds, image_embed)
         image_tokens = torch.where(keep_image, image_tokens, self.null_image_embed.to(image_tokens.dtype))
-        prefix = self._text_tokens(text_embed, text_encodings, keep_text)
+        prefix = self._prefix(text_embed, text_encodings, conditions, keep_text)
         suffix = self._suffix(self._time_tokens(diffusion_timesteps), image_tokens, self_cond)
         transformer = self.causal_transformer
         if rows > prompts:
@@ -195,7 +245,7 @@ class DiffusionPriorNetwork(nn.Module):
     def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> Tensor:
         """`forward` with classifier-free guidance (Ho & Salimans 2022): null + (conditional - null) * cond_scale.
 
-        The null branch sees neither the text nor the image.
+        The null branch sees neither the text nor a condition nor the image.
         """
         pred = self.forward(*args, **kwargs)
         if cond_scale == 1:
@@ -209,18 +259,19 @@ class DiffusionPriorNetwork(nn.Module):
         text_encodings: Tensor | None,
         times: Tensor,
         null_rows: int = 0,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> Conditioning:
         """Run the text once, for any number of steps.
 
         Args:
-            text_embed: (prompts, dim).
-            text_encodings: (prompts, length, dim), or None.
+            text_embed, text_encodings, conditions: see `forward`.
             times: (steps,), the times that `step` will be asked for, by index.
             null_rows: 0, or `prompts` to append as many unconditional prompts.
         """
-        self._check(text_embed, text_encodings)
+        self._check(text_embed, text_encodings, conditions)
         keep = torch.ones(len(text_embed), 1, 1, dtype=torch.bool, device=text_embed.device)
-        cache = self.causal_transformer.prefill(self._text_tokens(text_embed, text_encodings, keep), self.suffix_tokens)
+        prefix = self._prefix(text_embed, text_encodings, conditions, keep)
+        cache = self.causal_transformer.prefill(prefix, self.suffix_tokens)
         if null_rows:
             null = self._null_cache(text_embed.device)
             pairs = (cache.k, null.k), (cache.v, null.v)
@@ -230,8 +281,9 @@ class DiffusionPriorNetwork(nn.Module):
 
     def _null_cache(self, device) -> KVCache:
         """The prefix of the unconditional branch, as one prompt; without gradient to the (unused) text projection."""
-        text = torch.cat((self.null_text_encodings, self.null_text_embeds), dim=1).to(device, self.stream_dtype)
-        return self.causal_transformer.prefill(text, self.suffix_tokens)
+        nulls = [] if self.conditions is None else [self.conditions.nulls()[None]]
+        nulls = torch.cat((*nulls, self.null_text_encodings, self.null_text_embeds), dim=1)
+        return self.causal_transformer.prefill(nulls.to(device, self.stream_dtype), self.suffix_tokens)
 
     def step(self, x: Tensor, index: Tensor, cond: Conditioning, self_cond: Tensor | None = None) -> Tensor:
         """One evaluation behind the cached prefix.

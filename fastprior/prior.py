@@ -63,6 +63,7 @@ class DiffusionPrior(nn.Module):
         image_size: accepted for old configs, and not used.
 
     Attributes:
+        can_compare_text: whether text embeddings lie in the space of the image embeddings, as a CLIP's do.
         config: the constructor's arguments without `net` and `clip`, for saving.
     """
 
@@ -106,6 +107,9 @@ class DiffusionPrior(nn.Module):
         self.image_embed_dim = clip.dim_latent if image_embed_dim is None else image_embed_dim
         if net.dim != self.image_embed_dim:
             raise ValueError(f"image_embed_dim={self.image_embed_dim}; it must be the network's dim, {net.dim}")
+        own = isinstance(net, DiffusionPriorNetwork)
+        if own and net.text_dim != net.dim and not condition_on_text_encodings:
+            raise ValueError(f"text_dim={net.text_dim}; with condition_on_text_encodings=False no encodings are read")
         if clip is not None and clip.dim_latent != self.image_embed_dim:
             raise ValueError(f"image_embed_dim={self.image_embed_dim}; the CLIP given embeds in {clip.dim_latent}")
         self.channels = image_channels
@@ -113,6 +117,7 @@ class DiffusionPrior(nn.Module):
         self.image_cond_drop_prob = cond_drop_prob if image_cond_drop_prob is None else image_cond_drop_prob
         self.can_classifier_guidance = self.text_cond_drop_prob > 0 and self.image_cond_drop_prob > 0
         self.condition_on_text_encodings = condition_on_text_encodings
+        self.can_compare_text = not own or net.text_embed_dim == net.dim
         self.predict_x_start, self.predict_v = predict_x_start, predict_v
         self.image_embed_scale = self.image_embed_dim**0.5 if image_embed_scale is None else image_embed_scale
         self.sampling_clamp_l2norm = sampling_clamp_l2norm
@@ -246,6 +251,11 @@ class DiffusionPrior(nn.Module):
         tokens = (self.net.prefix_tokens, self.net.suffix_tokens) if cached else (None, None)
         return SamplingPlan("cached" if cached else "plain", reasons, guidance, table, *self._clamp(), *tokens)
 
+    def _check_conditions(self, text_cond: dict) -> None:
+        own = isinstance(self.net, DiffusionPriorNetwork) and self.net.conditions is not None
+        if own and text_cond.get("conditions"):
+            self.net.conditions.check_values(text_cond["conditions"], len(text_cond["text_embed"]))
+
     def _check_text_cond(self, shape: tuple[int, ...], text_cond: dict) -> None:
         if shape[0] == 0:
             raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
@@ -256,6 +266,7 @@ class DiffusionPrior(nn.Module):
             raise ValueError(f"text_cond has the keys {sorted(text_cond)}; it must hold 'text_embed'")
         if len(embed) == 0 or shape[0] % len(embed):
             raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")
+        self._check_conditions(text_cond)
         for name, t in text_cond.items():
             if not torch.is_tensor(t):
                 continue
@@ -263,7 +274,8 @@ class DiffusionPrior(nn.Module):
                 raise ValueError(f"text_cond[{name!r}] has {len(t)} rows and text_embed {len(embed)}; they must agree")
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
-        if embed.ndim == 2 and not self._warned_of_norm and (embed.float().norm(dim=-1) - 1).abs().max() > 0.05:
+        clip_like = embed.ndim == 2 and self.can_compare_text
+        if clip_like and not self._warned_of_norm and (embed.float().norm(dim=-1) - 1).abs().max() > 0.05:
             self._warned_of_norm = True
             warnings.warn(
                 f"text_embed rows have norms up to {embed.float().norm(dim=-1).max():.3g}; CLIP priors are trained on "
@@ -305,7 +317,8 @@ class DiffusionPrior(nn.Module):
 
         Args:
             shape: (rows, image_embed_dim); rows is a multiple of the prompts, and the samples of a prompt lie together.
-            text_cond: `text_embed` (prompts, dim) and, where conditioned on, `text_encodings` (prompts, length, dim).
+            text_cond: `text_embed` (prompts, dim) and, where conditioned on, `text_encodings` (prompts, length, dim);
+                and `conditions`, a dict of the values of extra conditions, of which any may be left out.
             cond_scale: classifier-free guidance; 1 is none.
             timesteps: number of steps; all of the schedule by default.
             solver: see `fastprior.solvers.step_table`; by default "ddpm" over the whole schedule, else "ddim".
@@ -341,7 +354,7 @@ class DiffusionPrior(nn.Module):
         """DDPM samples (batch_size, image_embed_dim) for given conditions, still scaled by `image_embed_scale`."""
         return self.p_sample_loop_ddpm((batch_size, self.image_embed_dim), text_cond, cond_scale=cond_scale)
 
-    def _text_cond(self, text, text_embed, text_encodings, mask) -> dict:
+    def _text_cond(self, text, text_embed, text_encodings, mask=None, conditions=None) -> dict:
         if (text is None) == (text_embed is None):
             raise ValueError("exactly one of text and text_embed must be given")
         if text is not None:
@@ -350,13 +363,31 @@ class DiffusionPrior(nn.Module):
             if not torch.is_tensor(text):
                 text = self.clip.tokenize([text] if isinstance(text, str) else list(text))
             text_embed, text_encodings = self.clip.embed_text(text.to(self.device))
+        extra = dict(conditions=conditions) if conditions else {}
         if not self.condition_on_text_encodings:
-            return dict(text_embed=text_embed)
+            return dict(text_embed=text_embed, **extra)
         if text_encodings is None:
             raise ValueError("text_encodings=None; this prior is conditioned on text encodings")
         if mask is not None:
             text_encodings = text_encodings.masked_fill(~mask.bool()[..., None], 0)
-        return dict(text_embed=text_embed, text_encodings=text_encodings)
+        return dict(text_embed=text_embed, text_encodings=text_encodings, **extra)
+
+    def check_best_of(self, candidates: int, name: str) -> None:
+        """Raise ValueError where there are no candidates, or no telling which of them is the best."""
+        if candidates < 1:
+            raise ValueError(f"{name}={candidates}; it must be at least 1")
+        if candidates > 1 and not self.can_compare_text:
+            raise ValueError(
+                f"{name}={candidates}; it must be 1, since a text_embed of width {self.net.text_embed_dim} cannot be "
+                "compared with image embeddings"
+            )
+
+    def best_of(self, embeds: Tensor, text_embed: Tensor) -> Tensor:
+        """Of embeds (prompts, candidates, dim) those most similar to text_embed (prompts, dim): (prompts, dim)."""
+        if embeds.shape[1] == 1:
+            return embeds[:, 0]
+        best = (l2norm(text_embed)[:, None] * l2norm(embeds)).sum(dim=-1).argmax(dim=-1)
+        return embeds[torch.arange(len(embeds), device=embeds.device), best]
 
     @torch.no_grad()
     @in_eval_mode
@@ -370,6 +401,7 @@ class DiffusionPrior(nn.Module):
         text_embed: Tensor | None = None,
         text_encodings: Tensor | None = None,
         mask: Tensor | None = None,
+        conditions: dict[str, Tensor] | None = None,
         n_samples_per_batch: int | None = None,
         **kwargs,
     ) -> Tensor:
@@ -382,24 +414,22 @@ class DiffusionPrior(nn.Module):
             text_embed: (prompts, dim), instead of `text`.
             text_encodings: (prompts, length, dim), with `text_embed`.
             mask: (prompts, length) bool, False where `text_encodings` is padding.
+            conditions: see `p_sample_loop`.
             **kwargs: solver, eta, generator, progress: see `p_sample_loop`.
         Returns:
             (prompts, image_embed_dim).
         """
         repeats = num_samples_per_batch if n_samples_per_batch is None else n_samples_per_batch
-        if repeats < 1:
-            raise ValueError(f"num_samples_per_batch={repeats}; it must be at least 1")
+        self.check_best_of(repeats, "num_samples_per_batch")
         timesteps = self.sample_timesteps if timesteps is None else timesteps
-        text_cond = self._text_cond(text, text_embed, text_encodings, mask)
+        text_cond = self._text_cond(text, text_embed, text_encodings, mask, conditions)
         prompts = len(text_cond["text_embed"])
         shape = prompts * repeats, self.image_embed_dim
         if any(is_overridden(self, loop, DiffusionPrior) for loop in LOOPS):
             text_cond = repeat_rows(text_cond, shape[0]) if prompts else text_cond
         embeds = self.p_sample_loop(shape, text_cond=text_cond, cond_scale=cond_scale, timesteps=timesteps, **kwargs)
-        embeds = embeds.view(prompts, repeats, -1)
-        wanted = text_cond["text_embed"].view(prompts, -1, embeds.shape[-1])[:, :1]
-        similarity = (l2norm(wanted) * l2norm(embeds)).sum(dim=-1)
-        return embeds[torch.arange(prompts, device=embeds.device), similarity.argmax(dim=-1)]
+        wanted = text_cond["text_embed"].view(prompts, -1, text_cond["text_embed"].shape[-1])[:, 0]
+        return self.best_of(embeds.view(prompts, repeats, -1), wanted)
 
     # training
 
@@ -436,6 +466,7 @@ class DiffusionPrior(nn.Module):
         text_encodings: Tensor | None = None,
         *args,
         draws: int = 1,
+        conditions: dict[str, Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
         """The training loss at random times.
@@ -446,6 +477,7 @@ class DiffusionPrior(nn.Module):
             draws: times and noises per pair. The text runs once for all of them, so that 8 draws cost much less than 8
                 steps; the loss has the same mean and a smaller variance. Dropped text is dropped for all draws of a
                 pair.
+            conditions: see `p_sample_loop`.
             *args, **kwargs: go to `p_losses`, such as `noise`, of (batch * draws, dim).
         Returns:
             0-d tensor.
@@ -456,7 +488,8 @@ class DiffusionPrior(nn.Module):
             raise ValueError("exactly one of image and image_embed must be given")
         if image is not None:
             image_embed, _ = self.clip.embed_image(image)
-        text_cond = self._text_cond(text, text_embed, text_encodings, None)
+        text_cond = self._text_cond(text, text_embed, text_encodings, conditions=conditions)
+        self._check_conditions(text_cond)
         if draws > 1:
             image_embed = image_embed.repeat_interleave(draws, dim=0)
             if network_obstacles(self.net, dropout=True):

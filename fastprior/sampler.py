@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +186,13 @@ def denoise_step(
     return ops.diffusion_step(x, pred, null, cond_scale, x0, noise, rows, index, clamp, radius, null_table=null_preds)
 
 
+def map_rows(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the tensors of a text condition, those of its extra conditions too; what else it holds stays."""
+    if isinstance(value, dict):
+        return {name: map_rows(item, change) for name, item in value.items()}
+    return change(value) if torch.is_tensor(value) else value
+
+
 def repeat_rows(text_cond: dict, rows: int) -> dict:
     """Repeat every prompt of a text condition so that there are `rows` of them, the copies of one prompt together."""
     if "text_embed" not in text_cond:
@@ -193,7 +200,7 @@ def repeat_rows(text_cond: dict, rows: int) -> dict:
     repeats = rows // len(text_cond["text_embed"])
     if repeats == 1:
         return text_cond
-    return {name: t.repeat_interleave(repeats, dim=0) if torch.is_tensor(t) else t for name, t in text_cond.items()}
+    return map_rows(text_cond, lambda t: t.repeat_interleave(repeats, dim=0))
 
 
 def sample_loop(
@@ -246,7 +253,8 @@ def step_inputs(net: DiffusionPriorNetwork, plan: SamplingPlan) -> tuple[Tensor,
 def prefill(net: DiffusionPriorNetwork, plan: SamplingPlan, text_cond: dict, times: Tensor) -> Conditioning:
     text_embed = text_cond["text_embed"]
     second_branch = len(text_embed) if plan.guidance == "second branch" else 0
-    return net.prefill(text_embed, text_cond.get("text_encodings"), times, null_rows=second_branch)
+    given = text_cond.get("text_encodings"), times, second_branch, text_cond.get("conditions")
+    return net.prefill(text_embed, *given)
 
 
 def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step:

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior.layers import l2norm
 from fastprior.prior import DiffusionPrior
-from fastprior.sampler import WeightWatch, denoise_step, network_obstacles, prefill, run_steps, step_inputs
+from fastprior.sampler import WeightWatch, denoise_step, map_rows, network_obstacles, prefill, run_steps, step_inputs
 
 
 class PriorSampler:
@@ -50,8 +49,7 @@ class PriorSampler:
     ):
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError(f"batch_sizes={batch_sizes}; it must hold at least one number, each at least 1")
-        if samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt={samples_per_prompt}; it must be at least 1")
+        prior.check_best_of(samples_per_prompt, "samples_per_prompt")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype={dtype}; it must be a floating point dtype of 16 bits or more")
         timesteps = prior.sample_timesteps if timesteps is None else timesteps
@@ -104,8 +102,9 @@ class PriorSampler:
         seconds = {}
         for batch in self.batch_sizes:
             start = time.perf_counter()
-            text = F.normalize(torch.ones(batch, self.prior.image_embed_dim, device=self.prior.device), dim=-1)
-            encodings = text[:, None] if self.prior.condition_on_text_encodings else None
+            net, like = self.prior.net, dict(device=self.prior.device)
+            text = F.normalize(torch.ones(batch, net.text_embed_dim, **like), dim=-1)
+            encodings = torch.ones(batch, 1, net.text_dim, **like) if self.prior.condition_on_text_encodings else None
             # a generator of its own: warming up must not move the global one
             self(text, encodings, generator=torch.Generator(self.prior.device).manual_seed(0))
             seconds[batch] = time.perf_counter() - start
@@ -117,6 +116,7 @@ class PriorSampler:
         text_embed: Tensor,
         text_encodings: Tensor | None = None,
         *,
+        conditions: dict[str, Tensor] | None = None,
         cond_scale: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -125,6 +125,7 @@ class PriorSampler:
         Args:
             text_embed: (prompts, dim), on the prior's device.
             text_encodings: (prompts, length, dim), all-zero rows are padding; required by priors conditioned on it.
+            conditions: values of the extra conditions, (prompts,) or (prompts, size); those left out are missing.
             cond_scale: classifier-free guidance; other than 1 needs a sampler built with `guidance`.
             generator: on the prior's device; the global one by default. A seed means the same as in `prior.sample`.
         Returns:
@@ -132,7 +133,7 @@ class PriorSampler:
         """
         if cond_scale != 1 and not self.guidance:
             raise ValueError(f"cond_scale={cond_scale}; this sampler was built with guidance=False, so it must be 1")
-        text_cond = self.prior._text_cond(None, text_embed, text_encodings, None)
+        text_cond = self.prior._text_cond(None, text_embed, text_encodings, conditions=conditions)
         prompts, repeats, device = len(text_embed), self.samples_per_prompt, self.prior.device
         shape = prompts * repeats, self.prior.image_embed_dim
         self.prior._check_text_cond(shape, text_cond)
@@ -142,12 +143,11 @@ class PriorSampler:
             part = min(prompts, self.batch_sizes[-1])
             draws = self._draws(shape, generator, keep=part < prompts)
             embeds = [
-                self._run({name: t[at : at + part] for name, t in text_cond.items()}, scale, draws, at * repeats)
+                self._run(map_rows(text_cond, lambda t, at=at: t[at : at + part]), scale, draws, at * repeats)
                 for at in range(0, prompts, part)
             ]
         embeds = torch.cat(embeds).view(prompts, repeats, -1) / self.prior.image_embed_scale
-        best = (l2norm(text_embed)[:, None] * l2norm(embeds)).sum(dim=-1).argmax(dim=-1)
-        return embeds[torch.arange(prompts, device=device), best]
+        return self.prior.best_of(embeds, text_embed)
 
     def _draws(self, shape: tuple[int, int], generator: torch.Generator | None, keep: bool):
         """The run's noise tensors by number; kept where several parts of the batch need rows of the same tensor."""
@@ -168,7 +168,7 @@ class PriorSampler:
         prompts = len(text_cond["text_embed"])
         rows = prompts * self.samples_per_prompt
         batch = next(size for size in self.batch_sizes if size >= prompts)
-        padded = {name: F.pad(t, (0, 0) * (t.ndim - 1) + (0, batch - prompts)) for name, t in text_cond.items()}
+        padded = map_rows(text_cond, lambda t: F.pad(t, (0, 0) * (t.ndim - 1) + (0, batch - prompts)))
         cond = prefill(self._net, self.plan, padded, self._times)
         compiled = self._step(batch)
         numbers = iter(range(len(self.plan.table) + 1))

@@ -16,7 +16,10 @@ try:
 except ImportError as error:
     raise ImportError('pydantic 2 is not installed: pip install "fastprior[train]"') from error
 
+import torch
+
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
+from fastprior.conditions import Conditions
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
@@ -88,6 +91,9 @@ class DiffusionPriorNetworkConfig(Config):
     num_image_embeds: int = 1
     num_text_embeds: int = 1
     self_cond: bool = False
+    text_dim: int | None = Field(None, ge=1)
+    text_embed_dim: int | None = Field(None, ge=1)
+    conditions: dict[str, dict[str, Any]] | None = None
     dim_head: int = 64
     heads: int = 8
     ff_mult: float = 4
@@ -100,6 +106,13 @@ class DiffusionPriorNetworkConfig(Config):
     rotary_emb: bool = True
     cosine_sim: bool = True
     dot_scale: float | None = None
+
+    @field_validator("conditions")
+    @classmethod
+    def _fit(cls, conditions: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        with torch.device("meta"):
+            Conditions(1, conditions or {})  # has no effect, but for the errors
+        return conditions
 
     def create(self) -> DiffusionPriorNetwork:
         return DiffusionPriorNetwork(**self.model_dump(exclude_none=True))
@@ -205,6 +218,8 @@ class DiffusionPriorDataConfig(Config):
     Attributes:
         image_url: folder of the image embeddings.
         meta_url, text_url, encodings_url: of their captions, or of text embeddings and text encodings made before.
+        conditions: where the values of each of `prior.net.conditions` are: a scalar's or category's column of the
+            parquet files of `meta_url`, a vector's folder of .npy files.
         splits: shares for training, validation and test.
         batch_size: per process.
         num_data_points: how many to use.
@@ -219,6 +234,7 @@ class DiffusionPriorDataConfig(Config):
     meta_url: str | None = None
     text_url: str | None = None
     encodings_url: str | None = None
+    conditions: dict[str, str] | None = None
     splits: TrainSplitConfig
     batch_size: int
     num_data_points: int = Field(250_000_000, ge=1)
@@ -330,6 +346,20 @@ class TrainDiffusionPriorConfig(Config):
     data: DiffusionPriorDataConfig
     train: DiffusionPriorTrainConfig
     tracker: TrackerConfig
+
+    @model_validator(mode="after")
+    def _conditions_have_data(self) -> TrainDiffusionPriorConfig:
+        known, sources = self.prior.net.conditions or {}, self.data.conditions or {}
+        for name in sources:
+            if name not in known:
+                hint = nearest(name, known) if known else "prior.net.conditions is empty"
+                raise ValueError(f"data.conditions has the unknown name {name!r}; {hint}")
+        for name in known:
+            if name not in sources:
+                raise ValueError(f"data.conditions has no {name!r}; prior.net.conditions does, and needs its values")
+            if known[name]["kind"] != "vector" and self.data.meta_url is None:
+                raise ValueError(f"data.meta_url is missing; data.conditions.{name} is a column of its files")
+        return self
 
     @classmethod
     def from_json_path(cls, json_path: str | os.PathLike[str]) -> TrainDiffusionPriorConfig:

@@ -165,6 +165,20 @@ class FeedForward(nn.Sequential):
         h = activation(expand(norm(x, dtype=expand.weight.dtype)))
         return contract(dropout(inner_norm(h)))
 
+    def fused(self, x: Tensor, stream: Tensor, stream_gain: Tensor) -> Tensor:
+        """`y + self(y)` of `y = stream + norm(x) * stream_gain`, without dropout, by two kernels."""
+        norm, expand, _, inner_norm, _, contract = self
+        norms = dict(stream=stream, stream_gain=stream_gain, norm_gain=norm.g, eps=norm.eps)
+        h, stream = ops.linear(x, expand.weight, activation="swiglu", **norms)
+        gain = None if isinstance(inner_norm, nn.Identity) else inner_norm.g
+        return ops.linear(h, contract.weight, norm_gain=gain, eps=norm.eps, residual=stream)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call does what the weights say: no subclass, such as an adapter, no hook, no replaced forward."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in (Linear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity) and not hooked
+
 
 class NormedLinear(nn.Sequential):
     """A linear and the norm of its result."""
@@ -223,6 +237,17 @@ class Attention(nn.Module):
     def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Raw keys and values of normed tokens (batch, seq, dim): two (batch, seq, 1, dim_head)."""
         return self.to_kv(h).unsqueeze(-2).chunk(2, dim=-1)
+
+    def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw queries, keys and values of the residual stream (batch, seq, dim), with heads as above."""
+        h = self.normed(x)
+        return self.queries(h), *self.keys_values(h)
+
+    def fused_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`projections` by one kernel, with the norm before."""
+        dim_head = self.null_kv.shape[-1]
+        y = ops.linear(x, self.to_q.weight, beside=self.to_kv.weight, norm_gain=self.norm.g, eps=self.norm.eps)
+        return y.unflatten(-1, (-1, dim_head)).split((self.heads, 1, 1), dim=-2)
 
     def cached(self, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Keys and values ready for `decode_attention`: at least fp32, prepared, the null ones in front."""
@@ -395,15 +420,19 @@ class CausalTransformer(nn.Module):
         `rows` is a multiple of the cache's prompts; the rows of one prompt lie together.
         """
         x = self.init_norm(x)
+        kernels = ops.on_triton(x) and not self.training and not torch.is_autocast_enabled(x.device.type)
         for index, (attn, ff) in enumerate(self.layers):
-            h = attn.normed(x)
-            kv = attn.keys_values(h)
+            fused = kernels and all(map(_is_plain, (attn.norm, attn.to_q, attn.to_kv, *attn.to_out, *ff)))
+            q, k, v = attn.fused_projections(x) if fused else attn.projections(x)
             if index == len(self.layers) - 1:
-                x, h = x[:, -1:], h[:, -1:]
+                x, q = x[:, -1:], q[:, -1:]
             out = ops.decode_attention(
-                attn.queries(h), *kv, cache.k[index], cache.v[index], scale=attn.scale, rotary=cache.rotary,
+                q, k, v, cache.k[index], cache.v[index], scale=attn.scale, rotary=cache.rotary,
                 cosine=attn.cosine_sim, bias=cache.bias, dropout=attn.dropout.p if self.training else 0.0,
             )  # fmt: skip
-            x = attn.to_out(out, after=x)
-            x = ff(x) + x
+            if fused:
+                x = ff.fused(attn.to_out[0](out), stream=x, stream_gain=attn.to_out[1].g)
+            else:
+                x = attn.to_out(out, after=x)
+                x = ff(x) + x
         return self._head(x[:, -1])

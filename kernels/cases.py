@@ -65,12 +65,19 @@ def linear_cases(dtype: torch.dtype, everything: bool, stored: torch.dtype | Non
             if not everything:
                 yield partial(linear.linear_fwd, x, weight, scale=scale)
                 continue
-            bias, gain = meta(outputs, dtype=dtype), meta(768, dtype=dtype)
-            around = dict(norm_gain=gain, norm_bias=gain) if rows <= linear.MAX_NORM_ROWS else {}
-            for activation, width in ("gelu", outputs), ("swiglu", outputs // 2):
-                residual = meta(rows, width, dtype=dtype)
-                around |= dict(scale=scale, activation=activation, residual=residual)
-                yield partial(linear.linear_fwd, x, weight, bias, **around)
+            gain = meta(768, dtype=dtype)
+            normed = dict(stream=meta(rows, 768), stream_gain=gain, norm_gain=gain, norm_bias=gain)
+            around = normed if rows <= linear.MAX_NORM_ROWS else {}
+            for activation in ("gelu", "swiglu"):
+                beside = weight if activation == "gelu" else None
+                bias, scales = (
+                    meta(outputs * (2 if beside is not None else 1), dtype=d) for d in (dtype, torch.float32)
+                )
+                residual = meta(rows, outputs * 2 if beside is not None else outputs // 2, dtype=dtype)
+                around |= dict(scale=None if scale is None else scales, activation=activation, residual=residual)
+                yield partial(linear.linear_fwd, x, weight, beside, bias, **around)
+            if rows <= linear.MAX_NORM_ROWS and stored is None:  # a stream of fp32
+                yield partial(linear.linear_fwd, meta(rows, 768), weight, norm_gain=gain, dtype=dtype)
 
 
 def quantised_cases(arch: int) -> Iterator[Case]:
@@ -81,8 +88,8 @@ def quantised_cases(arch: int) -> Iterator[Case]:
 
 def decode_cases(dtype: torch.dtype, everything: bool, cached: torch.dtype | None = None) -> Iterator[Case]:
     heads, suffix = 12, 3
-    # products of fp32 have tiles of their own where heads are not aligned
-    for dim_head in (20, 32, 52, 64, 128) if torch.float32 in (dtype, cached) else (32, 64, 128):
+    # heads that are not aligned have tiles of their own: all in fp32, those beyond 64 in 16 bits
+    for dim_head in (20, 32, 52, 64, 100, 128) if torch.float32 in (dtype, cached) else (32, 64, 100, 128):
         for rows, prefix in ((1, 256), (1, 512)):  # whole and split
             q = meta(rows, suffix, heads, dim_head, dtype=dtype)
             k, v = meta(2, rows, suffix, 1, dim_head, dtype=dtype)
@@ -95,6 +102,7 @@ def decode_cases(dtype: torch.dtype, everything: bool, cached: torch.dtype | Non
 
 def attention_cases(dtype: torch.dtype, bare: bool) -> Iterator[Case]:
     everything = dict(prepared=True, relative=True, dropout=0.1)
+    yield partial(attention_case, dtype, 100, **everything)  # not aligned
     for dim_head in (52, 64, 128):
         yield partial(attention_case, dtype, dim_head, **everything)
         yield partial(attention_case, dtype, dim_head, prepared=True)

@@ -177,11 +177,13 @@ def decode_attention_config(programs: int, prefix: int, dim_head: int, wide: boo
         wide: whether products are of fp32.
     """
     block_d = max(32, launch.power_of_2(dim_head))
-    block_n = 64
-    # fp32 queries stand in registers twice, as the high and low part of tf32x3, which at 128 wide leaves little room;
-    # and where heads are not aligned every element takes a pointer
-    if wide:
-        block_n = 16 if block_d == 128 else 32 if dim_head % 16 else 64
+    # where heads are not aligned every element takes a pointer; and fp32 queries stand in registers twice, as the high
+    # and low part of tf32x3, which at 128 wide leaves little room
+    aligned = dim_head % 16 == 0
+    if block_d == 128:
+        block_n = 64 if aligned and not wide else 16
+    else:
+        block_n = 32 if wide and not aligned else 64
     num_warps = 4 if block_d == 32 else 8
     splits = min(MAX_SPLITS, prefix // 256) if prefix >= 512 and programs <= 64 else 1
     span = launch.ceil_div(launch.ceil_div(prefix, splits), block_n) * block_n

@@ -17,6 +17,7 @@ MAX_NORM_ROWS = 16  # each program normalises all rows for itself
 MAX_SPLITS = 32
 ACTIVATIONS = None, "gelu", "swiglu"
 QUANTISED = torch.int8, torch.float8_e4m3fn
+OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -29,25 +30,61 @@ def _affine(y, column, inside, scale_ptr, bias_ptr):
     return y
 
 
+@triton.jit
+def _load_x(x_row, stream_row, gain_ptr, k, kept, in_k, mean, rstd):
+    """Values of x; with a stream, `stream + norm(x)` in fp32, of the norm's mean and rstd."""
+    x = tl.load(x_row + k[None, :], mask=kept, other=0.0, eviction_policy="evict_last")
+    if stream_row is not None:
+        gain = tl.load(gain_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+        stream = tl.load(stream_row + k[None, :], mask=kept, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x = stream + (x.to(tl.float32) - mean) * rstd * gain
+    return x
+
+
+@triton.jit
+def _moments(x_row, stream_row, gain_ptr, in_rows, dim, mean, rstd, eps, BLOCK: tl.constexpr):
+    """Mean and reciprocal deviation of the rows that `_load_x` gives."""
+    total = tl.zeros(in_rows.shape, tl.float32)
+    for start in range(0, dim, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = _load_x(x_row, stream_row, gain_ptr, k, in_rows & (k < dim)[None, :], k < dim, mean, rstd)
+        total += tl.sum(x.to(tl.float32), axis=1)[:, None]
+    own_mean = total / dim
+    total = tl.zeros(in_rows.shape, tl.float32)
+    for start in range(0, dim, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = _load_x(x_row, stream_row, gain_ptr, k, in_rows & (k < dim)[None, :], k < dim, mean, rstd)
+        centred = tl.where((k < dim)[None, :], x.to(tl.float32) - own_mean, 0.0)
+        total += tl.sum(centred * centred, axis=1)[:, None]
+    return own_mean, 1.0 / tl.sqrt_rn((total / dim + eps).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["rows", "span", "splits"])
 def _linear_fwd_kernel(
     x_ptr,
     weight_ptr,
+    beside_ptr,
     bias_ptr,
     scale_ptr,
+    stream_ptr,
+    stream_gain_ptr,
     norm_gain_ptr,
     norm_bias_ptr,
     residual_ptr,
     out_ptr,
+    total_ptr,  # stream + norm(x)
     workspace_ptr,  # None unless the sum is split
     counters_ptr,
     rows,
     inner,
+    columns,  # inner, and those of the weight beside
     dim,
     span,
     splits,
     stride_x_row,
     stride_weight_row,
+    stride_beside_row,
+    stride_stream_row,
     stride_residual_row,
     eps,
     ACTIVATION: tl.constexpr,
@@ -55,54 +92,58 @@ def _linear_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_NORM: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, BLOCK_M)
-    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows, in_columns = (row < rows)[:, None], column < inner
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # of this weight
+    in_rows, in_columns, out_column = (row < rows)[:, None], column < inner, column
+    if beside_ptr is not None:
+        first = tl.cdiv(inner, BLOCK_N)
+        column -= tl.where(tile >= first, first * BLOCK_N, 0)
+        in_columns = column < tl.where(tile >= first, columns - inner, inner)
+        out_column = column + tl.where(tile >= first, inner, 0)
+        weight_ptr = tl.where(tile >= first, beside_ptr, weight_ptr)
+        stride_weight_row = tl.where(tile >= first, stride_beside_row, stride_weight_row)
     x_row = x_ptr + row.to(tl.int64)[:, None] * stride_x_row
     weight_row = weight_ptr + column.to(tl.int64)[:, None] * stride_weight_row
     gate_row = weight_ptr + (inner + column).to(tl.int64)[:, None] * stride_weight_row
 
+    stream_row, x_mean, x_rstd = None, 0.0, 0.0
+    if stream_ptr is not None:
+        x_mean, x_rstd = _moments(x_row, None, None, in_rows, dim, 0.0, 0.0, eps, BLOCK_NORM)
+        stream_row = stream_ptr + row.to(tl.int64)[:, None] * stride_stream_row
     if norm_gain_ptr is not None:
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(0, dim, BLOCK_NORM):
-            k = start + tl.arange(0, BLOCK_NORM)
-            x = tl.load(x_row + k[None, :], mask=in_rows & (k < dim)[None, :], other=0.0, eviction_policy="evict_last")
-            total += tl.sum(x.to(tl.float32), axis=1)
-        mean = (total / dim)[:, None]
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(0, dim, BLOCK_NORM):
-            k = start + tl.arange(0, BLOCK_NORM)
-            x = tl.load(x_row + k[None, :], mask=in_rows & (k < dim)[None, :], other=0.0, eviction_policy="evict_last")
-            centred = tl.where((k < dim)[None, :], x.to(tl.float32) - mean, 0.0)
-            total += tl.sum(centred * centred, axis=1)
-        rstd = (1.0 / tl.sqrt_rn((total / dim + eps).to(tl.float32)))[:, None]
+        mean, rstd = _moments(x_row, stream_row, stream_gain_ptr, in_rows, dim, x_mean, x_rstd, eps, BLOCK_NORM)
 
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first = split * span
-    for start in range(first, tl.minimum(first + span, dim), BLOCK_K):
+    begin = split * span
+    for start in range(begin, tl.minimum(begin + span, dim), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         in_k = k < dim
         in_weight = in_columns[:, None] & in_k[None, :]
-        x = tl.load(x_row + k[None, :], mask=in_rows & in_k[None, :], other=0.0, eviction_policy="evict_last")
+        x = _load_x(x_row, stream_row, stream_gain_ptr, k, in_rows & in_k[None, :], in_k, x_mean, x_rstd)
+        if stream_ptr is not None:
+            if tile == 0:
+                cell = total_ptr + row[:, None] * dim + k[None, :]
+                tl.store(cell, x.to(total_ptr.dtype.element_ty), mask=in_rows & in_k[None, :])
         if norm_gain_ptr is not None:
-            normed = (x.to(tl.float32) - mean) * rstd
-            normed *= tl.load(norm_gain_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+            x = (x.to(tl.float32) - mean) * rstd
+            x *= tl.load(norm_gain_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
             if norm_bias_ptr is not None:
-                normed += tl.load(norm_bias_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
-            x = normed.to(x.dtype)
+                x += tl.load(norm_bias_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
+        x = x.to(OPERAND)
         weight = tl.load(weight_row + k[None, :], mask=in_weight, other=0.0, eviction_policy="evict_first")
-        y = tl.dot(x, tl.trans(weight.to(x.dtype)), y, input_precision="tf32x3")
+        y = tl.dot(x, tl.trans(weight.to(OPERAND)), y, input_precision="tf32x3")
         if ACTIVATION == "swiglu":
             weight = tl.load(gate_row + k[None, :], mask=in_weight, other=0.0, eviction_policy="evict_first")
-            gate = tl.dot(x, tl.trans(weight.to(x.dtype)), gate, input_precision="tf32x3")
+            gate = tl.dot(x, tl.trans(weight.to(OPERAND)), gate, input_precision="tf32x3")
 
     inside = in_rows & in_columns[None, :]
     if workspace_ptr is not None:
-        outputs = inner * 2 if ACTIVATION == "swiglu" else inner
-        cell = row[:, None] * outputs + column[None, :]
+        outputs = inner * 2 if ACTIVATION == "swiglu" else columns
+        cell = row[:, None] * outputs + out_column[None, :]
         tl.store(workspace_ptr + split * rows * outputs + cell, y, mask=inside)
         if ACTIVATION == "swiglu":
             tl.store(workspace_ptr + split * rows * outputs + inner + cell, gate, mask=inside)
@@ -119,7 +160,7 @@ def _linear_fwd_kernel(
             if ACTIVATION == "swiglu":
                 gate += tl.load(part_ptr + inner, mask=inside, other=0.0, cache_modifier=".cg")
 
-    y = _affine(y, column, in_columns, scale_ptr, bias_ptr)
+    y = _affine(y, out_column, in_columns, scale_ptr, bias_ptr)
     if ACTIVATION == "swiglu":
         gate = _affine(gate, inner + column, in_columns, scale_ptr, bias_ptr)
         y *= gate / (1.0 + tl.exp(-gate))
@@ -127,8 +168,8 @@ def _linear_fwd_kernel(
         y *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
     if residual_ptr is not None:
         residual_row = residual_ptr + row.to(tl.int64)[:, None] * stride_residual_row
-        y += tl.load(residual_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row[:, None] * inner + column[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
+        y += tl.load(residual_row + out_column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row[:, None] * columns + out_column[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -144,9 +185,9 @@ class Config:
 
 
 def linear_config(rows: int, inner: int, dim: int, itemsize: int) -> Config:
-    """The launch configuration for `rows` of `dim` values of `itemsize` bytes, and `inner` results of each."""
+    """The launch configuration for `rows` of `dim` operands of `itemsize` bytes, and `inner` results of each."""
     block_m = next(block for block in (16, 32, 64) if rows <= block)
-    block_k = 32 if itemsize == 4 and block_m > 16 else 256 // itemsize  # a product of fp32 takes many registers
+    block_k = 32 if itemsize == 4 else 128  # a product of fp32 takes many registers
     num_stages = 4 if block_m == 64 else 6
     steps = ceil_div(dim, block_k)
     # wide tiles read x half as often; 96 programs of them keep memory busy, and splitting has a price
@@ -157,99 +198,146 @@ def linear_config(rows: int, inner: int, dim: int, itemsize: int) -> Config:
     return Config(block_m, 16, block_k, ceil_div(steps, ceil_div(steps, splits)), num_stages)  # none is empty
 
 
-def linear_workspace(x: Tensor, weight: Tensor, activation: str | None = None) -> tuple[Tensor | None, Tensor | None]:
-    """Workspace and counters of `linear_fwd` for these shapes; None where the sum is not split.
+def linear_workspace(
+    x: Tensor,
+    weight: Tensor,
+    beside: Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Workspace and counters of `linear_fwd` for these arguments; None where the sum is not split.
 
     The counters are zero before and after each call, so a captured graph can own both. Calls that may run at the same
     time, on different streams, must not share them.
     """
-    (rows, dim), inner = x.shape, _inner(weight, activation)
-    config = linear_config(rows, inner, dim, x.element_size())
+    config, tiles, _ = _layout(x, weight, beside, activation, dtype)
     if config.splits == 1:
         return None, None
-    counters = torch.zeros(ceil_div(inner, config.block_n), dtype=torch.int32, device=x.device)
-    return launch.empty((config.splits, rows, len(weight)), x, torch.float32), counters
+    outputs = len(weight) + (0 if beside is None else len(beside))
+    counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    return launch.empty((config.splits, len(x), outputs), x, torch.float32), counters
 
 
 def linear_fwd(
     x: Tensor,
     weight: Tensor,
+    beside: Tensor | None = None,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
+    stream: Tensor | None = None,
+    stream_gain: Tensor | None = None,
     norm_gain: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str | None = None,
     residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     *,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
-) -> Tensor:
-    """Launch `linear` of 1 to 64 rows, with a LayerNorm of 1 to 16; see `reference.linear`.
+) -> tuple[Tensor, Tensor | None]:
+    """Launch `linear` of 1 to 64 rows, with norms of 1 to 16; see `reference.linear`.
 
     Args:
-        x: (rows, in), of any row stride, as are `weight` and `residual`.
+        x: (rows, in), of any row stride, as are the weights, `stream` and `residual`.
         residual: (rows, out), or (rows, out / 2) with "swiglu".
+        dtype: by default that of `x`.
         workspace, counters: from `linear_workspace`; allocated where the caller has none.
+    Returns:
+        the result, and with a stream its sum.
     """
-    (rows, dim), inner = x.shape, _inner(weight, activation)
-    config = linear_config(rows, inner, dim, x.element_size())
+    rows, dim = x.shape
+    config, tiles, columns = _layout(x, weight, beside, activation, dtype)
     if workspace is None:
-        workspace, counters = linear_workspace(x, weight, activation)
-    out = launch.empty((rows, inner), x, promoted(x, residual))
+        workspace, counters = linear_workspace(x, weight, beside, activation, dtype)
+    dtype = dtype or x.dtype
+    out = launch.empty((rows, columns), x, _result_dtype(dtype, residual))
+    total = None if stream is None else launch.empty((rows, dim), x, promoted(x, stream))
     launch.launch(
         _linear_fwd_kernel,
-        (ceil_div(inner, config.block_n), config.splits),
-        *(x, weight, bias, scale, norm_gain, norm_bias, residual, out, workspace, counters),
-        *(rows, inner, dim, ceil_div(dim, config.block_k * config.splits) * config.block_k, config.splits),
-        *(x.stride(0), weight.stride(0), inner if residual is None else residual.stride(0), eps),
+        (tiles, config.splits),
+        *(x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, residual, out, total),
+        *(workspace, counters, rows, _inner(weight, activation), columns, dim),
+        *(ceil_div(dim, config.block_k * config.splits) * config.block_k, config.splits),
+        *(0 if t is None else t.stride(0) for t in (x, weight, beside, stream, residual)),
+        eps,
         ACTIVATION=activation,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        BLOCK_NORM=512,
+        BLOCK_NORM=512 // dtype.itemsize,
+        OPERAND=OPERANDS[dtype],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out
+    return out, total
 
 
 def _inner(weight: Tensor, activation: str | None) -> int:
-    """Columns of the result."""
+    """Columns of the result that a weight makes."""
     return weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+
+
+def _result_dtype(dtype: torch.dtype, residual: Tensor | None) -> torch.dtype:
+    return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+
+
+def _layout(
+    x: Tensor, weight: Tensor, beside: Tensor | None, activation: str | None, dtype: torch.dtype | None
+) -> tuple[Config, int, int]:
+    """The configuration, and the tiles and columns of the result."""
+    widths = [_inner(w, activation) for w in (weight, beside) if w is not None]
+    config = linear_config(len(x), sum(widths), x.shape[1], (dtype or x.dtype).itemsize)
+    return config, sum(ceil_div(width, config.block_n) for width in widths), sum(widths)
 
 
 @torch.library.custom_op("fastprior::linear", mutates_args=())
 def _linear(
     x: Tensor,
     weight: Tensor,
+    beside: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
+    stream: Tensor | None,
+    stream_gain: Tensor | None,
     norm_gain: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
     activation: str | None,
     residual: Tensor | None,
-) -> Tensor:
-    return linear_fwd(x, weight, bias, scale, norm_gain, norm_bias, eps, activation, residual)
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The sum is empty without a stream."""
+    out, total = linear_fwd(
+        x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
+    )
+    return out, x.new_empty(0) if total is None else total
 
 
 @_linear.register_fake
-def _(x, weight, bias, scale, norm_gain, norm_bias, eps, activation, residual):
-    return x.new_empty((x.shape[0], _inner(weight, activation)), dtype=promoted(x, residual))
+def _(x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype):
+    columns = _inner(weight, activation) + (0 if beside is None else len(beside))
+    out = x.new_empty((x.shape[0], columns), dtype=_result_dtype(dtype, residual))
+    return out, x.new_empty(0) if stream is None else x.new_empty(x.shape, dtype=promoted(x, stream))
 
 
-def _reference(x, weight, bias, scale, norm_gain, norm_bias, eps, activation, residual):
+def _reference(
+    x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
+):  # fmt: skip
     return reference.linear(
         x,
         weight,
-        bias if bias is None or scale is not None else bias.to(x.dtype),
+        bias if bias is None or scale is not None else bias.to(dtype),
+        beside=beside,
         scale=scale,
+        stream=stream,
+        stream_gain=stream_gain,
         norm_gain=norm_gain,
         norm_bias=norm_bias,
         eps=eps,
         activation=activation,
         residual=residual,
+        dtype=dtype,
     )
 
 
@@ -261,21 +349,26 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    beside: Tensor | None = None,
     scale: Tensor | None = None,
+    stream: Tensor | None = None,
+    stream_gain: Tensor | None = None,
     norm_gain: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str | None = None,
     residual: Tensor | None = None,
-) -> Tensor:
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.linear` by one kernel, for up to 64 rows; PyTorch computes more, and every gradient.
 
-    Sums are accumulated and finished in fp32. float8 weights need compute capability 8.9.
+    Norms of more than 16 rows are kernels of their own. Sums are accumulated and finished in fp32. float8 weights need
+    compute capability 8.9.
 
     Raises:
         ValueError: for an unknown activation, and where shapes, devices or strides do not fit. `weight` may be a slice
             of a larger one, with a stride between its rows.
-        TypeError: where the weights have neither the dtype of `x` nor, with `scale`, are int8 or float8_e4m3fn.
+        TypeError: where the weights have neither the dtype of the product nor, with `scale`, are int8 or float8_e4m3fn.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}; it must be None, 'gelu' or 'swiglu'")
@@ -286,38 +379,59 @@ def linear(
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; they must be (..., in), (out, in)"
         )
     outputs, dim = weight.shape
-    if activation == "swiglu" and outputs % 2:
-        raise ValueError(f"weight has {outputs} rows; 'swiglu' needs an even number")
-    check_shape("weight", weight, (outputs, x.shape[-1]), x)
-    check_last_contiguous("weight", weight)
-    if scale is None and weight.dtype != x.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}; without a scale it must have that of x, {x.dtype}")
-    if scale is not None:
-        check_dtype("weight (with a scale)", weight, QUANTISED)
-        check_dtype("scale", scale, (torch.float32,))
+    if activation == "swiglu" and (outputs % 2 or beside is not None):
+        wrong = f"weight has {outputs} rows" if beside is None else "a weight stands beside"
+        raise ValueError(f"{wrong}; 'swiglu' needs one weight, with an even number of rows")
+    weights = dict(weight=weight) if beside is None else dict(weight=weight, beside=beside)
+    normed = stream is not None or norm_gain is not None
+    if dtype is None:
+        dtype = weight.dtype if normed and scale is None else x.dtype
+    if dtype != x.dtype and not normed:
+        raise TypeError(f"dtype={dtype}; without a norm it must be that of x, {x.dtype}")
+    for name, given in weights.items():
+        check_shape(name, given, (len(given), x.shape[-1]), x)
+        check_last_contiguous(name, given)
+        if scale is None and given.dtype != dtype:
+            raise TypeError(f"{name} has dtype {given.dtype}; without a scale it must be that of the product, {dtype}")
+        if scale is not None:
+            check_dtype(f"{name} (with a scale)", given, QUANTISED)
+            check_dtype("scale", scale, (torch.float32,))
+    if (stream is None) != (stream_gain is None):
+        raise ValueError("stream and stream_gain must be given together")
     if norm_gain is None:
         norm_bias = None
-    vectors = (
-        ("bias", bias, outputs),
-        ("scale", scale, outputs),
-        ("norm_gain", norm_gain, dim),
-        ("norm_bias", norm_bias, dim),
+    outputs = sum(map(len, weights.values()))
+    vectors = dict(
+        bias=(bias, outputs),
+        scale=(scale, outputs),
+        stream_gain=(stream_gain, dim),
+        norm_gain=(norm_gain, dim),
+        norm_bias=(norm_bias, dim),
     )
-    for name, vector, length in vectors:
+    for name, (vector, length) in vectors.items():
         if vector is not None:
             check_dtype(name, vector)
             check_shape(name, vector, (length,), x)
             check_last_contiguous(name, vector)
-    shape = (*x.shape[:-1], _inner(weight, activation))
-    if residual is not None:
-        check_dtype("residual", residual)
-        check_shape("residual", residual, shape, x)
+    shape = (*x.shape[:-1], outputs // 2 if activation == "swiglu" else outputs)
+    for name, given, wanted in ("residual", residual, shape), ("stream", stream, x.shape):
+        if given is not None:
+            check_dtype(name, given)
+            check_shape(name, given, wanted, x)
 
-    rows = x.numel() // dim
+    rows, given = x.numel() // dim, x.shape
+    x, residual, stream = (None if t is None else as_rows(t) for t in (x, residual, stream))
+    total = None
+    if rows > MAX_NORM_ROWS and normed:
+        if stream is not None:
+            x = total = norm.layer_norm(x, stream_gain, eps=eps, after=stream)
+        if norm_gain is not None:
+            x = norm.layer_norm(x, norm_gain, norm_bias, eps, dtype=dtype)
+        x, stream, stream_gain, norm_gain, norm_bias = x.to(dtype), None, None, None, None
+    around = beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
     if rows > MAX_ROWS:
-        return _reference(x, weight, bias, scale, norm_gain, norm_bias, eps, activation, residual)
-    if norm_gain is not None and rows > MAX_NORM_ROWS:
-        x, norm_gain, norm_bias = norm.layer_norm(x, norm_gain, norm_bias, eps), None, None
-    x = as_rows(x)
-    residual = None if residual is None else as_rows(residual)
-    return _linear(x, weight, bias, scale, norm_gain, norm_bias, eps, activation, residual).view(shape)
+        out = _reference(x, weight, *around)
+    else:
+        out, own = _linear(x, weight, *around)
+        total = own if total is None and stream is not None else total
+    return out.view(shape) if total is None else (out.view(shape), total.view(given))

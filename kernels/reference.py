@@ -69,32 +69,50 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    beside: Tensor | None = None,
     scale: Tensor | None = None,
+    stream: Tensor | None = None,
+    stream_gain: Tensor | None = None,
     norm_gain: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str | None = None,
     residual: Tensor | None = None,
-) -> Tensor:
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`residual + activation(norm(x) @ weight.T * scale + bias)`, with a fast way for few rows on the CPU.
+
+    With a stream, x is first normalised and added to it: `x = stream + norm(x) * stream_gain`.
 
     There `weight @ x.T` reads the weights faster than the usual order does: in 16 bits up to about 256 rows and up to
     twice as fast (as fast as packed weights are), in fp32 for 5 to 64 rows.
 
     Args:
         x: (..., in).
-        weight: (out, in), in the dtype of `x`; or int8 or float8_e4m3fn with `scale`.
+        weight: (out, in), in the dtype of the product; or int8 or float8_e4m3fn with `scale`.
+        beside: (more, in), a second weight: its results stand beside those of the first, and so do bias and scale.
         bias: (out,).
         scale: (out,) fp32, of quantised weights.
+        stream, stream_gain: (..., in) and (in,), of the residual stream that x's norm is added to.
         norm_gain, norm_bias: (in,), of a LayerNorm of x over its last dimension; without a gain there is none.
-        eps: of that LayerNorm.
+        eps: of both norms.
         activation: None, "gelu" (exact), or "swiglu": `a * silu(b)` of the two halves of the result.
         residual: (..., out), or (..., out / 2) with "swiglu"; added last.
+        dtype: of the product, which what was normalised is rounded to; by default that of the weights, or with a scale
+            that of `x`.
     Returns:
-        (..., out), or (..., out / 2) with "swiglu", in the dtype of `x`, promoted with that of `residual`.
+        (..., out), or (..., out / 2) with "swiglu", in the product's dtype, promoted with that of `residual`; with a
+        stream also the sum, in the wider dtype of `x` and `stream`.
     """
+    total = None
+    if stream is not None:
+        x = total = layer_norm(x, stream_gain, eps=eps, after=stream)
     if norm_gain is not None:
         x = layer_norm(x, norm_gain, norm_bias, eps)
+    if stream is not None or norm_gain is not None:
+        x = x.to(dtype or (x.dtype if scale is not None else weight.dtype))
+    if beside is not None:
+        weight = torch.cat((weight, beside))
     if scale is not None:
         weight = weight.to(x.dtype)
     y = _product(x, weight, bias if scale is None else None)
@@ -105,7 +123,8 @@ def linear(
         y = a * F.silu(gate)
     elif activation == "gelu":
         y = F.gelu(y)
-    return y if residual is None else y + residual
+    y = y if residual is None else y + residual
+    return y if total is None else (y, total)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

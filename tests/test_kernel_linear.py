@@ -7,7 +7,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fastprior.kernels.linear import linear, linear_config, linear_fwd, linear_workspace
-from kernel_checks import DEVICE, DTYPES, check_gradients, guarded, random, sliced
+from kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 
 from fastprior.kernels import linear as module
 from fastprior.kernels import ops, reference
@@ -39,8 +39,10 @@ OPTIONS = {
     "gelu": ("gelu",),
     "swiglu": ("swiglu",),
     "residual": ("residual",),
-    "all-gelu": ("bias", "norm_gain", "norm_bias", "gelu", "residual"),
-    "all-swiglu": ("bias", "norm_gain", "norm_bias", "swiglu", "residual"),
+    "beside": ("beside",),
+    "stream": ("stream",),
+    "all-gelu": ("beside", "bias", "norm_gain", "norm_bias", "gelu", "residual"),
+    "all-swiglu": ("bias", "stream", "norm_gain", "norm_bias", "swiglu", "residual"),
 }
 
 
@@ -54,15 +56,22 @@ def quantised(outputs: int, dim: int, stored: torch.dtype) -> dict[str, Tensor]:
 def make(rows, outputs, dim, dtype, options=(), *, grad=False, stored=None) -> tuple[dict, str | None]:
     """Inputs by name, and the activation."""
     activation = next((name for name in ("gelu", "swiglu") if name in options), None)
-    inner = outputs // 2 if activation == "swiglu" else outputs
     inputs = dict(x=random(rows, dim, dtype=dtype, grad=grad))
+    both = outputs + 21 if "beside" in options else outputs
     if stored is None:
-        inputs["weight"] = random(outputs, dim, dtype=dtype, seed=1, grad=grad, scale=dim**-0.5)
+        weight = random(both, dim, dtype=dtype, seed=1, scale=dim**-0.5)
     else:
-        inputs |= quantised(outputs, dim, stored)
-    shapes = dict(bias=(outputs,), norm_gain=(dim,), norm_bias=(dim,), residual=(rows, inner))
+        scaled = quantised(both, dim, stored)
+        weight, inputs["scale"] = scaled.values()
+    for name, part in ("weight", weight[:outputs]), ("beside", weight[outputs:]):
+        if len(part):
+            inputs[name] = part.clone().requires_grad_(grad and stored is None)
+    inner = both // 2 if activation == "swiglu" else both
+    shapes = dict(
+        bias=(both,), stream=(rows, dim), stream_gain=(dim,), norm_gain=(dim,), norm_bias=(dim,), residual=(rows, inner)
+    )
     for seed, (name, shape) in enumerate(shapes.items(), 2):
-        if name in options:
+        if name.removesuffix("_gain") in options or name in options:
             inputs[name] = random(*shape, dtype=dtype, seed=seed, grad=grad)
     return inputs, activation
 
@@ -110,24 +119,55 @@ def test_strides(options):
     expected = ours(**inputs)
     views = {name: sliced(t) if t.ndim == 2 else t for name, t in inputs.items()}
     with guarded():
-        assert torch.equal(ours(**views), expected)
-    transposed = inputs | {name: inputs[name].t().contiguous().t() for name in ("x", "residual")}
-    assert torch.equal(ours(**transposed), expected)
+        torch.testing.assert_close(ours(**views), expected, rtol=0, atol=0)
+    rows = [name for name in ("x", "residual", "stream") if name in inputs]
+    transposed = inputs | {name: inputs[name].t().contiguous().t() for name in rows}
+    torch.testing.assert_close(ours(**transposed), expected, rtol=0, atol=0)
 
 
 def test_leading_dimensions():
-    inputs, _ = make(6, 36, 300, torch.float16, ("norm_gain", "residual"))
+    inputs, _ = make(6, 36, 300, torch.float16, ("norm_gain", "stream", "residual"))
     expected = linear(**inputs)
-    inputs |= {name: inputs[name].view(2, 3, -1) for name in ("x", "residual")}
-    assert torch.equal(linear(**inputs), expected.view(2, 3, 36))
-    inputs |= {name: inputs[name][0, 0] for name in ("x", "residual")}
-    assert torch.equal(linear(**inputs), expected[0])
+    inputs |= {name: inputs[name].view(2, 3, -1) for name in ("x", "stream", "residual")}
+    for got, wanted in zip(linear(**inputs), expected):
+        assert torch.equal(got, wanted.view(2, 3, -1))
+    inputs |= {name: inputs[name][0, 0] for name in ("x", "stream", "residual")}
+    for got, wanted in zip(linear(**inputs), expected):
+        assert torch.equal(got, wanted[0])
+
+
+@pytest.mark.parametrize("rows", [5, 20, 70])
+@pytest.mark.parametrize("options", [("norm_gain",), ("stream",), OPTIONS["all-swiglu"]], ids="-".join)
+def test_a_stream_of_fp32_over_weights_of_16_bits(options, rows):
+    """What was normalised in fp32 is rounded once, to the product's dtype; the stream stays what it is."""
+    inputs, activation = make(rows, 36, 300, torch.float32, options)
+    inputs["weight"] = inputs["weight"].half()
+    inputs |= {name: inputs[name].half() for name in ("x", "bias") if "stream" in inputs and name in inputs}
+    ours, theirs = runs(activation)
+    got, plain = ours(**inputs), theirs(**inputs)
+    exact = theirs(**{name: t.double() for name, t in inputs.items()})
+    if "stream" not in inputs:
+        got, plain, exact = (got,), (plain,), (exact,)
+    else:
+        assert got[1].dtype == torch.float32
+    assert got[0].dtype == (torch.float32 if "residual" in inputs else torch.float16)
+    for ours, theirs, true in zip(got, plain, exact):
+        check(ours, true, theirs)
+
+
+def test_quantised_weights_under_a_stream_of_fp32():
+    """`dtype` says what the product is of, where neither x nor the weights do."""
+    inputs, _ = make(4, 36, 300, torch.float32, ("norm_gain",), stored=torch.int8)
+    got, plain = (run(**inputs, dtype=torch.float16) for run in runs())
+    exact = reference.linear(**{name: t if name == "weight" else t.double() for name, t in inputs.items()})
+    assert got.dtype == torch.float16
+    check(got, exact, plain)
 
 
 def test_mixed_dtypes():
     """Bias, norm and residual have dtypes of their own; the result is promoted with the residual's alone."""
     inputs, activation = make(4, 36, 300, torch.float32, OPTIONS["all-gelu"], grad=True)
-    inputs |= {name: inputs[name].detach().half() for name in ("x", "weight")}
+    inputs |= {name: inputs[name].detach().half() for name in ("x", "weight", "beside")}
     ours, theirs = runs(activation)
 
     def rounded(**tensors):  # PyTorch's linear takes one dtype
@@ -158,13 +198,13 @@ def test_overflow():
 def test_workspace_is_reused(options):
     """The caller's memory serves call after call: equal bits, and counters that are zero again."""
     inputs, activation = make(5, 100, 700, torch.float16, options)
-    workspace, counters = linear_workspace(inputs["x"], inputs["weight"], activation)
+    workspace, counters = linear_workspace(inputs["x"], inputs["weight"], activation=activation)
     assert len(workspace) > 2 and (counters == 0).all()
     expected = linear(**inputs, activation=activation)
     for _ in range(2):
         workspace.fill_(torch.nan)
-        got = linear_fwd(**inputs, activation=activation, workspace=workspace, counters=counters)
-        assert torch.equal(got, expected)
+        got, total = linear_fwd(**inputs, activation=activation, workspace=workspace, counters=counters)
+        torch.testing.assert_close(got if total is None else (got, total), expected, rtol=0, atol=0)
         assert (counters == 0).all() and not workspace.isnan().any()
 
 
@@ -173,7 +213,7 @@ def test_every_split_is_summed():
     for dim in (129, 256, 640, 1000):
         x, weight = (torch.ones(shape, device=DEVICE, dtype=torch.float16) for shape in ((2, dim), (5, dim)))
         workspace, counters = linear_workspace(x, weight)
-        assert (linear_fwd(x, weight, workspace=workspace, counters=counters) == dim).all()
+        assert (linear_fwd(x, weight, workspace=workspace, counters=counters)[0] == dim).all()
         assert (workspace > 0).all() and (workspace.sum(0) == dim).all()
 
 
@@ -194,7 +234,7 @@ def test_config_fills_the_chip(inner, dim, itemsize):
 def test_many_rows_are_left_to_pytorch():
     inputs, activation = make(65, 36, 52, torch.float32, OPTIONS["all-gelu"], grad=True)
     ours, theirs = runs(activation)
-    assert torch.equal(ours(**inputs), theirs(**inputs))
+    torch.testing.assert_close(ours(**inputs), theirs(**inputs), rtol=1e-5, atol=1e-5)  # the norm is a kernel
     check_gradients(ours, theirs, inputs)
 
 
@@ -206,14 +246,15 @@ def test_compiled(backend, rows):
     compiled = torch.compile(linear, fullgraph=True, backend=backend)
     check_gradients(*runs(activation, compiled), inputs)
     with torch.no_grad():
-        assert torch.equal(compiled(**inputs, activation=activation), linear(**inputs, activation=activation))
+        got, expected = (run(**inputs, activation=activation) for run in (compiled, linear))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("stored", [None, torch.int8], ids=["fp32", "int8"])
 def test_op(stored):
     inputs, activation = make(3, 36, 300, torch.float32, OPTIONS["all-gelu"], grad=True, stored=stored)
-    names = "x", "weight", "bias", "scale", "norm_gain", "norm_bias"
-    arguments = *(inputs.get(name) for name in names), 1e-5, activation, inputs["residual"]
+    names = "x", "weight", "beside", "bias", "scale", "stream", "stream_gain", "norm_gain", "norm_bias"
+    arguments = *(inputs.get(name) for name in names), 1e-5, activation, inputs["residual"], torch.float32
     torch.library.opcheck(module._linear, arguments)
 
 
@@ -231,7 +272,8 @@ def test_the_door():
 
 @pytest.mark.parametrize("activation", [None, "gelu", "swiglu"])
 def test_gradients_of_the_reference(activation):
-    options = OPTIONS["all-gelu"][:3] + ("residual",) + ((activation,) if activation else ())
+    options = OPTIONS["all-swiglu" if activation == "swiglu" else "all-gelu"] + ("stream",)
+    options = [name for name in options if name not in ("gelu", "swiglu") or name == activation]
     inputs, _ = make(2, 6, 5, torch.float64, options, grad=True)
     _, theirs = runs(activation)
     assert torch.autograd.gradcheck(lambda *tensors: theirs(**dict(zip(inputs, tensors))), tuple(inputs.values()))
@@ -250,13 +292,22 @@ VECTOR = torch.zeros(6, device=DEVICE)
         (dict(x=X[0, 0]), ValueError, "x has shape (), weight (6, 8); they must be (..., in), (out, in)"),
         (dict(weight=WEIGHT[0]), ValueError, "x has shape (2, 8), weight (8,); they must be (..., in), (out, in)"),
         (dict(weight=WEIGHT[:, :7]), ValueError, "weight has shape (6, 7); it must be (6, 8)"),
-        (dict(weight=WEIGHT[:5], activation="swiglu"), ValueError, "weight has 5 rows; 'swiglu' needs an even number"),
+        (
+            dict(weight=WEIGHT[:5], activation="swiglu"),
+            ValueError,
+            "weight has 5 rows; 'swiglu' needs one weight",
+        ),
+        (dict(beside=WEIGHT, activation="swiglu"), ValueError, "a weight stands beside; 'swiglu' needs one weight"),
+        (dict(beside=WEIGHT[:, :7]), ValueError, "beside has shape (6, 7); it must be (6, 8)"),
+        (dict(stream=X), ValueError, "stream and stream_gain must be given together"),
+        (dict(stream=X[:1], stream_gain=X[0]), ValueError, "stream has shape (1, 8); it must be (2, 8)"),
+        (dict(dtype=torch.float16), TypeError, "dtype=torch.float16; without a norm it must be that of x"),
         (dict(weight=WEIGHT.new_zeros(8, 6).t()), ValueError, "weight has stride 6 in its last dimension"),
         (dict(weight=WEIGHT.to("meta")), ValueError, f"weight is on meta; it must be on {X.device}"),
         (
             dict(x=X.bfloat16()),
             TypeError,
-            "weight has dtype torch.float32; without a scale it must have that of x, torch.bfloat16",
+            "weight has dtype torch.float32; without a scale it must be that of the product, torch.bfloat16",
         ),
         (dict(weight=WEIGHT.to(torch.int8)), TypeError, "weight has dtype torch.int8; without a scale"),
         (dict(scale=VECTOR), TypeError, "weight (with a scale) has dtype torch.float32; it must be one of int8"),

@@ -20,6 +20,8 @@ __all__ = [
     "OpenClipAdapter",
     "XClipAdapter",
     "PriorSampler",
+    "PriorTransformer",
+    "accelerate_prior",
     "convert",
     "load",
     "save",
@@ -28,7 +30,10 @@ __all__ = [
 
 _LATER = {  # imported when first asked for, so that `import fastprior` stays light
     "DiffusionPriorTrainer": "trainer",
+    "ModelMixin": "diffusers_interop",  # by which diffusers knows that its pipelines can save and load our prior
     "PriorSampler": "serving",
+    "PriorTransformer": "diffusers_interop",
+    "accelerate_prior": "diffusers_interop",
     "convert": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",

@@ -1,0 +1,194 @@
+"""Recognising the conditioning of the last call, so that a loop which only ever calls `forward` prefills once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastprior.kernels import ops
+from fastprior.prior_blocks import Prefix
+
+SAMPLE = 64  # elements of each weight that are compared at every call
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DIM_HEADS, LONGEST_SUFFIX = range(16, 129), 16  # what the kernels take
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+KNOWN = {  # modules that `prior_blocks` runs as they would run themselves
+    "torch.nn.modules": "LayerNorm Linear Dropout ModuleList SiLU Mish GELU ReLU",
+    "fastprior.prior_blocks": "Block Attention FeedForward GELU TimeFeatures TimeEmbedding",
+    "diffusers.models": "BasicTransformerBlock Attention FeedForward GELU Timesteps TimestepEmbedding",
+}
+# processors of diffusers that differ in memory and speed alone
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+
+Conditioning = tuple[Tensor | None, ...]
+
+
+def _is_known(module: nn.Module) -> bool:
+    cls = type(module)
+    return any(cls.__module__.startswith(home) and cls.__name__ in names.split() for home, names in KNOWN.items())
+
+
+def _strangers(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules that the cached path does not know; adapters of peft are called as they are."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    for child in module.children():
+        if peft is None or not isinstance(child, peft.BaseTunerLayer):
+            if not _is_known(child):
+                yield child
+            yield from _strangers(child)
+
+
+def obstacles(model: nn.Module, suffix: int) -> list[str]:
+    """Why a prior transformer cannot run as a prefix and `suffix` tokens behind it; empty when it can."""
+    found = [f"a {type(module).__name__} stands in the model" for module in _strangers(model)]
+    for module in list(model.modules())[1:]:
+        name, processor = type(module).__name__, getattr(module, "processor", None)
+        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
+            found.append(f"a {name} has a hook or a replaced forward, which the cached path would not call")
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            found.append("dropout is active (the model is in training mode)")
+        if processor is not None and (
+            type(processor).__name__ not in PROCESSORS or not type(processor).__module__.startswith("diffusers.")
+        ):
+            found.append(f"an attention processor is a {type(processor).__name__}")
+    weights = list(model.parameters())
+    if len({weight.device for weight in weights}) > 1 or weights[0].is_meta:
+        found.append("the weights lie on several devices, or on none")
+    if any(type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in DTYPES for weight in weights):
+        found.append("weights are quantised or sharded")
+    dim_head = model.config["attention_head_dim"]
+    if ops.on_triton(weights[0]) and (suffix > LONGEST_SUFFIX or dim_head not in DIM_HEADS):
+        found.append(f"the kernels take at most {LONGEST_SUFFIX} suffix tokens and dim_head from 16 to 128")
+    return found
+
+
+def is_plain_call() -> bool:
+    """Whether tensors are what they seem: no gradients, no tracing, no transforms."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+class _Snapshot:
+    """The modules and weights of a model as they were; it does not keep the model itself alive."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        # one level deep: hooks, parameters and what peft switches are in dicts and lists of the modules
+        self.states = [(vars(module), self._copy(vars(module))) for module in modules[1:]]
+        self.states += [(part, dict(part)) for part in (model._parameters, model._modules)]
+        self.weights = [
+            (module._parameters, name, weight, None if weight.is_inference() else weight._version, weight.data_ptr())
+            for module in modules
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+        views = [
+            (t.view(-1) if t.is_contiguous() else t) for t in (weight.detach() for _, _, weight, _, _ in self.weights)
+        ]
+        self.views = [view[:: max(1, view.numel() // SAMPLE)] if view.dim() == 1 else view for view in views]
+        self.sample = self._sample()
+
+    @staticmethod
+    def _copy(state: dict) -> dict:
+        return {name: type(value)(value) if isinstance(value, dict | list) else value for name, value in state.items()}
+
+    def _sample(self) -> Tensor:
+        return torch.cat([view.reshape(-1) for view in self.views])
+
+    def holds(self) -> bool:
+        """Whether nothing changed: no module, attribute or weight, nor a weight's values behind autograd's back."""
+        for owner, name, weight, version, address in self.weights:
+            if owner.get(name) is not weight or weight.data_ptr() != address:
+                return False
+            if version is not None and weight._version != version:
+                return False
+        try:
+            if any(now != then for now, then in self.states):
+                return False
+        except (RuntimeError, ValueError):  # another tensor or array stands there: that has no one truth value
+            return False
+        return torch.equal(self._sample(), self.sample)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+class _Entry:
+    """A prefix and all it was made of."""
+
+    def __init__(self, model: nn.Module, conditioning: Conditioning, key: tuple, prefix: Prefix):
+        self.prefix, self.key, self.snapshot = prefix, key, _Snapshot(model)
+        self.conditioning = tuple(None if t is None else t.detach().clone() for t in conditioning)
+        self.callers: list[weakref.ref] = []
+
+    def fits(self, conditioning: Conditioning, key: tuple) -> bool:
+        same = key == self.key and all(map(_equal, conditioning, self.conditioning))
+        return same and self.snapshot.holds()
+
+
+class _Slot:
+    """The last prefix of one model in one thread."""
+
+    entry: _Entry | None = None
+
+    def watch(self, conditioning: Conditioning) -> None:
+        """Drop the entry when the caller's last tensor of the conditioning is gone: nothing outlives the run."""
+        gone = partial(_release, weakref.ref(self))
+        self.entry.callers = [weakref.ref(t, gone) for t in conditioning if t is not None]
+
+
+def _release(slot_ref: weakref.ref, _: weakref.ref) -> None:
+    slot = slot_ref()
+    entry = slot and slot.entry
+    if entry and all(caller() is None for caller in entry.callers):
+        slot.entry = None
+
+
+_SLOTS: weakref.WeakKeyDictionary[nn.Module, threading.local] = weakref.WeakKeyDictionary()
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what is remembered for a model, in all threads."""
+    _SLOTS.pop(model, None)
+
+
+def recall(
+    model: nn.Module, conditioning: Conditioning, suffix: int, make: Callable[[], Prefix | None]
+) -> Prefix | None:
+    """The prefix of this conditioning: that of the last call where everything is the same, else a new one.
+
+    Tensors are compared by value, so that every kind of edit is seen.
+
+    Args:
+        conditioning: tensors that the prefix is made of, as the caller gave them.
+        suffix: number of tokens behind the prefix.
+        make: computes the prefix; None where this conditioning has none.
+    Returns:
+        None where there are obstacles to running behind a prefix.
+    """
+    kind = conditioning[0].device.type
+    key = suffix, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), ops.forced()
+    local = _SLOTS.setdefault(model, threading.local())
+    slot = vars(local).setdefault("slot", _Slot())
+    entry = slot.entry
+    if entry is None or not entry.fits(conditioning, key):
+        slot.entry = entry = None  # before the new one is made: there is never room for two
+        prefix = None if obstacles(model, suffix) else make()
+        if prefix is None:
+            return None
+        slot.entry = entry = _Entry(model, conditioning, key, prefix)
+    slot.watch(conditioning)
+    return entry.prefix

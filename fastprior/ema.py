@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from fastprior.sharding import local, shard_like
+
 
 class EMA(nn.Module):
     """A second copy of a prior, `ema_model`, whose weights follow the online one's.
@@ -82,6 +84,10 @@ class EMA(nn.Module):
             for online, average in self._pairs(what):
                 average.copy_(online)
 
+    def shard(self) -> None:
+        """Keep the part of each average that this process has of the online parameter."""
+        shard_like(self.ema_model, self.model)
+
     @torch.no_grad()
     def update(self) -> None:
         """Count one step of the optimizer, and average when it is time."""
@@ -92,7 +98,7 @@ class EMA(nn.Module):
             self.initted.fill_(True)
         elif due:
             online, average = map(list, zip(*self._pairs("parameters")))
-            torch._foreach_lerp_(average, online, 1 - self.decay)
+            torch._foreach_lerp_([*map(local, average)], [*map(local, online)], 1 - self.decay)
             for online, average in self._pairs("buffers"):
                 average.copy_(online)
         self.step += 1

@@ -9,6 +9,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Adam, AdamW, Optimizer
 
+from fastprior.sharding import part_like
+
 
 def separate_weight_decayable_params(params: Iterable[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
     """Matrices and larger, which are decayed, and the rest (gains, biases, scalars), which are not."""
@@ -84,5 +86,8 @@ def load_moments(
             if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
                 shapes = f"{tuple(value.shape)}; it must be {tuple(parameter.shape)}"
                 raise ValueError(f"optimizer: {key} of {names[parameter]} has shape {shapes}")
-        state[index] = {key: value.clone() if torch.is_tensor(value) else value for key, value in own.items()}
+        state[index] = {
+            key: (part_like(value, parameter) if value.ndim else value).clone() if torch.is_tensor(value) else value
+            for key, value in own.items()
+        }
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

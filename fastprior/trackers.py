@@ -104,6 +104,8 @@ def sampling_weights(trainer) -> dict:
 
 
 def _sampling_prior(trainer):
+    if hasattr(trainer, "sampling_prior"):
+        return trainer.sampling_prior
     return trainer.ema_diffusion_prior.ema_model if trainer.use_ema else trainer.diffusion_prior
 
 

@@ -2,7 +2,8 @@
 
     accelerate launch -m fastprior.train_diffusion_prior --config_file FILE
 
-or `python -m …`, or `fastprior train`. One process or several; Ctrl-C and SIGTERM save, and the run goes on from there.
+or `python -m …`, or `fastprior train`. One process or several, under DDP or FSDP as the launcher says; Ctrl-C and
+SIGTERM save, and the run goes on from there.
 """
 
 from __future__ import annotations
@@ -136,9 +137,21 @@ class Run:
         if progress is None:  # of another trainer: its weights, and a run that begins
             self.accelerator.print(f"resuming the weights of step {int(self.trainer.step)}; the data begins anew")
             return
-        self.streams["train"].load_state_dict(progress["data"])
+        self.streams["train"].load_state_dict(self._of_as_many_processes(progress["data"]))
         self.epoch, self.samples_seen, self.best = (progress[name] for name in ("epoch", "samples_seen", "best"))
         self.accelerator.print(f"resuming at step {int(self.trainer.step)}, sample {self.samples_seen:,}")
+
+    def _of_as_many_processes(self, data: dict) -> dict:
+        """Where the data stood: exactly, or with another number of processes after as large a share of the epoch."""
+        stream, world = self.streams["train"], self.accelerator.num_processes
+        if data["world_size"] == world or not data["sample"]:
+            return data
+        self.accelerator.print(
+            f"the checkpoint is of {data['world_size']} process(es), and this run has {world}: the rest of the epoch "
+            "is dealt out anew, so that it repeats some pairs and leaves out others; later epochs are whole"
+        )
+        sample = min(data["sample"] * data["world_size"] // world, stream.pairs_per_rank)
+        return {**data, "world_size": world, "sample": sample}
 
     # one run
 
@@ -222,15 +235,16 @@ class Run:
         stream, train = self.streams[split], self.config.train
         if not len(stream):
             return
-        which = {"online": (self.trainer.prior, ())} if train.use_ema else {}
-        which["ema" if train.use_ema else "online"] = self.trainer.sampling_prior, tuple(train.eval_timesteps)
+        which = {"online": ()} if train.use_ema else {}
+        which["ema" if train.use_ema else "online"] = tuple(train.eval_timesteps)
         log = {}
-        for name, (prior, timesteps) in which.items():
+        for name, timesteps in which.items():
             stream.set_epoch(0)
             batches = ({column: batch[column] for column in self.columns} for batch in stream)
-            metrics = evaluate(
-                prior, batches, cond_scale=train.eval_cond_scale, timesteps=timesteps, accelerator=self.accelerator
-            )
+            with self.trainer.whole_prior(online=name == "online") as prior:
+                metrics = evaluate(
+                    prior, batches, cond_scale=train.eval_cond_scale, timesteps=timesteps, accelerator=self.accelerator
+                )
             log |= {f"{split}/{name} {metric}": value for metric, value in metrics.items()}
         self.tracker.log(log, step=int(self.trainer.step))
         loss = log[f"{split}/{name} {self.config.prior.loss_type}-loss"]
@@ -242,7 +256,8 @@ class Run:
         self._saved = time.monotonic()
         progress: dict[str, Any] = dict(epoch=self.epoch, samples_seen=self.samples_seen, best=self.best)
         progress["data"] = self.streams["train"].state_dict()
-        self.tracker.save(self.trainer, is_best=is_best, is_latest=True, progress=progress)
+        with self.trainer.gathered():
+            self.tracker.save(self.trainer, is_best=is_best, is_latest=True, progress=progress)
         self.accelerator.wait_for_everyone()
 
     def _plot(self) -> None:
@@ -265,7 +280,10 @@ def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
 
 def train(config: TrainDiffusionPriorConfig, config_path: Path | None = None) -> int:
     """Train as the config says; returns the exit status."""
-    return Run(config, make_accelerator(config), config_path).train()
+    accelerator = make_accelerator(config)
+    status = Run(config, accelerator, config_path).train()
+    accelerator.end_training()  # processes that leave a group open may abort at exit
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:

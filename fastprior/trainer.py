@@ -7,8 +7,8 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from accelerate import Accelerator, DistributedType
+    from accelerate.utils import gather_object
 except ImportError as error:
     raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
 
@@ -29,7 +30,8 @@ from fastprior.chunks import prior_sample_in_chunks, split_args_and_kwargs
 from fastprior.ema import EMA
 from fastprior.optimizer import get_optimizer, learning_rate_factor
 from fastprior.prior import DiffusionPrior, in_eval_mode
-from fastprior.training_state import capture, plain, restore, to_peer
+from fastprior.sharding import Frame, equalize, shard, wants_shards, whole
+from fastprior.training_state import capture, plain, restore, rng_state, to_peer
 from fastprior.utils import atomic
 
 EMA_OPTIONS = {f"ema_{name}" for name in inspect.signature(EMA).parameters if name != "model"}
@@ -71,9 +73,8 @@ def _make_accelerator(accelerator: Accelerator | None, options: dict, amp: bool,
         own = accelerator.device
         if device.type != own.type or device.index not in (None, own.index or 0):
             raise ValueError(f"device={str(device)!r}; it must be the accelerator's, {str(own)!r}")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        kind = accelerator.distributed_type.value
-        raise ValueError(f"accelerator runs {kind}; it must be one process or several under DDP")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("accelerator runs DEEPSPEED; it must be one process, or several under DDP or FSDP")
     return accelerator
 
 
@@ -91,8 +92,9 @@ def _checkpoint_activations(prior: DiffusionPrior) -> None:
 class DiffusionPriorTrainer(nn.Module):
     """Train a prior: `loss = trainer(text_embed=…, image_embed=…)`, then `trainer.update()`.
 
-    One process, or several under DDP. With `gradient_accumulation_steps` of the accelerator, each call counts as one
-    batch, and `update` does nothing until the last of them; call `accelerator.accumulate` yourself, or leave it.
+    One process, or several under DDP or FSDP, as the accelerator was set up. With its `gradient_accumulation_steps`,
+    each call counts as one batch, and `update` does nothing until the last of them; call `accelerator.accumulate`
+    yourself, or leave it.
 
     A step with a non-finite loss or gradient on any process is skipped on all: weights, moments, average and learning
     rate stay. So are overflows of fp16.
@@ -176,6 +178,11 @@ class DiffusionPriorTrainer(nn.Module):
         self._batches_counted = self.accelerator.step
 
         diffusion_prior.to(self.device)
+        self._frame: Frame | None = None  # where weights are in shards
+        self._gathered: tuple[dict, DiffusionPrior] | None = None
+        if wants_shards(self.accelerator):
+            equalize(diffusion_prior)
+            self._frame = Frame(diffusion_prior)
         self.ema_diffusion_prior = None
         if use_ema:  # copied before anything is wrapped
             options = {key[4:]: value for key, value in ema.items() if value is not None}
@@ -184,6 +191,10 @@ class DiffusionPriorTrainer(nn.Module):
             _checkpoint_activations(diffusion_prior)
         if compile:
             diffusion_prior.net.compile(**{"fullgraph": True, **(compile if isinstance(compile, dict) else {})})
+        if self._frame is not None:
+            shard(diffusion_prior, self.accelerator)
+            if use_ema:
+                self.ema_diffusion_prior.shard()
         fused = True if self.device.type in ("cpu", "cuda") else None
         optimizer = get_optimizer(
             diffusion_prior.parameters(), lr=lr, wd=wd, betas=betas, eps=eps, filter_by_requires_grad=True,
@@ -193,7 +204,10 @@ class DiffusionPriorTrainer(nn.Module):
         self.scheduler = LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, warmup_steps, cosine_decay_max_steps)
         )
-        self.diffusion_prior, self.optimizer = self.accelerator.prepare(diffusion_prior, optimizer)
+        if self._frame is not None:
+            self.diffusion_prior, self.optimizer = diffusion_prior, self.accelerator.prepare_optimizer(optimizer)
+        else:
+            self.diffusion_prior, self.optimizer = self.accelerator.prepare(diffusion_prior, optimizer)
         if use_ema:
             self.ema_diffusion_prior.copy_params_from_model_to_ema()  # DDP has made the ranks' weights equal
         self.register_buffer("step", torch.tensor([0], device=self.device))
@@ -205,8 +219,20 @@ class DiffusionPriorTrainer(nn.Module):
 
     @property
     def sampling_prior(self) -> DiffusionPrior:
-        """The prior that samples: the average where there is one."""
+        """The prior that samples: the average where there is one. In shards, see `whole_prior`."""
+        if self._gathered is not None:
+            return self._gathered[1]
         return self.ema_diffusion_prior.ema_model if self.use_ema else self.prior
+
+    def whole_prior(self, online: bool = False) -> AbstractContextManager[DiffusionPrior]:
+        """The prior that samples, or the online one, to be called as any other for as long as the context lasts.
+
+        Under FSDP every process must enter, and gets a copy in eval mode.
+        """
+        prior = self.prior if online else self.sampling_prior
+        if self._frame is None or prior is self._frame.prior:
+            return nullcontext(prior)
+        return self._frame.filled(prior)
 
     # training
 
@@ -231,7 +257,10 @@ class DiffusionPriorTrainer(nn.Module):
         chunks = list(split_args_and_kwargs(*args, split_size=max_batch_size, **kwargs))
         if not self.training:
             with torch.no_grad():
-                return sum(self.diffusion_prior(*args, **kwargs) * share for share, (args, kwargs) in chunks)
+                loss = sum(self.diffusion_prior(*args, **kwargs) * share for share, (args, kwargs) in chunks)
+            if self._frame is not None:
+                self.diffusion_prior.reshard()  # what backward does: an update would not reach the whole weights
+            return loss
         total = 0.0
         with self._accumulate():
             for index, (share, (args, kwargs)) in enumerate(chunks):
@@ -267,7 +296,7 @@ class DiffusionPriorTrainer(nn.Module):
             return
         self.accelerator.unscale_gradients(self.optimizer)
         trained = [p for p in self.diffusion_prior.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in trained])  # the same on all ranks
+        norm = whole(get_total_norm([p.grad for p in trained]))  # the same on all ranks
         if not norm.isfinite():  # the host waits for the backward here
             self._skip()
             return
@@ -295,21 +324,38 @@ class DiffusionPriorTrainer(nn.Module):
     def training_state(self) -> dict:
         """All that `load` needs, in plain types and tensors, which are not copied; the CLIP is left out.
 
-        Keys: step, model, ema_model and ema (with `use_ema`), optimizer (by name of the parameter), scheduler, rng,
-        scaler (in fp16), bad_steps, fastprior_version.
+        Keys: step, model, ema_model and ema (with `use_ema`), optimizer (by name of the parameter), scheduler, rng (of
+        each process; outside `gathered`, of this one), scaler (in fp16), bad_steps, fastprior_version. Under FSDP,
+        every process must call, and the main one gets the tensors whole.
         """
-        return capture(self)
+        return capture(self, [rng_state(self.device)]) if self._gathered is None else self._gathered[0]
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Every process must enter; in the context the main one alone can `save`, and has what the others hold.
+
+        Those are their random generators, without which a resumed run of several processes draws other noise, and
+        under FSDP their shards.
+        """
+        state = capture(self, gather_object([rng_state(self.device)]))
+        with self.whole_prior() as prior:
+            self._gathered = state, prior
+            try:
+                yield
+            finally:
+                self._gathered = None
 
     def save(self, path: str | os.PathLike, overwrite: bool = True, **kwargs) -> None:
         """Write a checkpoint, on the main process alone. Atomic; folders are made.
 
-        Gradients are no part of it: save after an `update` that took a step, not among batches being accumulated.
+        Of several processes, call it within `gathered`, or under FSDP at least on every process. Gradients are no part
+        of it: save after an `update` that took a step, not among batches being accumulated.
 
         Args:
             overwrite: replace an existing file; FileExistsError otherwise.
             **kwargs: further entries, of tensors and plain values.
         """
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self._collects):
             return
         state = self.training_state()
         for name, value in kwargs.items():
@@ -318,17 +364,25 @@ class DiffusionPriorTrainer(nn.Module):
             plain(value, name)
         self._write({**state, **kwargs}, path, overwrite)
 
+    @property
+    def _collects(self) -> bool:
+        """Whether the other processes must hand over their shards for a checkpoint."""
+        return self._frame is not None and self._gathered is None
+
     def export_for_peer(self, path: str | os.PathLike, overwrite: bool = True) -> None:
         """Write a checkpoint that the trainer of dalle2-pytorch 1.15.6 loads, with the CLIP where there is one.
 
-        That trainer must be made with the same arguments; what it saves, `load` reads.
+        That trainer must be made with the same arguments; what it saves, `load` reads. Under FSDP every process must
+        call, outside `gathered`.
         """
         if not getattr(self.prior.net, "config", {}).get("cosine_sim", True):
             raise ValueError("the network has cosine_sim=False; dalle2-pytorch has cosine similarity attention only")
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self._frame is not None:
             self._write(to_peer(self), path, overwrite)
 
     def _write(self, state: dict, path: str | os.PathLike, overwrite: bool) -> None:
+        if not self.accelerator.is_main_process:
+            return
         path = Path(path)
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists; overwrite=True replaces it")
@@ -346,8 +400,9 @@ class DiffusionPriorTrainer(nn.Module):
     ) -> Mapping:
         """Go on from a checkpoint, ours or that of dalle2-pytorch's trainer, on every process.
 
-        The run continues as if it had never stopped; of the optimizer, only the moments come from the file. Under DDP
-        the random generators of ranks other than the first are seeded anew.
+        The run continues as if it had never stopped; of the optimizer, only the moments come from the file. A file of
+        one process, of DDP or of FSDP loads into any of these; where it has not the random generators of as many
+        processes, a warning says what will differ.
 
         Args:
             path_or_state: a file, or what one holds.
@@ -376,28 +431,32 @@ class DiffusionPriorTrainer(nn.Module):
         self, shape: tuple[int, ...], text_cond: dict, *args, max_batch_size: int | None = None, **kwargs
     ) -> Tensor:
         """See `DiffusionPrior.p_sample_loop`, at most `max_batch_size` rows at a time (but one prompt at least)."""
-        prior, text_cond = self.sampling_prior, self._on_device(text_cond)
+        text_cond = self._on_device(text_cond)
         if max_batch_size is None:
-            return prior.p_sample_loop(shape, text_cond, *args, **kwargs)
+            with self.whole_prior() as prior:
+                return prior.p_sample_loop(shape, text_cond, *args, **kwargs)
         prompts = next(len(value) for value in text_cond.values() if torch.is_tensor(value))
         if shape[0] % prompts:
             raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of the prompts, {prompts}")
         repeats = shape[0] // prompts
         chunks = split_args_and_kwargs(split_size=max(1, max_batch_size // repeats), **text_cond)
         shares = ((round(share * prompts) * repeats, part) for share, (_, part) in chunks)
-        return torch.cat([prior.p_sample_loop((rows, *shape[1:]), part, *args, **kwargs) for rows, part in shares])
+        with self.whole_prior() as prior:
+            return torch.cat([prior.p_sample_loop((rows, *shape[1:]), part, *args, **kwargs) for rows, part in shares])
 
     @torch.no_grad()
     @in_eval_mode
     @prior_sample_in_chunks
     def sample(self, *args, **kwargs) -> Tensor:
         """See `DiffusionPrior.sample`; `max_batch_size` prompts at a time."""
-        return self.sampling_prior.sample(*map(self._on_device, args), **self._on_device(kwargs))
+        with self.whole_prior() as prior:
+            return prior.sample(*map(self._on_device, args), **self._on_device(kwargs))
 
     @torch.no_grad()
     def sample_batch_size(self, *args, **kwargs) -> Tensor:
         """See `DiffusionPrior.sample_batch_size`."""
-        return self.sampling_prior.sample_batch_size(*map(self._on_device, args), **self._on_device(kwargs))
+        with self.whole_prior() as prior:
+            return prior.sample_batch_size(*map(self._on_device, args), **self._on_device(kwargs))
 
     def _clip_adapter(self) -> nn.Module:
         if self.prior.clip is None:

@@ -6,6 +6,7 @@ Functions take the trainer whose state it is.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fastprior.optimizer import load_moments, named_state, separate_weight_decayable_params
+from fastprior.sharding import collected, part_like, without_clip
 from fastprior.version import __version__
 
 if TYPE_CHECKING:
@@ -39,27 +41,34 @@ def _names(prior: nn.Module) -> dict[Parameter, str]:
     return {parameter: name for name, parameter in prior.named_parameters()}
 
 
-def _without_clip(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not key.startswith("clip.")}
-
-
 # random generators
 
 
-def _rng_state(device: torch.device) -> dict:
+def rng_state(device: torch.device) -> dict:
+    """Of this process's global generators, in plain types."""
     state = dict(torch=torch.get_rng_state(), python=random.getstate())
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_rng_state(state: Mapping, device: torch.device, rank: int) -> None:
-    """The generators as rank 0 saved them; the other ranks' are seeded by those."""
+def _set_rng_states(saved: list[Mapping] | Mapping, trainer: DiffusionPriorTrainer, where: str) -> None:
+    """Put each process's generators where they were; a process that has none in the file seeds its own by rank 0's."""
+    states = saved if isinstance(saved, list) else [saved]  # a mapping is that of one process
+    accelerator, device = trainer.accelerator, trainer.device
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if len(states) != world and accelerator.is_main_process:
+        warnings.warn(
+            f"{where} holds the random generators of {len(states)} process(es), and this run has {world}: weights, "
+            "average, moments and learning rate go on exactly; noise, dropout and dropped conditions will be others "
+            "than without the interruption"
+        )
+    state = states[rank if rank < len(states) else 0]
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-    if rank:
+    if rank >= len(states):
         seed = int(torch.randint(2**62, ())) + rank
         torch.manual_seed(seed)
         random.seed(seed)
@@ -68,29 +77,29 @@ def _set_rng_state(state: Mapping, device: torch.device, rank: int) -> None:
 # our format
 
 
-def capture(trainer: DiffusionPriorTrainer) -> dict:
-    """See `DiffusionPriorTrainer.training_state`."""
+def capture(trainer: DiffusionPriorTrainer, generators: list[dict]) -> dict:
+    """See `DiffusionPriorTrainer.training_state`; `generators` are the `rng_state` of each process."""
     prior, ema, scheduler = trainer.prior, trainer.ema_diffusion_prior, trainer.scheduler
     state = dict(
         fastprior_version=__version__,
         step=trainer.step.cpu(),
-        model=_without_clip(prior.state_dict()),
+        model=without_clip(prior.state_dict()),
         optimizer=named_state(trainer.optimizer, _names(prior)),
         scheduler=dict(base_lrs=list(scheduler.base_lrs), last_epoch=scheduler.last_epoch),
-        rng=_rng_state(trainer.device),
+        rng=generators,
         bad_steps=trainer.bad_steps,
     )
     if trainer.accelerator.scaler is not None:
         state["scaler"] = trainer.accelerator.scaler.state_dict()
     if ema is not None:
-        state["ema_model"] = _without_clip(ema.ema_model.state_dict())
+        state["ema_model"] = without_clip(ema.ema_model.state_dict())
         state["ema"] = dict(step=ema.step, initted=ema.initted)
-    return state
+    return collected(state, keep=trainer.accelerator.is_main_process)
 
 
 def _fitting(state: Mapping[str, Tensor], prior: nn.Module, what: str, strict: bool) -> dict[str, Tensor]:
     """The weights to load into a prior; ValueError, naming the key, where they do not fit it."""
-    state, own = _without_clip(state), _without_clip(prior.state_dict())
+    state, own = without_clip(state), without_clip(prior.state_dict())
     if strict and state.keys() != own.keys():
         lists = (", ".join(sorted(a.keys() - b.keys())[:5]) or "none" for a, b in ((own, state), (state, own)))
         raise ValueError("{}: missing keys: {}; unexpected keys: {}".format(what, *lists))
@@ -117,9 +126,9 @@ def restore(
     moments = _moments_from_peer(payload, prior, where) if is_peers else payload["optimizer"]["state"]
     load_moments(trainer.optimizer, moments, _names(prior), strict)  # the last to raise
 
-    prior.load_state_dict(model, strict=False)
+    _load(prior, model)
     if ema is not None:
-        ema.ema_model.load_state_dict(average, strict=False)
+        _load(ema.ema_model, average)
         for name in payload.get("ema", {}).keys() & {"step", "initted"}:
             getattr(ema, name).fill_(int(payload["ema"][name]))
     trainer.step.fill_(int(payload["step"]))
@@ -128,7 +137,13 @@ def restore(
     if scaler is not None and "scaler" in payload:
         scaler.load_state_dict(payload["scaler"])
     if restore_rng and "rng" in payload:
-        _set_rng_state(payload["rng"], trainer.device, trainer.accelerator.process_index)
+        _set_rng_states(payload["rng"], trainer, where)
+
+
+def _load(prior: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = prior.state_dict()
+    parts = {key: part_like(value, own[key]) if key in own else value for key, value in state.items()}
+    prior.load_state_dict(parts, strict=False)
 
 
 def _resume_schedule(trainer: DiffusionPriorTrainer, lr: float) -> None:
@@ -150,7 +165,7 @@ def _grouped(parameters: list[Parameter], groups: int) -> list[list[Parameter]]:
 
 def _moments_from_peer(payload: Mapping, prior: nn.Module, where: str) -> dict[str, dict]:
     """The optimizer's moments by name; whether the file or the prior has a CLIP does not matter."""
-    own = _without_clip(dict(prior.named_parameters()))
+    own = without_clip(dict(prior.named_parameters()))
     names = {own[name]: name for name in payload["model"] if name in own}
     stored, groups = payload["optimizer"]["state"], payload["optimizer"]["param_groups"]
     moments = {}
@@ -167,7 +182,8 @@ def _moments_from_peer(payload: Mapping, prior: nn.Module, where: str) -> dict[s
 def to_peer(trainer: DiffusionPriorTrainer) -> dict:
     """A checkpoint that dalle2-pytorch's trainer loads, in plain types; tensors are not copied."""
     prior, ema, steps = trainer.prior, trainer.ema_diffusion_prior, int(trainer.step)
-    names, optimizer = _names(prior), named_state(trainer.optimizer, _names(prior))
+    names, keep = _names(prior), trainer.accelerator.is_main_process
+    optimizer = collected(named_state(trainer.optimizer, names), keep)
     groups, state, count = [], {}, 0
     for parameters, own in zip(_grouped(list(names), len(optimizer["param_groups"])), optimizer["param_groups"]):
         numbers = range(count, count + len(parameters))
@@ -185,13 +201,13 @@ def to_peer(trainer: DiffusionPriorTrainer) -> dict:
         scheduler["lr_lambdas"] = [None] * len(groups)
     else:
         scheduler.update(T_max=trainer.cosine_decay_max_steps, eta_min=0.0)
-    model = prior.state_dict()
+    model = collected(dict(prior.state_dict()), keep)
     payload = dict(
         model=model, optimizer={"state": state, "param_groups": groups}, scheduler=scheduler, warmup_scheduler=None,
         version=PEER_VERSION, step=trainer.step.cpu(),
     )  # fmt: skip
     if ema is not None:
-        average = ema.ema_model.state_dict()
+        average = collected(dict(ema.ema_model.state_dict()), keep)
         both = {"online_model": model, "ema_model": average}
         nested = {f"{name}.{key}": value for name, weights in both.items() for key, value in weights.items()}
         payload.update(ema={"initted": ema.initted, "step": ema.step, **nested}, ema_model=average)

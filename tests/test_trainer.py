@@ -2,12 +2,7 @@
 
 import copy
 import math
-import os
 import random
-import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -653,61 +648,3 @@ def test_embedding_in_chunks():
         assert torch.equal(found.text_encodings, wanted.text_encodings)
     with pytest.raises(ValueError, match="has no clip"):
         make_trainer().embed_image(torch.zeros(1, 3, 8, 8))
-
-
-# several processes
-
-
-WORKER = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_trainer import *
-torch.set_num_threads(1)
-accelerator = Accelerator(cpu=True)
-rank, world = accelerator.process_index, accelerator.num_processes
-prior = fixed_times(small_prior(cond_drop_prob=0.0, seed=rank))  # DDP takes rank 0's weights
-trainer = make_trainer(prior, accelerator=accelerator, cosine_decay_max_steps=8, max_grad_norm=0.2)
-assert torch.equal(trainer.prior.net.learned_query, trainer.sampling_prior.net.learned_query)
-losses = []
-for step in range(4):
-    data = batch(step, rows=2 * BATCH) | {"noise": batch(90 + step, rows=2 * BATCH)["text_embed"]}
-    own = {key: value.chunk(world)[rank] for key, value in data.items()}
-    if step == 1 and rank == world - 1:
-        own["image_embed"] = own["image_embed"] * float("nan")
-    size = 3 if world > 1 else None
-    loss = torch.tensor(trainer(**own, max_batch_size=size))
-    losses.append(accelerator.reduce(loss, "mean").item())
-    trainer.update()
-trainer.save(sys.argv[2], losses=losses, bad=trainer.bad_steps, lr=lr_of(trainer))
-accelerator.wait_for_everyone()
-trainer.load(sys.argv[2])
-draws = accelerator.gather(torch.randn(1)).tolist()
-assert len(set(draws)) == world, draws
-"""
-
-
-def start_processes(world, path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(Path(__file__).parent), str(path)]
-    shared = dict(
-        os.environ, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
-    )
-    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
-    return [subprocess.Popen(command, env=shared | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
-
-
-def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
-    """Losses, weights, learning rate, and the step that one process spoils."""
-    started = {world: start_processes(world, tmp_path / f"{world}.pth") for world in (1, 2)}
-    for process in (process for group in started.values() for process in group):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    one, two = (torch.load(tmp_path / f"{world}.pth") for world in (1, 2))
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, nan_ok=True)
-    assert one["bad"] == two["bad"] == 1 and one["lr"] == pytest.approx(two["lr"])
-    assert two["lr"] == pytest.approx(1e-2 * learning_rate_factor(3, None, 8))
-    for kind in ("model", "ema_model"):
-        for key, value in one[kind].items():
-            torch.testing.assert_close(two[kind][key], value, atol=1e-5, rtol=1e-3, msg=key)

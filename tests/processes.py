@@ -1,0 +1,59 @@
+"""Real processes for tests, forked from a server that has imported torch and the training script once."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import torch
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fastprior.train_diffusion_prior"])
+
+
+def _run(function, arguments, environment, errors):
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    try:
+        function(*arguments)
+    except BaseException:
+        Path(errors).write_text(traceback.format_exc())
+        raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def start(function, *arguments, errors, environment=None):
+    """A process that calls a function of a module; where it fails, `errors` says why."""
+    process = CONTEXT.Process(target=_run, args=(function, arguments, environment or {}, errors))
+    process.start()
+    return process
+
+
+def start_ranks(world, function, arguments, folder, fsdp=False):
+    """As many processes as will find each other through accelerate."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {} if world == 1 else dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if fsdp:
+        shared |= dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    own = [{} if world == 1 else dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
+    return [
+        start(function, *arguments, errors=folder / f"errors-{rank}.txt", environment=shared | own[rank])
+        for rank in range(world)
+    ]
+
+
+def run_ranks(world, function, arguments, folder, fsdp=False, timeout=120):
+    """Run a function on `world` processes to its end."""
+    processes = start_ranks(world, function, arguments, folder, fsdp)
+    for process in processes:
+        process.join(timeout)
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    failed = "\n".join(path.read_text() for path in sorted(folder.glob("errors-*.txt")))
+    assert not hung and all(process.exitcode == 0 for process in processes), failed or "a process hangs"

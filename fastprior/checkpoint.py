@@ -11,8 +11,9 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -71,7 +72,7 @@ _SAFE_GLOBALS = [(_Inert, name) for name in _STAND_INS]
 _SAFE_GLOBALS += [(dict, "builtins.dict"), (_inert_dict, "collections.defaultdict")]
 
 
-def _read(path: Path) -> tuple[Mapping, dict | None]:
+def _read_any(path: Path) -> tuple[Any, dict | None]:
     """The contents of a file, on the CPU, and our header where it has one."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory; it must be a checkpoint file")
@@ -98,9 +99,15 @@ def _read(path: Path) -> tuple[Mapping, dict | None]:
             ) from None
         kind = f"{type(error).__name__}: {detail or error}"
         raise ValueError(f"{path} cannot be read: it is damaged, cut short, or no checkpoint ({kind})") from error
+    return payload, None
+
+
+def _read(path: Path) -> tuple[Mapping, dict | None]:
+    """`_read_any` of a file that must hold a dict."""
+    payload, header = _read_any(path)
     if not isinstance(payload, Mapping):
         raise ValueError(f"{path} holds a {type(payload).__name__}; it must hold a dict")
-    return payload, None
+    return payload, header
 
 
 def _version_string(value) -> str | None:
@@ -119,6 +126,7 @@ def _version_string(value) -> str | None:
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dicts by dotted keys, without what DDP and torch.compile put into them."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
@@ -131,32 +139,44 @@ def _is_ema(root: str) -> bool:
     return last != "online_model" and any(part == "ema" or part.startswith("ema_") for part in parts)
 
 
-def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[str, Tensor]:
-    """The tensors of one prior, with keys `net.…`, out of whatever they are nested in."""
+def _choose_root(
+    flat: Mapping, roots: Iterable[str], weights: str, report: LoadReport
+) -> tuple[str, dict[str, Tensor]]:
+    """Of the places that hold a prior, such as `ema_model.`, the wanted one, and the tensors there by the rest of their
+    keys."""
     if weights not in ("auto", "model", "ema"):
         raise ValueError(f"weights={weights!r}; it must be 'auto', 'model' or 'ema'")
+    kinds = {kind: sorted((r for r in roots if _is_ema(r) == (kind == "ema")), key=len) for kind in ("model", "ema")}
+    report.weights = ("ema" if kinds["ema"] else "model") if weights == "auto" else weights
+    if not kinds[report.weights]:
+        other = "model" if weights == "ema" else "ema"
+        raise ValueError(f"weights={weights!r}; {report.path} has {other} weights only")
+    root = kinds[report.weights][0]
+    nested = tuple(other for other in roots if other != root and other.startswith(root))
+    return root, {
+        key[len(root) :]: value
+        for key, value in flat.items()
+        if key.startswith(root) and not (nested and key.startswith(nested))
+    }
+
+
+def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[str, Tensor]:
+    """The tensors of one prior, with keys `net.…`, out of whatever they are nested in."""
     flat = dict(_flatten(payload))
     bare = {key[: match.start()]: match[1] is None for key in flat if (match := _ROOT.search(key))}
     if not bare:
-        hint = " (but a PriorTransformer of diffusers)" if any("prd_embedding" in key for key in flat) else ""
+        transformer = any("prd_emb" in key for key in flat)
+        hint = (
+            " (but a PriorTransformer of diffusers or Karlo, which convert writes to a folder)" if transformer else ""
+        )
         found = some(flat or payload) or "nothing"
         raise ValueError(f"{report.path} holds no diffusion prior{hint}: no key ends in learned_query. Found: {found}")
-    roots = {kind: sorted((r for r in bare if _is_ema(r) == (kind == "ema")), key=len) for kind in ("model", "ema")}
-    report.weights = ("ema" if roots["ema"] else "model") if weights == "auto" else weights
-    if not roots[report.weights]:
-        other = "model" if weights == "ema" else "ema"
-        raise ValueError(f"weights={weights!r}; {report.path} has {other} weights only")
-    root = roots[report.weights][0]
-    nested = tuple(other for other in bare if other != root and other.startswith(root))
+    root, state = _choose_root(flat, bare, weights, report)
     report.kind = "network state dict" if bare[root] else "prior state dict"
     if "optimizer" in payload:
         report.kind = "trainer checkpoint"
     prefix = "net." if bare[root] else ""
-    return {
-        prefix + key[len(root) :]: value
-        for key, value in flat.items()
-        if key.startswith(root) and not (nested and key.startswith(nested))
-    }
+    return {prefix + key: value for key, value in state.items()}
 
 
 # loading
@@ -349,16 +369,30 @@ def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
 
 
 def convert(
-    source: str | os.PathLike, target: str | os.PathLike, *, overwrite: bool = False, **load_kwargs
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    clip_stats: str | os.PathLike | None = None,
+    **load_kwargs,
 ) -> LoadReport:
     """Load a file and save it as what target's suffix says: .safetensors by `save`, .pt or .pth by `save_peer`.
 
+    Any other target is the folder of a PriorTransformer (Kandinsky, Karlo), see `fastprior.convert_prior`.
+
     Args:
         overwrite: replace an existing target; FileExistsError otherwise.
+        clip_stats: for a PriorTransformer, the file with the mean and standard deviation of image embeddings.
         **load_kwargs: see `load`.
     """
     if Path(target).suffix not in (".safetensors", ".pt", ".pth"):
-        raise ValueError(f"target={os.fspath(target)!r}; it must end in .safetensors, .pt or .pth")
+        from fastprior import convert_prior
+
+        return convert_prior.convert(source, target, overwrite=overwrite, clip_stats=clip_stats, **load_kwargs)
+    if clip_stats is not None:
+        raise ValueError(
+            f"clip_stats={os.fspath(clip_stats)!r}; it goes with the folder of a PriorTransformer as target"
+        )
     if Path(target).exists() and not overwrite:
         raise FileExistsError(f"{target} exists; overwrite=True replaces it")
     prior = load(source, **load_kwargs)

@@ -245,6 +245,7 @@ def convert(args: argparse.Namespace) -> int:
     from fastprior import checkpoint
 
     options = dict(overwrite=args.overwrite, config=args.config, weights=args.weights, version=args.trained_with)
+    options["clip_stats"] = args.clip_stats
     try:
         report = checkpoint.convert(args.source, args.target, **options)
     except FileExistsError:
@@ -306,10 +307,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(convert, "rewrite a checkpoint of any era as one safe file, or for dalle2-pytorch")
     sub.add_argument("source", metavar="SRC")
-    sub.add_argument("target", metavar="DST", help=".safetensors, or .pt / .pth for dalle2-pytorch")
+    sub.add_argument(
+        "target", metavar="DST",
+        help=".safetensors, .pt / .pth for dalle2-pytorch, or a folder for the prior of Kandinsky 2.1 or Karlo",
+    )  # fmt: skip
     sub.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     sub.add_argument("--config", metavar="JSON", help="file with what weights do not show")
     sub.add_argument("--weights", choices=("auto", "model", "ema"), default="auto", help="(%(default)s)")
+    sub.add_argument("--clip-stats", metavar="FILE", help="of Kandinsky 2.1 and Karlo: ViT-L-14_stats.th")
     sub.add_argument("--trained-with", metavar="RELEASE", help="of dalle2-pytorch, for old files that do not record it")
 
     for add_parser in (add_inspect_parser, add_train_parser, add_evaluate_parser):

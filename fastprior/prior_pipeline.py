@@ -145,7 +145,7 @@ class PriorPipeline:
         Args:
             folder: of a Kandinsky prior, a Karlo (UnCLIP) or a StableUnCLIP pipeline.
             variant: see `PriorPipeline`.
-            dtype: of the prior and the encoders; by default that of the prior's file.
+            dtype: of the prior and the encoders, fp32 by default.
         Raises:
             FileNotFoundError: there is no such folder, or no prior or scheduler in it.
         """
@@ -154,16 +154,16 @@ class PriorPipeline:
         if not (Path(folder) / "prior").is_dir():
             raise FileNotFoundError(f"{folder} has no folder 'prior'; it must be the folder of a pipeline with a prior")
         schedule = DiffusersSchedule.from_pretrained(_subfolder(Path(folder), "scheduler"))
-        prior = PriorTransformer.from_pretrained(folder, subfolder="prior", variant=variant)
-        return cls(prior.to(device=device, dtype=dtype).eval(), schedule, folder=folder, variant=variant)
+        prior = PriorTransformer.from_pretrained(folder, subfolder="prior", variant=variant, torch_dtype=dtype)
+        return cls(prior.to(device), schedule, folder=folder, variant=variant)
 
     @property
     def device(self) -> torch.device:
-        return next(self.prior.parameters()).device
+        return self.prior.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.prior.parameters()).dtype
+        return self.prior.dtype
 
     def _has(self, name: str) -> bool:
         return name in self._parts or (self.folder is not None and _subfolder(self.folder, name).is_dir())
@@ -249,16 +249,16 @@ class PriorPipeline:
         return TextEncoding(*(torch.cat(tensors) for tensors in zip(*parts))), prompts, negatives
 
     def _check(self, name: str, text: TextEncoding) -> None:
-        config = self.prior.config
-        prompts, length, dim = len(text.embeds), config.num_embeddings, config.embedding_dim
-        wanted = (prompts, config.embedding_proj_dim or dim), (prompts, length, dim), (prompts, length)
+        config, prompts = self.prior.config, len(text.embeds)
+        length, dim = config["num_embeddings"], config["embedding_dim"]
+        wanted = (prompts, config["embedding_proj_dim"] or dim), (prompts, length, dim), (prompts, length)
         for field, tensor, shape in zip(text._fields, text, wanted):
             if tensor.shape != shape or not prompts:
                 raise ValueError(f"{name}.{field} has shape {tuple(tensor.shape)}; for this prior it must be {shape}")
 
     def _draw(self, rows: int, generator: Generators, dtype: torch.dtype) -> Callable[[], Tensor]:
         """Draws noise (rows, dim) as diffusers does: in the dtype of the text, where the generator lives."""
-        dim, generators = self.prior.config.embedding_dim, [generator]
+        dim, generators = self.prior.config["embedding_dim"], [generator]
         if isinstance(generator, (list, tuple)):
             generators = list(generator)
             if len(generators) not in (1, rows):
@@ -282,8 +282,8 @@ class PriorPipeline:
         if image is None:
             if latents is None:
                 return draw() * table.noise_scale
-            if latents.shape != (rows, self.prior.config.embedding_dim):
-                shape = rows, self.prior.config.embedding_dim
+            shape = rows, self.prior.config["embedding_dim"]
+            if latents.shape != shape:
                 raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be {shape}")
             return latents.to(self.device, torch.promote_types(latents.dtype, torch.float32)) * table.noise_scale
         if latents is not None:
@@ -355,9 +355,10 @@ class PriorPipeline:
         return ImageEmbeddings(embeds, None if zero_embed is None else zero_embed.expand(wanted, -1))
 
     def _step(self, table, text: TextEncoding, prefixes: list[int], guided: int, scale: float, dtype: torch.dtype):
-        """The steps of a run, after the prefix of each different text was computed once."""
-        cond = self.prior.prefill(*text, torch.tensor(table.times, device=self.device))
-        cond = cond.select(torch.tensor(prefixes, device=self.device))
+        """The steps of a run, of which `prefixes` are the texts."""
+        index = torch.tensor(prefixes, device=self.device)
+        times = torch.tensor(table.times, device=self.device)
+        cond = self.prior.prefill(*(tensor[index] for tensor in text), times)  # runs the same prompts once
         rows = table.rows.to(self.device, dtype)
         scale = torch.tensor(scale, dtype=dtype, device=self.device)
         indices = torch.arange(len(rows), device=self.device)

@@ -3,15 +3,13 @@
 import json
 import string
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from conftest import relative_error
 
-from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.prior_pipeline import PriorPipeline, TextEncoding
+from fastprior.prior_pipeline import PriorPipeline
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -24,28 +22,6 @@ CLIP = dict(
     hidden_size=DIM, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, projection_dim=DIM,
     hidden_act="quick_gelu",
 )  # fmt: skip
-
-
-class Cond(NamedTuple):
-    text: TextEncoding
-    times: torch.Tensor
-
-    def select(self, index):
-        return Cond(TextEncoding(*(t[index] for t in self.text)), self.times)
-
-
-class StandIn(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model, model.config
-        self.post_process_latents = model.post_process_latents
-
-    def prefill(self, embeds, encodings, mask, times):
-        return Cond(TextEncoding(embeds, encodings, mask), times)
-
-    def step(self, x, index, cond):
-        text = (t.repeat_interleave(len(x) // len(t), dim=0) for t in cond.text)
-        return self.model(x.to(cond.text.embeds.dtype), cond.times[index], *text).predicted_image_embedding
 
 
 def make_tokenizer(folder):
@@ -95,10 +71,8 @@ def folder(parts, tmp_path_factory):
 
 
 @pytest.fixture
-def ours(folder, parts):
-    return PriorPipeline(
-        StandIn(parts["prior"]), DiffusersSchedule.from_pretrained(folder / "scheduler"), folder=folder
-    )
+def ours(folder):
+    return PriorPipeline.from_pretrained(folder)
 
 
 def theirs(parts, kind="KandinskyV22PriorPipeline"):
@@ -182,6 +156,56 @@ def test_interpolation(kind, images, negative, negative_prior, ours, parts):
     got = ours.interpolate(*given, generator=mine, **kwargs)
     assert_same(got, theirs(parts, kind).interpolate(*given, generator=other, **kwargs))
     assert mine.get_state().equal(other.get_state())
+
+
+class Stop(Exception):
+    """Carries the result of the prior's stage out of a pipeline that would go on to make pictures."""
+
+
+def prior_stage(pipeline, *args, **kwargs):
+    pipeline.set_progress_bar_config(disable=True)
+    finish = pipeline.prior.post_process_latents
+
+    def stop(latents):
+        raise Stop(finish(latents))
+
+    pipeline.prior.post_process_latents = stop
+    try:
+        pipeline(*args, **kwargs)
+    except Stop as stopped:
+        return stopped.args[0]
+    finally:
+        del pipeline.prior.post_process_latents
+
+
+@pytest.mark.parametrize("kind", ["unclip", "stable-unclip-ddpm", "stable-unclip-ddim"])
+def test_prior_stage_of_pipelines_that_go_on(kind, parts, tmp_path):
+    """Folders where what is the prior's says so, and another text encoder stands beside the prior's."""
+    prior, prompt = parts["prior"], ["red fox", "cat"]
+    text = dict(text_encoder=parts["text_encoder"], tokenizer=parts["tokenizer"])
+    options = dict(num_images_per_prompt=2, prior_num_inference_steps=STEPS, prior_guidance_scale=3.0)
+    scheduler, eta = parts["scheduler"], 0.0
+    if kind == "unclip":
+        names = "decoder", "text_proj", "super_res_first", "super_res_last", "decoder_scheduler", "super_res_scheduler"
+        pipeline = diffusers.UnCLIPPipeline(prior=prior, prior_scheduler=scheduler, **text, **dict.fromkeys(names))
+    else:
+        scheduler = getattr(diffusers, f"{kind[-4:].upper()}Scheduler").from_config(scheduler.config)
+        names = "image_normalizer", "image_noising_scheduler", "tokenizer", "text_encoder", "unet", "scheduler", "vae"
+        text = {f"prior_{name}": part for name, part in text.items()}
+        rest = dict.fromkeys(names) | dict(image_noising_scheduler=diffusers.DDPMScheduler())
+        pipeline = diffusers.StableUnCLIPPipeline(prior=prior, prior_scheduler=scheduler, **text, **rest)
+        options |= dict(height=8, width=8)
+        eta = 0.6 if kind == "stable-unclip-ddim" else 0.0
+        options["eta"] = eta
+        (tmp_path / "text_encoder").mkdir()  # of the decoder
+    for name, part in dict(text, prior=prior, prior_scheduler=scheduler).items():
+        part.save_pretrained(tmp_path / name)
+    wanted = prior_stage(pipeline, prompt, generator=seeded(), **options)
+    ours = PriorPipeline.from_pretrained(tmp_path)
+    kwargs = dict(num_images_per_prompt=2, num_inference_steps=STEPS, guidance_scale=3.0, eta=eta)
+    got = ours(prompt, generator=seeded(), **kwargs)
+    assert relative_error(got.image_embeds, wanted) < TOLERANCE
+    assert got.negative_image_embeds is None
 
 
 def test_ready_embeddings(ours, folder):

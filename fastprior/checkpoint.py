@@ -354,16 +354,25 @@ def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | 
         safetensors.torch.save_file(state, temporary, metadata={HEADER: header})
 
 
+def check_fits_peer(config: Mapping) -> None:
+    """Raise ValueError for a network's arguments that dalle2-pytorch's has no equal of."""
+    if not config.get("cosine_sim", True):
+        raise ValueError("the network has cosine_sim=False; dalle2-pytorch has cosine similarity attention only")
+    for name in ("text_dim", "text_embed_dim", "conditions"):
+        if config.get(name) not in (None, config.get("dim")):
+            raise ValueError(f"the network has {name}={config[name]!r}; dalle2-pytorch's has no such argument")
+
+
 def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
     """Save the state dict that a `dalle2_pytorch.DiffusionPrior` of the same arguments loads strictly. Atomic.
 
-    Raises ValueError for a suffix other than .pt and .pth, and for dot-product attention, which dalle2-pytorch lost.
+    Raises ValueError for a suffix other than .pt and .pth, and for what dalle2-pytorch has not: dot-product attention,
+    text of another width, conditions.
     """
     if Path(path).suffix not in (".pt", ".pth"):
         raise ValueError(f"path={os.fspath(path)!r}; it must end in .pt or .pth")
     state, config = _contents(prior)
-    if not config["net"].get("cosine_sim", True):
-        raise ValueError("the network has cosine_sim=False; dalle2-pytorch has cosine similarity attention only")
+    check_fits_peer(config["net"])
     with atomic(path) as temporary:
         torch.save(state, temporary)
 

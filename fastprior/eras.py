@@ -149,8 +149,11 @@ def _infer(state: dict[str, Tensor], report: LoadReport) -> tuple[dict, dict]:
     for kind in ("text", "image"):
         key = f"net.to_{kind}_embeds.0.weight"
         net[f"num_{kind}_embeds"] = size(key) // dim if key in state else 1
-        if key in state and size(key) == dim:
+        if key in state and size(key) == dim == size(key, 1):
             raise ValueError(f"{report.path}: {key} projects to one token, as in early releases; no such layer exists")
+    for name, key in (("text_dim", "to_text_encodings"), ("text_embed_dim", "to_text_embeds")):
+        if (key := f"net.{key}.0.weight") in state and size(key, 1) != dim:
+            net[name] = size(key, 1)
     discrete = "net.to_time_embeds.0.weight" in state
     net["num_timesteps"] = size("net.to_time_embeds.0.weight") if discrete else None
     time_width = size("net.to_time_embeds.0.weight", 1) if discrete else size("net.to_time_embeds.0.1.net.2.weight")
@@ -235,6 +238,12 @@ def plan(state: dict[str, Tensor], config, report: LoadReport, strict: bool) -> 
     net, prior = _infer(state, report)
     given_net, given_prior = ({}, {}) if config is None else read_config(config, report)
     padded = "net.null_text_encodings" in state
+    conditions = sorted({key.split(".")[2] for key in state if key.startswith("net.conditions.")})
+    if strict and conditions and "conditions" not in given_net:
+        raise ValueError(
+            f"{report.path} has the conditions {', '.join(conditions)}, and weights do not show their means and "
+            "dropouts: give config=, the file that it was trained with"
+        )
     if factor is not None:
         net.update(cosine_sim=False, dot_scale=net["dim_head"] ** -0.5)
         if _POSITION_BIAS in state:

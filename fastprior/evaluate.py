@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior.prior import DiffusionPrior
-from fastprior.sampler import is_overridden
+from fastprior.sampler import is_overridden, map_rows
 from fastprior.utils import atomic
 
 RETRIEVAL_PAIRS = 10_000  # at most, over all processes: the images that a sampled embedding is ranked against
@@ -110,12 +110,13 @@ class _Gallery:
 
 def _inputs(prior: DiffusionPrior, batch: dict) -> tuple[Tensor, dict]:
     """The image embeddings (batch, dim) and the text condition of a batch, on the prior's device."""
-    batch = {key: value.to(prior.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    batch = map_rows(batch, lambda t: t.to(prior.device))
     image = batch.get("image_embed")
     if image is None or image.shape[1:] != (prior.image_embed_dim,):
         found = f"the keys {sorted(batch)}" if image is None else f"an image_embed of shape {tuple(image.shape)}"
         raise ValueError(f"a batch has {found}; it must have an image_embed (batch, {prior.image_embed_dim})")
-    text_cond = prior._text_cond(batch.get("text"), batch.get("text_embed"), batch.get("text_encodings"), None)
+    given = {key: batch.get(key) for key in ("text", "text_embed", "text_encodings", "conditions")}
+    text_cond = prior._text_cond(**given)
     if len(text_cond["text_embed"]) != len(image):
         raise ValueError(
             f"a batch has {len(image)} images and {len(text_cond['text_embed'])} texts; they must be pairs"
@@ -123,8 +124,10 @@ def _inputs(prior: DiffusionPrior, batch: dict) -> tuple[Tensor, dict]:
     return image.float(), text_cond
 
 
-def _similarities(text: Tensor, image: Tensor, sampled: Tensor) -> dict[str, Tensor]:
-    """Cosine similarities (batch,) by name, in fp64."""
+def _similarities(text: Tensor | None, image: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+    """Cosine similarities (batch,) by name, in fp64; of a text that cannot be compared, None, those without it."""
+    if text is None:
+        return {"similarity with original image": F.cosine_similarity(sampled.double(), image.double())}
     text, image, sampled = text.double(), image.double(), sampled.double()
     # what a caption's neighbour sampled: no second run is needed for that
     unrelated = F.cosine_similarity(text, sampled.roll(1, 0))
@@ -160,7 +163,8 @@ def evaluate(
         prior: the online prior, or the `ema_model` of its average.
         batches: this process's share: dicts of `image_embed` (batch, dim) with `text_embed` (batch, dim) and, where the
             prior is conditioned on them, `text_encodings` (batch, length, dim); or with `text`, strings or tokens
-            (batch, length), for a prior that has a CLIP. Batches may differ in size.
+            (batch, length), for a prior that has a CLIP. With `conditions`, a dict of the values of extra conditions;
+            those left out are missing. Batches may differ in size.
         cond_scale: guidance of the sampling.
         timesteps: the numbers of sampling steps to measure with; none measures the loss alone.
         accelerator: from accelerate; None is one process.
@@ -194,7 +198,8 @@ def evaluate(
                         image.shape, text_cond=text_cond, cond_scale=cond_scale, timesteps=steps, **quiet
                     )
                     gallery.add(steps, sampled)
-                    for name, values in _similarities(text_cond["text_embed"], image, sampled).items():
+                    text = text_cond["text_embed"] if prior.can_compare_text else None
+                    for name, values in _similarities(text, image, sampled).items():
                         means.add(_named(name, steps), values)
     finally:
         prior.train(was_training)
@@ -203,9 +208,10 @@ def evaluate(
         raise ValueError("batches holds no pairs; there must be at least one")
     images = gallery.gathered("image") if timesteps else None
     for steps in timesteps:
-        with_text = metrics[_named("similarity with text", steps)]
-        baseline = metrics[_named("baseline similarity", steps)]
-        metrics[_named("difference from baseline similarity", steps)] = with_text - baseline
+        if prior.can_compare_text:
+            with_text = metrics[_named("similarity with text", steps)]
+            baseline = metrics[_named("baseline similarity", steps)]
+            metrics[_named("difference from baseline similarity", steps)] = with_text - baseline
         ranks = retrieval_ranks(gallery.gathered(steps), images)
         metrics[_named("median rank", steps)] = ranks.quantile(0.5).item()
         for k in RECALL_AT:

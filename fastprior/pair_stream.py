@@ -61,7 +61,8 @@ class _Buffer:
         rows, taken = self.order[begin:end], {}
         for name, values in self.columns.items():
             if isinstance(values, np.ndarray):
-                taken[name] = values.take(rows, axis=0).astype(np.float32, copy=False)
+                values = values.take(rows, axis=0)
+                taken[name] = values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
             else:
                 taken[name] = values.take(pa.array(rows)).to_pylist()
         return taken
@@ -71,8 +72,9 @@ class PairStream:
     """An iterable of batches over pairs [start, stop) of `shards`; to iterate is to run the current epoch to its end.
 
     A batch is a dict of "image_embed": (batch, dim) and, as far as the shards have them, "text": list of strings,
-    "text_embed": (batch, text_dim) and "text_encodings": (batch, length, text_dim); tensors are fp32 on the CPU,
-    pinned where there is a CUDA device. An iteration that was left early is continued by the next one;
+    "text_embed": (batch, text_dim), "text_encodings": (batch, length, text_dim), and extra conditions by their names,
+    (batch,) or (batch, size); tensors are on the CPU, pinned where there is a CUDA device, and fp32, but categories,
+    which are int64. An iteration that was left early is continued by the next one;
     `set_epoch` begins anew. One iterator at a time.
 
     batch_size: pairs in a batch of one rank.

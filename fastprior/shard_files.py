@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import tarfile
 import threading
@@ -196,17 +197,12 @@ class ParquetColumn(ShardFile):
         super().__init__(fs, path)
         self.column = column
         with _naming(self.name), self._open() as file:
-            meta, fields = file.metadata, file.schema_arrow
-            if column not in fields.names:
-                raise ShardError(self.name, f"has no column {column!r}; its columns are {', '.join(fields.names)}")
-            kind = fields.field(column).type
-            sizes = [meta.row_group(index).num_rows for index in range(meta.num_row_groups)]
-            self.rows, self.edges = meta.num_rows, np.cumsum([0, *sizes])
+            kind = self._kind(file)
             if ndim == 0:
                 text = kind.value_type if pa.types.is_dictionary(kind) else kind
                 if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
                     raise ShardError(self.name, f"column {column!r} holds {kind}; it must hold strings")
-                self.dtype, self.nulls = "str", self._count_nulls(meta)
+                self.dtype, self.nulls = "str", self._count_nulls(file.metadata)
                 return
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
                 raise ShardError(self.name, f"column {column!r} holds {kind}; it must hold lists of floats")
@@ -220,10 +216,22 @@ class ParquetColumn(ShardFile):
             return pq.ParquetFile(self.path, memory_map=True)
         return pq.ParquetFile(self.fs.open(self.path, "rb"), pre_buffer=True)
 
-    def _count_nulls(self, meta: pq.FileMetaData) -> int:
+    def _kind(self, file: pq.ParquetFile) -> pa.DataType:
+        """The type of the column; the file's rows are noted. Raises ShardError without such a column."""
+        meta, fields = file.metadata, file.schema_arrow
+        if self.column not in fields.names:
+            raise ShardError(self.name, f"has no column {self.column!r}; its columns are {', '.join(fields.names)}")
+        sizes = [meta.row_group(index).num_rows for index in range(meta.num_row_groups)]
+        self.rows, self.edges = meta.num_rows, np.cumsum([0, *sizes])
+        return fields.field(self.column).type
+
+    def _statistics(self, meta: pq.FileMetaData) -> list[pq.Statistics]:
         index = next(i for i in range(meta.num_columns) if meta.schema.column(i).path == self.column)
         found = [meta.row_group(group).column(index).statistics for group in range(meta.num_row_groups)]
-        return sum(s.null_count for s in found if s is not None and s.has_null_count)
+        return [statistics for statistics in found if statistics is not None]
+
+    def _count_nulls(self, meta: pq.FileMetaData) -> int:
+        return sum(s.null_count for s in self._statistics(meta) if s.has_null_count)
 
     def peek(self, rows: int) -> np.ndarray:
         with _naming(self.name), self._open() as file:
@@ -251,6 +259,34 @@ class ParquetColumn(ShardFile):
         if len(values) != len(array) * self.shape[0]:
             raise ShardError(self.name, f"column {self.column!r} has rows that are not {self.shape[0]} wide")
         return values.reshape(len(array), *self.shape)
+
+
+class ParquetNumbers(ParquetColumn):
+    """A column of a parquet file with a number in each row: fp32, NaN where it is missing; `whole` ones int64, and -1.
+
+    Attributes:
+        bounds: the lowest and the highest number, as far as the header says; None where it does not.
+    """
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str, column: str, whole: bool):
+        ShardFile.__init__(self, fs, path)
+        self.column, self.whole = column, whole
+        self.dtype, self.missing = ("int64", -1) if whole else ("float32", math.nan)
+        with _naming(self.name), self._open() as file:
+            kind, types = self._kind(file), pa.types
+            fractions = () if whole else (types.is_floating, types.is_decimal)
+            if not any(fits(kind) for fits in (types.is_integer, types.is_boolean, *fractions)):
+                rule = "integers" if whole else "numbers"
+                raise ShardError(self.name, f"column {column!r} holds {kind}; it must hold {rule}")
+            self.nulls = self._count_nulls(file.metadata)
+            known = [s for s in self._statistics(file.metadata) if s.has_min_max]
+            self.bounds = (min(s.min for s in known), max(s.max for s in known)) if known else None
+
+    def _decode(self, group: int) -> pa.Array:
+        return super()._decode(group).cast(self.dtype, safe=self.whole).fill_null(self.missing)
+
+    def _floats(self, array: pa.Array) -> np.ndarray:
+        return array.to_numpy(zero_copy_only=False)
 
 
 # the members of a webdataset's sample that hold each column

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastprior.shard_files import (
     NpyFile,
     ParquetColumn,
+    ParquetNumbers,
     ShardError,
     ShardFile,
     TarColumn,
@@ -24,6 +26,9 @@ from fastprior.shard_files import (
     tar_columns,
 )
 
+if TYPE_CHECKING:
+    from fastprior.prior import DiffusionPrior
+
 COLUMNS = {"image_embed": 2, "text": 0, "text_embed": 2, "text_encodings": 3}  # and their number of dimensions
 _TITLES = {
     "image_embed": "image embeddings",
@@ -31,10 +36,15 @@ _TITLES = {
     "text_embed": "text embeddings",
     "text_encodings": "text encodings",
 }
+_KINDS = ("scalar", "category", "vector")  # of extra conditions
 _SUFFIXES = {"npy": ".npy", "parquet": ".parquet", "webdataset": ".tar"}
 _HEADER_THREADS = 32
 _PEEK_SHARDS, _PEEK_ROWS = 16, 64
 _NORM_TOLERANCE = 0.01  # normalised, then rounded to fp16
+
+
+def _title(column: str) -> str:
+    return _TITLES.get(column, f"conditions.{column}")
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,7 @@ class EmbeddingShards:
         text_url: str | os.PathLike | None = None,
         encodings_url: str | os.PathLike | None = None,
         *,
+        conditions: Mapping[str, tuple[str, str]] | None = None,
         file_format: str | None = None,
         on_problem: str = "error",
         caption_column: str = "caption",
@@ -102,6 +113,8 @@ class EmbeddingShards:
             those parquet files or tars are used where no folder is given for them.
         meta_url: folder of parquet files with captions. text_url: of text embeddings, .npy or parquet.
         encodings_url: of text encodings, .npy (rows, length, dim).
+        conditions: of extra conditions by name, ("scalar" or "category", a column of the parquet files of meta_url), or
+            ("vector", a folder of .npy files (rows, size)).
         file_format: of the images, "npy", "parquet_npy" (which is npy), "parquet" or "webdataset"; by default that of
             the files that are there.
         on_problem: "error" raises ValueError that names every file that is missing, left over, corrupt, of another
@@ -116,6 +129,8 @@ class EmbeddingShards:
             if not isinstance(url, (str, os.PathLike)) and (url is not None or name == "image_url"):
                 raise TypeError(f"{name}={url!r}; it must be a path or an url")
         sources = {column: os.fspath(url) for column, url in sources.items() if url is not None}
+        numbers = _numbers(conditions or {}, sources)
+        sources |= {name: os.fspath(source) for name, (kind, source) in (conditions or {}).items() if kind == "vector"}
         names = dict(text=caption_column) | {column: embedding_column for column in ("image_embed", "text_embed")}
 
         problems: list[ShardError] = []
@@ -123,9 +138,10 @@ class EmbeddingShards:
         for column, url in sources.items():
             of_image = column == "image_embed"
             folder = _Folder.find(url, column, file_format if of_image else None)
+            folder.numbers = numbers if column == "text" else {}
             extra = folder.further_columns(names, sources) if of_image else []
             for number, files in folder.open(problems, names, [column, *extra]).items():
-                for each in (column, *extra):
+                for each in (column, *extra, *folder.numbers):
                     found.setdefault(each, {})[number] = files and files[each]
         shards = _match(found, sources, problems)
         _drop_deviants(shards, problems)
@@ -137,6 +153,7 @@ class EmbeddingShards:
         if not shards:
             why = "\n".join(f"  {p}" for p in problems) or "  all files are empty"
             raise ValueError(f"{sources['image_embed']}: no shard can be used:\n{why}")
+        sources |= dict.fromkeys(numbers, sources.get("text"))
         return cls(shards, problems, on_problem, sources, notes, norms)
 
     @property
@@ -145,7 +162,7 @@ class EmbeddingShards:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Keys of the batches: "image_embed", and of "text", "text_embed", "text_encodings" what is there."""
+        """Keys of the batches: "image_embed"; of "text", "text_embed", "text_encodings" what is there; conditions."""
         return tuple(self.shards[0].files)
 
     @property
@@ -155,6 +172,11 @@ class EmbeddingShards:
     @property
     def dtype(self) -> str:
         return self.shards[0].files["image_embed"].dtype
+
+    def bounds(self, column: str) -> tuple[float, float] | None:
+        """The lowest and highest number of a scalar or category, as far as the files' headers say."""
+        found = [file.bounds for file in (shard.files[column] for shard in self.shards) if file.bounds is not None]
+        return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
     @property
     def row_bytes(self) -> int:
@@ -174,15 +196,52 @@ class EmbeddingShards:
         rows = []
         for column in self.columns:
             file, norms = self.shards[0].files[column], self.norms.get(column)
-            kind = "text" if column == "text" else f"{file.dtype}, {' x '.join(map(str, file.shape))}"
+            shape = f", {' x '.join(map(str, file.shape))}" if file.shape else ""
+            kind = "text" if column == "text" else f"{file.dtype}{shape}"
             if norms:
                 kind += f", norms {norms.low:.4g} to {norms.high:.4g} in a sample of {norms.rows}"
-            rows.append((_TITLES[column], f"{self.sources.get(column, self.sources['image_embed'])}: {kind}"))
+            rows.append((_title(column), f"{self.sources.get(column, self.sources['image_embed'])}: {kind}"))
         rows.append(("shards", str(len(self.shards))))
         rows.append(("pairs", f"{self.pairs:,}"))
         rows += [("note", note) for note in self.notes]
         rows += [("problem", str(problem)) for problem in self.problems] or [("problems", "none")]
         return "\n".join(f"{title:<17} {text}" for title, text in rows)
+
+
+def _numbers(conditions: Mapping[str, tuple[str, str]], sources: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """The conditions that are columns of numbers. Raises ValueError for what cannot be."""
+    for name, (kind, _) in conditions.items():
+        if name in COLUMNS:
+            raise ValueError(f"conditions has the name {name!r}, which is that of another column; choose another name")
+        if kind not in _KINDS:
+            raise ValueError(f"conditions[{name!r}] is a {kind!r}; it must be one of {', '.join(map(repr, _KINDS))}")
+    numbers = {name: (kind, column) for name, (kind, column) in conditions.items() if kind != "vector"}
+    if numbers and "text" not in sources:
+        raise ValueError(f"meta_url=None; conditions[{next(iter(numbers))!r}] is a column of its files")
+    return numbers
+
+
+def check_conditions(shards: EmbeddingShards, prior: DiffusionPrior, columns: Iterable[str]) -> None:
+    """Raise ValueError, naming the keys of the config, where the data do not fit the network's text and conditions.
+
+    columns: those that the prior gets of text embeddings and encodings.
+    """
+    net, files = prior.net, shards.shards[0].files
+    widths = dict(text_embed=("text_url", "text_embed_dim"), text_encodings=("encodings_url", "text_dim"))
+    for column, (url, key) in widths.items():
+        if column in columns and files[column].shape[-1] != getattr(net, key):
+            given, wanted = files[column].shape[-1], getattr(net, key)
+            raise ValueError(f"data.{url} has {_title(column)} of {given}; prior.net.{key} makes it {wanted}")
+    for name, condition in (net.conditions or {}).items():
+        if files[name].shape != condition.shape:
+            sizes = f"{files[name].shape[0]}; prior.net.conditions.{name}.size={condition.shape[0]}"
+            raise ValueError(f"data.conditions.{name} has vectors of {sizes}")
+        bounds = shards.bounds(name) if condition.shape == () else None
+        if bounds and not all(map(math.isfinite, bounds)):
+            raise ValueError(f"data.conditions.{name} holds infinity; a value that is missing must be null or NaN")
+        if bounds and bounds[1] >= getattr(condition, "size", math.inf):
+            size = f"prior.net.conditions.{name}.size={condition.size}"
+            raise ValueError(f"data.conditions.{name} holds {bounds[1]}; it must be below {size}")
 
 
 @dataclass
@@ -193,11 +252,13 @@ class _Folder:
     paths: list[str]
     format: str
     column: str
+    numbers: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @classmethod
     def find(cls, url: str, column: str, file_format: str | None) -> _Folder:
         fs, paths = list_files(url)
-        allowed = {"text": ("parquet", "webdataset"), "text_encodings": ("npy",)}.get(column, tuple(_SUFFIXES))
+        embedded = tuple(_SUFFIXES) if column in ("image_embed", "text_embed") else ("npy",)
+        allowed = ("parquet", "webdataset") if column == "text" else embedded
         wanted = "npy" if file_format == "parquet_npy" else file_format
         if wanted is not None and wanted not in allowed:
             raise ValueError(f"file_format={file_format!r}; it must be one of {', '.join((*allowed, 'parquet_npy'))}")
@@ -206,7 +267,7 @@ class _Folder:
             if matching:
                 return cls(fs, matching, name, column)
         suffixes = " or ".join(_SUFFIXES[name] for name in (allowed if wanted is None else (wanted,)))
-        raise FileNotFoundError(f"{url} holds no {suffixes} files of {_TITLES[column]}")
+        raise FileNotFoundError(f"{url} holds no {suffixes} files of {_title(column)}")
 
     def further_columns(self, names: dict[str, str], sources: dict[str, str]) -> list[str]:
         """Columns that the first readable file has beside the images, and that no other folder gives."""
@@ -246,12 +307,22 @@ class _Folder:
     def _open(self, path: str, names: dict[str, str], columns: list[str]) -> dict[str, ShardFile] | ShardError:
         try:
             if self.format == "npy":
-                return {self.column: NpyFile(self.fs, path, COLUMNS[self.column])}
+                return {self.column: NpyFile(self.fs, path, COLUMNS.get(self.column, 2))}
             if self.format == "parquet":
-                return {c: ParquetColumn(self.fs, path, names[c], COLUMNS[c]) for c in columns}
+                files = {c: ParquetColumn(self.fs, path, names[c], COLUMNS[c]) for c in columns}
+                return files | {name: self._open_numbers(path, name) for name in self.numbers}
+            if self.numbers:
+                raise ShardError(path, f"has no columns; {_title(next(iter(self.numbers)))} needs parquet files")
             return _open_tar(self.fs, path, columns)
         except ShardError as error:
             return error
+
+    def _open_numbers(self, path: str, name: str) -> ParquetNumbers:
+        kind, column = self.numbers[name]
+        try:
+            return ParquetNumbers(self.fs, path, column, kind == "category")
+        except ShardError as error:
+            raise ShardError(error.path, f"{_title(name)}: {error.what}") from error
 
 
 def _open_tar(fs: Any, path: str, columns: list[str]) -> dict[str, ShardFile]:
@@ -272,16 +343,15 @@ def _match(
     for number in sorted(set().union(*found.values())):
         there = {column: files[number] for column, files in found.items() if number in files}
         files = {column: file for column, file in there.items() if file is not None}
-        for column in found:
+        for column, source in sources.items():
             if column not in there and files:
-                source = sources.get(column, sources["image_embed"])
                 partner = next(iter(files.values())).name
-                problems.append(ShardError(partner, f"no {_TITLES[column]} of its number, {number}, in {source}"))
+                problems.append(ShardError(partner, f"no {_title(column)} of its number, {number}, in {source}"))
         if len(files) < len(found):
             continue
         image = files["image_embed"]
-        other = [file for file in files.values() if file.rows != image.rows]
-        problems += [ShardError(f.name, f"{f.rows} rows, and {image.rows} in {image.name}") for f in other]
+        other = {file.name: file.rows for file in files.values() if file.rows != image.rows}
+        problems += [ShardError(name, f"{rows} rows, and {image.rows} in {image.name}") for name, rows in other.items()]
         if image.rows and not other:
             shards[number] = Shard(number, files)
     return shards
@@ -306,7 +376,7 @@ def _drop_deviants(shards: dict[int, Shard], problems: list[ShardError]) -> None
         for column, (dtype, shape) in usual.items():
             file = shard.files[column]
             if (file.dtype, file.shape) != (dtype, shape):
-                what = f"{file.dtype} {file.shape}; {_TITLES[column]} of the other shards are {dtype} {shape}"
+                what = f"{file.dtype} {file.shape}; {_title(column)} of the other shards are {dtype} {shape}"
                 _drop(shards, problems, number, ShardError(file.name, what))
 
 
@@ -318,14 +388,13 @@ def _look_into(shards: dict[int, Shard], problems: list[ShardError], notes: list
     some = [list(shards)[index] for index in some]
     for column in next(iter(shards.values())).files:
         files = [shard.files[column] for shard in shards.values()]
-        if column == "text":
-            nulls = sum(file.nulls for file in files)
-            if nulls:
-                notes.append(f"{nulls:,} captions are missing; they are read as empty")
-        elif column != "text_encodings":
+        nulls = sum(file.nulls for file in files)
+        if nulls:
+            notes.append(f"{nulls:,} {_title(column)} are missing" + "; they are read as empty" * (column == "text"))
+        if column in ("image_embed", "text_embed"):
             norms[column] = _norms(shards, problems, some, lambda shard, column=column: shard.files[column])
             if norms[column].rows and not norms[column].normalised:
-                notes.append(f"{_TITLES[column]} are not normalised: norms {norms[column].low:.4g} to "
+                notes.append(f"{_title(column)} are not normalised: norms {norms[column].low:.4g} to "
                              f"{norms[column].high:.4g}, {norms[column].mean:.4g} on average")  # fmt: skip
 
 

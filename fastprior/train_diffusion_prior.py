@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from fastprior.evaluate import evaluate, plot_curves
 from fastprior.pair_stream import PairStream
-from fastprior.shards import EmbeddingShards
+from fastprior.shards import EmbeddingShards, check_conditions
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged
@@ -69,9 +69,10 @@ class Run:
         self.config, self.accelerator = config, accelerator
         set_seed(train.random_seed)  # the same weights on every rank
         prior = config.prior.create()
-        self.shards = EmbeddingShards.open(
-            data.image_url, data.meta_url, data.text_url, data.encodings_url, on_problem=data.on_problem
-        )
+        kinds = {name: spec["kind"] for name, spec in (config.prior.net.conditions or {}).items()}
+        sources = {name: (kinds[name], source) for name, source in (data.conditions or {}).items()}
+        urls = data.image_url, data.meta_url, data.text_url, data.encodings_url
+        self.shards = EmbeddingShards.open(*urls, conditions=sources, on_problem=data.on_problem)
         self._check_data(prior)
         self.streams = self._streams()
         self.trainer = DiffusionPriorTrainer(
@@ -109,6 +110,7 @@ class Run:
                 f"the data has {', '.join(columns)}, and this prior needs prior.clip to make its text condition of "
                 f"captions (data.meta_url), or data.{wanted}"
             )
+        check_conditions(self.shards, prior, self.columns)
 
     def _streams(self) -> dict[str, PairStream]:
         data = self.config.data
@@ -184,9 +186,14 @@ class Run:
         self._plot()
         return 0
 
-    def _step(self, batch: dict, bar: tqdm) -> float:
+    def _inputs(self, batch: dict) -> dict:
         inputs = {name: batch[name] for name in self.columns}
-        loss = self.trainer(**inputs, max_batch_size=self.config.train.max_batch_size)
+        if names := self.config.data.conditions:
+            inputs["conditions"] = {name: batch[name] for name in names}
+        return inputs
+
+    def _step(self, batch: dict, bar: tqdm) -> float:
+        loss = self.trainer(**self._inputs(batch), max_batch_size=self.config.train.max_batch_size)
         self.trainer.update()
         count = len(batch["image_embed"]) * self.accelerator.num_processes
         self.samples_seen += count
@@ -240,7 +247,7 @@ class Run:
         log = {}
         for name, timesteps in which.items():
             stream.set_epoch(0)
-            batches = ({column: batch[column] for column in self.columns} for batch in stream)
+            batches = map(self._inputs, stream)
             with self.trainer.whole_prior(online=name == "online") as prior:
                 metrics = evaluate(
                     prior, batches, cond_scale=train.eval_cond_scale, timesteps=timesteps, accelerator=self.accelerator

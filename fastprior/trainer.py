@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
 
-from fastprior.checkpoint import _read
+from fastprior.checkpoint import _read, check_fits_peer
 from fastprior.chunks import prior_sample_in_chunks, split_args_and_kwargs
 from fastprior.ema import EMA
 from fastprior.optimizer import get_optimizer, learning_rate_factor
@@ -375,8 +375,7 @@ class DiffusionPriorTrainer(nn.Module):
         That trainer must be made with the same arguments; what it saves, `load` reads. Under FSDP every process must
         call, outside `gathered`.
         """
-        if not getattr(self.prior.net, "config", {}).get("cosine_sim", True):
-            raise ValueError("the network has cosine_sim=False; dalle2-pytorch has cosine similarity attention only")
+        check_fits_peer(getattr(self.prior.net, "config", {}))
         if self.accelerator.is_main_process or self._frame is not None:
             self._write(to_peer(self), path, overwrite)
 

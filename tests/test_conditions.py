@@ -1,14 +1,24 @@
 """Extra conditions and text encoders of another width: every path, nulls and dropout, data and configs."""
 
 import copy
+import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import make_prior, make_text, relative_error, sample
 
+from fastprior import checkpoint, train_diffusion_prior
 from fastprior.conditions import Conditions
+from fastprior.pair_stream import PairStream
 from fastprior.sampler import repeat_rows
 from fastprior.serving import PriorSampler
+from fastprior.shards import EmbeddingShards
+from fastprior.trackers import read_metrics
+from fastprior.trainer import DiffusionPriorTrainer
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
 SPECS = dict(
@@ -220,9 +230,160 @@ def test_the_prior_follows_a_condition_that_alone_tells():
     text, image = pairs(64)
     sampled = prior.eval().p_sample_loop((64, 16), text, timesteps=10, solver="dpm++", progress=False)
     similarity = torch.cosine_similarity(sampled, image)
-    print(similarity.mean(), similarity.min())
     assert similarity.mean() > 0.9
     for name in specs:
         shuffled = text["conditions"] | {name: text["conditions"][name].roll(1)}
         sampled = prior.p_sample_loop((64, 16), text | dict(conditions=shuffled), timesteps=10, progress=False)
         assert torch.cosine_similarity(sampled, image).mean() < similarity.mean() - 0.05
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_saved_and_loaded(net, tmp_path):
+    prior, text = make_prior(NETS[net]), make_inputs(NETS[net], 3)
+    wanted = sample(prior, text, timesteps=4)
+    checkpoint.save(prior, tmp_path / "prior.safetensors")
+    loaded = checkpoint.load(tmp_path / "prior.safetensors")
+    assert loaded.net.config == prior.net.config
+    assert torch.equal(sample(loaded, text, timesteps=4), wanted)
+    with pytest.raises(ValueError, match="the network has (conditions|text_dim)=.*; dalle2-pytorch's has no such arg"):
+        checkpoint.save_peer(prior, tmp_path / "prior.pt")
+
+
+def test_of_bare_weights_widths_are_seen_and_conditions_must_be_told(tmp_path):
+    for net in ("t5", "all"):
+        prior, text = make_prior(NETS[net]), make_inputs(NETS[net], 3)
+        torch.save(prior.state_dict(), tmp_path / "prior.pt")
+        config = dict(net=dict(conditions=SPECS)) if net == "all" else None
+        loaded = checkpoint.load(tmp_path / "prior.pt", config=config)
+        assert torch.equal(sample(loaded, text, timesteps=4), sample(prior, text, timesteps=4))
+    with pytest.raises(ValueError, match="has the conditions aesthetic, people, style, .* give config="):
+        checkpoint.load(tmp_path / "prior.pt")
+
+
+# the trainer
+
+
+def test_trainer_splits_conditions_with_the_batch():
+    text, image = make_inputs(NETS["conditions"], 7), torch.randn(7, 32)
+    gradients, seen = [], []
+    for size in (None, 3):
+        prior = make_prior(NETS["conditions"], cond_drop_prob=0.0)
+        trainer = DiffusionPriorTrainer(prior, device="cpu", use_ema=False)
+        prior.noise_scheduler.sample_random_times = lambda count: torch.full((count,), 3)
+        prior.net.conditions["style"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        noise = torch.arange(7 * 32).view(7, 32).sin()
+        trainer(**text, image_embed=image, noise=noise, max_batch_size=size)
+        gradients.append(torch.cat([p.grad.flatten() for p in prior.net.parameters() if p.grad is not None]))
+    assert relative_error(gradients[1], gradients[0]) < 1e-5
+    assert [len(style) for style in seen] == [7, 3, 3, 1]
+    assert torch.equal(torch.cat(seen[1:]).nan_to_num(), seen[0].nan_to_num())
+
+
+def test_compiled_training_is_one_graph():
+    losses = []
+    for compile in (False, dict(backend="eager", fullgraph=True)):
+        prior, text = make_prior(NETS["all"] | dict(depth=1)), make_inputs(NETS["all"], 4)
+        trainer = DiffusionPriorTrainer(prior, device="cpu", use_ema=False, compile=compile, draws=2)
+        torch.manual_seed(0)
+        losses.append(trainer(**text, image_embed=torch.randn(4, 32)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+# data and configs
+
+DIM, ROWS = 8, 60
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps its settings for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def write_table(folder, shard, **columns):
+    pq.write_table(pa.table(columns), folder / "metadata" / f"metadata_{shard}.parquet", row_group_size=13)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards of pairs whose images are told by the metadata and the style alone; the second lacks some values."""
+    draw = np.random.default_rng(0)
+    axes = np.linalg.qr(draw.normal(size=(DIM, DIM)))[0]
+    for name in ("images", "texts", "encodings", "styles", "metadata"):
+        (tmp_path / name).mkdir()
+    for shard in range(2):
+        people, score = draw.integers(3, size=ROWS), draw.uniform(0, 10, ROWS)
+        style = draw.normal(size=(ROWS, 5))
+        image = axes[people] + score[:, None] / 10 * axes[3] + 0.3 * style[:, :1] * axes[4]
+        image /= np.linalg.norm(image, axis=1, keepdims=True)
+        text = np.eye(12)[:1].repeat(ROWS, axis=0)
+        arrays = dict(images=image, texts=text, encodings=text[:, None].repeat(2, axis=1), styles=style)
+        for name, array in arrays.items():
+            np.save(tmp_path / name / f"{name}_{shard}.npy", array.astype(np.float32))
+        lost = [shard and row % 10 == 0 for row in range(ROWS)]
+        write_table(
+            tmp_path, shard, caption=["a photo"] * ROWS,
+            num_people=pa.array(people, pa.int32(), mask=np.array(lost, bool)),
+            score=pa.array(score, mask=np.array(lost, bool)),
+        )  # fmt: skip
+    return tmp_path
+
+
+def make_config(folder, **sections) -> dict:
+    conditions = dict(
+        people=dict(kind="category", size=3, dropout=0.1), style=dict(kind="vector", size=5),
+        aesthetic=dict(kind="scalar", mean=5, std=3, dropout=0.1),
+    )  # fmt: skip
+    config = dict(
+        prior=dict(
+            net=dict(dim=DIM, depth=2, heads=2, dim_head=8, max_text_len=2, text_dim=12, text_embed_dim=12,
+                     conditions=conditions),
+            image_embed_dim=DIM, timesteps=20, cond_drop_prob=0.1,
+        ),
+        data=dict(
+            image_url=str(folder / "images"), meta_url=str(folder / "metadata"), text_url=str(folder / "texts"),
+            encodings_url=str(folder / "encodings"), batch_size=32, splits=dict(train=0.9, val=0.1, test=0),
+            conditions=dict(people="num_people", aesthetic="score", style=str(folder / "styles")),
+        ),
+        train=dict(epochs=60, lr=1e-2, wd=0.0, draws=4, max_batch_size=20, ema_beta=0.9, ema_update_after_step=1,
+                   ema_update_every=1, eval_timesteps=[4]),
+        tracker=dict(
+            data_path=str(folder / "run"), overwrite_data_path=True, log=dict(log_type="console"),
+            save=[dict(save_to="local", save_type="checkpoint", save_latest_to=str(folder / "run/latest.pth"))],
+        ),
+    )  # fmt: skip
+    for section, changes in sections.items():
+        config[section] |= changes
+    return config
+
+
+def train(folder, config) -> int:
+    (folder / "config.json").write_text(json.dumps(config))
+    return train_diffusion_prior.main(["--config_file", str(folder / "config.json")])
+
+
+def test_a_run_on_metadata_columns_and_vectors(folder):
+    assert train(folder, make_config(folder)) == 0
+    records = read_metrics(folder / "run/metrics.jsonl")
+    last = next(r for r in reversed(records) if "validation/ema similarity with original image [steps=4]" in r)
+    assert last["validation/ema similarity with original image [steps=4]"] > 0.85
+    assert not any("text" in name for name in last), "a text of another width cannot be compared"
+    prior = checkpoint.load(folder / "run/latest.pth", config=folder / "config.json")
+    shards = EmbeddingShards.open(
+        folder / "images", folder / "metadata", folder / "texts", folder / "encodings",
+        conditions=dict(people=("category", "num_people"), aesthetic=("scalar", "score"),
+                        style=("vector", folder / "styles")),
+    )  # fmt: skip
+    (batch,) = PairStream(shards, batch_size=2 * ROWS)
+    assert (batch["people"][ROWS:] < 0).sum() == 6 == batch["aesthetic"].isnan().sum()
+    given = ~batch["aesthetic"].isnan()
+    text = {name: batch[name][given] for name in ("text_embed", "text_encodings")}
+    values = {name: batch[name][given] for name in ("people", "aesthetic", "style")}
+    for change, low, high in (({}, 0.9, 1), (dict(people=(values["people"] + 1) % 3), -1, 0.7)):
+        kwargs = dict(num_samples_per_batch=1, timesteps=8, progress=False)
+        sampled = prior.sample(**text, conditions=values | change, **kwargs)
+        assert low < torch.cosine_similarity(sampled, batch["image_embed"][given]).mean() < high

@@ -71,8 +71,8 @@ def obstacles(model: nn.Module, suffix: int) -> list[str]:
 def is_plain_call() -> bool:
     """Whether tensors are what they seem: no gradients, no tracing, no transforms."""
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()  # first: of the others a compiler may know nothing
+        or torch.is_grad_enabled()
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
@@ -105,18 +105,24 @@ class _Snapshot:
     def _sample(self) -> Tensor:
         return torch.cat([view.reshape(-1) for view in self.views])
 
-    def holds(self) -> bool:
-        """Whether nothing changed: no module, attribute or weight, nor a weight's values behind autograd's back."""
-        for owner, name, weight, version, address in self.weights:
-            if owner.get(name) is not weight or weight.data_ptr() != address:
-                return False
-            if version is not None and weight._version != version:
-                return False
+    def same_weights(self) -> bool:
+        """Whether every weight is the tensor it was, with no edit that autograd counted."""
+        return all(
+            owner.get(name) is weight
+            and weight.data_ptr() == address
+            and (version is None or weight._version == version)
+            for owner, name, weight, version, address in self.weights
+        )
+
+    def same_modules(self) -> bool:
+        """Whether no module, hook, adapter or other attribute changed."""
         try:
-            if any(now != then for now, then in self.states):
-                return False
+            return all(now == then for now, then in self.states)
         except (RuntimeError, ValueError):  # another tensor or array stands there: that has no one truth value
             return False
+
+    def same_values(self) -> bool:
+        """Whether no weight was edited behind autograd's back, as `weight.data.copy_` does it."""
         return torch.equal(self._sample(), self.sample)
 
 
@@ -135,8 +141,19 @@ class _Entry:
         self.callers: list[weakref.ref] = []
 
     def fits(self, conditioning: Conditioning, key: tuple) -> bool:
-        same = key == self.key and all(map(_equal, conditioning, self.conditioning))
-        return same and self.snapshot.holds()
+        return (
+            self.same_key(key)
+            and self.snapshot.same_weights()
+            and self.snapshot.same_modules()
+            and self.same_conditioning(conditioning)
+            and self.snapshot.same_values()
+        )
+
+    def same_key(self, key: tuple) -> bool:
+        return key == self.key
+
+    def same_conditioning(self, conditioning: Conditioning) -> bool:
+        return all(map(_equal, conditioning, self.conditioning))
 
 
 class _Slot:

@@ -14,7 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from fastprior.training_commands import add_evaluate_parser, add_inspect_parser, add_train_parser
+from fastprior.training_commands import add_evaluate_parser, add_inspect_parser, add_train_parser, named
 from fastprior.version import __version__
 
 # Commands import what they need, so that --help needs none of it.
@@ -156,6 +156,26 @@ def _load_array(path: str, option: str, ndim: int, device: str):
     return torch.from_numpy(array.astype(np.float32)).to(device)
 
 
+def _load_conditions(prior, given: list[tuple[str, str]], prompts: int, device: str) -> dict:
+    """The values of extra conditions: a number for all prompts, or of a vector a file with a row for each."""
+    import torch
+
+    from fastprior.conditions import find
+
+    values = {}
+    for name, value in given:
+        kind = find(prior.net.conditions, name, "--condition").kind
+        if kind == "vector":
+            values[name] = _load_array(value, f"--condition {name}", 2, device)
+            continue
+        number, rule = (int, "an integer") if kind == "category" else (float, "a number")
+        try:
+            values[name] = torch.full((prompts,), number(value), device=device)
+        except ValueError:
+            raise ValueError(f"--condition {name}={value}: it must be {rule}") from None
+    return values
+
+
 def _load_clip(name: str, pretrained: str, device: str):
     from fastprior import OpenClipAdapter
 
@@ -219,7 +239,9 @@ def sample(args: argparse.Namespace) -> int:
             text["text_encodings"] = _load_array(args.text_encodings, "--text-encodings", 3, device)
         elif prior.condition_on_text_encodings:
             raise ValueError(f"{args.checkpoint} is conditioned on text encodings: give --text-encodings too")
+    prompts = len(args.captions or text["text_embed"])
     embeds = prior.sample(
+        conditions=_load_conditions(prior, args.condition, prompts, device),
         num_samples_per_batch=args.samples_per_prompt,
         cond_scale=args.cond_scale,
         timesteps=args.steps,
@@ -301,6 +323,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="FILE.npy", help="write the embeddings (prompts, dim), fp32")
     sub.add_argument("--text-embed", metavar="FILE.npy", help="text embeddings (prompts, dim) instead of captions")
     sub.add_argument("--text-encodings", metavar="FILE.npy", help="text encodings (prompts, length, dim)")
+    sub.add_argument(
+        "--condition", type=named, action="append", default=[], metavar="NAME=VALUE",
+        help="an extra condition: a number, or a vector's FILE.npy (prompts, size); any may be left out",
+    )  # fmt: skip
     sub.add_argument("--clip-model", metavar="NAME", help="OpenCLIP model to encode captions with")
     sub.add_argument("--clip-pretrained", metavar="FILE", help="its weights: a file, or a tag of OpenCLIP")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is one")

@@ -25,10 +25,12 @@ class Condition(nn.Module):
         dropout: chance per prompt of the null in training mode.
 
     Attributes:
+        kind: "scalar", "category" or "vector".
         shape: of one prompt's value.
         missing: the value that stands for none.
     """
 
+    kind: str
     shape: tuple[int, ...] = ()
     missing: float = math.nan
 
@@ -67,6 +69,8 @@ class Scalar(Condition):
         mean, std: of the values in the training data.
     """
 
+    kind = "scalar"
+
     def __init__(self, dim: int, *, mean: float = 0.0, std: float = 1.0, dropout: float = 0.0):
         super().__init__(dim, dropout)
         if not _is_number(mean):
@@ -84,7 +88,7 @@ class Scalar(Condition):
 class Category(Condition):
     """One of `size` categories: (prompts,), integers; a negative one is missing."""
 
-    missing = -1
+    kind, missing = "category", -1
 
     def __init__(self, dim: int, *, size: int, dropout: float = 0.0):
         super().__init__(dim, dropout)
@@ -101,6 +105,8 @@ class Category(Condition):
 class Vector(Condition):
     """An embedding: (prompts, size), floating point; a row that holds NaN is missing."""
 
+    kind = "vector"
+
     def __init__(self, dim: int, *, size: int, dropout: float = 0.0):
         super().__init__(dim, dropout)
         self.shape = (_size(size),)
@@ -110,7 +116,15 @@ class Vector(Condition):
         return self.projection(value.to(self.projection.weight.dtype))
 
 
-KINDS = {"scalar": Scalar, "category": Category, "vector": Vector}
+KINDS = {kind.kind: kind for kind in (Scalar, Category, Vector)}
+
+
+def find(conditions: Mapping[str, Any] | Conditions | None, name: str, where: str = "conditions") -> Any:
+    """The condition of that name. Raises ValueError where there is none, saying where the name stands."""
+    if name not in (conditions or ()):
+        hint = nearest(str(name), conditions) if conditions else "the network has none"
+        raise ValueError(f"{where} has the unknown name {name!r}; {hint}")
+    return conditions[name]
 
 
 class Conditions(nn.ModuleDict):
@@ -147,8 +161,7 @@ class Conditions(nn.ModuleDict):
     def check(self, values: Mapping[str, Tensor], prompts: int) -> None:
         """Raise ValueError or TypeError unless the values are known, of the right shape and of the right dtype."""
         for name, value in values.items():
-            if name not in self:
-                raise ValueError(f"conditions has the unknown name {name!r}; {nearest(str(name), self)}")
+            find(self, name)
             if not torch.is_tensor(value):
                 raise TypeError(f"conditions[{name!r}] is a {type(value).__name__}; it must be a tensor")
             shape = prompts, *self[name].shape

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprior.conditions import Conditions
+from fastprior.conditions import Conditions, find
 from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
@@ -190,10 +190,7 @@ class DiffusionPriorNetwork(nn.Module):
             if not tensor.is_floating_point():
                 raise TypeError(f"{name} has dtype {tensor.dtype}; it must be a floating point tensor")
         if conditions:
-            if self.conditions is None:
-                raise ValueError(
-                    f"conditions has the names {', '.join(conditions)}; this network was built without any"
-                )
+            find(self.conditions, next(iter(conditions)))  # raises where the network has none
             self.conditions.check(conditions, batch)
 
     def forward(

@@ -19,7 +19,7 @@ except ImportError as error:
 import torch
 
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
-from fastprior.conditions import Conditions
+from fastprior.conditions import Conditions, find
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
@@ -351,9 +351,7 @@ class TrainDiffusionPriorConfig(Config):
     def _conditions_have_data(self) -> TrainDiffusionPriorConfig:
         known, sources = self.prior.net.conditions or {}, self.data.conditions or {}
         for name in sources:
-            if name not in known:
-                hint = nearest(name, known) if known else "prior.net.conditions is empty"
-                raise ValueError(f"data.conditions has the unknown name {name!r}; {hint}")
+            find(known, name, "data.conditions")
         for name in known:
             if name not in sources:
                 raise ValueError(f"data.conditions has no {name!r}; prior.net.conditions does, and needs its values")

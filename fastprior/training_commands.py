@@ -11,7 +11,15 @@ from fastprior.inspect_shards import add_inspect_parser
 from fastprior.utils import atomic
 from fastprior.version import __version__
 
-__all__ = ["add_evaluate_parser", "add_inspect_parser", "add_train_parser"]
+__all__ = ["add_evaluate_parser", "add_inspect_parser", "add_train_parser", "named"]
+
+
+def named(text: str) -> tuple[str, str]:
+    """The two sides of NAME=VALUE."""
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
 
 
 def add_train_parser(subparsers) -> None:
@@ -38,8 +46,12 @@ def add_evaluate_parser(subparsers) -> None:
     sub.add_argument("--weights", choices=("auto", "model", "ema"), default="auto", help="of a training (%(default)s)")
     sub.add_argument("--images", required=True, metavar="DIR", help="folder or url of image embeddings")
     sub.add_argument("--captions", metavar="DIR", help="of their captions, which a CLIP encodes")
-    sub.add_argument("--texts", metavar="DIR", help="of their text embeddings, instead")
+    sub.add_argument("--texts", metavar="DIR", help="of their text embeddings, instead (beside, with --condition)")
     sub.add_argument("--encodings", metavar="DIR", help="of their text encodings, with --texts")
+    sub.add_argument(
+        "--condition", type=named, action="append", default=[], metavar="NAME=SOURCE",
+        help="an extra condition: a column of the parquet files of --captions, or a vector's folder",
+    )  # fmt: skip
     sub.add_argument("--timesteps", type=int, nargs="+", default=[64], metavar="N", help="sampling steps (64)")
     sub.add_argument("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
     sub.add_argument("--max-pairs", type=int, metavar="N", help="use the first N pairs only")
@@ -54,7 +66,7 @@ def add_evaluate_parser(subparsers) -> None:
 def _check(args: argparse.Namespace) -> None:
     import torch
 
-    if bool(args.captions) == bool(args.texts):
+    if bool(args.captions) == bool(args.texts) and not (args.texts and args.condition):
         raise ValueError("give either --captions or --texts")
     if args.encodings and not args.texts:
         raise ValueError("--encodings goes with --texts")
@@ -78,6 +90,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
     from fastprior import checkpoint, digits
     from fastprior.cli import _load_clip
+    from fastprior.conditions import find
     from fastprior.evaluate import METRICS, evaluate
     from fastprior.pair_stream import PairStream
     from fastprior.shards import EmbeddingShards
@@ -86,7 +99,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     clip = _load_clip(args.clip_model, args.clip_pretrained, device) if args.clip_model else None
     prior = checkpoint.load(args.checkpoint, weights=args.weights, clip=clip, device=device)
-    if args.captions and prior.clip is None:
+    if args.captions and not args.texts and prior.clip is None:
         if prior.load_report.metadata.get("text_encoder") != digits.NAME:
             raise ValueError(
                 f"{args.checkpoint} does not say how to encode captions: give --clip-model and --clip-pretrained"
@@ -94,13 +107,23 @@ def evaluate_command(args: argparse.Namespace) -> int:
         prior.clip = digits.DigitsClip()
     if args.texts and prior.condition_on_text_encodings and not args.encodings:
         raise ValueError(f"{args.checkpoint} is conditioned on text encodings: give --encodings too, or --captions")
-    shards = EmbeddingShards.open(
-        args.images, meta_url=args.captions, text_url=args.texts, encodings_url=args.encodings
-    )
+    known = prior.net.conditions
+    conditions = {name: (find(known, name, "--condition").kind, source) for name, source in args.condition}
+    missing = [name for name in known or () if name not in conditions]
+    if missing:
+        print(f"fastprior: note: no --condition for {', '.join(missing)}: counted as missing", file=sys.stderr)
+    urls = args.images, args.captions, args.texts, args.encodings
+    shards = EmbeddingShards.open(*urls, conditions=conditions)
+    unused = {"text", *conditions} if args.texts else {*conditions}
     pairs = min(shards.pairs, args.max_pairs or shards.pairs)
     batches = PairStream(shards, start=0, stop=pairs, batch_size=args.batch_size, drop_last=False)
     bar = tqdm(batches, desc="evaluating", unit="batch", disable=not sys.stderr.isatty())
-    metrics = evaluate(prior, bar, cond_scale=args.cond_scale, timesteps=args.timesteps, seed=args.seed)
+    batches = (
+        {name: value for name, value in batch.items() if name not in unused}
+        | {"conditions": {name: batch[name] for name in conditions}}
+        for batch in bar
+    )
+    metrics = evaluate(prior, batches, cond_scale=args.cond_scale, timesteps=args.timesteps, seed=args.seed)
     print(f"{pairs} pairs, {prior.load_report.weights} weights of {args.checkpoint}\n")
     width = max(map(len, metrics))
     for name, value in metrics.items():

@@ -11,13 +11,14 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import make_prior, make_text, relative_error, sample
 
-from fastprior import checkpoint, train_diffusion_prior
+from fastprior import checkpoint, cli, train_diffusion_prior
 from fastprior.conditions import Conditions
 from fastprior.pair_stream import PairStream
 from fastprior.sampler import repeat_rows
 from fastprior.serving import PriorSampler
 from fastprior.shards import EmbeddingShards
 from fastprior.trackers import read_metrics
+from fastprior.train_configs import DiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
@@ -387,3 +388,200 @@ def test_a_run_on_metadata_columns_and_vectors(folder):
         kwargs = dict(num_samples_per_batch=1, timesteps=8, progress=False)
         sampled = prior.sample(**text, conditions=values | change, **kwargs)
         assert low < torch.cosine_similarity(sampled, batch["image_embed"][given]).mean() < high
+
+
+def spoil(name, **columns):
+    """A change of the second shard's metadata."""
+
+    def change(folder, config):
+        table = pq.read_table(folder / "metadata/metadata_1.parquet").to_pydict() | columns
+        write_table(folder, 1, **{column: values for column, values in table.items() if column != name})
+
+    return change
+
+
+def setting(path, value):
+    """A change of a key of the config; None removes it."""
+
+    def change(folder, config):
+        *sections, key = path.split(".")
+        for section in sections:
+            config = config[section]
+        config.pop(key) if value is None else config.update({key: value})
+
+    return change
+
+
+def save(name, array):
+    return lambda folder, config: np.save(folder / name, np.asarray(array, np.float32))
+
+
+SPEC = "prior.net.conditions"
+WRONG = [
+    (setting(f"{SPEC}.people.kind", "boolean"), r"prior.net.conditions: conditions\['people'\]=.*'scalar', 'category'"),
+    (setting(f"{SPEC}.people.sise", 3), r"prior.net.conditions: .*unknown option 'sise'; the nearest is 'size'"),
+    (setting(f"{SPEC}.people.size", None), r"prior.net.conditions: .*\['people'\] has no size; a category needs it"),
+    (setting(f"{SPEC}.people.size", 0), r"\['people'\]: size=0; it must be an integer of at least 1"),
+    (setting(f"{SPEC}.people.dropout", -0.1), r"\['people'\]: dropout=-0.1; it must be between 0 and 1"),
+    (setting(f"{SPEC}.people.dropout", 1.5), r"\['people'\]: dropout=1.5; it must be between 0 and 1"),
+    (setting(f"{SPEC}.aesthetic.std", 0), r"\['aesthetic'\]: std=0; it must be a positive number"),
+    (setting(f"{SPEC}.aesthetic.mean", "5"), r"\['aesthetic'\]: mean='5'; it must be a finite number"),
+    (setting(f"{SPEC}.type", dict(kind="scalar")), "the name 'type'; it must be an identifier"),
+    (setting("prior.net.text_dim", 0), "prior.net.text_dim: .* greater than or equal to 1"),
+    (setting("prior.net.text_dim", 16), "data.encodings_url has text encodings of 12; prior.net.text_dim makes it 16"),
+    (
+        setting("prior.net.text_embed_dim", None),
+        "data.text_url has text embeddings of 12; prior.net.text_embed_dim.*8",
+    ),
+    (setting("prior.condition_on_text_encodings", False), "text_dim=12; with condition_on_text_encodings=False"),
+    (setting("data.conditions.peeple", "x"), "data.conditions has the unknown name 'peeple'; the nearest is 'people'"),
+    (setting("data.conditions.people", None), "data.conditions has no 'people'; prior.net.conditions does"),
+    (setting("data.conditions", None), "data.conditions has no 'people'"),
+    (setting(SPEC, None), "data.conditions has the unknown name 'people'; the network has none"),
+    (setting("data.meta_url", None), "data.meta_url is missing; data.conditions.people is a column"),
+    (setting("data.conditions.aesthetic", "scores"), "conditions.aesthetic: has no column 'scores'; .* num_people"),
+    (
+        setting("data.conditions.aesthetic", "caption"),
+        "conditions.aesthetic: column 'caption' holds string; .*numbers",
+    ),
+    (setting("data.conditions.people", "score"), "conditions.people: column 'score' holds double; .* hold integers"),
+    (setting(f"{SPEC}.people.size", 2), "data.conditions.people holds 2; it must be below prior.net.*.people.size=2"),
+    (setting(f"{SPEC}.style.size", 7), "data.conditions.style has vectors of 5; prior.net.conditions.style.size=7"),
+    (spoil("score"), r"metadata_1.parquet: conditions.aesthetic: has no column 'score'"),
+    (spoil("", score=[float("inf")] * ROWS), "data.conditions.aesthetic holds infinity"),
+    (save("styles/styles_1.npy", np.ones((ROWS - 1, 5))), "styles_1.npy: 59 rows, and 60 in .*images_1.npy"),
+    (save("styles/styles_1.npy", np.ones((ROWS, 4))), "conditions.style of the other shards are float32"),
+    (lambda folder, config: (folder / "styles/styles_1.npy").unlink(), "no conditions.style of its number, 1, in"),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG, ids=[message for _, message in WRONG])
+def test_wrong_configs_and_data(folder, change, message):
+    config = make_config(folder)
+    change(folder, config)
+    with pytest.raises(ValueError, match=message):
+        train(folder, config)
+
+
+@pytest.mark.parametrize("values", [[1, None, 3], [1.5, None, float("nan")], [True, None, False], [2**40, 3, None]])
+def test_numbers_of_parquet_columns(tmp_path, values):
+    """Of any type, in several row groups; what is missing is NaN, or -1."""
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images/img_0.npy", np.eye(60, 4, dtype=np.float32))
+    write_table(tmp_path, 0, caption=["a"] * 60, number=values * 20)
+    fractions = any(isinstance(value, float) for value in values)
+    for kind, lost in (("scalar", np.nan), ("category", -1)):
+        urls = tmp_path / "images", tmp_path / "metadata"
+        if fractions and kind == "category":
+            with pytest.raises(ValueError, match="conditions.n: column 'number' holds double; it must hold integers"):
+                EmbeddingShards.open(*urls, conditions=dict(n=(kind, "number")))
+            continue
+        shards = EmbeddingShards.open(*urls, conditions=dict(n=(kind, "number")))
+        (batch,) = PairStream(shards, batch_size=60)
+        assert batch["n"].dtype == (torch.float32 if kind == "scalar" else torch.int64)
+        wanted = np.array([lost if value is None else value for value in values * 20], batch["n"].numpy().dtype)
+        np.testing.assert_array_equal(batch["n"].numpy(), wanted)
+        assert "20 conditions.n are missing" in shards.report()
+
+
+def test_other_names_of_data_columns_are_refused(folder):
+    urls = folder / "images", folder / "metadata"
+    for conditions, message in (
+        (dict(text=("scalar", "score")), "conditions has the name 'text', which is that of another column"),
+        (
+            dict(a=("number", "score")),
+            r"conditions\['a'\] is a 'number'; it must be one of 'scalar', 'category'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EmbeddingShards.open(*urls, conditions=conditions)
+    with pytest.raises(ValueError, match=r"meta_url=None; conditions\['a'\] is a column of its files"):
+        EmbeddingShards.open(urls[0], conditions=dict(a=("scalar", "score")))
+
+
+# values and the command line
+
+BAD_VALUES = [
+    (
+        dict(asthetic=torch.ones(3)),
+        ValueError,
+        "has the unknown name 'asthetic'; the nearest is 'aesthetic'",
+    ),
+    (dict(aesthetic=torch.ones(3, 1)), ValueError, r"conditions\['aesthetic'\] has shape \(3, 1\); it must be \(3,\)"),
+    (dict(aesthetic=6.5), TypeError, r"conditions\['aesthetic'\] is a float; it must be a tensor"),
+    (dict(aesthetic=torch.ones(3).long()), TypeError, "has dtype torch.int64; it must be floating point"),
+    (dict(aesthetic=torch.ones(3) / 0), ValueError, r"conditions\['aesthetic'\] holds infinity"),
+    (dict(people=torch.ones(3)), TypeError, r"conditions\['people'\] has dtype torch.float32; it must be integers"),
+    (dict(people=torch.ones(2).long()), ValueError, r"conditions\['people'\] has shape \(2,\); it must be \(3,\)"),
+    (dict(people=torch.tensor([0, 4, 1])), ValueError, r"conditions\['people'\] holds 4; it must be below its size, 4"),
+    (dict(style=torch.ones(3, 5)), ValueError, r"conditions\['style'\] has shape \(3, 5\); it must be \(3, 6\)"),
+]
+
+
+@pytest.mark.parametrize("values, error, message", BAD_VALUES)
+def test_bad_values(values, error, message):
+    prior, text = make_prior(NETS["conditions"]), make_text(3, 32)
+    with pytest.raises(error, match=message):
+        sample(prior, text | dict(conditions=values), timesteps=4)
+    with pytest.raises(error, match=message):
+        prior(**text, image_embed=torch.randn(3, 32), conditions=values)
+    with pytest.raises(error, match=message):
+        PriorSampler(prior, timesteps=4, compile=False)(**text, conditions=values)
+
+
+def test_what_a_prior_has_not():
+    prior, text = make_prior(), make_text(3, 32)
+    with pytest.raises(ValueError, match="conditions has the unknown name 'people'; the network has none"):
+        sample(prior, text | dict(conditions=dict(people=torch.ones(3).long())), timesteps=4)
+    prior, text = make_prior(NETS["t5"]), make_inputs(NETS["t5"], 3)
+    with pytest.raises(ValueError, match="num_samples_per_batch=2; it must be 1, since a text_embed of width 12 "):
+        prior.sample(**text, timesteps=4)
+    with pytest.raises(ValueError, match=r"text_encodings has shape \(3, 5, 32\); it must be \(3, 5, 24\)"):
+        sample(prior, text | dict(text_encodings=torch.ones(3, 5, 32)), timesteps=4)
+    with pytest.raises(ValueError, match=r"text_embed has shape \(3, 32\); it must be \(3, 12\)"):
+        sample(prior, text | dict(text_embed=torch.ones(3, 32)), timesteps=4)
+
+
+def test_the_command_line(folder, capsys):
+    torch.manual_seed(0)
+    config = make_config(folder)["prior"]
+    prior = DiffusionPriorConfig(**config).create().eval()
+    checkpoint.save(prior, folder / "prior.safetensors")
+    np.save(folder / "style.npy", np.ones((3, 5), np.float32))
+    given = ["--checkpoint", str(folder / "prior.safetensors"), "--seed", "0"]
+    text = ["--text-embed", str(folder / "text.npy"), "--text-encodings", str(folder / "encodings.npy")]
+    inputs = dict(text_embed=torch.eye(3, 12), text_encodings=torch.eye(3, 12)[:, None])
+    np.save(folder / "text.npy", inputs["text_embed"].numpy())
+    np.save(folder / "encodings.npy", inputs["text_encodings"].numpy())
+    values = ["--condition", "aesthetic=6.5", "--condition", "people=2", "--condition", f"style={folder / 'style.npy'}"]
+    out = ["--out", str(folder / "out.npy"), "--steps", "5", "--samples-per-prompt", "1"]
+    assert cli.main(["sample", *given, *text, *values, *out]) == 0
+    conditions = dict(aesthetic=torch.full((3,), 6.5), people=torch.full((3,), 2), style=torch.ones(3, 5))
+    wanted = prior.sample(**inputs, conditions=conditions, num_samples_per_batch=1, timesteps=5, progress=False,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    assert relative_error(torch.from_numpy(np.load(folder / "out.npy")), wanted) < TOLERANCE
+    for value, message in (
+        ("people=two", "--condition people=two: it must be an integer"),
+        ("aesthetic=high", "--condition aesthetic=high: it must be a number"),
+        ("peeple=2", "--condition has the unknown name 'peeple'; the nearest is 'people'"),
+        ("people=3", "conditions['people'] holds 3; it must be below its size, 3"),
+        ("style=6", "No such file or directory: '6'"),
+    ):
+        assert cli.main(["sample", *given, *text, *out, "--condition", value]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["sample", *given, *text, *out, "--condition", "people"])
+    assert "'people' is not NAME=VALUE" in capsys.readouterr().err
+
+    urls = [f"--{name}={folder / path}" for name, path in
+            dict(images="images", captions="metadata", texts="texts", encodings="encodings").items()]  # fmt: skip
+    sources = ["--condition", "people=num_people", "--condition", f"style={folder / 'styles'}"]
+    losses = []
+    for extra in ([], ["--condition", "aesthetic=score"]):
+        report = folder / "report.json"
+        argv = ["evaluate", *given, *urls, *sources, *extra, "--timesteps", "3", "--out", str(report)]
+        assert cli.main(argv) == 0
+        losses.append(json.loads(report.read_text())["metrics"]["l2-loss"])
+        assert ("note: no --condition for aesthetic" in capsys.readouterr().err) == (not extra)
+    assert abs(losses[0] - losses[1]) > 1e-5 * losses[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastprior import checkpoint
 from fastprior.loggers import BaseLogger, Part, import_for, import_wandb
-from fastprior.utils import atomic
+from fastprior.utils import atomic, remove_leftovers
 
 TIMEOUT_S = 60  # of one read from a server
 
@@ -217,6 +217,11 @@ def _fill(name: str, path: str, values: dict) -> str:
 @dataclass(eq=False)
 class LocalSaver(BaseSaver):
     """Saves to local files, atomically; relative paths begin in the working directory."""
+
+    def init(self, logger: BaseLogger) -> None:
+        own = (self.data_path / name for name in ("checkpoint.pth", "model.pth", "model.safetensors"))
+        for path in (*own, *filter(None, (self.save_latest_to, self.save_best_to))):
+            remove_leftovers(path)
 
     def save_file(self, local_path, save_path: str, **kwargs) -> None:
         Path(save_path).parent.mkdir(parents=True, exist_ok=True)

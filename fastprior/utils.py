@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
@@ -33,6 +35,16 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Delete what `atomic` writes of a path left when they were killed; its name may have placeholders in braces."""
+    path = Path(path)
+    stem, suffix = re.sub(r"\{.*?\}", "*", glob.escape(path.stem)), glob.escape(path.suffix)
+    for name in (stem, f"{stem}_step*"):
+        for hidden in (f".{name}", f"..{name}"):  # a write within a write has two dots
+            for leftover in path.parent.glob(f"{hidden}{suffix}.{'[0-9a-f]' * 8}.tmp*"):
+                leftover.unlink(missing_ok=True)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

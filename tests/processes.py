@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastprior.train_diffusion_prior"])
+CONTEXT.set_forkserver_preload(["fastprior.train_diffusion_prior", "torch._dynamo", "pytest"])  # all that takes long
 
 
 def _run(function, arguments, environment, errors):

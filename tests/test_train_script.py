@@ -1,14 +1,17 @@
 """The training script on small real files: whole runs, interruptions, resumption, two processes."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,30 +129,94 @@ def test_evaluation_does_not_change_the_training(data, tmp_path):
     assert all(torch.equal(never[name], always[name]) for name in never)
 
 
-def test_killed_at_any_moment(data, tmp_path):
-    """Every checkpoint that a killed run leaves can be read, and the run ends where it would have."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = dict(epochs=40, save_every_seconds=0)
-    assert run(make_config(data, whole, train=options), tmp_path / "whole.json") == 0
-    config = write(make_config(data, killed, train=options), tmp_path / "killed.json")
-    command = [sys.executable, "-m", "fastprior.train_diffusion_prior", "--config_path", config]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+PHASES = "_step", "save", "evaluate"
+
+
+def train_and_tell(config, sender):
+    """Train, and say what begins, and what a phase within another goes back to."""
+    for name in PHASES:
+        plain = getattr(Run, name)
+
+        def told(self, *args, plain=plain, name=name, **kwargs):
+            sender.send(name)
+            result = plain(self, *args, **kwargs)
+            sender.send("between")
+            return result
+
+        setattr(Run, name, told)
+    sys.exit(train_diffusion_prior.train(TrainDiffusionPriorConfig.model_validate(config)))
+
+
+def interrupt(config, number, phase, after, delay, errors):
+    """Send a signal so many seconds after the `after`-th begin of a phase; returns what was under way, and the code."""
+    receiver, sender = processes.CONTEXT.Pipe(duplex=False)
+    process = processes.start(train_and_tell, config, sender, errors=errors)
+    sender.close()
+    begun, last = 0, None
+    while begun < after:
+        last = receiver.recv()
+        begun += last == phase
+    time.sleep(delay)
+    os.kill(process.pid, number)
+    if number != signal.SIGKILL:
+        while process.is_alive() and receiver.poll(60):  # it must not wait for room in the pipe
+            with contextlib.suppress(EOFError):
+                receiver.recv()
+    process.join(60)
+    with contextlib.suppress(EOFError):
+        while number == signal.SIGKILL and receiver.poll():
+            last = receiver.recv()
+    return last, process.exitcode
+
+
+def test_interrupted_at_any_moment(data, tmp_path):
+    """Twenty times by SIGKILL: every checkpoint that is left can be read, and the run ends where it would have."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = dict(
+        train=dict(epochs=5, save_every_seconds=0), data_options=dict(eval_every_seconds=0, max_eval_pairs=8)
+    )
+    for out in (whole, parts):
+        out.mkdir()
+    configs = {out: make_config(data, out, **options) for out in (whole, parts)}
+    configs[parts]["tracker"]["save"][0]["save_every"] = 4
+    assert run(configs[whole], tmp_path / "whole.json") == 0
+
     draw = np.random.default_rng(0)
-    for _ in range(3):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 180
-        seen = (killed / "latest.pth").stat().st_mtime_ns if (killed / "latest.pth").exists() else 0
-        while process.poll() is None and time.monotonic() < deadline:
-            if (killed / "latest.pth").exists() and (killed / "latest.pth").stat().st_mtime_ns != seen:
-                break
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0, 0.6))
-        process.kill()
-        process.wait()
-        assert torch.load(killed / "latest.pth", weights_only=True)["step"] > 0
-    assert run(json.loads((tmp_path / "killed.json").read_text()), tmp_path / "again.json") == 0
-    ours, wanted = weights(killed / "latest.pth"), weights(whole / "latest.pth")
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    numbers = draw.permutation([signal.SIGKILL] * 20 + [signal.SIGTERM, signal.SIGINT] * 2)
+    killed_in, latest = Counter(), parts / "latest.pth"
+    for index, number in enumerate(numbers):
+        phase, after, delay = PHASES[index % 3], int(draw.integers(1, 5)), draw.uniform(0, 0.01)
+        last, code = interrupt(configs[parts], int(number), phase, after, delay, tmp_path / "errors.txt")
+        if number == signal.SIGKILL:
+            killed_in[last] += 1
+        assert code == (-9 if number == signal.SIGKILL else 128 + number), (tmp_path / "errors.txt").read_text()
+        for path in parts.glob("*.pth"):
+            assert torch.load(path, weights_only=True)["step"] > 0
+    assert killed_in.total() == 20 and all(killed_in[phase] for phase in PHASES), killed_in
+    assert 24 <= int(torch.load(latest, weights_only=True)["step"]) < 5 * 18
+    assert run(configs[parts], tmp_path / "parts.json") == 0
+
+    ours, wanted = (torch.load(out / "latest.pth", weights_only=True) for out in (parts, whole))
+    assert_same(ours, wanted)
+    assert_same(*(torch.load(out / "best.pth", weights_only=True) for out in (parts, whole)))
+    assert [path for path in parts.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def assert_same(one, other, where="the checkpoint"):
+    """Bit for bit: weights, average, moments, generators and counters."""
+    assert type(one) is type(other), where
+    if torch.is_tensor(one):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other)):
+            assert_same(*pair, f"{where}[{index}]")
+    else:
+        assert one == other, where
 
 
 def test_two_processes(data, tmp_path):

@@ -22,6 +22,7 @@ else:
     class PriorTransformer(PriorForward, StockPrior):
         """diffusers' PriorTransformer with our `forward`, `prefill` and `step`; all else is its own."""
 
+        __module__ = "fastprior"  # by which saved pipelines and pickles refer to it
         output_class = PriorTransformerOutput
         _supports_gradient_checkpointing = True
         _no_split_modules = ("BasicTransformerBlock",)

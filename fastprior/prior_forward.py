@@ -133,8 +133,11 @@ class PriorForward:
         return prior_latents
 
     def _apply(self, *args, **kwargs):
-        prefix_reuse.forget(self)
-        return super()._apply(*args, **kwargs)
+        before = self.proj_in.weight.data_ptr()
+        super()._apply(*args, **kwargs)
+        if self.proj_in.weight.data_ptr() != before:  # offloading moves a model at every call, mostly to where it is
+            prefix_reuse.forget(self)
+        return self
 
     @property
     def _weight_dtype(self) -> torch.dtype:

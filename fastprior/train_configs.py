@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +24,11 @@ from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
 from fastprior.utils import nearest
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Config(BaseModel):
@@ -83,29 +88,29 @@ class AdapterConfig(Config):
 class DiffusionPriorNetworkConfig(Config):
     """The arguments of `DiffusionPriorNetwork`; `max_text_len` null or left out is the network's default."""
 
-    dim: int
-    depth: int
-    max_text_len: int | None = None
-    num_timesteps: int | None = None
-    num_time_embeds: int = 1
-    num_image_embeds: int = 1
-    num_text_embeds: int = 1
+    dim: Count
+    depth: Count
+    max_text_len: Count | None = None
+    num_timesteps: Count | None = None
+    num_time_embeds: Count = 1
+    num_image_embeds: Count = 1
+    num_text_embeds: Count = 1
     self_cond: bool = False
-    text_dim: int | None = Field(None, ge=1)
-    text_embed_dim: int | None = Field(None, ge=1)
+    text_dim: Count | None = None
+    text_embed_dim: Count | None = None
     conditions: dict[str, dict[str, Any]] | None = None
-    dim_head: int = 64
-    heads: int = 8
-    ff_mult: float = 4
+    dim_head: Count = 64
+    heads: Count = 8
+    ff_mult: Positive = 4
     norm_in: bool = False
     norm_out: bool = True
-    attn_dropout: float = 0.0
-    ff_dropout: float = 0.0
+    attn_dropout: Share = 0.0
+    ff_dropout: Share = 0.0
     final_proj: bool = True
     normformer: bool = False
     rotary_emb: bool = True
     cosine_sim: bool = True
-    dot_scale: float | None = None
+    dot_scale: Positive | None = None
 
     @field_validator("conditions")
     @classmethod
@@ -123,26 +128,26 @@ class DiffusionPriorConfig(Config):
 
     clip: AdapterConfig | None = None
     net: DiffusionPriorNetworkConfig
-    image_embed_dim: int
-    image_size: int | None = None
-    image_channels: int = 3
-    timesteps: int = 1000
-    sample_timesteps: int | None = None
-    cond_drop_prob: float = 0.0
-    text_cond_drop_prob: float | None = None
-    image_cond_drop_prob: float | None = None
-    loss_type: str = "l2"
+    image_embed_dim: Count
+    image_size: Count | None = None
+    image_channels: Count = 3
+    timesteps: Count = 1000
+    sample_timesteps: Count | None = None
+    cond_drop_prob: Share = 0.0
+    text_cond_drop_prob: Share | None = None
+    image_cond_drop_prob: Share | None = None
+    loss_type: Literal["l1", "l2", "huber"] = "l2"
     predict_x_start: bool = True
     predict_v: bool = False
-    beta_schedule: str = "cosine"
+    beta_schedule: Literal["cosine", "linear", "quadratic", "jsd", "sigmoid"] = "cosine"
     condition_on_text_encodings: bool = True
     sampling_clamp_l2norm: bool = False
     sampling_final_clamp_l2norm: bool = False
     training_clamp_l2norm: bool = False
     init_image_embed_l2norm: bool = False
-    image_embed_scale: float | None = None
+    image_embed_scale: Positive | None = None
     clip_adapter_overrides: dict[str, Any] | None = None
-    clamp: float | str | None = "default"
+    clamp: Positive | Literal["default", "l2"] | None = "default"
 
     def create(self) -> DiffusionPrior:
         """The prior, with fresh weights."""
@@ -154,9 +159,9 @@ class DiffusionPriorConfig(Config):
 class TrainSplitConfig(Config):
     """Shares of the data; they sum to 1, and the last may be empty."""
 
-    train: float = Field(0.75, ge=0)
-    val: float = Field(0.15, ge=0)
-    test: float = Field(0.1, ge=0)
+    train: Amount = 0.75
+    val: Amount = 0.15
+    test: Amount = 0.1
 
     @model_validator(mode="after")
     def _whole(self) -> TrainSplitConfig:
@@ -185,31 +190,31 @@ class DiffusionPriorTrainConfig(Config):
         random_seed: of torch.
     """
 
-    epochs: int = 1
-    lr: float = 1.1e-4
-    wd: float = 6.02e-2
-    max_grad_norm: float | None = 0.5
+    epochs: Count = 1
+    lr: Positive = 1.1e-4
+    wd: Amount = 6.02e-2
+    max_grad_norm: Positive | None = 0.5
     use_ema: bool = True
-    ema_beta: float = 0.99
-    ema_update_after_step: int | None = None
-    ema_update_every: int | None = None
+    ema_beta: float = Field(0.99, ge=0, lt=1)
+    ema_update_after_step: int | None = Field(None, ge=0)
+    ema_update_every: Count | None = None
     amp: bool = False
-    warmup_steps: int | None = None
-    save_every_seconds: int = 3600
-    eval_timesteps: list[int] = [64]
-    eval_cond_scale: float = 1.0
-    cosine_decay_max_steps: int | None = Field(None, ge=1)
-    draws: int = Field(1, ge=1)
+    warmup_steps: int | None = Field(None, ge=0)
+    save_every_seconds: Amount = 3600
+    eval_timesteps: list[Count] = [64]
+    eval_cond_scale: float = Field(1.0, allow_inf_nan=False)
+    cosine_decay_max_steps: Count | None = None
+    draws: Count = 1
     compile: bool = False
     checkpoint_activations: bool = False
-    max_bad_steps: int = Field(20, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    max_batch_size: int | None = Field(None, ge=1)
-    log_every_steps: int = Field(10, ge=1)
-    best_validation_loss: float = 1e9
-    current_epoch: int = 0
-    num_samples_seen: int = 0
-    random_seed: int = 0
+    max_bad_steps: Count = 20
+    gradient_accumulation_steps: Count = 1
+    max_batch_size: Count | None = None
+    log_every_steps: Count = 10
+    best_validation_loss: Amount = 1e9
+    current_epoch: int = Field(0, ge=0)
+    num_samples_seen: int = Field(0, ge=0)
+    random_seed: int = Field(0, ge=0, lt=2**32)
 
 
 class DiffusionPriorDataConfig(Config):
@@ -236,13 +241,13 @@ class DiffusionPriorDataConfig(Config):
     encodings_url: str | None = None
     conditions: dict[str, str] | None = None
     splits: TrainSplitConfig
-    batch_size: int
-    num_data_points: int = Field(250_000_000, ge=1)
-    eval_every_seconds: int = 3600
-    max_eval_pairs: int | None = Field(10_000, ge=1)
+    batch_size: Count
+    num_data_points: Count = 250_000_000
+    eval_every_seconds: Amount = 3600
+    max_eval_pairs: Count | None = 10_000
     shuffle_seed: int | None = Field(0, ge=0)
     on_problem: Literal["error", "skip"] = "error"
-    workers: int = Field(1, ge=1)
+    workers: Count = 1
     prefetch: int = Field(4, ge=0)
 
     @model_validator(mode="after")

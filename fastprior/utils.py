@@ -19,7 +19,8 @@ from types import ModuleType
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and is removed when it does not.
 
-    So at any moment there is the old file or the new one, whole. Raises FileNotFoundError where no file can be.
+    So at any moment there is the old file or the new one, whole. Raises FileNotFoundError where no file can be, and
+    OSError, naming the file, where writing fails.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir() or not path.parent.is_dir():
@@ -33,6 +34,8 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,7 +1,9 @@
 """The training script on small real files: whole runs, interruptions, resumption, two processes."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import processes
@@ -16,9 +19,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from pydantic import BaseModel
 
 from fastprior import checkpoint, train_diffusion_prior
-from fastprior.trackers import read_metrics
+from fastprior.trackers import LOADERS, LOGGERS, SAVERS, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import Run, make_accelerator, split_edges
 
@@ -266,6 +270,75 @@ def test_wrong_configs(data, tmp_path, change, message):
         run(config, tmp_path / "config.json")
 
 
+def leaves(annotation) -> set:
+    """The plain types and models in an annotation, and Literal where it has literals."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (dict, Literal) or not parts:
+        return {origin or annotation}
+    return set().union(*map(leaves, parts))
+
+
+def wrong_values(model=TrainDiffusionPriorConfig, at=()):
+    """Values that a key cannot have, for every key of a config, found in the classes so that none is left out."""
+    for name, field in model.model_fields.items():
+        kinds, place = leaves(field.annotation), (*at, name)
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        for section in sections:
+            yield from wrong_values(section, (*place, 0) if get_origin(field.annotation) is list else place)
+        if sections:
+            continue
+        values = [3 if dict in kinds else {"wrong": 1}]
+        values += [-1] * (bool(kinds & {int, float}) and name != "eval_cond_scale")
+        values += [math.nan] * (float in kinds) + ["no such value"] * (Literal in kinds)
+        for value in values:
+            yield pytest.param(model, place, value, id=f"{model.__name__}-{name}-{value}")
+
+
+def read_with(tmp_path, place, value, model=None):
+    """Read a config file in which one key has another value."""
+    config = make_config(tmp_path, tmp_path / "run")
+    config["prior"]["clip"], section = dict(make="openai"), config
+    for name in place[:-1]:
+        section = section[name]
+    if model is not None and (make := model.model_fields.get("make")) and make.is_required():
+        section.clear()  # another kind of network, which says so
+        section["make"] = get_args(make.annotation)[0]
+    section[place[-1]] = value
+    with pytest.raises(ValueError) as caught:
+        TrainDiffusionPriorConfig.from_json_path(write(config, tmp_path / "config.json"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("model, place, value", wrong_values())
+def test_every_wrong_value_names_its_key(tmp_path, model, place, value):
+    assert ".".join(map(str, place)) in read_with(tmp_path, place, value, model)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("prior.net.attn_dropout", 1.5), ("prior.cond_drop_prob", 1.1), ("prior.clamp", "x"), ("prior.timesteps", 0),
+    ("prior.net.dim", 0), ("data.batch_size", 0), ("data.num_data_points", 0), ("train.ema_beta", 1),
+    ("train.eval_cond_scale", math.inf), ("train.eval_timesteps", [4, 0]), ("train.epochs", 0), ("train.lr", 0),
+    ("train.random_seed", 2**32),
+])  # fmt: skip
+def test_bounds(tmp_path, key, value):
+    assert key in read_with(tmp_path, tuple(key.split(".")), value)
+
+
+PARTS = [("log", "log_type", LOGGERS), ("load", "load_from", LOADERS), ("save", "save_to", SAVERS)]
+
+
+@pytest.mark.parametrize("section, kind, parts", PARTS)
+def test_every_wrong_option_of_a_tracker_is_named(tmp_path, section, kind, parts):
+    for choice, part in parts.items():
+        own = [field for field in dataclasses.fields(part) if field.name != "data_path"]
+        given = {field.name: "https://x/y" for field in own if field.default is dataclasses.MISSING}
+        given |= {"save_latest_to": "latest.pth"} if section == "save" else {}
+        for field in own:
+            options = {kind: choice, **given, field.name: {"wrong": 1}}
+            place = ("tracker", section)
+            assert field.name in read_with(tmp_path, place, [options] if section == "save" else options), choice
+
+
 def test_captions_need_a_clip(data, tmp_path):
     config = make_config(data, tmp_path / "run")
     config["prior"]["condition_on_text_encodings"] = True
@@ -279,9 +352,7 @@ def test_the_configs_that_come_along_are_valid(path):
     with torch.device("meta"):
         net = config.prior.net.create()
     weights = sum(p.numel() for p in net.causal_transformer.parameters() if p.ndim == 2)
-    assert weights == pytest.approx(
-        {"tiny": 8032, "prior_laion_vit_l14": 248.4e6}.get(path.stem, 100.9e6), rel=0.002
-    )
+    assert weights == pytest.approx({"tiny": 8032, "prior_laion_vit_l14": 248.4e6}.get(path.stem, 100.9e6), rel=0.002)
 
 
 def test_the_tiny_config_trains(data, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -567,6 +568,23 @@ def test_what_cannot_be_saved(tmp_path):
     trainer.save(tmp_path / "x.pth")
     with pytest.raises(FileExistsError, match="x.pth exists"):
         trainer.save(tmp_path / "x.pth", overwrite=False)
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path):
+    trainer = make_trainer()
+    trainer.save(tmp_path / "x.pth")
+    before = (tmp_path / "x.pth").read_bytes()
+    run(trainer, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.pth could not be written"):
+            trainer.save(tmp_path / "x.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.pth", before)]
+    trainer.save(tmp_path / "x.pth")
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["step"].item() == 1
 
 
 def test_what_cannot_be_loaded(tmp_path):

@@ -58,8 +58,8 @@ def obstacles(model: nn.Module, suffix: int) -> list[str]:
         ):
             found.append(f"an attention processor is a {type(processor).__name__}")
     weights = list(model.parameters())
-    if len({weight.device for weight in weights}) > 1 or weights[0].is_meta:
-        found.append("the weights lie on several devices, or on none")
+    if len({weight.device for weight in weights}) != 1 or weights[0].is_meta:
+        return [*found, "the weights lie on several devices, or on none"]
     if any(type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in DTYPES for weight in weights):
         found.append("weights are quantised or sharded")
     dim_head = model.config["attention_head_dim"]
@@ -69,11 +69,12 @@ def obstacles(model: nn.Module, suffix: int) -> list[str]:
 
 
 def is_plain_call() -> bool:
-    """Whether tensors are what they seem: no gradients, no tracing, no transforms."""
+    """Whether tensors are what they seem, and may be looked into: no gradients, tracing, transforms, graph capture."""
     return not (
         torch.compiler.is_compiling()  # first: of the others a compiler may know nothing
         or torch.is_grad_enabled()
         or torch.jit.is_tracing()
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 

@@ -14,6 +14,7 @@ from pt_cases import CONFIG, MAKES, TOLERANCE, kept, make_inputs, make_stock, wi
 
 import fastprior
 from fastprior import prior_blocks, prior_transformer
+from fastprior.kernels import ops
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -216,6 +217,19 @@ def test_16_bits(autocast, dtype, make):
     assert torch.nn.functional.cosine_similarity(got.double(), wanted.double()).min() > 0.999
     errors = [(t.double() - exact).square().mean().sqrt() for t in (got, wanted)]
     assert errors[0] <= 2 * errors[1]
+
+
+def test_on_kernels():
+    stock = make_stock(num_layers=2, attention_head_dim=16, num_attention_heads=2)
+    ours, given = without_diffusers(stock), make_inputs(stock.config)
+    with torch.no_grad(), ops.using("triton"):
+        for _ in range(2):
+            assert relative_error(ours(**given)[0], stock(**given)[0]) < TOLERANCE
+        assert kept(ours) is not None
+    few = without_diffusers(make_stock())
+    with torch.no_grad(), ops.using("triton"):
+        few(**given)
+        assert kept(few) is None, "the kernels take no heads of 8"
 
 
 # what clients do with the model
@@ -468,6 +482,7 @@ BAD_PREFILLS = {
         "has a hook or a replaced forward",
     ),
     "processor": (lambda model: model.set_attn_processor(Doubling()), "an attention processor is a Doubling"),
+    "devices": (lambda model: model.proj_in.to("meta") and None, "the weights lie on several devices, or on none"),
     "stranger": (lambda model: setattr(model, "proj_in", Stranger(20, 32)), "a Stranger stands in the model"),
 }
 

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,15 @@ def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
     steps = config.train.gradient_accumulation_steps
     # said outright, because accelerate does not join several processes without a GPU by itself
     without_gpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=without_gpu, mixed_precision=precision, gradient_accumulation_steps=steps)
+    accelerator = Accelerator(cpu=without_gpu, mixed_precision=precision, gradient_accumulation_steps=steps)
+    # `accelerate launch --cpu --num_processes N` leaves these, and starts one process, unless by MPI
+    alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ
+    if alone and os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        warnings.warn(
+            "this run has one process: on CPUs accelerate starts several through MPI alone; torchrun --nproc_per_node "
+            "does without"
+        )
+    return accelerator
 
 
 def train(config: TrainDiffusionPriorConfig, config_path: Path | None = None) -> int:

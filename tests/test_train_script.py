@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.commands import launch
 from accelerate.state import AcceleratorState
 from pydantic import BaseModel
 
@@ -223,20 +223,76 @@ def assert_same(one, other, where="the checkpoint"):
         assert one == other, where
 
 
-def test_two_processes(data, tmp_path):
-    out = tmp_path / "two"
-    config = make_config(data, out, train=dict(epochs=2), data_options=dict(splits=dict(train=0.85, val=0.15, test=0)))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-        "fastprior.train_diffusion_prior", "--config_file", write(config, tmp_path / "config.json"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    records = read_metrics(out / "metrics.jsonl")
-    steps = (306 // 2 // 16) * 2  # of both epochs, with 16 pairs on each process
-    assert torch.load(out / "latest.pth", weights_only=True)["step"].item() == steps
-    assert max(r.get("samples_seen", 0) for r in records) <= steps * 32
-    assert any("validation/ema l2-loss" in r for r in records)
+# several processes
+
+
+UNEVEN = dict(splits=dict(train=0.85, val=0.15, test=0))  # 306 pairs to train on
+COUNTED = (306 // 2 // 16) * 2 * 16  # pairs of an epoch of two processes, of which each has 153
+
+
+def train_on_ranks(config, status, stop_at=None):
+    """Train on this rank; the last one gets a SIGTERM before a step."""
+    rank, plain_step = int(os.environ.get("RANK", 0)), Run._step
+
+    def step(self, batch, bar):
+        if int(self.trainer.step) == stop_at and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain_step(self, batch, bar)
+
+    Run._step = step
+    assert train_diffusion_prior.train(TrainDiffusionPriorConfig.model_validate(config)) == status
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_interrupted_on_one_of_two_processes(data, tmp_path, fsdp):
+    """All stop when they next look, every five steps, and together go on to where an uninterrupted run ends."""
+    options = dict(world=2, function=train_on_ranks, folder=tmp_path, fsdp=fsdp)
+    prior = dict(net=dict(dim=DIM, depth=1, heads=2, dim_head=8, max_text_len=4, num_timesteps=50, ff_dropout=0.1))
+    configs = [make_config(data, tmp_path / name, data_options=UNEVEN) for name in ("whole", "parts")]
+    for config in configs:
+        config["prior"] |= prior
+    processes.run_ranks(arguments=(configs[0], 0), **options)
+    processes.run_ranks(arguments=(configs[1], 128 + signal.SIGTERM, 11), **options)
+    assert torch.load(tmp_path / "parts" / "latest.pth", weights_only=True)["step"].item() == 15
+    processes.run_ranks(arguments=(configs[1], 0), **options)
+    whole, parts = (torch.load(tmp_path / name / "latest.pth", weights_only=True) for name in ("whole", "parts"))
+    assert whole["step"].item() == 27 and whole["progress"]["samples_seen"] == 3 * COUNTED
+    assert_same(parts, whole)
+    assert_same(*(torch.load(tmp_path / name / "best.pth", weights_only=True) for name in ("whole", "parts")))
+
+
+def test_resumed_on_another_number_of_processes(data, tmp_path, capfd):
+    config = make_config(data, tmp_path / "run", data_options=UNEVEN)
+    options = dict(world=2, function=train_on_ranks, folder=tmp_path)
+    processes.run_ranks(arguments=(config, 128 + signal.SIGTERM, 11), **options)
+    progress = torch.load(tmp_path / "run" / "latest.pth", weights_only=True)["progress"]
+    assert progress["data"]["sample"] == 6 * 16 and progress["samples_seen"] == 15 * 32
+    with pytest.warns(UserWarning, match=r"generators of 2 process\(es\), and this run has 1"):
+        assert run(config, tmp_path / "config.json") == 0
+    assert "is of 2 process(es), and this run has 1: the rest of the epoch is dealt out anew" in capfd.readouterr().out
+    state = torch.load(tmp_path / "run" / "latest.pth", weights_only=True)
+    left = (306 - 2 * 6 * 16) // 16 + 306 // 16  # batches of the epoch that was begun, and of the last
+    assert state["step"].item() == 15 + left and len(state["rng"]) == 1
+
+
+@pytest.mark.parametrize("options, key, world", [
+    (["--cpu"], "--config_path", 1), (["--use_fsdp", "--fsdp_version", "2"], "--config_file", 2),
+], ids=["cpu", "fsdp"])  # fmt: skip
+def test_accelerate_launches(data, tmp_path, monkeypatch, capfd, options, key, world):
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out = tmp_path / "run"
+    config = write(make_config(data, out, train=dict(epochs=2), data_options=UNEVEN), tmp_path / "config.json")
+    options += ["--num_processes", "2", "-m", "fastprior.train_diffusion_prior", key, config]
+    launch.launch_command(launch.launch_command_parser().parse_args(options))
+    assert ("accelerate starts several through MPI alone" in capfd.readouterr().err) is (world == 1)
+    state = torch.load(out / "latest.pth", weights_only=True)
+    steps = 2 * (306 // world // 16)
+    assert state["step"].item() == steps and state["progress"]["samples_seen"] == steps * 16 * world
+    assert len(state["rng"]) == world
+    assert any("validation/ema l2-loss" in record for record in read_metrics(out / "metrics.jsonl"))
 
 
 def test_diverging_training_keeps_the_last_checkpoint(data, tmp_path, monkeypatch, capsys):
@@ -351,8 +407,10 @@ def test_the_configs_that_come_along_are_valid(path):
     config = TrainDiffusionPriorConfig.from_json_path(path)
     with torch.device("meta"):
         net = config.prior.net.create()
-    weights = sum(p.numel() for p in net.causal_transformer.parameters() if p.ndim == 2)
-    assert weights == pytest.approx({"tiny": 8032, "prior_laion_vit_l14": 248.4e6}.get(path.stem, 100.9e6), rel=0.002)
+    transformer = net.prior.transformer_blocks if path.stem == "prior_transformer" else net.causal_transformer
+    weights = sum(p.numel() for p in transformer.parameters() if p.ndim == 2)
+    wanted = {"tiny": 8032, "prior_laion_vit_l14": 248.4e6, "prior_transformer": 1006.6e6}
+    assert weights == pytest.approx(wanted.get(path.stem, 100.9e6), rel=0.002)
 
 
 def test_the_tiny_config_trains(data, tmp_path, monkeypatch):

@@ -139,6 +139,15 @@ def test_compiled_once_whatever_is_given():
     assert not counters["stats"].get("unique_graphs"), "a call after warmup compiled something"
 
 
+def test_rows_of_zeros_are_padding_before_they_are_projected():
+    net, text = make_prior(NETS["t5"]).net, make_inputs(NETS["t5"], 1)
+    x, times = torch.randn(1, 32), torch.tensor([3])
+    real = torch.ones(1, 2, 24)
+    padded = torch.cat((real, torch.zeros(1, 3, 24)), dim=1)
+    short, long = (net(x, times, **(text | dict(text_encodings=given))) for given in (real, padded))
+    assert torch.equal(short, long)
+
+
 # nulls and dropout
 
 

@@ -21,7 +21,8 @@ from accelerate.commands import launch
 from accelerate.state import AcceleratorState
 from pydantic import BaseModel
 
-from fastprior import checkpoint, train_diffusion_prior
+from fastprior import checkpoint, cli, train_diffusion_prior
+from fastprior.evaluate import evaluate
 from fastprior.trackers import LOADERS, LOGGERS, SAVERS, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import Run, make_accelerator, split_edges
@@ -123,6 +124,44 @@ def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatc
     assert run(config, tmp_path / "parts.json") == 0
     ours, wanted = weights(parts / "latest.pth"), weights(whole / "latest.pth")
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_online_weights_and_their_average_are_measured_each(data, tmp_path):
+    out = tmp_path / "run"
+    config = make_config(data, out, train=dict(epochs=1, ema_beta=0.99))
+    assert run(config, tmp_path / "config.json") == 0
+    (record,) = (r for r in read_metrics(out / "metrics.jsonl") if "validation/ema l2-loss" in r)
+    again = make_run(config)
+    for name, prior in (("online", again.trainer.prior), ("ema", again.trainer.sampling_prior)):
+        loss = evaluate(prior, again.streams["validation"], timesteps=())["l2-loss"]
+        assert record[f"validation/{name} l2-loss"] == pytest.approx(loss, rel=1e-6)
+    assert abs(record["validation/online l2-loss"] - record["validation/ema l2-loss"]) > 1e-3
+
+
+def make_run(config: dict) -> Run:
+    config = TrainDiffusionPriorConfig.model_validate(config)
+    return Run(config, make_accelerator(config))
+
+
+def test_options_of_a_config_arrive(data, tmp_path):
+    options = dict(lr=0.25, wd=0.125, max_grad_norm=3.0, warmup_steps=2, cosine_decay_max_steps=8, draws=3,
+                   ema_beta=0.5, ema_update_after_step=7, ema_update_every=3, max_bad_steps=4)  # fmt: skip
+    trainer = make_run(make_config(data, tmp_path / "run", train=options)).trainer
+    ema = trainer.ema_diffusion_prior
+    assert (ema.beta, ema.update_after_step, ema.update_every) == (0.5, 7, 3)
+    assert (trainer.max_grad_norm, trainer.draws, trainer.max_bad_steps) == (3.0, 3, 4)
+    assert trainer.scheduler.base_lrs == [0.25] * 2 and trainer.scheduler.get_last_lr() == [0.125] * 2
+    assert [trainer.scheduler.lr_lambdas[0](step) for step in (2, 8)] == pytest.approx([0.8535534, 0])
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.125
+
+
+def test_without_an_average(data, tmp_path):
+    config = make_config(data, tmp_path / "run", train=dict(use_ema=False, epochs=2))
+    assert run(config, tmp_path / "config.json") == 0
+    names = set().union(*read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert "validation/online recall@1 [steps=8]" in names and not [name for name in names if "/ema " in name]
+    state = torch.load(tmp_path / "run" / "best.pth", weights_only=True)
+    assert "ema_model" not in state and make_run(config).best == state["progress"]["best"] < 2
 
 
 def test_evaluation_does_not_change_the_training(data, tmp_path):
@@ -417,7 +456,7 @@ def test_the_tiny_config_trains(data, tmp_path, monkeypatch):
     for name in ("images", "texts"):
         (tmp_path / name).symlink_to(data / name)
     monkeypatch.chdir(tmp_path)
-    assert train_diffusion_prior.main(["--config_file", str(ROOT / "configs" / "tiny.json")]) == 0
+    assert cli.main(["train", "--config_path", str(ROOT / "configs" / "tiny.json")]) == 0
     assert (tmp_path / "run" / "best.pth").exists()
 
 

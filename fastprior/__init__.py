@@ -19,8 +19,10 @@ __all__ = [
     "OpenAIClipAdapter",
     "OpenClipAdapter",
     "XClipAdapter",
+    "PriorPipeline",
     "PriorSampler",
     "PriorTransformer",
+    "ShapEPrior",
     "accelerate_prior",
     "convert",
     "load",
@@ -31,8 +33,10 @@ __all__ = [
 _LATER = {  # imported when first asked for, so that `import fastprior` stays light
     "DiffusionPriorTrainer": "trainer",
     "ModelMixin": "diffusers_interop",  # by which diffusers knows that its pipelines can save and load our prior
+    "PriorPipeline": "prior_pipeline",
     "PriorSampler": "serving",
     "PriorTransformer": "diffusers_interop",
+    "ShapEPrior": "shap_e",
     "accelerate_prior": "diffusers_interop",
     "convert": "checkpoint",
     "load": "checkpoint",

@@ -1,15 +1,23 @@
 """PriorPipeline gives what diffusers' prior pipelines give, from the same folder and the same generator."""
 
+import copy
 import json
 import string
+import subprocess
+import sys
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import relative_error
 
+import fastprior
+from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_pipeline import PriorPipeline
+from fastprior.shap_e import ShapEPrior
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -27,7 +35,7 @@ CLIP = dict(
 def make_tokenizer(folder):
     """A byte-level tokenizer of single letters, in CLIP's files."""
     letters = string.ascii_lowercase
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = ["!", *letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -225,12 +233,124 @@ def test_ready_embeddings(ours, folder):
         bare(text, **kwargs)
 
 
+def test_a_prior_that_diffusers_loaded(ours, parts):
+    pipeline = PriorPipeline(
+        fastprior.accelerate_prior(copy.deepcopy(parts["prior"])), ours.schedule, folder=ours.folder
+    )
+    kwargs = dict(num_inference_steps=STEPS, num_images_per_prompt=2)
+    assert_same(pipeline("red fox", generator=seeded(), **kwargs), ours("red fox", generator=seeded(), **kwargs))
+
+
 def test_each_text_is_encoded_once(ours):
-    encoder, seen = ours._part("text_encoder"), []
+    encoder, seen = ours.part("text_encoder"), []
     hook = encoder.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     ours(["red fox", "cat", "red fox"], num_images_per_prompt=3, num_inference_steps=2)
     hook.remove()
     assert sorted(seen) == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes(dtype, ours, parts, folder):
+    """Without noise in the steps the error against fp64 is at most twice that of diffusers in the same dtype."""
+    ddim, latents = dict(clip_sample_range=5.0, prediction_type="sample", beta_schedule="squaredcos_cap_v2"), seeded()
+    latents = torch.randn(2, DIM, generator=latents, dtype=torch.float64)
+    text = TextEncoding(*(t.double() if t.is_floating_point() else t for t in ours.encode_text(["red fox", "cat"])))
+    empty = TextEncoding(*(t.double() if t.is_floating_point() else t for t in ours.encode_text([""] * 2)))
+
+    def reference(dtype):
+        """The loop of the pipelines with diffusers' model and scheduler."""
+        prior, scheduler, x = (
+            copy.deepcopy(parts["prior"]).to(dtype),
+            diffusers.DDIMScheduler(**ddim),
+            latents.to(dtype),
+        )
+        both = [torch.cat(pair).to(dtype) for pair in zip(empty, text)]
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            null, pred = prior(x.repeat(2, 1), t, *both[:2], both[2].bool()).predicted_image_embedding.chunk(2)
+            x = scheduler.step(null + 4.0 * (pred - null), t, x).prev_sample
+        return prior.post_process_latents(x)
+
+    with torch.no_grad():
+        exact, wanted = reference(torch.float64), reference(dtype)
+    pipeline = PriorPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline.schedule = DiffusersSchedule("DDIMScheduler", **ddim)
+    text, empty = (TextEncoding(*(t.to(dtype) for t in given[:2]), given.mask) for given in (text, empty))
+    got = pipeline(text, empty, zero_embed=pipeline.zero_embed(), latents=latents.to(dtype), num_inference_steps=STEPS)
+    assert got.image_embeds.dtype == got.negative_image_embeds.dtype == dtype
+    assert relative_error(got.image_embeds, exact) < 2 * relative_error(wanted, exact) + 1e-6
+
+
+def test_compiled_steps_are_the_same(monkeypatch, ours, folder):
+    """As one graph for each shape, which other texts and scales use again."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    compiled = PriorPipeline.from_pretrained(folder, compile=True)
+    for prompt, scale, graphs in (("red", 4.0, 1), ("fox", 7.0, 1), ("red fox", 4.0, 2)):
+        kwargs = dict(num_inference_steps=3, guidance_scale=scale)
+        got, wanted = (run(prompt, generator=seeded(), **kwargs) for run in (compiled, ours))
+        assert_same(got, wanted)
+        assert counter.frame_count == graphs
+
+
+def test_neither_diffusers_nor_transformers_is_needed(ours, folder, tmp_path):
+    """With embeddings at hand: in a process where they cannot be imported, nor what else is heavy."""
+    text, empty = ours.encode_text("red fox"), ours.encode_text("")
+    torch.save([*text, *empty], tmp_path / "texts.pt")
+    code = f"""
+import sys
+absent = "diffusers", "transformers", "accelerate", "peft", "open_clip"
+sys.modules.update(dict.fromkeys(absent))
+import torch, fastprior
+from fastprior.pipeline_parts import TextEncoding
+tensors = torch.load({str(tmp_path / "texts.pt")!r})
+pipeline = fastprior.PriorPipeline.from_pretrained({str(folder)!r})
+options = dict(generator=torch.Generator().manual_seed(0), num_inference_steps={STEPS})
+options["zero_embed"] = torch.zeros(1, {DIM})
+embeds = pipeline(TextEncoding(*tensors[:3]), TextEncoding(*tensors[3:]), **options).image_embeds
+torch.save(embeds, {str(tmp_path / "embeds.pt")!r})
+try:
+    pipeline("red fox")
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"tokenizer of {folder} needs transformers: pip install transformers\n"
+    wanted = ours("red fox", generator=seeded(), num_inference_steps=STEPS).image_embeds
+    assert relative_error(torch.load(tmp_path / "embeds.pt"), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("given", ["texts", "embeddings", "latents"])
+def test_shap_e(given, guidance_scale, parts, tmp_path):
+    torch.manual_seed(1)
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=6, num_embeddings=5,
+        additional_embeddings=0, embedding_proj_norm_type="layer", encoder_hid_proj_type=None, added_emb_type=None,
+        norm_in_type="layer", time_embed_act_fn="gelu", embedding_proj_dim=DIM, clip_embed_dim=12,
+    ).eval()  # fmt: skip
+    heun = dict(beta_schedule="exp", num_train_timesteps=1024, prediction_type="sample", use_karras_sigmas=True)
+    parts = dict(
+        prior=prior, text_encoder=parts["text_encoder"], tokenizer=copy.deepcopy(parts["tokenizer"]),
+        scheduler=diffusers.HeunDiscreteScheduler(**heun, clip_sample=True, clip_sample_range=1.0),
+    )  # fmt: skip
+    for name, part in parts.items():
+        part.save_pretrained(tmp_path / name)
+    ours = ShapEPrior.from_pretrained(tmp_path)
+    prompt = ["red fox", "cat"]
+    kwargs = dict(num_images_per_prompt=2, num_inference_steps=STEPS, guidance_scale=guidance_scale)
+    if given == "latents":
+        kwargs["latents"] = torch.randn(4, 30, generator=seeded())
+    pipeline = diffusers.ShapEPipeline(**parts, shap_e_renderer=None)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline(prompt, generator=seeded(), output_type="latent", **kwargs).images
+    prompt = ours.encode_text(prompt).embeds if given == "embeddings" else prompt
+    assert relative_error(ours(prompt, generator=seeded(), **kwargs), wanted) < TOLERANCE
+    with pytest.raises(ValueError, match=r"prompt has shape \(2, 9\); it must be \(prompts, 16\)"):
+        ours(torch.zeros(2, 9))
 
 
 def test_long_texts_are_cut_with_a_warning(ours, parts):
@@ -275,5 +395,7 @@ def test_encodings_of_another_prior_are_refused(ours):
         ours(text._replace(encodings=text.encodings[:, 1:]))
     with pytest.raises(ValueError, match="images_and_prompts has 1 entries and weights 2"):
         ours.interpolate(["a"], [0.5, 0.5])
+    with pytest.raises(TypeError, match="prior is a .*Linear; it must be fastprior's, or made so by accelerate_prior"):
+        PriorPipeline(torch.nn.Linear(1, 1), ours.schedule)
     with pytest.raises(TypeError, match="unet= is no part of a pipeline; it must be one of text_encoder"):
         PriorPipeline(ours.prior, ours.schedule, unet=None)

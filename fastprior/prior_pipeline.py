@@ -132,7 +132,7 @@ class PriorPipeline(PipelineParts):
             raise ValueError(
                 f"negative_prompt has {len(negatives)} texts; it must have 1, or as many as prompt, {len(prompts)}"
             )
-        return TextEncoding(*(torch.cat(tensors) for tensors in zip(*parts))), prompts, negatives
+        return TextEncoding(*(torch.cat(tensors).to(self.device) for tensors in zip(*parts))), prompts, negatives
 
     def _check(self, name: str, text: TextEncoding) -> None:
         config, prompts = self.prior.config, len(text.embeds)
@@ -191,6 +191,9 @@ class PriorPipeline(PipelineParts):
         """
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; it must be at least 1")
+        if zero_embed is not None and zero_embed.shape != (1, self.prior.config["embedding_dim"]):
+            wanted = 1, self.prior.config["embedding_dim"]
+            raise ValueError(f"zero_embed has shape {tuple(zero_embed.shape)}; it must be {wanted}")
         guidance, sample_negatives = guidance_scale > 1, negative_prompt is not None and zero_embed is None
         null_text = "" if guidance and negative_prompt is None else negative_prompt
         text, prompts, negatives = self._texts(prompt, null_text if guidance or sample_negatives else None)
@@ -213,7 +216,7 @@ class PriorPipeline(PipelineParts):
             return ImageEmbeddings(*embeds.split(wanted))
         if zero_embed is None and self.has("image_encoder"):
             zero_embed = self.zero_embed()
-        return ImageEmbeddings(embeds, None if zero_embed is None else zero_embed.expand(wanted, -1))
+        return ImageEmbeddings(embeds, None if zero_embed is None else zero_embed.to(embeds).expand(wanted, -1))
 
     def _step(
         self, table: StepTable, text: TextEncoding, prefixes: list[int], guided: int, scale: float, dtype: torch.dtype
@@ -241,33 +244,43 @@ class PriorPipeline(PipelineParts):
         *,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
         generator: Generators = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
         negative_prior_prompt: str | None = None,
         negative_prompt: str = "",
-        **kwargs,
     ) -> ImageEmbeddings:
         """The weighted sum of the embeddings of texts and images.
 
         Args:
             images_and_prompts: texts, PIL images, or preprocessed pixels (1, 3, height, width).
             weights: one for each.
+            num_images_per_prompt, num_inference_steps, guidance_scale, generator, latents, eta: of each text, see
+                `__call__`. Texts are sampled one after the other, from one generator.
             negative_prior_prompt: the negative prompt of every text.
             negative_prompt: what `negative_image_embeds` are sampled for; as `__call__` says where it is empty.
-            **kwargs: guidance_scale, latents, eta: see `__call__`.
         Returns:
-            (num_images_per_prompt, dim) each. Texts are sampled one after the other, from one generator.
+            (num_images_per_prompt, dim) each.
         """
         if not images_and_prompts or len(images_and_prompts) != len(weights):
             sizes = f"images_and_prompts has {len(images_and_prompts)} entries and weights {len(weights)}"
             raise ValueError(f"{sizes}; they must be as many, and at least one")
-        options = dict(generator=generator, num_inference_steps=num_inference_steps, **kwargs)
-        options["num_images_per_prompt"] = num_images_per_prompt
+        options = dict(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
+        options |= dict(guidance_scale=guidance_scale, generator=generator, latents=latents, eta=eta)
         embeds = 0.0
         for given, weight in zip(images_and_prompts, weights):
             if isinstance(given, str):
                 embed = self(given, negative_prior_prompt, **options).image_embeds
-            else:
-                embed = self.encode_image(given)
-            embeds = embeds + embed * weight
-        empty = self(negative_prompt, negative_prior_prompt, **options)
-        return ImageEmbeddings(embeds, empty.negative_image_embeds if negative_prompt == "" else empty.image_embeds)
+            elif len(embed := self.encode_image(given)) != 1:
+                raise ValueError(f"images_and_prompts has an entry of {len(embed)} images; each must be one")
+            embeds = embeds + embed.expand(num_images_per_prompt, -1) * weight
+        if negative_prompt == "" and negative_prior_prompt is None and self.has("image_encoder"):
+            # only the zero image is asked for; but the run that diffusers makes here moves the generator on
+            draw = self.noise(num_images_per_prompt, self.prior.config["embedding_dim"], generator, self.dtype)
+            table = self.schedule.table(num_inference_steps, eta=eta)
+            for _ in range(sum(table.draws_noise) + (latents is None)):
+                draw()
+            return ImageEmbeddings(embeds, self.zero_embed().expand(num_images_per_prompt, -1))
+        negative = self(negative_prompt, negative_prior_prompt, **options)
+        return ImageEmbeddings(embeds, negative[1] if negative_prompt == "" else negative[0])

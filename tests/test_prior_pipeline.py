@@ -155,9 +155,10 @@ def picture(seed=0):
 @pytest.mark.parametrize("kind, images", [("KandinskyPriorPipeline", 1), ("KandinskyV22PriorPipeline", 2)])
 @pytest.mark.parametrize("negative", ["", "low"])
 @pytest.mark.parametrize("negative_prior", [None, "bad"])
-def test_interpolation(kind, images, negative, negative_prior, ours, parts):
+@pytest.mark.parametrize("texts", [[], ["red fox", "cat"]], ids=["images", "both"])
+def test_interpolation(kind, images, negative, negative_prior, texts, ours, parts):
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    given = ["red fox", picture(), pixels, "cat"], [0.3, 0.2, 0.1, 0.4]
+    given = [picture(), pixels, *texts], [0.3, 0.2, 0.1, 0.4][: 2 + len(texts)]
     kwargs = dict(num_images_per_prompt=images, num_inference_steps=STEPS, guidance_scale=3.0)
     kwargs |= dict(negative_prompt=negative, negative_prior_prompt=negative_prior)
     mine, other = seeded(), seeded()
@@ -379,6 +380,7 @@ def test_long_texts_are_cut_with_a_warning(ours, parts):
         (["a"], dict(image=torch.zeros(2, DIM)), "image has 2 images; the number of prompts must be a multiple"),
         (["a"], dict(image=torch.zeros(2, 3, DIM)), r"image has shape \(2, 3, 16\); it must be \(images, 3, height"),
         (["a"], dict(image=torch.zeros(1, DIM), strength=0.0), "strength=0.0; it must be at most 1, and at least"),
+        (["a"], dict(zero_embed=torch.zeros(2, DIM)), r"zero_embed has shape \(2, 16\); it must be \(1, 16\)"),
         (["a"], dict(eta=0.5), "eta=0.5; a UnCLIPScheduler has no eta"),
     ],
 )
@@ -395,6 +397,8 @@ def test_encodings_of_another_prior_are_refused(ours):
         ours(text._replace(encodings=text.encodings[:, 1:]))
     with pytest.raises(ValueError, match="images_and_prompts has 1 entries and weights 2"):
         ours.interpolate(["a"], [0.5, 0.5])
+    with pytest.raises(ValueError, match="images_and_prompts has an entry of 2 images; each must be one"):
+        ours.interpolate([torch.zeros(2, 3, 8, 8)], [1.0])
     with pytest.raises(TypeError, match="prior is a .*Linear; it must be fastprior's, or made so by accelerate_prior"):
         PriorPipeline(torch.nn.Linear(1, 1), ours.schedule)
     with pytest.raises(TypeError, match="unet= is no part of a pipeline; it must be one of text_encoder"):

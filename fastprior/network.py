@@ -117,6 +117,11 @@ class DiffusionPriorNetwork(nn.Module):
         self.conditions = Conditions(dim, conditions) if conditions else None
 
     @property
+    def null_sees_image(self) -> bool:
+        """Whether the unconditional prediction depends on the noisy image, so that there is no `null_table`."""
+        return self.self_cond
+
+    @property
     def prefix_tokens(self) -> int:
         return len(self.conditions or ()) + self.max_text_len + self.num_text_embeds
 

@@ -55,7 +55,8 @@ class DiffusionPrior(nn.Module):
         sampling_final_clamp_l2norm: the same for the result.
         training_clamp_l2norm: the same for the prediction in training.
         init_image_embed_l2norm: the same for the initial noise.
-        image_embed_scale: diffusion runs on embeddings times this; default sqrt(image_embed_dim).
+        image_embed_scale: diffusion runs on embeddings times this; default sqrt(image_embed_dim), or 1 where the
+            network normalises them.
         clip_adapter_overrides: passed to the adapter made of an x-clip or CoCa model.
         clamp: how a predicted x0 is clamped in sampling: None, a float radius for ± clamping, or "l2". By default as
             DALLE2-pytorch: "l2" with `sampling_clamp_l2norm`, nothing for x0 and v, ±1 where `predict_x_start=False`
@@ -119,7 +120,9 @@ class DiffusionPrior(nn.Module):
         self.condition_on_text_encodings = condition_on_text_encodings
         self.can_compare_text = not own or net.text_embed_dim == net.dim
         self.predict_x_start, self.predict_v = predict_x_start, predict_v
-        self.image_embed_scale = self.image_embed_dim**0.5 if image_embed_scale is None else image_embed_scale
+        if image_embed_scale is None:
+            image_embed_scale = 1.0 if hasattr(net, "normalize") else self.image_embed_dim**0.5
+        self.image_embed_scale = image_embed_scale
         self.sampling_clamp_l2norm = sampling_clamp_l2norm
         self.sampling_final_clamp_l2norm = sampling_final_clamp_l2norm
         self.training_clamp_l2norm = training_clamp_l2norm
@@ -153,6 +156,17 @@ class DiffusionPrior(nn.Module):
     def prediction(self) -> str:
         """What the network predicts: "v", "x0" or "noise"."""
         return "v" if self.predict_v else "x0" if self.predict_x_start else "noise"
+
+    def normalize(self, image_embed: Tensor) -> Tensor:
+        """What diffusion runs on: `image_embed * image_embed_scale`, unless the network has a way of its own."""
+        if hasattr(self.net, "normalize"):
+            image_embed = self.net.normalize(image_embed)
+        return image_embed * self.image_embed_scale
+
+    def denormalize(self, image_embed: Tensor) -> Tensor:
+        """Undo `normalize`."""
+        image_embed = image_embed / self.image_embed_scale
+        return self.net.denormalize(image_embed) if hasattr(self.net, "denormalize") else image_embed
 
     def l2norm_clamp_embed(self, image_embed: Tensor) -> Tensor:
         """Scale to length `image_embed_scale`."""
@@ -247,7 +261,7 @@ class DiffusionPrior(nn.Module):
         elif not cached:
             guidance = "two passes"
         else:
-            guidance = "second branch" if self.net.self_cond else "null table"
+            guidance = "second branch" if self.net.null_sees_image else "null table"
         tokens = (self.net.prefix_tokens, self.net.suffix_tokens) if cached else (None, None)
         return SamplingPlan("cached" if cached else "plain", reasons, guidance, table, *self._clamp(), *tokens)
 
@@ -274,7 +288,7 @@ class DiffusionPrior(nn.Module):
                 raise ValueError(f"text_cond[{name!r}] has {len(t)} rows and text_embed {len(embed)}; they must agree")
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
-        clip_like = embed.ndim == 2 and self.can_compare_text
+        clip_like = embed.ndim == 2 and self.can_compare_text and not hasattr(self.net, "normalize")
         if clip_like and not self._warned_of_norm and (embed.float().norm(dim=-1) - 1).abs().max() > 0.05:
             self._warned_of_norm = True
             warnings.warn(
@@ -346,7 +360,7 @@ class DiffusionPrior(nn.Module):
             embeds = self._run(
                 shape, text_cond, cond_scale, timesteps, solver, generator=generator, progress=progress, **kwargs
             )
-        return embeds / self.image_embed_scale
+        return self.denormalize(embeds)
 
     @torch.no_grad()
     @in_eval_mode
@@ -495,4 +509,4 @@ class DiffusionPrior(nn.Module):
             if network_obstacles(self.net, dropout=True):
                 text_cond = repeat_rows(text_cond, len(image_embed))
         times = self.noise_scheduler.sample_random_times(len(image_embed))
-        return self.p_losses(image_embed * self.image_embed_scale, times, *args, text_cond=text_cond, **kwargs)
+        return self.p_losses(self.normalize(image_embed), times, *args, text_cond=text_cond, **kwargs)

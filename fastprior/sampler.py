@@ -68,6 +68,8 @@ def _overrides(instance: object, names: tuple[str, ...], base: type) -> list[str
 
 def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
     """Why the network cannot run as prefill and steps; empty when it can. `dropout` may be active where it says so."""
+    if hasattr(net, "obstacles"):  # a network that knows
+        return net.obstacles(dropout)
     if not isinstance(net, DiffusionPriorNetwork):
         return [f"net is a {type(net).__name__}, not a fastprior.DiffusionPriorNetwork"]
     found = _overrides(net, NETWORK_METHODS, DiffusionPriorNetwork)
@@ -241,7 +243,7 @@ def run_table(table: StepTable, step: Step, x: Tensor, draw: Callable[[], Tensor
 
 def step_inputs(net: DiffusionPriorNetwork, plan: SamplingPlan) -> tuple[Tensor, Tensor, Tensor]:
     """What `denoise_step` needs besides the condition: the times, the null predictions and the coefficient rows."""
-    device = net.learned_query.device
+    device = next(net.parameters()).device
     rows = plan.table.rows.to(device, torch.float32)
     if plan.guidance == "null table":
         null_preds = null_table(net, plan.table.times)

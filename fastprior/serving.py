@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.sampler import WeightWatch, denoise_step, map_rows, network_obstacles, prefill, run_steps, step_inputs
 
@@ -52,6 +53,9 @@ class PriorSampler:
         prior.check_best_of(samples_per_prompt, "samples_per_prompt")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype={dtype}; it must be a floating point dtype of 16 bits or more")
+        if not isinstance(prior.net, DiffusionPriorNetwork):
+            kind = type(prior.net).__name__
+            raise ValueError(f"this prior cannot be served by PriorSampler: net is a {kind}, no DiffusionPriorNetwork")
         timesteps = prior.sample_timesteps if timesteps is None else timesteps
         self.guidance = prior.can_classifier_guidance if guidance is None else guidance
         # any scale but 1 stands for all of them: the scale is an input of the graph
@@ -146,7 +150,7 @@ class PriorSampler:
                 self._run(map_rows(text_cond, lambda t, at=at: t[at : at + part]), scale, draws, at * repeats)
                 for at in range(0, prompts, part)
             ]
-        embeds = torch.cat(embeds).view(prompts, repeats, -1) / self.prior.image_embed_scale
+        embeds = self.prior.denormalize(torch.cat(embeds)).view(prompts, repeats, -1)
         return self.prior.best_of(embeds, text_embed)
 
     def _draws(self, shape: tuple[int, int], generator: torch.Generator | None, keep: bool):

@@ -9,10 +9,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Discriminator,
+        Field,
+        Tag,
+        ValidationError,
+        field_validator,
+        model_validator,
+    )
 except ImportError as error:
     raise ImportError('pydantic 2 is not installed: pip install "fastprior[train]"') from error
 
@@ -22,7 +31,9 @@ from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, Open
 from fastprior.conditions import Conditions, find
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
+from fastprior.prior_transformer import PriorTransformer
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
+from fastprior.transformer_net import PriorTransformerNet
 from fastprior.utils import nearest
 
 Count = Annotated[int, Field(ge=1)]
@@ -123,11 +134,67 @@ class DiffusionPriorNetworkConfig(Config):
         return DiffusionPriorNetwork(**self.model_dump(exclude_none=True))
 
 
+class PriorTransformerConfig(Config):
+    """A `PriorTransformer` to train, as a `PriorTransformerNet`; its arguments, or where to load it from.
+
+    Attributes:
+        make: "prior_transformer", which tells it from a `DiffusionPriorNetwork`.
+        pretrained: a folder, or the id of a repository, to train further; then nothing but `subfolder` and `variant` is
+            given beside it.
+        subfolder, variant: see `PriorTransformer.from_pretrained`.
+    """
+
+    make: Literal["prior_transformer"]
+    pretrained: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
+    num_attention_heads: Count = 32
+    attention_head_dim: Count = 64
+    num_layers: Count = 20
+    embedding_dim: Count = 768
+    num_embeddings: Count = 77
+    additional_embeddings: Literal[4] = 4
+    dropout: Share = 0.0
+    time_embed_act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
+    norm_in_type: Literal["layer"] | None = None
+    embedding_proj_norm_type: Literal["layer"] | None = None
+    time_embed_dim: Count | None = None
+    embedding_proj_dim: Count | None = None
+
+    conditions: ClassVar[None] = None
+
+    @model_validator(mode="after")
+    def _either(self) -> PriorTransformerConfig:
+        given = self.model_fields_set - {"make", "pretrained", "subfolder", "variant"}
+        if self.pretrained is not None and given:
+            raise ValueError(f"{min(given)} was given with pretrained; it must be what the folder says")
+        return self
+
+    def create(self) -> PriorTransformerNet:
+        if self.pretrained is not None:
+            options = dict(subfolder=self.subfolder, variant=self.variant)
+            return PriorTransformerNet(PriorTransformer.from_pretrained(self.pretrained, **options).train())
+        return PriorTransformerNet(
+            PriorTransformer(**self.model_dump(exclude={"make", "pretrained", "subfolder", "variant"}))
+        )
+
+
+NETS = "dalle2", "prior_transformer"
+
+
+def _make_of(net: Any) -> str:
+    """Which of `NETS` a network's section is of: with the key `make`, a PriorTransformer."""
+    return NETS["make" in net if isinstance(net, dict) else isinstance(net, PriorTransformerConfig)]
+
+
 class DiffusionPriorConfig(Config):
     """The arguments of `DiffusionPrior`."""
 
     clip: AdapterConfig | None = None
-    net: DiffusionPriorNetworkConfig
+    net: Annotated[
+        Annotated[DiffusionPriorNetworkConfig, Tag(NETS[0])] | Annotated[PriorTransformerConfig, Tag(NETS[1])],
+        Discriminator(_make_of),
+    ]
     image_embed_dim: Count
     image_size: Count | None = None
     image_channels: Count = 3
@@ -374,8 +441,12 @@ class TrainDiffusionPriorConfig(Config):
         except json.JSONDecodeError as error:
             raise ValueError(f"{os.fspath(json_path)}: not valid JSON: {error}") from None
         except ValidationError as error:
-            wrong = (f"{'.'.join(map(str, e['loc'])) or 'top level'}: {_message(e)}" for e in error.errors())
+            wrong = (f"{_key(e['loc'])}: {_message(e)}" for e in error.errors())
             raise ValueError(f"{os.fspath(json_path)}: " + "; ".join(wrong)) from None
+
+
+def _key(location: tuple[str | int, ...]) -> str:
+    return ".".join(str(part) for part in location if part not in NETS) or "top level"
 
 
 def _message(error: Any) -> str:

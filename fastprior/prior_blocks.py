@@ -151,9 +151,8 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
             length (rows / prompts); None where that is each of `chosen` once.
     """
     flat = torch.cat([t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors], dim=1)
-    kinds, inverse = torch.unique(flat, dim=0, return_inverse=True)
-    rows = torch.arange(len(flat), device=flat.device)
-    chosen = rows.new_full((len(kinds),), len(flat)).scatter_reduce(0, inverse, rows, "amin")
+    kinds, inverse, counts = torch.unique(flat, dim=0, return_inverse=True, return_counts=True)
+    chosen = inverse.argsort(stable=True)[counts.cumsum(0) - counts]
     _, runs = torch.unique_consecutive(inverse, return_counts=True)
     prompts = inverse[:: math.gcd(*runs.tolist())]
     if len(prompts) == len(kinds):  # in order, then

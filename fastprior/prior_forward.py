@@ -52,7 +52,8 @@ class PriorForward:
         """Predict from noisy embeddings.
 
         Without gradients and with a mask, the text runs once for as long as it, the weights and the modules stay the
-        same; the result is that of a full pass.
+        same; the result is that of a full pass. All tokens run under torch.compile, and where a module inside has a
+        hook, is of an unknown kind, or drops out.
 
         Args:
             hidden_states: (batch, embedding_dim) or (batch, tokens, embedding_dim), the noisy embeddings.

@@ -263,6 +263,7 @@ def test_attention_processors(processor):
         got = ours(**given)[0]
         assert Doubling.calls == (3 if processor == "Doubling" else 0)
         assert relative_error(got, stock(**given)[0]) < TOLERANCE
+        assert (kept(ours) is None) == (processor == "Doubling")
         assert (relative_error(got, before) > 0.01) == (processor == "Doubling")
         ours.set_default_attn_processor() if processor != "Doubling" else ours.set_attn_processor(
             attention_processor.AttnProcessor2_0()
@@ -504,6 +505,7 @@ def test_bad_prefills(name):
 WITHOUT = """
 import sys
 import torch, fastprior
+from fastprior import *
 heavy = "diffusers", "transformers", "peft", "accelerate", "pydantic", "open_clip", "embedding_reader"
 assert not [name for name in heavy if name in sys.modules]
 sys.modules["diffusers"] = None

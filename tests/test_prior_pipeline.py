@@ -234,6 +234,16 @@ def test_ready_embeddings(ours, folder):
         bare(text, **kwargs)
 
 
+def test_files_of_a_variant(ours, parts, tmp_path):
+    diffusers.KandinskyV22PriorPipeline(**parts).save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / "text_encoder" / "model.safetensors").exists()
+    pipeline = PriorPipeline.from_pretrained(tmp_path, variant="fp16")
+    kwargs = dict(num_inference_steps=STEPS)
+    assert_same(pipeline("red fox", generator=seeded(), **kwargs), ours("red fox", generator=seeded(), **kwargs))
+    with pytest.raises(FileNotFoundError, match="no folder 'prior'; it must be the folder of a pipeline with a prior"):
+        PriorPipeline.from_pretrained(tmp_path / "prior")
+
+
 def test_a_prior_that_diffusers_loaded(ours, parts):
     pipeline = PriorPipeline(
         fastprior.accelerate_prior(copy.deepcopy(parts["prior"])), ours.schedule, folder=ours.folder
@@ -330,7 +340,7 @@ def test_shap_e(given, guidance_scale, parts, tmp_path):
     torch.manual_seed(1)
     prior = diffusers.PriorTransformer(
         num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=6, num_embeddings=5,
-        additional_embeddings=0, embedding_proj_norm_type="layer", encoder_hid_proj_type=None, added_emb_type=None,
+        additional_embeddings=0, encoder_hid_proj_type=None, added_emb_type=None,
         norm_in_type="layer", time_embed_act_fn="gelu", embedding_proj_dim=DIM, clip_embed_dim=12,
     ).eval()  # fmt: skip
     heun = dict(beta_schedule="exp", num_train_timesteps=1024, prediction_type="sample", use_karras_sigmas=True)

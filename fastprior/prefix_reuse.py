@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastprior.kernels import ops
 from fastprior.prior_blocks import Prefix
 
-SAMPLE = 64  # elements of each weight that are compared at every call
+SAMPLE = 64  # neighbouring elements of each weight that are compared at every call
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DIM_HEADS, LONGEST_SUFFIX = range(16, 129), 16  # what the kernels take
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -46,26 +46,31 @@ def _strangers(module: nn.Module) -> Iterator[nn.Module]:
 
 def obstacles(model: nn.Module, suffix: int) -> list[str]:
     """Why a prior transformer cannot run as a prefix and `suffix` tokens behind it; empty when it can."""
-    found = [f"a {type(module).__name__} stands in the model" for module in _strangers(model)]
+    return list(dict.fromkeys(_find_obstacles(model, suffix)))
+
+
+def _find_obstacles(model: nn.Module, suffix: int) -> Iterator[str]:
     for module in list(model.modules())[1:]:
         name, processor = type(module).__name__, getattr(module, "processor", None)
         if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
-            found.append(f"a {name} has a hook or a replaced forward, which the cached path would not call")
+            yield f"a {name} has a hook or a replaced forward, which the cached path would not call"
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            found.append("dropout is active (the model is in training mode)")
+            yield "dropout is active (the model is in training mode)"
         if processor is not None and (
             type(processor).__name__ not in PROCESSORS or not type(processor).__module__.startswith("diffusers.")
         ):
-            found.append(f"an attention processor is a {type(processor).__name__}")
+            yield f"an attention processor is a {type(processor).__name__}"
+    for module in _strangers(model):
+        yield f"a {type(module).__name__} stands in the model"
     weights = list(model.parameters())
     if len({weight.device for weight in weights}) != 1 or weights[0].is_meta:
-        return [*found, "the weights lie on several devices, or on none"]
+        yield "the weights lie on several devices, or on none"
+        return
     if any(type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in DTYPES for weight in weights):
-        found.append("weights are quantised or sharded")
+        yield "weights are quantised or sharded"
     dim_head = model.config["attention_head_dim"]
     if ops.on_triton(weights[0]) and (suffix > LONGEST_SUFFIX or dim_head not in DIM_HEADS):
-        found.append(f"the kernels take at most {LONGEST_SUFFIX} suffix tokens and dim_head from 16 to 128")
-    return found
+        yield f"the kernels take at most {LONGEST_SUFFIX} suffix tokens and dim_head from 16 to 128"
 
 
 def is_plain_call() -> bool:
@@ -93,18 +98,25 @@ class _Snapshot:
             for name, weight in module._parameters.items()
             if weight is not None
         ]
-        views = [
-            (t.view(-1) if t.is_contiguous() else t) for t in (weight.detach() for _, _, weight, _, _ in self.weights)
-        ]
-        self.views = [view[:: max(1, view.numel() // SAMPLE)] if view.dim() == 1 else view for view in views]
+        self.views = [self._middle(weight.detach()) for _, _, weight, _, _ in self.weights]
         self.sample = self._sample()
 
     @staticmethod
     def _copy(state: dict) -> dict:
-        return {name: type(value)(value) if isinstance(value, dict | list) else value for name, value in state.items()}
+        copied = {
+            name: kind(value) for name, value in state.items() for kind in (dict, list) if isinstance(value, kind)
+        }
+        return state | copied
+
+    @staticmethod
+    def _middle(weight: Tensor) -> Tensor:
+        """A few elements, (n,), in the weight's own memory."""
+        while weight.dim() > 1:
+            weight = weight[len(weight) // 2]
+        return weight.view(-1)[max(0, weight.numel() - SAMPLE) // 2 :][:SAMPLE]
 
     def _sample(self) -> Tensor:
-        return torch.cat([view.reshape(-1) for view in self.views])
+        return torch.cat(self.views)
 
     def same_weights(self) -> bool:
         """Whether every weight is the tensor it was, with no edit that autograd counted."""
@@ -123,7 +135,7 @@ class _Snapshot:
             return False
 
     def same_values(self) -> bool:
-        """Whether no weight was edited behind autograd's back, as `weight.data.copy_` does it."""
+        """Whether no whole weight was edited behind autograd's back, as `weight.data.copy_` does it."""
         return torch.equal(self._sample(), self.sample)
 
 
@@ -204,7 +216,7 @@ def recall(
     entry = slot.entry
     if entry is None or not entry.fits(conditioning, key):
         slot.entry = entry = None  # before the new one is made: there is never room for two
-        prefix = None if obstacles(model, suffix) else make()
+        prefix = None if any(_find_obstacles(model, suffix)) else make()
         if prefix is None:
             return None
         slot.entry = entry = _Entry(model, conditioning, key, prefix)

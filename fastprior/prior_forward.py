@@ -106,7 +106,7 @@ class PriorForward:
         self._check(proj_embedding, encoder_hidden_states, attention_mask)
         suffix = 2 + (self.prd_embedding is not None)
         if reasons := prefix_reuse.obstacles(self, suffix):
-            raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(dict.fromkeys(reasons))}")
+            raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(reasons)}")
         prefix = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, suffix)
         if prefix is None:
             raise ValueError("attention_mask hides tokens behind the text, or has values beyond 0 and 1; it must not")

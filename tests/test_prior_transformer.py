@@ -37,6 +37,7 @@ def sweep():
     """Every value of every option on its own, then seeded mixtures."""
     draw = random.Random(0)
     yield "default", {}
+    yield "odd width", dict(num_attention_heads=3, attention_head_dim=5)
     for name, values in OPTIONS.items():
         for value in values[1:]:
             yield f"{name}={value}", {name: value}

@@ -19,7 +19,8 @@ QUICKSTART = [*DATA, *PLOT, "scikit-learn>=1.3"]
 TRAIN = [*DATA, *PLOT, "accelerate>=1.0", "pydantic>=2"]
 # the peers that parity is tested against; dalle2-pytorch 1.15.6 imports pkg_resources, so it needs an older setuptools
 INTEROP = ["dalle2-pytorch==1.15.6", "setuptools<81"]
-TEST = [*CLIP, *QUICKSTART, *TRAIN, *INTEROP, "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.6"]
+DIFFUSERS = ["diffusers>=0.42", "transformers>=4.40", "pillow"]
+TEST = [*CLIP, *QUICKSTART, *TRAIN, *INTEROP, *DIFFUSERS, "peft>=0.17", "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.6"]
 
 setup(
     name="fastprior",
@@ -47,9 +48,10 @@ setup(
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "hub": ["huggingface_hub>=0.20"],
+        "diffusers": DIFFUSERS,
         "interop": INTEROP,
         "test": TEST,
-        "bench": [*INTEROP, "pytest>=8", "pytest-benchmark>=4"],
+        "bench": [*INTEROP, *DIFFUSERS, "pytest>=8", "pytest-benchmark>=4"],
         "xformers": ["xformers"],
     },
     entry_points={"console_scripts": ["fastprior=fastprior.cli:main"]},

@@ -37,7 +37,7 @@ def _cpu_name() -> str:
 
 
 def _versions() -> dict:
-    names = ("fastprior", "torch", "triton", "dalle2-pytorch")
+    names = ("fastprior", "torch", "triton", "dalle2-pytorch", "diffusers")
     found = {name: importlib.metadata.version(name) for name in names if _installed(name)}
     return found | {"python": platform.python_version()}
 

@@ -20,6 +20,7 @@ PROVIDERS = {
 MEASURED = {
     "p20", "p50", "p80", "runs", "ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy", "goal",
     "worst_cosine", "max_error", "floor_ms", "bytes", "peer_evaluations", "driver", "versions", "commit", "date",
+    "lr", "reached", "curve", "open_s", "read_s", "before_mib",
 }  # fmt: skip
 
 
@@ -81,6 +82,29 @@ def speed_table(records: list[dict]) -> list[str]:
     return lines
 
 
+PRIOR_STAGE = "in diffusers' pipeline", "PriorPipeline", "PriorPipeline, compiled"
+
+
+def prior_stage_table(records: list[dict]) -> list[str]:
+    """Ratios to diffusers of Kandinsky's prior stage, and our time, per batch and length of the text."""
+    runs = [r for r in records if r["op"] == "prior stage" and r.get("ratio")]
+    columns = sorted({(r["batch"], r["tokens"]) for r in runs})
+    if not columns:
+        return []
+    lines = [
+        f"| 25 steps, {runs[0]['model']} | dtype | " + " | ".join(f"batch {b}, {n} tokens" for b, n in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for dtype in sorted({r["dtype"] for r in runs}, reverse=True):
+        for provider in PRIOR_STAGE:
+            row = [find(runs, provider=provider, dtype=dtype, batch=b, tokens=n) for b, n in columns]
+            cells = [f"**{r['ratio']:.3g}x** ({_time(r['p50'])})" if r else "" for r in row]
+            if any(cells):
+                lines.append(f"| {provider} | {dtype} | " + " | ".join(cells) + " |")
+    against = f"Times faster than diffusers {runs[0]['versions'].get('diffusers')} (fp32, eager), guidance included:"
+    return [against, "", *lines]
+
+
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
@@ -108,6 +132,11 @@ def facts(records: list[dict]) -> list[str]:
             other = "dalle2-pytorch's trainer (fp32)" if r["draws"] == 1 else "the loss terms per second of one draw"
             what = "" if r["draws"] == 1 else f", {r['draws']} draws"
             lines.append(f"- Training, {r['dtype']}, batch {r['batch']}{what}: {r['ratio']:.2f}x {other}.")
+        if r["op"] == "seconds to the optimum" and r["draws"] != 1:
+            lines.append(
+                f"- Training to {r['aim']:.0%} of the optimum on pairs of a known distribution: {r['draws']} draws "
+                f"are {r['ratio']:.2f}x as fast as one."
+            )
         if r["op"] == "peak memory" and "ratio" in r:
             lines.append(f"- Peak memory, {r['dtype']}, batch {r['batch']}: {r['ratio']:.2f}x the peer's (fp32).")
     return sorted(lines)
@@ -129,6 +158,8 @@ def table() -> str:
                     *speed_table(here),
                     "",
                     *facts(here),
+                    "",
+                    *prior_stage_table(here),
                 ]
             )
         )

@@ -36,16 +36,13 @@ def _folder(path: str | os.PathLike, subfolder: str | None, variant: str | None,
                 f"{path} is no folder, so it is taken as a repository's id, which needs pip install huggingface_hub"
             ) from error
         inner = "" if variant is None else f".{variant}"
-        wanted = [
-            CONFIG,
-            *(
-                f"{WEIGHTS}{end}"
-                for suffix in SUFFIXES
-                for end in (f"{inner}{suffix}", f"{inner}-*{suffix}", f"{suffix}.index{inner}.json")
-            ),
-        ]
         start = f"{subfolder}/" if subfolder else ""
-        folder = Path(snapshot_download(os.fspath(path), allow_patterns=[start + name for name in wanted], **hub))
+        for suffix in SUFFIXES:  # one after the other: many repositories hold the weights in both formats
+            weights = (f"{inner}{suffix}", f"{inner}-*{suffix}", f"{suffix}.index{inner}.json")
+            wanted = [start + CONFIG, *(start + WEIGHTS + end for end in weights)]
+            folder = Path(snapshot_download(os.fspath(path), allow_patterns=wanted, **hub))
+            if any(folder.glob(f"{start}{WEIGHTS}*{suffix}")):
+                break
     return folder / subfolder if subfolder else folder
 
 

@@ -359,23 +359,27 @@ def test_sharded_folder(tmp_path):
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in stock.state_dict().items())
 
 
-def test_repository_on_the_hub(tmp_path, monkeypatch):
+@pytest.mark.parametrize("safe", [True, False])
+def test_repository_on_the_hub(safe, tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     stock = make_stock()
-    stock.save_pretrained(tmp_path / "prior", variant="fp16")
-    asked = {}
+    stock.save_pretrained(tmp_path / "prior", variant="fp16", safe_serialization=safe)
+    asked = []
 
     def download(repo_id, *, allow_patterns, **kwargs):
-        asked.update(repo_id=repo_id, allow_patterns=allow_patterns, **kwargs)
+        asked.append(allow_patterns)
+        assert (repo_id, kwargs) == ("someone/prior", dict(revision="main"))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load = prior_transformer.PriorTransformer.from_pretrained
     loaded = load("someone/prior", subfolder="prior", variant="fp16", revision="main")
     assert torch.equal(loaded.prd_embedding, stock.prd_embedding)
-    assert asked["repo_id"] == "someone/prior" and asked["revision"] == "main"
-    assert "prior/diffusion_pytorch_model.fp16.safetensors" in asked["allow_patterns"]
-    assert all(name.startswith("prior/") for name in asked["allow_patterns"])
+    suffixes = [".safetensors"] if safe else [".safetensors", ".bin"]
+    assert len(asked) == len(suffixes), "pickles are downloaded only where there is nothing else"
+    for names, suffix in zip(asked, suffixes):
+        assert names[:2] == ["prior/config.json", f"prior/diffusion_pytorch_model.fp16{suffix}"]
+        assert all(name.startswith("prior/") for name in names)
 
 
 def test_statistics_may_be_missing(tmp_path):

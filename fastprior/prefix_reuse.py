@@ -73,14 +73,15 @@ def _find_obstacles(model: nn.Module, suffix: int) -> Iterator[str]:
         yield f"the kernels take at most {LONGEST_SUFFIX} suffix tokens and dim_head from 16 to 128"
 
 
-def is_plain_call() -> bool:
-    """Whether tensors are what they seem, and may be looked into: no gradients, tracing, transforms, graph capture."""
+def is_plain_call(conditioning: Conditioning) -> bool:
+    """Whether tensors hold what they seem to, and may be looked into: no gradients, tracing, transforms, capture."""
     return not (
         torch.compiler.is_compiling()  # first: of the others a compiler may know nothing
         or torch.is_grad_enabled()
         or torch.jit.is_tracing()
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in conditioning if t is not None)
     )
 
 

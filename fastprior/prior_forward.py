@@ -75,7 +75,7 @@ class PriorForward:
         if len(time) not in (1, len(hidden_states)):
             raise ValueError(f"timestep has {len(time)} elements; it must have 1 or as many as hidden_states has rows")
         prefix = None
-        if attention_mask is not None and prefix_reuse.is_plain_call():
+        if attention_mask is not None and prefix_reuse.is_plain_call(given):
             suffix = self._count_suffix(hidden_states)
             prefix = prefix_reuse.recall(self, given, suffix, lambda: self._prefix(*given, suffix))
         if prefix is None:

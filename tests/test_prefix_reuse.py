@@ -11,6 +11,7 @@ import torch
 from conftest import relative_error
 from pt_cases import MAKES, TOLERANCE, kept, make_inputs, make_stock, within_diffusers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprior import prefix_reuse, prior_blocks
 from fastprior.diffusers_interop import StockPrior
@@ -233,7 +234,9 @@ def test_adapters_keep_the_prefix(make, prefills):
 
 
 @pytest.mark.filterwarnings("ignore")  # of tracing, and of slow operations under vmap
-@pytest.mark.parametrize("mode", ["grad", "no mask", "dropout", "vmap", "trace", "capture", "functional_call"])
+@pytest.mark.parametrize(
+    "mode", ["grad", "no mask", "dropout", "vmap", "trace", "capture", "meta", "fake", "functional_call"]
+)
 def test_calls_that_reuse_nothing(mode, prefills, monkeypatch):
     model = within_diffusers(make_stock(dropout=0.1))
     given = make_inputs(model.config)
@@ -252,6 +255,11 @@ def test_calls_that_reuse_nothing(mode, prefills, monkeypatch):
         for name in ("is_initialized", "is_current_stream_capturing"):
             monkeypatch.setattr(torch.cuda, name, lambda: True)
         assert relative_error(run(model, given), full(model, given)) < TOLERANCE
+    elif mode == "meta":
+        assert run(model.to("meta"), {name: t.to("meta") for name, t in given.items()}).shape == (4, 20)
+    elif mode == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            assert run(model, {name: fakes.from_tensor(t) for name, t in given.items()}).shape == (4, 20)
     elif mode == "vmap":
         many = torch.randn(3, 4, 20)
         with torch.no_grad():

@@ -60,34 +60,31 @@ def named_state(optimizer: Optimizer, names: Mapping[Parameter, str]) -> dict:
     return {"state": {names[p]: dict(state) for p, state in optimizer.state.items()}, "param_groups": groups}
 
 
-def load_moments(
-    optimizer: Optimizer, moments: Mapping[str, Mapping], names: Mapping[Parameter, str], strict: bool = True
-) -> None:
-    """Take over copies of what an optimizer keeps of each parameter; the hyperparameters stay as they are.
+def check_moments(moments: Mapping[str, Mapping], trained: Mapping[str, Parameter], strict: bool = True) -> None:
+    """Raise ValueError where moments do not fit the trained parameters in names (if strict) or shapes.
 
     Args:
         moments: by name of the parameter, such as the "state" of `named_state`; empty before the first step.
         strict: every parameter has an entry, and the other way round.
-    Raises:
-        ValueError: it does not fit, in names (if strict) or shapes. Nothing is loaded then.
     """
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    wanted = {names[p] for p in order}
-    if strict and moments and moments.keys() != wanted:
-        name = min(moments.keys() ^ wanted)
+    if strict and moments and moments.keys() != trained.keys():
+        name = min(moments.keys() ^ trained.keys())
         where = "the checkpoint" if name in moments else "this trainer"
         raise ValueError(f"optimizer: only {where} trains {name}; strict=False loads the moments of the others")
+    for name in moments.keys() & trained.keys():
+        for key, value in moments[name].items():
+            if torch.is_tensor(value) and value.ndim and value.shape != trained[name].shape:
+                shapes = f"{tuple(value.shape)}; it must be {tuple(trained[name].shape)}"
+                raise ValueError(f"optimizer: {key} of {name} has shape {shapes}")
+
+
+def load_moments(optimizer: Optimizer, moments: Mapping[str, Mapping], names: Mapping[Parameter, str]) -> None:
+    """Take over copies of moments that fit, or of those that there are; the hyperparameters stay as they are."""
     state = {}
-    for index, parameter in enumerate(order):
-        own = moments.get(names[parameter])
-        if own is None:
-            continue
-        for key, value in own.items():
-            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
-                shapes = f"{tuple(value.shape)}; it must be {tuple(parameter.shape)}"
-                raise ValueError(f"optimizer: {key} of {names[parameter]} has shape {shapes}")
+    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         state[index] = {
             key: (part_like(value, parameter) if value.ndim else value).clone() if torch.is_tensor(value) else value
-            for key, value in own.items()
+            for key, value in moments.get(names[parameter], {}).items()
         }
+    state = {index: own for index, own in state.items() if own}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -2,8 +2,8 @@
 
     accelerate launch -m fastprior.train_diffusion_prior --config_file FILE
 
-or `python -m …`, or `fastprior train`. One process or several, under DDP or FSDP as the launcher says; Ctrl-C and
-SIGTERM save, and the run goes on from there.
+or `python -m …`, or `fastprior train`. One process or several, under DDP, FSDP or DeepSpeed as the launcher says;
+Ctrl-C and SIGTERM save, and the run goes on from there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
 from fastprior.evaluate import evaluate, plot_curves
@@ -296,10 +296,16 @@ def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if config.train.amp and precision == "no":
         precision = "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
-    steps = config.train.gradient_accumulation_steps
     # said outright, because accelerate does not join several processes without a GPU by itself
     without_gpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=without_gpu, mixed_precision=precision, gradient_accumulation_steps=steps)
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    accelerator = Accelerator(
+        cpu=without_gpu and not zero,
+        mixed_precision=precision,
+        # a plugin, because the number of steps would give way to the launcher's
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.gradient_accumulation_steps),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if without_gpu and zero else None,
+    )
     # `accelerate launch --cpu --num_processes N` leaves these, and starts one process, unless by MPI
     alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ
     if alone and os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":

@@ -33,6 +33,7 @@ from fastprior.prior import DiffusionPrior, in_eval_mode
 from fastprior.sharding import Frame, equalize, shard, wants_shards, whole
 from fastprior.training_state import capture, plain, restore, rng_state, to_peer
 from fastprior.utils import atomic
+from fastprior.zero import Zero
 
 EMA_OPTIONS = {f"ema_{name}" for name in inspect.signature(EMA).parameters if name != "model"}
 ACCELERATOR_OPTIONS = {f"accelerator_{name}" for name in inspect.signature(Accelerator).parameters}
@@ -73,8 +74,6 @@ def _make_accelerator(accelerator: Accelerator | None, options: dict, amp: bool,
         own = accelerator.device
         if device.type != own.type or device.index not in (None, own.index or 0):
             raise ValueError(f"device={str(device)!r}; it must be the accelerator's, {str(own)!r}")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("accelerator runs DEEPSPEED; it must be one process, or several under DDP or FSDP")
     return accelerator
 
 
@@ -95,9 +94,9 @@ def _checkpoint_activations(prior: DiffusionPrior) -> None:
 class DiffusionPriorTrainer(nn.Module):
     """Train a prior: `loss = trainer(text_embed=…, image_embed=…)`, then `trainer.update()`.
 
-    One process, or several under DDP or FSDP, as the accelerator was set up. With its `gradient_accumulation_steps`,
-    each call counts as one batch, and `update` does nothing until the last of them; call `accelerator.accumulate`
-    yourself, or leave it.
+    One process, or several under DDP, FSDP or DeepSpeed's ZeRO, as the accelerator was set up. With its
+    `gradient_accumulation_steps`, each call counts as one batch, and `update` does nothing until the last of them; call
+    `accelerator.accumulate` yourself, or leave it.
 
     A step with a non-finite loss or gradient on any process is skipped on all: weights, moments, average and learning
     rate stay. So are overflows of fp16.
@@ -182,6 +181,7 @@ class DiffusionPriorTrainer(nn.Module):
 
         diffusion_prior.to(self.device)
         self._frame: Frame | None = None  # where weights are in shards
+        self._zero: Zero | None = None  # under DeepSpeed
         self._gathered: tuple[dict, DiffusionPrior] | None = None
         if wants_shards(self.accelerator):
             equalize(diffusion_prior)
@@ -209,6 +209,9 @@ class DiffusionPriorTrainer(nn.Module):
         )
         if self._frame is not None:
             self.diffusion_prior, self.optimizer = diffusion_prior, self.accelerator.prepare_optimizer(optimizer)
+        elif self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._zero = Zero(self.accelerator, diffusion_prior, optimizer, max_grad_norm)
+            self.diffusion_prior, self.optimizer = self._zero.engine, self._zero.optimizer
         else:
             self.diffusion_prior, self.optimizer = self.accelerator.prepare(diffusion_prior, optimizer)
         if use_ema:
@@ -268,11 +271,16 @@ class DiffusionPriorTrainer(nn.Module):
         with self._accumulate():
             for index, (share, (args, kwargs)) in enumerate(chunks):
                 is_last = index == len(chunks) - 1
-                with nullcontext() if is_last else self.accelerator.no_sync(self.diffusion_prior):
-                    loss = self.diffusion_prior(*args, **kwargs) * share
+                syncs = is_last or self._zero is not None
+                with nullcontext() if syncs else self.accelerator.no_sync(self.diffusion_prior):
+                    with nullcontext() if self._zero is None else self._zero.autocast():
+                        loss = self.diffusion_prior(*args, **kwargs) * share
                     # a non-finite loss makes the gradient NaN, of all ranks when they add theirs up: `update` sees it
                     poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
-                    self.accelerator.backward(loss * poison)
+                    if self._zero is None:
+                        self.accelerator.backward(loss * poison)
+                    else:
+                        self._zero.backward(loss * poison, is_last)
                 total = total + loss.detach()
         self._batches_counted = self.accelerator.step
         return total
@@ -297,24 +305,29 @@ class DiffusionPriorTrainer(nn.Module):
         """
         if not self.accelerator.sync_gradients:
             return
-        self.accelerator.unscale_gradients(self.optimizer)
-        trained = [p for p in self.diffusion_prior.parameters() if p.grad is not None]
-        norm = whole(get_total_norm([p.grad for p in trained]))  # the same on all ranks
-        if not norm.isfinite():  # the host waits for the backward here
+        if not (self._step_optimizer() if self._zero is None else self._zero.step()):
             self._skip()
             return
-        if self.max_grad_norm is not None:
-            clip_grads_with_norm_(trained, self.max_grad_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.scheduler.step()
         self.step += 1
         if self.use_ema:
             self.ema_diffusion_prior.update()
         self._bad_in_a_row = 0
 
-    def _skip(self) -> None:
+    def _step_optimizer(self) -> bool:
+        """Whether a step was taken, and not skipped because the gradient is not finite."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        trained = [p for p in self.diffusion_prior.parameters() if p.grad is not None]
+        norm = whole(get_total_norm([p.grad for p in trained]))  # the same on all ranks
+        finite = bool(norm.isfinite())  # the host waits for the backward here
+        if finite:
+            if self.max_grad_norm is not None:
+                clip_grads_with_norm_(trained, self.max_grad_norm, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        return finite
+
+    def _skip(self) -> None:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         self.bad_steps += 1
@@ -328,8 +341,8 @@ class DiffusionPriorTrainer(nn.Module):
         """All that `load` needs, in plain types and tensors, which are not copied; the CLIP is left out.
 
         Keys: step, model, ema_model and ema (with `use_ema`), optimizer (by name of the parameter), scheduler, rng (of
-        each process; outside `gathered`, of this one), scaler (in fp16), bad_steps, fastprior_version. Under FSDP,
-        every process must call, and the main one gets the tensors whole.
+        each process; outside `gathered`, of this one), scaler (in fp16), bad_steps, fastprior_version. Under FSDP
+        and ZeRO every process must call, and the main one gets the tensors whole.
         """
         return capture(self, [rng_state(self.device)]) if self._gathered is None else self._gathered[0]
 
@@ -338,7 +351,7 @@ class DiffusionPriorTrainer(nn.Module):
         """Every process must enter; in the context the main one alone can `save`, and has what the others hold.
 
         Those are their random generators, without which a resumed run of several processes draws other noise, and
-        under FSDP their shards.
+        under FSDP and ZeRO their parts of the moments, and of the weights.
         """
         state = capture(self, gather_object([rng_state(self.device)]))
         with self.whole_prior() as prior:
@@ -351,14 +364,14 @@ class DiffusionPriorTrainer(nn.Module):
     def save(self, path: str | os.PathLike, overwrite: bool = True, **kwargs) -> None:
         """Write a checkpoint, on the main process alone. Atomic; folders are made.
 
-        Of several processes, call it within `gathered`, or under FSDP at least on every process. Gradients are no part
+        Of several processes, call it within `gathered`, or under FSDP and ZeRO on every process. Gradients are no part
         of it: save after an `update` that took a step, not among batches being accumulated.
 
         Args:
             overwrite: replace an existing file; FileExistsError otherwise.
             **kwargs: further entries, of tensors and plain values.
         """
-        if not (self.accelerator.is_main_process or self._collects):
+        if not (self.accelerator.is_main_process or (self._in_parts and self._gathered is None)):
             return
         state = self.training_state()
         for name, value in kwargs.items():
@@ -368,18 +381,18 @@ class DiffusionPriorTrainer(nn.Module):
         self._write({**state, **kwargs}, path, overwrite)
 
     @property
-    def _collects(self) -> bool:
-        """Whether the other processes must hand over their shards for a checkpoint."""
-        return self._frame is not None and self._gathered is None
+    def _in_parts(self) -> bool:
+        """Whether the processes hold parts of what a checkpoint holds."""
+        return not (self._frame is None and self._zero is None)
 
     def export_for_peer(self, path: str | os.PathLike, overwrite: bool = True) -> None:
         """Write a checkpoint that the trainer of dalle2-pytorch 1.15.6 loads, with the CLIP where there is one.
 
-        That trainer must be made with the same arguments; what it saves, `load` reads. Under FSDP every process must
-        call, outside `gathered`.
+        That trainer must be made with the same arguments; what it saves, `load` reads. Under FSDP and ZeRO every
+        process must call, outside `gathered`.
         """
         check_fits_peer(getattr(self.prior.net, "config", {}))
-        if self.accelerator.is_main_process or self._frame is not None:
+        if self.accelerator.is_main_process or self._in_parts:
             self._write(to_peer(self), path, overwrite)
 
     def _write(self, state: dict, path: str | os.PathLike, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fastprior.optimizer import load_moments, named_state, separate_weight_decayable_params
+from fastprior.optimizer import check_moments, load_moments, named_state, separate_weight_decayable_params
 from fastprior.sharding import collected, part_like, without_clip
 from fastprior.version import __version__
 
@@ -77,6 +77,11 @@ def _set_rng_states(saved: list[Mapping] | Mapping, trainer: DiffusionPriorTrain
 # our format
 
 
+def _optimizer_state(trainer: DiffusionPriorTrainer) -> dict:
+    names = _names(trainer.prior)
+    return named_state(trainer.optimizer, names) if trainer._zero is None else trainer._zero.named_state(names)
+
+
 def capture(trainer: DiffusionPriorTrainer, generators: list[dict]) -> dict:
     """See `DiffusionPriorTrainer.training_state`; `generators` are the `rng_state` of each process."""
     prior, ema, scheduler = trainer.prior, trainer.ema_diffusion_prior, trainer.scheduler
@@ -84,7 +89,7 @@ def capture(trainer: DiffusionPriorTrainer, generators: list[dict]) -> dict:
         fastprior_version=__version__,
         step=trainer.step.cpu(),
         model=without_clip(prior.state_dict()),
-        optimizer=named_state(trainer.optimizer, _names(prior)),
+        optimizer=_optimizer_state(trainer),
         scheduler=dict(base_lrs=list(scheduler.base_lrs), last_epoch=scheduler.last_epoch),
         rng=generators,
         bad_steps=trainer.bad_steps,
@@ -124,9 +129,16 @@ def restore(
     average = _fitting(payload.get("ema_model", model), prior, f"{where}: ema_model", strict)
     is_peers = "fastprior_version" not in payload
     moments = _moments_from_peer(payload, prior, where) if is_peers else payload["optimizer"]["state"]
-    load_moments(trainer.optimizer, moments, _names(prior), strict)  # the last to raise
+    names, trained = _names(prior), [p for p in prior.parameters() if p.requires_grad]
+    check_moments(moments, {names[p]: p for p in trained}, strict)  # the last to raise
+    if trainer._zero is None:
+        load_moments(trainer.optimizer, moments, names)
+    else:
+        trainer._zero.load_moments(moments, names)
 
     _load(prior, model)
+    if trainer._zero is not None:
+        trainer._zero.weights_changed()
     if ema is not None:
         _load(ema.ema_model, average)
         for name in payload.get("ema", {}).keys() & {"step", "initted"}:
@@ -183,7 +195,7 @@ def to_peer(trainer: DiffusionPriorTrainer) -> dict:
     """A checkpoint that dalle2-pytorch's trainer loads, in plain types; tensors are not copied."""
     prior, ema, steps = trainer.prior, trainer.ema_diffusion_prior, int(trainer.step)
     names, keep = _names(prior), trainer.accelerator.is_main_process
-    optimizer = collected(named_state(trainer.optimizer, names), keep)
+    optimizer = collected(_optimizer_state(trainer), keep)
     groups, state, count = [], {}, 0
     for parameters, own in zip(_grouped(list(names), len(optimizer["param_groups"])), optimizer["param_groups"]):
         numbers = range(count, count + len(parameters))

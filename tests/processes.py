@@ -1,5 +1,6 @@
 """Real processes for tests, forked from a server that has imported torch and the training script once."""
 
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -10,6 +11,11 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fastprior.train_diffusion_prior", "torch._dynamo", "pytest"])  # all that takes long
+
+MODES = {"one": dict(world=1), "ddp": dict(world=2), "fsdp": dict(world=2, fsdp=True)}
+if importlib.util.find_spec("deepspeed"):
+    MODES["zero"] = dict(world=2, zero=2)
+SEVERAL = [mode for mode in MODES if mode != "one"]
 
 
 def _run(function, arguments, environment, errors):
@@ -32,7 +38,7 @@ def start(function, *arguments, errors, environment=None):
     return process
 
 
-def start_ranks(world, function, arguments, folder, fsdp=False):
+def start_ranks(world, function, arguments, folder, fsdp=False, zero=None):
     """As many processes as will find each other through accelerate."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,6 +46,8 @@ def start_ranks(world, function, arguments, folder, fsdp=False):
     shared = {} if world == 1 else dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if fsdp:
         shared |= dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    if zero:
+        shared |= dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(zero), DS_ACCELERATOR="cpu")
     own = [{} if world == 1 else dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
     return [
         start(function, *arguments, errors=folder / f"errors-{rank}.txt", environment=shared | own[rank])
@@ -47,9 +55,9 @@ def start_ranks(world, function, arguments, folder, fsdp=False):
     ]
 
 
-def run_ranks(world, function, arguments, folder, fsdp=False, timeout=120):
+def run_ranks(world, function, arguments, folder, fsdp=False, zero=None, timeout=120):
     """Run a function on `world` processes to its end."""
-    processes = start_ranks(world, function, arguments, folder, fsdp)
+    processes = start_ranks(world, function, arguments, folder, fsdp, zero)
     for process in processes:
         process.join(timeout)
     hung = [process for process in processes if process.is_alive()]

@@ -1,6 +1,7 @@
 """Several real processes on the CPU: DDP and FSDP against one process, exact resumption, and what goes wrong."""
 
 import math
+import os
 import random
 import time
 import warnings
@@ -8,7 +9,9 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
-from processes import run_ranks, start_ranks
+from accelerate.utils import InitProcessGroupKwargs
+from conftest import relative_error
+from processes import MODES, SEVERAL, run_ranks, start_ranks
 from test_trainer import (
     BATCH,
     batch,
@@ -26,9 +29,14 @@ from fastprior.evaluate import evaluate
 from fastprior.optimizer import learning_rate_factor
 from fastprior.sharding import local
 
-MODES = {"one": dict(world=1), "ddp": dict(world=2), "fsdp": dict(world=2, fsdp=True)}
-SEVERAL = ["ddp", "fsdp"]
 RANDOM = dict(attn_dropout=0.1, ff_dropout=0.1, self_cond=True)
+
+
+def make_accelerator(**options):
+    """On the CPU; accelerate must be told how DeepSpeed's processes talk there."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **options)
+    return Accelerator(cpu=True, **options)
 
 
 def whole_tensors(trainer):
@@ -48,7 +56,7 @@ def same_everywhere(accelerator, *values):
 
 def train(path):
     """Four steps, of which one process spoils the second; weights are those of the first process."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = make_accelerator(gradient_accumulation_steps=2)
     rank, world = accelerator.process_index, accelerator.num_processes
     prior = fixed_times(small_prior(cond_drop_prob=0.0, seed=rank))
     trainer = make_trainer(prior, accelerator=accelerator, cosine_decay_max_steps=8, max_grad_norm=0.2)
@@ -100,7 +108,7 @@ def test_two_processes_are_one_with_the_doubled_batch(trained, mode):
 
 def resume(folder):
     """With everything that draws, on each process differently."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator()
     first = 10 * accelerator.process_index
     options = dict(accelerator=accelerator, warmup_steps=5, cosine_decay_max_steps=9, max_grad_norm=0.1)
     torch.manual_seed(first)
@@ -128,7 +136,7 @@ def test_resumption_is_exact_on_every_rank(tmp_path, mode):
 
 def load(paths, exported):
     """Every checkpoint, and save each as it was loaded."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator()
     trainer = make_trainer(small_prior(seed=7), accelerator=accelerator)
     for mode, path in paths.items():
         with warnings.catch_warnings(record=True) as caught:
@@ -153,7 +161,7 @@ def load(paths, exported):
 def test_every_mode_loads_every_checkpoint(trained, tmp_path, mode):
     run_ranks(**MODES[mode], function=load, arguments=(trained, tmp_path / "peer.pth"), folder=tmp_path)
     peers = torch.load(tmp_path / "peer.pth", weights_only=True)
-    ours = torch.load(trained["fsdp"], weights_only=True)
+    ours = torch.load(list(trained.values())[-1], weights_only=True)
     assert all(torch.equal(peers["model"][key], value) for key, value in ours["model"].items())
     moments = list(peers["optimizer"]["state"].values())
     assert sum(kept["exp_avg"].numel() for kept in moments) == sum(
@@ -165,7 +173,7 @@ def test_every_mode_loads_every_checkpoint(trained, tmp_path, mode):
 
 
 def use_shards(folder):
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator()
     rank = accelerator.process_index
     trainer = make_trainer(small_prior(), accelerator=accelerator, ema_beta=0.5)
     torch.manual_seed(rank)
@@ -242,11 +250,45 @@ def test_fp16_overflow_in_one_shard_is_skipped_by_all(tmp_path):
     run_ranks(**MODES["fsdp"], function=overflow, arguments=(tmp_path,), folder=tmp_path)
 
 
+# DeepSpeed
+
+
+def train_in_bf16(wanted):
+    """With the same data and noise on both processes, which then are as one."""
+    trainer = make_trainer(accelerator=make_accelerator(mixed_precision="bf16"))
+    torch.manual_seed(0)
+    assert 0 < relative_error(torch.tensor(run(trainer, 10)), wanted) < 0.05
+    assert {value.dtype for value in trainer.training_state()["model"].values()} == {torch.float32}
+
+
+@pytest.mark.skipif("zero" not in MODES, reason="needs deepspeed")
+def test_zero_in_bf16(tmp_path):
+    trainer = make_trainer()
+    torch.manual_seed(0)
+    wanted = torch.tensor(run(trainer, 10))
+    run_ranks(**MODES["zero"], function=train_in_bf16, arguments=(wanted,), folder=tmp_path)
+
+
+def refuse(options, message):
+    accelerator = make_accelerator(**options)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(accelerator=accelerator)
+
+
+@pytest.mark.skipif("zero" not in MODES, reason="needs deepspeed")
+@pytest.mark.parametrize("stage, options, message", [
+    (3, {}, "runs stage 3 of ZeRO; it must be 1 or 2, or FSDP"),
+    (2, dict(mixed_precision="fp16"), "mixed_precision='fp16' under DeepSpeed; it must be 'no' or 'bf16'"),
+])  # fmt: skip
+def test_what_zero_does_not_cover(tmp_path, stage, options, message):
+    run_ranks(2, refuse, (options, message), tmp_path, zero=stage)
+
+
 # failures
 
 
 def fail(folder):
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator()
     trainer = make_trainer(accelerator=accelerator)
     for step in range(10**6):
         run(trainer, 1, step)

@@ -282,10 +282,10 @@ def train_on_ranks(config, status, stop_at=None):
     assert train_diffusion_prior.train(TrainDiffusionPriorConfig.model_validate(config)) == status
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_interrupted_on_one_of_two_processes(data, tmp_path, fsdp):
+@pytest.mark.parametrize("mode", processes.SEVERAL)
+def test_interrupted_on_one_of_two_processes(data, tmp_path, mode):
     """All stop when they next look, every five steps, and together go on to where an uninterrupted run ends."""
-    options = dict(world=2, function=train_on_ranks, folder=tmp_path, fsdp=fsdp)
+    options = dict(processes.MODES[mode], function=train_on_ranks, folder=tmp_path)
     prior = dict(net=dict(dim=DIM, depth=1, heads=2, dim_head=8, max_text_len=4, num_timesteps=50, ff_dropout=0.1))
     configs = [make_config(data, tmp_path / name, data_options=UNEVEN) for name in ("whole", "parts")]
     for config in configs:

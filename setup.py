@@ -20,7 +20,18 @@ TRAIN = [*DATA, *PLOT, "accelerate>=1.0", "pydantic>=2"]
 # the peers that parity is tested against; dalle2-pytorch 1.15.6 imports pkg_resources, so it needs an older setuptools
 INTEROP = ["dalle2-pytorch==1.15.6", "setuptools<81"]
 DIFFUSERS = ["diffusers>=0.42", "transformers>=4.40", "pillow"]
-TEST = [*CLIP, *QUICKSTART, *TRAIN, *INTEROP, *DIFFUSERS, "peft>=0.17", "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.6"]
+TEST = [
+    *CLIP,
+    *QUICKSTART,
+    *TRAIN,
+    *INTEROP,
+    *DIFFUSERS,
+    "peft>=0.17",
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "hypothesis>=6",
+    "ruff>=0.6",
+]
 
 setup(
     name="fastprior",

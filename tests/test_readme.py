@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import make_prior
 from test_sampler import WordClip
@@ -20,21 +21,26 @@ from fastprior.train_configs import (
     TrainSplitConfig,
 )
 
+diffusers = pytest.importorskip("diffusers")
+from test_prior_pipeline import folder, parts  # noqa: E402, F401
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_snippets(tmp_path, monkeypatch, capsys):
+def test_snippets(tmp_path, monkeypatch, capsys, folder):  # noqa: F811
     monkeypatch.chdir(tmp_path)
+    Path("kandinsky-2-2-prior").symlink_to(folder)
+    pipe = diffusers.KandinskyV22PriorPipeline.from_pretrained(folder)
     net = dict(dim=32, depth=1, dim_head=16, heads=2, max_text_len=7, num_timesteps=100)
     given = make_prior(net, timesteps=100)
     torch.save({"model": given.state_dict(), "step": torch.tensor([3])}, "latest.pth")
     config = {"net": net, "image_embed_dim": 32, "timesteps": 100, "cond_drop_prob": 0.1}
     Path("prior_config.json").write_text(json.dumps({"prior": config}))
     monkeypatch.setattr(fastprior, "OpenAIClipAdapter", lambda name: WordClip())
-    assert len(SNIPPETS) == 4
-    space = {}
+    assert len(SNIPPETS) == 7
+    space = {"pipe": pipe}
     for snippet in SNIPPETS:
         exec(snippet, space)
     printed = capsys.readouterr().out
@@ -42,6 +48,8 @@ def test_snippets(tmp_path, monkeypatch, capsys):
     assert "cached path, ddim, 15 evaluations, guidance: null table" in printed
     assert space["image_embed"].shape == (1, 32) and space["image_embed"].norm() > 0.01
     assert Path("prior.safetensors").exists()
+    assert isinstance(pipe.prior, fastprior.PriorTransformer) and len(space["image_embeds"]) == 4
+    assert space["mixed"].image_embeds.abs().max() > 0.01
     assert isinstance(space["loss"], float) and fastprior.load("trainer.pth").image_embed_dim == 64
     again = fastprior.load("prior.safetensors")
     assert torch.equal(again.net.learned_query, given.net.learned_query)

@@ -14,6 +14,7 @@ from conftest import relative_error
 from processes import MODES, SEVERAL, run_ranks, start_ranks
 from test_trainer import (
     BATCH,
+    ToyClip,
     batch,
     differing,
     fixed_times,
@@ -27,7 +28,7 @@ from test_trainer import (
 
 from fastprior.evaluate import evaluate
 from fastprior.optimizer import learning_rate_factor
-from fastprior.sharding import local
+from fastprior.sharding import local, without_clip
 
 RANDOM = dict(attn_dropout=0.1, ff_dropout=0.1, self_cond=True)
 
@@ -175,15 +176,19 @@ def test_every_mode_loads_every_checkpoint(trained, tmp_path, mode):
 def use_shards(folder):
     accelerator = make_accelerator()
     rank = accelerator.process_index
-    trainer = make_trainer(small_prior(), accelerator=accelerator, ema_beta=0.5)
+    trainer = make_trainer(small_prior(clip=ToyClip()), accelerator=accelerator, ema_beta=0.5)
     torch.manual_seed(rank)
     run(trainer, 3, 10 * rank)
 
     online, average = trainer.prior, trainer.ema_diffusion_prior.ema_model
     moments = [kept["exp_avg"] for kept in trainer.optimizer.state.values()]
-    for kind in (list(online.parameters()), list(average.parameters()), moments):
+    for kind in (*(without_clip(dict(prior.named_parameters())).values() for prior in (online, average)), moments):
         assert sum(local(value).numel() for value in kind) < 0.6 * sum(value.numel() for value in kind)
         assert sum(local(value).untyped_storage().nbytes() for value in kind) < 2.4 * sum(v.numel() for v in kind)
+
+    assert trainer.embed_text(torch.ones(2, 4, dtype=torch.int64)).text_encodings.shape == (2, 4, 16)
+    with trainer.whole_prior() as whole:
+        assert whole.clip is online.clip and not any(p.is_meta for p in whole.parameters())
 
     # a loss without a backward must not keep the whole weights for the next step
     torch.manual_seed(0)

@@ -59,6 +59,7 @@ setup(
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "hub": ["huggingface_hub>=0.20"],
+        "deepspeed": ["deepspeed>=0.19"],
         "diffusers": DIFFUSERS,
         "interop": INTEROP,
         "test": TEST,

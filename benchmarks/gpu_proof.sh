@@ -5,7 +5,7 @@
 #   kernels      every kernel against its reference, on the device, in fp32, fp16 and bf16
 #   sanitizer    a few of these under compute-sanitizer (memcheck, racecheck), where it is installed
 #   models       priors on the device against the CPU and against themselves, every path
-#   kernel-benchmarks, sampling-benchmarks   with their baselines and goals
+#   kernel-benchmarks, sampling-benchmarks, prior-stage-benchmarks, training-benchmarks   with baselines and goals
 #
 # All by default. Needs the packages of the `test` extra and no network. Records go to benchmarks/records/<card>.jsonl,
 # logs beside them in a temporary folder; a failure in one section does not stop the others, and a summary comes last.
@@ -38,12 +38,14 @@ section() {
         models) "${test[@]}" tests/test_device.py tests/test_models_on_kernels.py tests/test_parity.py tests/test_sampler.py ;;
         kernel-benchmarks) "${bench[@]}" benchmarks/test_kernels.py ;;
         sampling-benchmarks) "${bench[@]}" benchmarks/test_sampling.py ;;
+        prior-stage-benchmarks) "${bench[@]}" benchmarks/test_prior_transformer.py ;;
+        training-benchmarks) "${bench[@]}" benchmarks/test_training.py ;;
         *) echo "unknown section: $1"; return 2 ;;
     esac
 }
 
 results=()
-for name in ${*:-environment kernels sanitizer models kernel-benchmarks sampling-benchmarks}; do
+for name in ${*:-environment kernels sanitizer models kernel-benchmarks sampling-benchmarks prior-stage-benchmarks training-benchmarks}; do
     echo "== $name"
     start=$SECONDS
     export -f section

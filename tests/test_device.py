@@ -80,3 +80,26 @@ def test_attention_gives_equal_bits_at_the_sizes_of_models(dtype):
     first = run()
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prior_transformer(dtype):
+    """Behind the prefix, by kernels, against whole passes on the CPU; captions of several lengths, one empty."""
+    from fastprior.prior_transformer import PriorTransformer
+
+    torch.manual_seed(0)
+    prior = PriorTransformer(num_attention_heads=4, num_layers=3, embedding_dim=64, num_embeddings=77).eval()
+    torch.nn.init.normal_(prior.positional_embedding, std=0.3)
+    mask = torch.arange(77) < torch.tensor([77, 20, 2, 0])[:, None]
+    text = torch.randn(4, 64), torch.randn(4, 77, 64), mask
+    x, times = torch.randn(8, 64), torch.tensor([900, 20])
+    repeated = (t.repeat_interleave(2, dim=0) for t in text)
+    with torch.no_grad():
+        wanted = prior._whole(x, times[1].expand(8), *repeated)
+        prior = prior.to(DEVICE, dtype)
+        embed, encodings, mask = (t.to(DEVICE) for t in text)
+        cond = prior.prefill(embed.to(dtype), encodings.to(dtype), mask, times.to(DEVICE))
+        got = prior.step(x.to(DEVICE, dtype), torch.tensor(1, device=DEVICE), cond).cpu()
+    if dtype == torch.float32:
+        assert relative_error(got, wanted) <= 1e-3  # products of tf32x3
+    assert torch.cosine_similarity(got.float(), wanted).min() > 0.999

@@ -72,7 +72,7 @@ _SAFE_GLOBALS = [(_Inert, name) for name in _STAND_INS]
 _SAFE_GLOBALS += [(dict, "builtins.dict"), (_inert_dict, "collections.defaultdict")]
 
 
-def _read_any(path: Path) -> tuple[Any, dict | None]:
+def read_any_file(path: Path) -> tuple[Any, dict | None]:
     """The contents of a file, on the CPU, and our header where it has one."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory; it must be a checkpoint file")
@@ -102,9 +102,9 @@ def _read_any(path: Path) -> tuple[Any, dict | None]:
     return payload, None
 
 
-def _read(path: Path) -> tuple[Mapping, dict | None]:
-    """`_read_any` of a file that must hold a dict."""
-    payload, header = _read_any(path)
+def read_file(path: Path) -> tuple[Mapping, dict | None]:
+    """`read_any_file` of a file that must hold a dict."""
+    payload, header = read_any_file(path)
     if not isinstance(payload, Mapping):
         raise ValueError(f"{path} holds a {type(payload).__name__}; it must hold a dict")
     return payload, header
@@ -125,11 +125,11 @@ def _version_string(value) -> str | None:
         return None
 
 
-def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested dicts by dotted keys, without what DDP and torch.compile put into them."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         elif torch.is_tensor(value):
             yield _WRAPPERS.sub("", f"{prefix}{key}"), value
 
@@ -139,9 +139,7 @@ def _is_ema(root: str) -> bool:
     return last != "online_model" and any(part == "ema" or part.startswith("ema_") for part in parts)
 
 
-def _choose_root(
-    flat: Mapping, roots: Iterable[str], weights: str, report: LoadReport
-) -> tuple[str, dict[str, Tensor]]:
+def choose_root(flat: Mapping, roots: Iterable[str], weights: str, report: LoadReport) -> tuple[str, dict[str, Tensor]]:
     """Of the places that hold a prior, such as `ema_model.`, the wanted one, and the tensors there by the rest of their
     keys."""
     if weights not in ("auto", "model", "ema"):
@@ -162,7 +160,7 @@ def _choose_root(
 
 def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[str, Tensor]:
     """The tensors of one prior, with keys `net.…`, out of whatever they are nested in."""
-    flat = dict(_flatten(payload))
+    flat = dict(flatten(payload))
     bare = {key[: match.start()]: match[1] is None for key in flat if (match := _ROOT.search(key))}
     if not bare:
         transformer = any("prd_emb" in key for key in flat)
@@ -171,7 +169,7 @@ def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[st
         )
         found = some(flat or payload) or "nothing"
         raise ValueError(f"{report.path} holds no diffusion prior{hint}: no key ends in learned_query. Found: {found}")
-    root, state = _choose_root(flat, bare, weights, report)
+    root, state = choose_root(flat, bare, weights, report)
     report.kind = "network state dict" if bare[root] else "prior state dict"
     if "optimizer" in payload:
         report.kind = "trainer checkpoint"
@@ -256,7 +254,7 @@ def load(
     report = LoadReport(str(path))
     if version is not None and not re.match(r"v?\d+\.\d+", version):
         raise ValueError(f"version={version!r}; it must read like '1.4.2'")
-    payload, header = _read(Path(path))
+    payload, header = read_file(Path(path))
     state = _find_weights(payload, weights, report)
     clip_state = {key[5:]: state.pop(key) for key in list(state) if key.startswith("clip.")}
     if header is None:

@@ -176,7 +176,8 @@ def _load_conditions(prior, given: list[tuple[str, str]], prompts: int, device: 
     return values
 
 
-def _load_clip(name: str, pretrained: str, device: str):
+def load_clip(name: str, pretrained: str, device: str):
+    """An open_clip model. Raises ValueError where it cannot be loaded."""
     from fastprior import OpenClipAdapter
 
     try:
@@ -215,7 +216,7 @@ def sample(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    clip = _load_clip(args.clip_model, args.clip_pretrained, device) if args.clip_model else None
+    clip = load_clip(args.clip_model, args.clip_pretrained, device) if args.clip_model else None
     prior = checkpoint.load(args.checkpoint, clip=clip, device=device)
     of_digits = prior.load_report.metadata.get("text_encoder") == digits.NAME
     if not of_digits and not args.out:

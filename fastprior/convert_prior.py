@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprior import prior_files
-from fastprior.checkpoint import _choose_root, _flatten, _read, _read_any
+from fastprior.checkpoint import choose_root, flatten, read_any_file, read_file
 from fastprior.eras import LoadReport, some
 from fastprior.prior_transformer import PriorTransformer
 
@@ -82,7 +82,7 @@ def _infer(state: Mapping[str, Tensor], path: str) -> dict:
 
 def _read_stats(path: Path) -> dict[str, Tensor]:
     """clip_mean and clip_std, (1, dim) each, of a file with both, such as ViT-L-14_stats.th."""
-    stats, _ = _read_any(path)
+    stats, _ = read_any_file(path)
     is_pair = isinstance(stats, (Tensor, list, tuple)) and len(stats) == 2
     if not is_pair or not all(torch.is_tensor(t) and t.ndim == 1 and t.isfinite().all() for t in stats):
         raise ValueError(f"clip_stats={str(path)!r}; it must hold the mean and the deviation of image embeddings")
@@ -101,14 +101,14 @@ def _read_config(config: Mapping | str | os.PathLike | None) -> dict:
 
 def _read_file(path: Path, weights: str, given: dict, report: LoadReport) -> tuple[dict, dict[str, Tensor]]:
     """The constructor's arguments and the tensors, under diffusers' names, of a file of either make."""
-    flat = dict(_flatten(_read(path)[0]))
+    flat = dict(flatten(read_file(path)[0]))
     roots = {key[: match.start()] for key in flat if (match := _ROOT.search(key))}
     if not roots:
         raise ValueError(
             f"{path} holds no PriorTransformer of diffusers, Kandinsky 2.1 or Karlo: found {some(flat) or 'nothing'}. "
             "For a prior of dalle2-pytorch the target must end in .safetensors, .pt or .pth"
         )
-    state = _choose_root(flat, roots, weights, report)[1]
+    state = choose_root(flat, roots, weights, report)[1]
     if "model.prd_emb" not in state:
         report.kind, report.era = "state dict", "diffusers"
         beside = path.with_name("config.json")

@@ -116,7 +116,7 @@ def _inputs(prior: DiffusionPrior, batch: dict) -> tuple[Tensor, dict]:
         found = f"the keys {sorted(batch)}" if image is None else f"an image_embed of shape {tuple(image.shape)}"
         raise ValueError(f"a batch has {found}; it must have an image_embed (batch, {prior.image_embed_dim})")
     given = {key: batch.get(key) for key in ("text", "text_embed", "text_encodings", "conditions")}
-    text_cond = prior._text_cond(**given)
+    text_cond = prior.text_condition(**given)
     if len(text_cond["text_embed"]) != len(image):
         raise ValueError(
             f"a batch has {len(image)} images and {len(text_cond['text_embed'])} texts; they must be pairs"

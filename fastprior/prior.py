@@ -270,7 +270,8 @@ class DiffusionPrior(nn.Module):
         if own and text_cond.get("conditions"):
             self.net.conditions.check_values(text_cond["conditions"], len(text_cond["text_embed"]))
 
-    def _check_text_cond(self, shape: tuple[int, ...], text_cond: dict) -> None:
+    def check_text_condition(self, shape: tuple[int, ...], text_cond: dict) -> None:
+        """Raise ValueError unless embeddings of this shape can be sampled for it; warn of a norm not CLIP's."""
         if shape[0] == 0:
             raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
         embed = text_cond.get("text_embed")
@@ -299,7 +300,7 @@ class DiffusionPrior(nn.Module):
 
     def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
         plan = self.sampling_plan(timesteps, cond_scale, solver, eta)
-        self._check_text_cond(shape, text_cond)
+        self.check_text_condition(shape, text_cond)
         if not len(plan.table):
             warnings.warn(f"timesteps={timesteps}: the {solver} solver makes no evaluation, the result is noise")
         return sample_loop(self, plan, shape, text_cond, cond_scale, generator, progress)
@@ -368,7 +369,8 @@ class DiffusionPrior(nn.Module):
         """DDPM samples (batch_size, image_embed_dim) for given conditions, still scaled by `image_embed_scale`."""
         return self.p_sample_loop_ddpm((batch_size, self.image_embed_dim), text_cond, cond_scale=cond_scale)
 
-    def _text_cond(self, text, text_embed, text_encodings, mask=None, conditions=None) -> dict:
+    def text_condition(self, text, text_embed, text_encodings, mask=None, conditions=None) -> dict:
+        """What the network is conditioned on, from arguments as `sample` takes them: text_embed, text_encodings, …"""
         if (text is None) == (text_embed is None):
             raise ValueError("exactly one of text and text_embed must be given")
         if text is not None:
@@ -436,7 +438,7 @@ class DiffusionPrior(nn.Module):
         repeats = num_samples_per_batch if n_samples_per_batch is None else n_samples_per_batch
         self.check_best_of(repeats, "num_samples_per_batch")
         timesteps = self.sample_timesteps if timesteps is None else timesteps
-        text_cond = self._text_cond(text, text_embed, text_encodings, mask, conditions)
+        text_cond = self.text_condition(text, text_embed, text_encodings, mask, conditions)
         prompts = len(text_cond["text_embed"])
         shape = prompts * repeats, self.image_embed_dim
         if any(is_overridden(self, loop, DiffusionPrior) for loop in LOOPS):
@@ -502,7 +504,7 @@ class DiffusionPrior(nn.Module):
             raise ValueError("exactly one of image and image_embed must be given")
         if image is not None:
             image_embed, _ = self.clip.embed_image(image)
-        text_cond = self._text_cond(text, text_embed, text_encodings, conditions=conditions)
+        text_cond = self.text_condition(text, text_embed, text_encodings, conditions=conditions)
         self._check_conditions(text_cond)
         if draws > 1:
             image_embed = image_embed.repeat_interleave(draws, dim=0)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastprior.checkpoint import _read
+from fastprior.checkpoint import read_file
 from fastprior.utils import atomic, nearest
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
@@ -67,7 +67,7 @@ def read(path: str | os.PathLike, subfolder: str | None, variant: str | None, **
         files = [folder / name for name in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= _read(file)[0]
+        state |= read_file(file)[0]
     return config, state
 
 

@@ -137,10 +137,10 @@ class PriorSampler:
         """
         if cond_scale != 1 and not self.guidance:
             raise ValueError(f"cond_scale={cond_scale}; this sampler was built with guidance=False, so it must be 1")
-        text_cond = self.prior._text_cond(None, text_embed, text_encodings, conditions=conditions)
+        text_cond = self.prior.text_condition(None, text_embed, text_encodings, conditions=conditions)
         prompts, repeats, device = len(text_embed), self.samples_per_prompt, self.prior.device
         shape = prompts * repeats, self.prior.image_embed_dim
-        self.prior._check_text_cond(shape, text_cond)
+        self.prior.check_text_condition(shape, text_cond)
         with self._lock:
             self._refresh()
             scale = torch.tensor(cond_scale, dtype=torch.float32, device=device)

@@ -47,7 +47,7 @@ class BaseLoader(Part):
         """What `DiffusionPriorTrainer.load` takes, on the CPU. Pickles are read as `fastprior.load` reads them."""
         self.data_path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".loading-", dir=self.data_path) as folder:
-            return dict(checkpoint._read(self.fetch(Path(folder)))[0])
+            return dict(checkpoint.read_file(self.fetch(Path(folder)))[0])
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
 
-from fastprior.checkpoint import _read, check_fits_peer
+from fastprior.checkpoint import check_fits_peer, read_file
 from fastprior.chunks import prior_sample_in_chunks, split_args_and_kwargs
 from fastprior.ema import EMA
 from fastprior.optimizer import get_optimizer, learning_rate_factor
@@ -432,7 +432,7 @@ class DiffusionPriorTrainer(nn.Module):
             ValueError: it is damaged, unsafe, no trainer's checkpoint, or does not fit. Nothing is loaded then.
         """
         is_file = not isinstance(path_or_state, Mapping)
-        payload = _read(Path(path_or_state))[0] if is_file else path_or_state
+        payload = read_file(Path(path_or_state))[0] if is_file else path_or_state
         where = str(path_or_state) if is_file else "the state given"
         restore(self, payload, where, overwrite_lr, strict, restore_rng)
         self._bad_in_a_row = 0

@@ -89,7 +89,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from fastprior import checkpoint, digits
-    from fastprior.cli import _load_clip
+    from fastprior.cli import load_clip
     from fastprior.conditions import find
     from fastprior.evaluate import METRICS, evaluate
     from fastprior.pair_stream import PairStream
@@ -97,7 +97,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
     _check(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    clip = _load_clip(args.clip_model, args.clip_pretrained, device) if args.clip_model else None
+    clip = load_clip(args.clip_model, args.clip_pretrained, device) if args.clip_model else None
     prior = checkpoint.load(args.checkpoint, weights=args.weights, clip=clip, device=device)
     if args.captions and not args.texts and prior.clip is None:
         if prior.load_report.metadata.get("text_encoder") != digits.NAME:

@@ -754,4 +754,4 @@ def test_the_peers_example(tmp_path, wandb, monkeypatch):
     run = config.create(config, {"Distributed": False})
     run.save(trainer=Trainer(1), is_best=True, is_latest=True, epoch=1, samples_seen=2, best_validation_loss=0.1)
     assert {"best_checkpoint.pth", "latest_checkpoint.pth"} <= set(names(".prior"))
-    assert checkpoint._read(Path(".prior/latest_checkpoint.pth"))[0]["samples_seen"] == 2
+    assert checkpoint.read_file(Path(".prior/latest_checkpoint.pth"))[0]["samples_seen"] == 2

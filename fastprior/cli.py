@@ -91,7 +91,7 @@ def _fast_paths() -> list[tuple[str, str]]:
     else:
         triton = "off, no CUDA device: plain PyTorch runs"
     rows.append(("Triton kernels", triton))
-    rows.append(("CUDA graphs", f"off, {'not used in this release' if cuda else 'no CUDA device'}"))
+    rows.append(("CUDA graphs", "on, in PriorSampler" if cuda else "off, no CUDA device"))
 
     # what torch itself asks, by names that are not public: absent means unknown
     checks = {"AMX": "_is_amx_tile_supported", "AVX-512 BF16": "_is_avx512_bf16_supported"}

@@ -45,13 +45,17 @@ class Condition(nn.Module):
         """Which prompts have a value: (prompts,) bool."""
         return ~value.isnan().unsqueeze(-1).flatten(1).any(dim=1)
 
+    def none(self, prompts: int, device: torch.device) -> Tensor:
+        """The value of prompts that have none."""
+        return torch.full((prompts, *self.shape), self.missing, device=device)
+
     def embed(self, value: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, value: Tensor | None, keep: Tensor) -> Tensor:
         """The token (prompts, dim) of value (prompts, *shape), None where all are missing; keep: (prompts, 1) bool."""
         if value is None:  # embedded all the same: in distributed training every weight takes part in every step
-            value = torch.full((len(keep), *self.shape), self.missing, device=keep.device)
+            value = self.none(len(keep), keep.device)
         given = self.given(value)
         # a NaN would reach the gradient through where, and a negative index has no embedding
         value = value.where(given.view(-1, *(1,) * (value.ndim - 1)), 0)
@@ -152,6 +156,10 @@ class Conditions(nn.ModuleDict):
     def nulls(self) -> Tensor:
         """The tokens of the unconditional branch: (count, dim)."""
         return torch.stack([condition.null for condition in self.values()])
+
+    def missing(self, prompts: int, device: torch.device) -> dict[str, Tensor]:
+        """The values of prompts that have none of any condition."""
+        return {name: condition.none(prompts, device) for name, condition in self.items()}
 
     def forward(self, values: Mapping[str, Tensor] | None, keep: Tensor) -> Tensor:
         """The tokens (prompts, count, dim) of the values given, in the weights' dtype; keep: (prompts, 1) bool."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import threading
 import time
+import warnings
+from collections import deque
 from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprior.graphs import StepGraph
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.sampler import WeightWatch, denoise_step, map_rows, network_obstacles, prefill, run_steps, step_inputs
@@ -21,7 +25,8 @@ class PriorSampler:
 
     Prompts are padded to the nearest of `batch_sizes`, which changes no row's result, and more prompts than the largest
     run in parts. One compiled graph per batch size serves every prompt, seed and `cond_scale`. A change of the prior's
-    weights is noticed at the next call and served from then on. Calls from several threads run one after the other.
+    weights is noticed at the next call and served from then on. Calls from several threads run one after the other, and
+    on CUDA in the order of the calls, whatever their streams.
 
     Args:
         prior: in eval mode, with a network that can be cached (see `prior.sampling_plan`).
@@ -31,6 +36,12 @@ class PriorSampler:
         guidance: prepare for a `cond_scale` other than 1; by default where the prior was trained for it.
         dtype: run the network in this dtype; with another than its own, on a copy. State and schedule stay fp32.
         compile: use torch.compile; off, the same steps run eagerly.
+        graphs: capture prefill and step of each batch size as CUDA graphs, by default on CUDA. Where a capture fails, a
+            warning says why, and all runs go on without.
+
+    Attributes:
+        graphs: whether CUDA graphs are used.
+
     Raises:
         ValueError: where the prior cannot be cached, with the reasons, or an argument does not fit.
     """
@@ -47,6 +58,7 @@ class PriorSampler:
         guidance: bool | None = None,
         dtype: torch.dtype | None = None,
         compile: bool = True,
+        graphs: bool | None = None,
     ):
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError(f"batch_sizes={batch_sizes}; it must hold at least one number, each at least 1")
@@ -65,8 +77,13 @@ class PriorSampler:
         self.prior, self.samples_per_prompt = prior, samples_per_prompt
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
         self.dtype, self.compile = dtype or prior.net.learned_query.dtype, compile
+        self.graphs = prior.device.type == "cuda" if graphs is None else graphs
+        if self.graphs and prior.device.type != "cuda":
+            raise ValueError(f"graphs=True; the prior is on {prior.device}, and CUDA graphs need CUDA")
         self._lock = threading.Lock()
         self._modules: list | None = None
+        self._graphs: dict[int, StepGraph] = {}
+        self._clock = Clock(prior.device)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -81,6 +98,7 @@ class PriorSampler:
         if self._watch.changed(own):
             if self._net is not own:
                 self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
+            self._graphs.clear()  # they hold addresses of weights and tables
             self._times, self._null_preds, self._rows = step_inputs(self._net, self.plan)
             self._indices = torch.arange(len(self._rows), device=self._rows.device)
 
@@ -100,6 +118,66 @@ class PriorSampler:
                 step = torch.compile(own, fullgraph=True, dynamic=False, options=options)
             self._steps[batch] = step
         return self._steps[batch]
+
+    def _padded(self, text_cond: dict, batch: int) -> dict:
+        """A text condition with rows up to a batch size; for graphs also of full length, and with every condition."""
+        padded = map_rows(text_cond, lambda t: F.pad(t, (0, 0) * (t.ndim - 1) + (0, batch - len(t))))
+        if not self.graphs:
+            return padded
+        if "text_encodings" in padded:
+            encodings = padded["text_encodings"][:, : self._net.max_text_len]
+            padded["text_encodings"] = F.pad(encodings, (0, 0, 0, self._net.max_text_len - encodings.shape[1]))
+        if self._net.conditions is not None:
+            missing = self._net.conditions.missing(batch, self.prior.device)
+            padded["conditions"] = missing | padded.get("conditions", {})
+        return padded
+
+    def _graph(self, batch: int) -> StepGraph | None:
+        """The graphs of a batch size; None where they cannot be captured."""
+        if batch not in self._graphs:
+            net, compiled = self._net, self._step(batch)
+            like = dict(device=self.prior.device, dtype=net.stream_dtype)
+            example = dict(text_embed=torch.zeros(batch, net.text_embed_dim, **like))
+            if self.prior.condition_on_text_encodings:
+                example["text_encodings"] = torch.zeros(batch, 0, net.text_dim, **like)
+
+            def step(cond, scale, x, x0, noise, index):
+                return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise, index)
+
+            try:
+                self._graphs[batch] = StepGraph(
+                    lambda text_cond: prefill(net, self.plan, text_cond, self._times),
+                    step,
+                    self._padded(example, batch),
+                    (batch * self.samples_per_prompt, self.prior.image_embed_dim),
+                    len(self.plan.table),
+                    next((graph.pool for graph in self._graphs.values()), None),
+                )
+            except RuntimeError as error:  # too little memory too
+                self.graphs = False
+                self._graphs.clear()
+                warnings.warn(f"batch size {batch} was not captured as a CUDA graph, all runs go on without: {error}")
+                return None
+        return self._graphs[batch]
+
+    def stats(self) -> dict[str, float]:
+        """How the last 1000 calls went, and what a step takes.
+
+        Returns:
+            calls: how many; p50_ms, p99_ms: of whole calls, on CUDA as the device ran them; weight_bytes: what a step
+            reads of weights; graphs, graph_bytes: captured batch sizes, and the memory that they hold.
+        """
+        with self._lock:
+            times = self._clock.milliseconds()
+            weights = sum(p.numel() for p in self.prior.net.causal_transformer.parameters() if p.ndim == 2)
+            return dict(
+                calls=len(times),
+                p50_ms=statistics.median(times) if times else float("nan"),
+                p99_ms=statistics.quantiles(times, n=100)[98] if len(times) > 1 else float("nan"),
+                weight_bytes=weights * self.dtype.itemsize,
+                graphs=len(self._graphs),
+                graph_bytes=sum(graph.bytes for graph in self._graphs.values()),
+            )
 
     def warmup(self) -> dict[int, float]:
         """Compile and run every batch size once: {batch size: seconds}."""
@@ -141,7 +219,7 @@ class PriorSampler:
         prompts, repeats, device = len(text_embed), self.samples_per_prompt, self.prior.device
         shape = prompts * repeats, self.prior.image_embed_dim
         self.prior.check_text_condition(shape, text_cond)
-        with self._lock:
+        with self._lock, self._clock:
             self._refresh()
             scale = torch.tensor(cond_scale, dtype=torch.float32, device=device)
             part = min(prompts, self.batch_sizes[-1])
@@ -172,16 +250,54 @@ class PriorSampler:
         prompts = len(text_cond["text_embed"])
         rows = prompts * self.samples_per_prompt
         batch = next(size for size in self.batch_sizes if size >= prompts)
-        padded = map_rows(text_cond, lambda t: F.pad(t, (0, 0) * (t.ndim - 1) + (0, batch - prompts)))
-        cond = prefill(self._net, self.plan, padded, self._times)
-        compiled = self._step(batch)
+        graph = self._graph(batch) if self.graphs else None
+        padded = self._padded(text_cond, batch)
         numbers = iter(range(len(self.plan.table) + 1))
 
         def draw() -> Tensor:
             noise = draws(next(numbers))[first_row : first_row + rows]
             return F.pad(noise, (0, 0, 0, batch * self.samples_per_prompt - rows))
 
+        if graph is not None:
+            graph.begin(padded, scale)
+            return run_steps(self.prior, self.plan.table, graph.step, draw)[:rows].clone()
+        cond, compiled = prefill(self._net, self.plan, padded, self._times), self._step(batch)
+
         def step(x, x0, noise, index):
             return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise(), self._indices[index])
 
         return run_steps(self.prior, self.plan.table, step, draw)[:rows]
+
+
+class Clock:
+    """Times what runs within it, call by call; on CUDA by events, and calls of several streams wait for each other."""
+
+    KEPT = 1000
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.kept: deque = deque(maxlen=self.KEPT)
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda" and self.kept:
+            torch.cuda.current_stream(self.device).wait_event(self.kept[-1][1])
+        self.began = self._now()
+
+    def __exit__(self, kind, error, trace) -> None:
+        ended = self._now()
+        if kind is None or self.device.type == "cuda":  # what failed may still run
+            self.kept.append((self.began, ended))
+
+    def milliseconds(self) -> list[float]:
+        if self.device.type != "cuda":
+            return [(end - begin) * 1e3 for begin, end in self.kept]
+        if self.kept:
+            self.kept[-1][1].synchronize()
+        return [begin.elapsed_time(end) for begin, end in self.kept]

@@ -1,6 +1,7 @@
 """On a GPU, where there is one: the same network as on the CPU, and every path equal on the device."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -43,6 +44,41 @@ def test_compiled_sampler(dtype):
     wanted = sample(copy.deepcopy(prior), text, timesteps=8, cond_scale=2.0, generator=generators[0])
     got = sampler(**text, cond_scale=2.0, generator=generators[1])
     assert torch.cosine_similarity(got, wanted).median() > (1 - 1e-6 if dtype == torch.float32 else 0.999)
+
+
+def test_graphs_soak():
+    """A thousand runs of two threads, each with a stream of its own: the bits of runs without graphs, and no growth."""
+    prior, text = make_prior(dict(dim=64)).to(DEVICE), on_device(make_text(6, 64))
+    kwargs = dict(batch_sizes=(2, 4), timesteps=6, compile=False)
+    plain_sampler, sampler = PriorSampler(prior, graphs=False, **kwargs), PriorSampler(prior, **kwargs)
+    assert sampler.graphs and not plain_sampler.graphs
+
+    def run(which, prompts, scale, seed):
+        given = {name: t[:prompts] for name, t in text.items()}
+        return which(**given, cond_scale=scale, generator=torch.Generator(DEVICE).manual_seed(seed))
+
+    cases = [(prompts, scale, seed) for prompts in (1, 3, 6) for scale in (1.0, 2.5) for seed in (1, 2)]
+    wanted = [run(plain_sampler, *case) for case in cases]
+    wrong = []
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for number in range(500):
+                at = number * 7 % len(cases)
+                if not torch.equal(run(sampler, *cases[at]), wanted[at]):
+                    wrong.append(cases[at])
+
+    run(sampler, *cases[-1])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert sampler.graphs and not wrong and torch.cuda.memory_allocated() - before < 2**20
+    assert sampler.stats()["graphs"] == 2 and sampler.stats()["calls"] == 1000
 
 
 def test_split_sums_are_the_same_whichever_program_comes_last():

@@ -1,11 +1,13 @@
 """PriorSampler: the same results as the prior, compiled once, whatever the batch."""
 
+import math
 import threading
 
 import pytest
 import torch
 from conftest import make_prior, make_text, relative_error, sample
 
+from fastprior import graphs
 from fastprior.serving import PriorSampler
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
@@ -135,3 +137,84 @@ def test_bad_arguments():
         call(PriorSampler(prior, guidance=False, timesteps=4, compile=False), text, cond_scale=2.0)
     with pytest.raises(ValueError, match="text_encodings=None; this prior is conditioned"):
         PriorSampler(prior, timesteps=4, compile=False)(text["text_embed"])
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """In place of captures, functions that run again: they read and write the same buffers as a graph would."""
+    monkeypatch.setattr(graphs, "capture", lambda run, device, pool: (run, None))
+
+
+def with_graphs(prior, **kwargs) -> PriorSampler:
+    sampler = PriorSampler(prior, **kwargs)
+    sampler.graphs = True  # which a CPU has not
+    return sampler
+
+
+@pytest.mark.parametrize("options", [{}, dict(self_cond=True), dict(max_text_len=3)])
+def test_graphs_give_the_same_bits(replayed, options):
+    """Whatever was in the buffers before: other prompts, lengths, scales, seeds, and batches in parts."""
+    prior, text = make_prior(options), make_text(11, 32)
+    kwargs = dict(batch_sizes=(2, 4), timesteps=6, solver="dpm++", compile=False)
+    plain, ours = PriorSampler(prior, **kwargs), with_graphs(prior, **kwargs)
+    for prompts, scale, seed in ((1, 1.0, 1), (4, 3.0, 2), (11, 1.5, 3), (2, 3.0, 4), (1, 1.0, 1)):
+        rows, length = slice(11 - prompts, 11), 5 - seed
+        given = {"text_embed": text["text_embed"], "text_encodings": text["text_encodings"][:, :length]}
+        got, wanted = (call(s, given, rows, seed=seed, cond_scale=scale) for s in (ours, plain))
+        assert torch.equal(got, wanted)
+    kept = got.clone()
+    call(ours, text, slice(1), seed=9)
+    assert torch.equal(got, kept), "a result was a buffer, which the next call wrote to"
+    assert ours.stats()["graphs"] == 2
+
+
+def test_graphs_with_conditions(replayed):
+    specs = dict(score=dict(kind="scalar"), people=dict(kind="category", size=4), style=dict(kind="vector", size=3))
+    prior, text = make_prior(dict(conditions=specs)), make_text(3, 32)
+    kwargs = dict(batch_sizes=(4,), timesteps=4, compile=False)
+    plain, ours = PriorSampler(prior, **kwargs), with_graphs(prior, **kwargs)
+    values = dict(score=torch.tensor([1.0, torch.nan, 2]), people=torch.tensor([3, -1, 0]), style=torch.randn(3, 3))
+    for names in ((), ("score", "people", "style"), ("people",), ()):
+        conditions = {name: values[name] for name in names}
+        got, wanted = (call(s, text, conditions=conditions) for s in (ours, plain))
+        assert torch.equal(got, wanted), names
+
+
+def test_graphs_are_captured_again_for_other_weights(replayed):
+    prior, text = make_prior(), make_text(2, 32)
+    sampler = with_graphs(prior, batch_sizes=(2,), timesteps=4, compile=False)
+    before = call(sampler, text, cond_scale=2.0)
+    prior.load_state_dict(make_prior(seed=1).state_dict(), assign=True)
+    wanted = call(PriorSampler(prior, batch_sizes=(2,), timesteps=4, compile=False), text, cond_scale=2.0)
+    got = call(sampler, text, cond_scale=2.0)
+    assert torch.equal(got, wanted) and not torch.equal(got, before)
+
+
+def test_a_capture_that_fails_is_told_and_done_without(monkeypatch):
+    def fail(run, device, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    prior, text = make_prior(), make_text(2, 32)
+    sampler = with_graphs(prior, batch_sizes=(2,), timesteps=4, compile=False)
+    with pytest.warns(UserWarning, match="batch size 2 was not captured as a CUDA graph, .* not permitted"):
+        got = call(sampler, text)
+    wanted = call(PriorSampler(prior, batch_sizes=(2,), timesteps=4, compile=False), text)
+    assert torch.equal(got, wanted) and not sampler.graphs
+
+
+def test_graphs_need_cuda():
+    with pytest.raises(ValueError, match="graphs=True; the prior is on cpu, and CUDA graphs need CUDA"):
+        PriorSampler(make_prior(), batch_sizes=(2,), timesteps=4, graphs=True)
+
+
+def test_stats():
+    prior, text = make_prior(), make_text(2, 32)
+    sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=4, compile=False, dtype=torch.bfloat16)
+    assert sampler.stats()["calls"] == 0 and math.isnan(sampler.stats()["p50_ms"])
+    for _ in range(3):
+        call(sampler, text)
+    stats = sampler.stats()
+    transformer = prior.net.causal_transformer
+    assert stats["weight_bytes"] == 2 * sum(p.numel() for p in transformer.parameters() if p.ndim == 2)
+    assert stats["calls"] == 3 and 0 < stats["p50_ms"] <= stats["p99_ms"] and stats["graph_bytes"] == 0

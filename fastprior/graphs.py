@@ -1,0 +1,108 @@
+"""Runs of one shape on buffers of their own, which CUDA graphs replay: a step is one launch, whatever is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastprior.network import Conditioning
+from fastprior.sampler import map_rows
+
+WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must not happen within
+
+
+Pool = tuple[int, int]  # of memory, as torch.cuda.CUDAGraph names it
+
+
+def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) -> tuple[Callable[[], None], Pool]:
+    """Record what `run` launches, after a few plain runs on a side stream; the result launches it again, from a pool.
+
+    `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors.
+    Raises RuntimeError where something in it cannot be captured, or there is too little memory.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUPS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph.replay, graph.pool()
+
+
+class StepGraph:
+    """The prefill and the step of one batch size.
+
+    Args:
+        prefill: (text condition) to what `step` needs of it.
+        step: (condition, cond_scale, x, x0, noise, index) to the next x and x0: see `sampler.denoise_step`.
+        text_cond: an example of the text condition, whose shapes hold for all.
+        shape: (rows, dim) of x.
+        steps: of a run.
+        pool: of memory, from another that never runs at the same time.
+
+    Attributes:
+        bytes: of device memory that it holds.
+    """
+
+    def __init__(
+        self,
+        prefill: Callable[[dict], Conditioning],
+        step: Callable[..., tuple[Tensor, Tensor]],
+        text_cond: dict,
+        shape: tuple[int, int],
+        steps: int,
+        pool: Pool | None = None,
+    ):
+        device = text_cond["text_embed"].device
+        self.text_cond = map_rows(text_cond, torch.clone)
+        self.scale = torch.ones((), device=device)
+        self.x, self.x0, self.noise = torch.zeros(3, *shape, device=device)
+        self.index = torch.zeros((), dtype=torch.int64, device=device)
+        self.cond: Conditioning | None = None
+
+        def run_prefill() -> None:
+            self.cond = prefill(self.text_cond)
+
+        def run_step() -> None:
+            x, x0 = step(self.cond, self.scale, self.x, self.x0, self.noise, self.index)
+            self.x.copy_(x)
+            self.x0.copy_(x0)
+            self.index.add_(1).remainder_(steps)  # so that it is never out of range, also while warming up
+
+        before = _allocated(device)
+        self._prefill, self.pool = capture(run_prefill, device, pool)
+        self._step, _ = capture(run_step, device, self.pool)
+        self.bytes = _allocated(device) - before
+
+    def begin(self, text_cond: dict, cond_scale: Tensor) -> None:
+        """Run the prefill for a text condition of the shapes given."""
+        _copy(text_cond, self.text_cond)
+        self.scale.copy_(cond_scale)
+        self.index.zero_()
+        self._prefill()
+
+    def step(self, x: Tensor, x0: Tensor, noise: Callable[[], Tensor], index: int) -> tuple[Tensor, Tensor]:
+        """The next step of the run, as `sampler.run_steps` asks for it; its results are the buffers."""
+        if index == 0:
+            self.x.copy_(x)
+            self.x0.copy_(x0)
+        self.noise.copy_(noise())
+        self._step()
+        return self.x, self.x0
+
+
+def _copy(source: dict, target: dict) -> None:
+    for name, t in target.items():
+        if isinstance(t, dict):
+            _copy(source[name], t)
+        else:
+            t.copy_(source[name])
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

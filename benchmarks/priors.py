@@ -1,7 +1,6 @@
 """The priors that are measured, ours and the peer's with the same weights, and how they are timed."""
 
 import functools
-import time
 
 import dalle2_pytorch
 import torch
@@ -29,17 +28,3 @@ def text(prompts: int, device) -> dict:
     draw = torch.Generator().manual_seed(prompts)
     embed, encodings = torch.randn(prompts, 768, generator=draw), torch.randn(prompts, 77, 768, generator=draw)
     return dict(text_embed=l2norm(embed).to(device), text_encodings=encodings.to(device))
-
-
-def seconds(run, device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def read_bandwidth(device) -> float:
-    """Bytes per second of reading a tensor larger than the caches, best of several."""
-    x = torch.ones(2**28, device=device)  # 1 GiB
-    return x.nbytes / min(seconds(x.sum, device) for _ in range(8))

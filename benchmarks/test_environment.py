@@ -3,8 +3,9 @@
 import subprocess
 
 import torch
-from priors import read_bandwidth
 from timing import copy_bandwidth, median, op_seconds
+
+from fastprior.bench import read_bandwidth
 
 
 def test_bandwidth(benchmark, record, device):

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from priors import seconds
 
 import fastprior
+from fastprior.bench import seconds
 from fastprior.synthetic import SyntheticPairs
 from fastprior.trainer import DiffusionPriorTrainer
 

@@ -12,7 +12,8 @@ import statistics
 
 import pytest
 import torch
-from priors import seconds
+
+from fastprior.bench import seconds
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -14,8 +14,9 @@ import time
 
 import pytest
 import torch
-from priors import D2_SMALL, pair, read_bandwidth, seconds, text
+from priors import D2_SMALL, pair, text
 
+from fastprior.bench import read_bandwidth, seconds
 from fastprior.serving import PriorSampler
 
 STEPS = 64

@@ -7,9 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from priors import build, seconds, text
+from priors import build, text
 
 import fastprior
+from fastprior.bench import seconds
 from fastprior.layers import l2norm
 from fastprior.trainer import DiffusionPriorTrainer
 

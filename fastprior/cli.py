@@ -1,4 +1,4 @@
-"""The command line: `fastprior info`, `quickstart`, `sample`, `convert`, and the commands of training."""
+"""The command line: `fastprior info`, `quickstart`, `sample`, `convert`, `bench`, and the commands of training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from fastprior.bench import add_bench_parser
 from fastprior.training_commands import add_evaluate_parser, add_inspect_parser, add_train_parser, named
 from fastprior.version import __version__
 
@@ -344,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--clip-stats", metavar="FILE", help="of Kandinsky 2.1 and Karlo: ViT-L-14_stats.th")
     sub.add_argument("--trained-with", metavar="RELEASE", help="of dalle2-pytorch, for old files that do not record it")
 
-    for add_parser in (add_inspect_parser, add_train_parser, add_evaluate_parser):
+    for add_parser in (add_inspect_parser, add_train_parser, add_evaluate_parser, add_bench_parser):
         add_parser(commands)
     return parser
 

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -360,3 +361,38 @@ def test_reader_that_leaves(tmp_path):
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert result.returncode == 141 and "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+def bench(tmp_path, capsys, net=None, *options: str) -> list[list[str]]:
+    fastprior.save(conftest.make_prior(net, timesteps=30), tmp_path / "prior.safetensors")
+    command = [
+        "bench",
+        "--checkpoint",
+        str(tmp_path / "prior.safetensors"),
+        "--timesteps",
+        "8",
+        "--runs",
+        "3",
+        "--eager",
+    ]
+    assert cli.main([*command, "--batch-size", "1", "3", *options]) == 0
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--cond-scale", "2"), ("--timesteps", "30")])
+def test_bench(tmp_path, capsys, options):
+    """A row for each batch size, with the peer's time over ours."""
+    *_, title, one, three = bench(tmp_path, capsys, None, *options)
+    assert title[:1] == ["batch"] and [one[0], three[0]] == ["1", "3"]
+    for row in one, three:
+        p50, p99, step = map(float, row[1:4])
+        steps = 30 if "30" in options else 7  # DDIM makes one evaluation less
+        assert 0 < p50 <= p99 and step == pytest.approx(p50 / steps, rel=0.02, abs=0.01)
+        assert float(row[-1].removesuffix("x")) > 0
+
+
+def test_bench_of_what_the_peer_has_not(tmp_path, capsys):
+    first, _, title, one, _ = bench(tmp_path, capsys, dict(text_dim=48))
+    assert " ".join(first).startswith("dalle2-pytorch is left out: the network has text_dim=48")
+    assert len(one) == len(title) - 5  # four titles are of two words, and there is no ratio
+    assert len(bench(tmp_path, capsys, None, "--no-peer")[-1]) == len(one)

@@ -93,7 +93,7 @@ class PriorForward:
         """Run the text once, for any number of steps. Prompts that are the same run as one.
 
         Args:
-            proj_embedding: (prompts, embedding_proj_dim).
+            proj_embedding: (prompts, embedding_proj_dim), any float dtype.
             encoder_hidden_states: (prompts, num_embeddings, embedding_dim), or None.
             attention_mask: (prompts, num_embeddings), 1 for real tokens.
             times: (steps,), the timesteps that `step` will be asked for, by index.
@@ -104,13 +104,16 @@ class PriorForward:
         if attention_mask is None:
             raise ValueError("attention_mask is None; it must be given: without it attention is not causal")
         self._check(proj_embedding, encoder_hidden_states, attention_mask)
+        dtype = self._weight_dtype
+        proj_embedding = proj_embedding.to(dtype)
+        encoder_hidden_states = None if encoder_hidden_states is None else encoder_hidden_states.to(dtype)
         suffix = 2 + (self.prd_embedding is not None)
         if reasons := prefix_reuse.obstacles(self, suffix):
             raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(reasons)}")
         prefix = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, suffix)
         if prefix is None:
             raise ValueError("attention_mask hides tokens behind the text, or has values beyond 0 and 1; it must not")
-        return Conditioning(prefix, self._time_tokens(times, self._weight_dtype))
+        return Conditioning(prefix, self._time_tokens(times, dtype))
 
     def step(self, x: Tensor, index: Tensor, cond: Conditioning) -> Tensor:
         """One evaluation behind the cached prefix.
@@ -122,7 +125,7 @@ class PriorForward:
         Returns:
             (rows, clip_embed_dim) in fp32 or wider.
         """
-        pred = self._behind(x, cond.time_tokens.index_select(0, index.reshape(-1)), cond.prefix)
+        pred = self._behind(x.to(self._weight_dtype), cond.time_tokens.index_select(0, index.reshape(-1)), cond.prefix)
         return pred if pred.dim() == 2 else pred.squeeze(1)
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:

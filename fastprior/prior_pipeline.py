@@ -72,7 +72,7 @@ def guided_step(
     Returns:
         the next x, and the clean estimate.
     """
-    given, null = (torch.cat((x, x[:guided])) if guided else x).to(prior.dtype), None
+    given, null = torch.cat((x, x[:guided])) if guided else x, None
     pred = prior.step(given, index, cond)
     if guided:
         pred, null = pred.split((len(x), guided))

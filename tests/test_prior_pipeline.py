@@ -260,6 +260,15 @@ def test_each_text_is_encoded_once(ours):
     assert sorted(seen) == [1, 2]
 
 
+def test_text_of_another_dtype_than_the_prior(ours):
+    text = ours.encode_text(["red fox", "cat"])
+    kwargs = dict(num_inference_steps=STEPS, guidance_scale=1.0)
+    wanted = ours(text, generator=seeded(), **kwargs).image_embeds
+    ours.prior.bfloat16()
+    got = ours(text, generator=seeded(), **kwargs).image_embeds
+    assert got.dtype == torch.float32 and torch.cosine_similarity(got, wanted).min() > 0.99
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes(dtype, ours, parts, folder):
     """Without noise in the steps the error against fp64 is at most twice that of diffusers in the same dtype."""

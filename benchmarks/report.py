@@ -134,10 +134,10 @@ def facts(records: list[dict]) -> list[str]:
             lines.append(f"- Training, {r['dtype']}, batch {r['batch']}{what}: {r['ratio']:.2f}x {other}.")
         if r["op"] == "seconds to the optimum" and r["draws"] != 1:
             one = find(records, op="seconds to the optimum", draws=1)
+            own, other = (f"{x['p50']:.0f} s ({x['reached']} of {x['runs']} runs arrive)" for x in (r, one))
             lines.append(
                 f"- Training to {r['aim']:.0%} of the optimum on pairs of a known distribution: {r['draws']} draws "
-                f"take {r['p50']:.0f} s ({r['reached']} of {r['runs']} runs arrive), one takes {one['p50']:.0f} s or "
-                f"more ({one['reached']} of {one['runs']} arrive; [curves](benchmarks/records/learning-cpu-2-cores.png))."
+                f"take {own}, one takes {other}: [curves](benchmarks/records/learning-cpu-2-cores.png)."
             )
         if r["op"] == "peak memory" and "ratio" in r:
             lines.append(f"- Peak memory, {r['dtype']}, batch {r['batch']}: {r['ratio']:.2f}x the peer's (fp32).")

@@ -16,8 +16,11 @@ WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must n
 Pool = tuple[int, int]  # of memory, as torch.cuda.CUDAGraph names it
 
 
-def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) -> tuple[Callable[[], None], Pool]:
-    """Record what `run` launches, after a few plain runs on a side stream; the result launches it again, from a pool.
+def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) -> tuple[Callable[[], None], Pool, int]:
+    """Record what `run` launches, after a few plain runs on a side stream.
+
+    Returns:
+        what launches it again; the pool of its memory, and by how many bytes that grew.
 
     `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors.
     Raises RuntimeError where something in it cannot be captured, or there is too little memory.
@@ -28,10 +31,10 @@ def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) ->
         for _ in range(WARMUPS):
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(device)
     with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
         run()
-    return graph.replay, graph.pool()
+    return graph.replay, graph.pool(), torch.cuda.memory_reserved(device) - before
 
 
 class StepGraph:
@@ -46,7 +49,7 @@ class StepGraph:
         pool: of memory, from another that never runs at the same time.
 
     Attributes:
-        bytes: of device memory that it holds.
+        bytes: by which its captures made the pool grow.
     """
 
     def __init__(
@@ -74,10 +77,9 @@ class StepGraph:
             self.x0.copy_(x0)
             self.index.add_(1).remainder_(steps)  # so that it is never out of range, also while warming up
 
-        before = _allocated(device)
-        self._prefill, self.pool = capture(run_prefill, device, pool)
-        self._step, _ = capture(run_step, device, self.pool)
-        self.bytes = _allocated(device) - before
+        self._prefill, self.pool, prefill_bytes = capture(run_prefill, device, pool)
+        self._step, _, step_bytes = capture(run_step, device, self.pool)
+        self.bytes = prefill_bytes + step_bytes
 
     def begin(self, text_cond: dict, cond_scale: Tensor) -> None:
         """Run the prefill for a text condition of the shapes given."""
@@ -102,7 +104,3 @@ def _copy(source: dict, target: dict) -> None:
             _copy(source[name], t)
         else:
             t.copy_(source[name])
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -142,7 +142,7 @@ def test_bad_arguments():
 @pytest.fixture
 def replayed(monkeypatch):
     """In place of captures, functions that run again: they read and write the same buffers as a graph would."""
-    monkeypatch.setattr(graphs, "capture", lambda run, device, pool: (run, None))
+    monkeypatch.setattr(graphs, "capture", lambda run, device, pool: (run, None, 0))
 
 
 def with_graphs(prior, **kwargs) -> PriorSampler:

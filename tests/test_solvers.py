@@ -126,7 +126,8 @@ def test_table_equals_the_textbook_recursion(solver, schedule, fraction, eta, pr
     magnified = 1 if prediction == "x0" else schedule.sqrt_recip_alphas_cumprod.max().item()
     tolerance = 1e-4 * max(1.0, magnified)
     assert got.isfinite().all()
-    assert (got - wanted).abs().max() < tolerance * wanted.abs().max()
+    # a schedule may end at embeddings far smaller than the noise that it begins with, whose share is rounded too
+    assert (got - wanted).abs().max() < tolerance * wanted.abs().max() + 1e-6 * steps**0.5 * x.abs().max()
     assert not torch.allclose(wanted, x)
 
 

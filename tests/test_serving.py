@@ -180,14 +180,19 @@ def test_graphs_with_conditions(replayed):
         assert torch.equal(got, wanted), names
 
 
-def test_graphs_are_captured_again_for_other_weights(replayed):
+def test_graphs_are_captured_again_for_other_weights(monkeypatch):
+    """Once for the prefill and once for the step; a graph would go on reading the addresses of the weights it saw."""
+    captured = []
+    monkeypatch.setattr(graphs, "capture", lambda run, device, pool: captured.append(run) or (run, None, 0))
     prior, text = make_prior(), make_text(2, 32)
     sampler = with_graphs(prior, batch_sizes=(2,), timesteps=4, compile=False)
     before = call(sampler, text, cond_scale=2.0)
+    call(sampler, text, seed=2)
+    assert len(captured) == 2
     prior.load_state_dict(make_prior(seed=1).state_dict(), assign=True)
     wanted = call(PriorSampler(prior, batch_sizes=(2,), timesteps=4, compile=False), text, cond_scale=2.0)
     got = call(sampler, text, cond_scale=2.0)
-    assert torch.equal(got, wanted) and not torch.equal(got, before)
+    assert torch.equal(got, wanted) and not torch.equal(got, before) and len(captured) == 4
 
 
 def test_a_capture_that_fails_is_told_and_done_without(monkeypatch):

@@ -80,6 +80,10 @@ def _fast_paths() -> list[tuple[str, str]]:
     serving = "PriorSampler compiles its step" if importlib.util.find_spec("fastprior.serving") else "not used"
     rows.append(("torch.compile", f"{found}; {serving}"))
 
+    forced = f"off, FASTPRIOR_KERNELS={ops.forced()}" if ops.forced() else None
+    why = forced or (ops.cpu.unavailable() and f"off, {ops.cpu.unavailable()}")
+    rows.append(("CPU kernels", why or f"on, for steps of up to {ops.cpu.most_rows(torch.float32)} tokens"))
+
     cuda = torch.cuda.is_available()
     if ops.forced() == "reference":
         triton = "off, FASTPRIOR_KERNELS=reference: plain PyTorch runs"

@@ -174,6 +174,10 @@ class FeedForward(nn.Sequential):
         return ops.linear(h, contract.weight, norm_gain=gain, eps=norm.eps, residual=stream)
 
 
+def _own_modules(attn: Attention, ff: FeedForward) -> tuple[nn.Module, ...]:
+    return attn.norm, attn.to_q, attn.to_kv, *attn.to_out, *ff
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call does what the weights say: no subclass, such as an adapter, no hook, no replaced forward."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
@@ -414,15 +418,34 @@ class CausalTransformer(nn.Module):
         k, v = (torch.stack(t) for t in zip(*cache))
         return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end))
 
+    def _blocks(self) -> list[ops.Block]:
+        return [
+            ops.Block(
+                attn.to_q.weight, attn.to_kv.weight, None, attn.to_out[0].weight, ff[1].weight, ff[5].weight,
+                norm_gain=attn.norm.g, out_gain=attn.to_out[1].g, ff_gain=ff[0].g,
+                inner_gain=ff[3].g if isinstance(ff[3], LayerNorm) else None,
+            )
+            for attn, ff in self.layers
+        ]  # fmt: skip
+
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """The output of the last of the suffix tokens x (rows, suffix, dim) behind the cached prefix: (rows, dim).
 
         `rows` is a multiple of the cache's prompts; the rows of one prompt lie together.
         """
         x = self.init_norm(x)
-        kernels = ops.on_triton(x) and not self.training and not torch.is_autocast_enabled(x.device.type)
+        modules = [module for layer in self.layers for module in _own_modules(*layer)]
+        plain = not self.training and all(map(_is_plain, modules))
+        plain = plain and len({module.eps for module in modules if isinstance(module, LayerNorm)}) == 1
+        if plain and ops.takes_blocks(x, blocks := self._blocks(), cache.k, cache.v):
+            attn = self.layers[0][0]
+            x = ops.run_blocks(
+                x, blocks, cache.k, cache.v, outputs=1, heads=attn.heads, scale=attn.scale, rotary=cache.rotary,
+                cosine=attn.cosine_sim, bias=cache.bias, eps=attn.norm.eps,
+            )  # fmt: skip
+            return self._head(x[:, -1])
+        fused = plain and ops.on_triton(x) and not torch.is_autocast_enabled(x.device.type)
         for index, (attn, ff) in enumerate(self.layers):
-            fused = kernels and all(map(_is_plain, (attn.norm, attn.to_q, attn.to_kv, *attn.to_out, *ff)))
             q, k, v = attn.fused_projections(x) if fused else attn.projections(x)
             if index == len(self.layers) - 1:
                 x, q = x[:, -1:], q[:, -1:]

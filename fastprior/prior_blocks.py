@@ -209,6 +209,23 @@ def prefill(
     return Prefix(*cache, logits if logits is None or prompts is None else logits[prompts])
 
 
+def _weights(blocks: Sequence[nn.Module]) -> list[ops.Block] | None:
+    """What `ops.run_blocks` takes; None where something stands in the place of a linear (LoRA), or norms differ."""
+    found = []
+    if len({norm.eps for block in blocks for norm in (block.norm1, block.norm3)}) > 1:
+        return None
+    for block in blocks:
+        attn, (expand, _, contract) = block.attn1, block.ff.net
+        linears = attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], expand.proj, contract
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return None
+        biases = {f"{name}_bias": linear.bias for name, linear in zip(ops.Block._fields, linears)}
+        norms = dict(norm_gain=block.norm1.weight, norm_bias=block.norm1.bias)
+        norms |= dict(ff_gain=block.norm3.weight, ff_bias=block.norm3.bias)
+        found.append(ops.Block(*(linear.weight for linear in linears), **biases, **norms))
+    return found
+
+
 def step(
     blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -217,6 +234,13 @@ def step(
     `rows` is a multiple of the prefix's prompts; the rows of one prompt lie together. `dtype`: see `prefill`.
     """
     dtype = dtype or x.dtype
+    k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
+    if (weights := _weights(blocks)) and ops.takes_blocks(x, weights, k, v):
+        attn, eps = blocks[0].attn1, blocks[0].norm1.eps
+        return ops.run_blocks(
+            x, weights, k, v, outputs=outputs, heads=attn.heads, scale=attn.scale, mask=prefix.mask, activation="gelu",
+            eps=eps,
+        )  # fmt: skip
     for index, block in enumerate(blocks):
         attn, h = block.attn1, normed(block.norm1, x, dtype)
         k, v = projected(attn.to_k, h), projected(attn.to_v, h)

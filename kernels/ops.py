@@ -1,7 +1,7 @@
-"""The operations that models call: the PyTorch reference on the CPU, Triton kernels on CUDA.
+"""The operations that models call: Triton kernels on CUDA; on the CPU linears of few rows in C, else the reference.
 
-`FASTPRIOR_KERNELS=reference` or `triton`, read when this is imported, forces one; on the CPU the kernels run only in
-Triton's interpreter (`TRITON_INTERPRET=1`). fp64 always takes the reference. Arguments: see `kernels.reference`.
+`FASTPRIOR_KERNELS=reference` or `triton`, read when this is imported, forces one; on the CPU Triton's kernels run only
+in its interpreter (`TRITON_INTERPRET=1`). fp64 always takes the reference. Arguments: see `kernels.reference`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 
 BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
@@ -76,7 +76,9 @@ def decode_attention(q: Tensor, *args, dropout: float = 0.0, **kwargs) -> Tensor
         from .decode import decode_attention as run
 
         return run(q, *args, **kwargs)
-    return reference.decode_attention(q, *args, dropout=dropout, **kwargs)
+    takes = _forced is None and cpu.takes_decode(q, *args, dropout=dropout, **kwargs)
+    run = cpu.decode_attention if takes else reference.decode_attention
+    return run(q, *args, dropout=dropout, **kwargs)
 
 
 def diffusion_step(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -90,6 +92,16 @@ def diffusion_step(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
 def linear(x: Tensor, *args, **kwargs) -> Tensor:
     if on_triton(x) and not torch.is_autocast_enabled(x.device.type):  # which casts for PyTorch's own linear alone
         from .linear import linear as run
+    elif _forced is None and cpu.takes_linear(x, *args, **kwargs):
+        run = cpu.linear
     else:
         run = reference.linear
     return run(x, *args, **kwargs)
+
+
+def takes_blocks(*args) -> bool:
+    """Whether `run_blocks` computes this, see `kernels.cpu`."""
+    return _forced is None and cpu.takes_blocks(*args)
+
+
+Block, run_blocks = cpu.Block, cpu.run_blocks

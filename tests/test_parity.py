@@ -120,12 +120,16 @@ def test_sampling(peer, seed, cond_scale, timesteps):
     plan = ours.sampling_plan(timesteps, cond_scale)
     assert plan.path == "cached", plan
     wanted = sample(theirs, text, **kwargs)
-    # Predicting noise, x0 is a difference of large numbers and the peer itself amplifies rounding. So besides 1e-4 we
-    # grant what the peer grants itself: 30 times what a change of its input by 1e-6 does.
-    nudged = sample(theirs, text | dict(text_embed=text["text_embed"] * (1 + 1e-6)), **kwargs)
-    tolerance = max(RUN_TOLERANCE, 30 * relative_error(nudged, wanted))
+    # Predicting noise, x0 is a difference of large numbers, and the peer itself amplifies rounding to 1e-4 or more. So
+    # besides that we grant 3 times what changing its weights by 1e-6 does to it.
+    with torch.no_grad():
+        for index, weight in enumerate(theirs.parameters()):
+            draw = torch.Generator().manual_seed(index)
+            weight.mul_(1 + 1e-6 * torch.randn(weight.shape, generator=draw))
+    sensitivity = relative_error(sample(theirs, text, **kwargs), wanted)
+    tolerance = max(RUN_TOLERANCE, 3 * sensitivity)
     if tolerance > 0.05:
-        pytest.skip(f"the peer is chaotic here: a change of 1e-6 moves it by {relative_error(nudged, wanted):.1e}")
+        pytest.skip(f"the peer is chaotic here: a change of 1e-6 moves it by {sensitivity:.1e}")
     assert relative_error(sample(ours, text, **kwargs), wanted) < tolerance
 
 

@@ -1,0 +1,515 @@
+/* Linear layers of few rows, attention behind a cached prefix, and whole blocks of both, on the CPU, as fast as memory
+   gives the weights. `cpu.py` compiles and calls this.
+
+   A linear lays its rows out once, normalised and in fp32. Then each thread computes columns of the result, a tile of a
+   few columns and all rows at a time, in one of two forms. "dot", for the fewest rows: vectors run along the dimension
+   that is summed. "outer": vectors run along the rows, and each is multiplied with one number of the weights. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define SUMS 24 /* vectors that fit in registers beside the operands */
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#define SUMS 12
+#elif defined(__aarch64__)
+#define LANES 4
+#define SUMS 24
+#else
+#error "neither AVX2 nor NEON"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 24")
+
+enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
+enum { NONE, GELU, SWIGLU };
+enum { WIDTH = 2 * LANES /* rows of a tile */, AHEAD_DOT = 2048, AHEAD_OUTER = 256 /* bytes */, FLUSH = 512 };
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+static const long BYTES[] = {4, 2, 1};
+
+struct vector {
+    const char *data; /* NULL where it is not given */
+    long kind;
+};
+
+struct matrix {
+    const char *data;
+    long kind, stride; /* of rows, in numbers */
+};
+
+struct weight {
+    struct matrix matrix;
+    struct vector scale; /* of each row, where it is quantised */
+};
+
+enum { MATRICES = 3 }; /* whose results stand side by side */
+
+struct linear {
+    struct matrix x, out;
+    struct weight weight[MATRICES];
+    struct vector bias[MATRICES], stream_gain, gain, norm_bias;
+    const float *stream, *residual; /* of contiguous rows, as is the sum with the stream */
+    float *total;
+    long columns[MATRICES], rows, dim, activation; /* columns of the result; SWIGLU makes them of twice as many rows */
+    double eps;
+};
+
+/* Weights come in blocks of one vector of memory, LANES * SPAN numbers. Part j of a block holds its numbers j, j + SPAN,
+   j + 2 * SPAN, …, which takes a shift or two; x is laid out in that order. */
+#define SPAN(kind) ((kind) == FLOAT32 ? 1 : (kind) == BFLOAT16 ? 2 : 4)
+
+INLINE ivec load(int kind, const char *p, long left) {
+    if (left >= LANES * SPAN(kind)) return *(const ivec *)p;
+    ivec some = {0};
+    memcpy(&some, p, left * BYTES[kind]);
+    return some;
+}
+
+INLINE vec part(int kind, ivec block, int j) {
+    if (kind == FLOAT32) return (vec)block;
+    if (kind == INT8) return __builtin_convertvector(block << (24 - 8 * j) >> 24, vec);
+    if (j) return (vec)(block & -65536);
+    return (vec)(block << 16);
+}
+
+static inline float at(struct vector v, long i) {
+    union { uint32_t bits; float value; } u;
+    if (v.kind == FLOAT32) return ((const float *)v.data)[i];
+    u.bits = (uint32_t)((const uint16_t *)v.data)[i] << 16;
+    return u.value;
+}
+
+static inline void put(struct matrix t, long row, long column, float value) {
+    const union { float value; uint32_t bits; } u = {value};
+    const long i = row * t.stride + column;
+    if (t.kind == FLOAT32) ((float *)t.data)[i] = value;
+    else ((uint16_t *)t.data)[i] = value != value ? 0x7fc0 : (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16; /* nearest */
+}
+
+INLINE float sum(vec v) {
+    float parts[LANES];
+    memcpy(parts, &v, sizeof v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) parts[i] += parts[i + width];
+    return parts[0];
+}
+
+INLINE vec choose(ivec condition, vec yes, vec no) { return (vec)((condition & (ivec)yes) | (~condition & (ivec)no)); }
+
+/* To 1e-7 of its value: 2**n times a Taylor sum within ±ln(2) / 2. */
+INLINE vec exponential(vec x) {
+    const vec low = (vec){0} - 87, high = (vec){0} + 88;
+    x = choose(x < low, low, choose(x > high, high, x)); /* NaN stays */
+    const vec n = (x * 1.44269504f + 12582912.f) - 12582912.f; /* rounded: the last bit of this number counts ones */
+    x = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln(2) in two parts (Cody & Waite) */
+    vec y = x * (1 / 5040.f) + 1 / 720.f;
+    y = y * x + 1 / 120.f;
+    y = y * x + 1 / 24.f;
+    y = y * x + 1 / 6.f;
+    y = y * x + 0.5f;
+    y = y * x + 1;
+    y = y * x + 1;
+    return y * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+}
+
+/* x * (1 + erf(x / sqrt(2))) / 2, with erf to 1.5e-7 (Abramowitz & Stegun 7.1.26). */
+INLINE vec gelu(vec x) {
+    const vec size = choose(x < 0, -x, x) * 0.70710678f, t = 1 / (size * 0.3275911f + 1);
+    vec tail = t * 1.061405429f - 1.453152027f;
+    tail = tail * t + 1.421413741f;
+    tail = tail * t - 0.284496736f;
+    tail = tail * t + 0.254829592f;
+    tail = tail * t * exponential(-size * size) * 0.5f;
+    return x * choose(x < 0, tail, 1 - tail);
+}
+
+/* What to prefetch while at k of some columns: what is read some bytes later, perhaps of the columns after these. */
+INLINE long look_ahead(const struct linear *a, int kind, long k, long columns, long stride, long bytes) {
+    const long at = k * BYTES[kind] + bytes, length = a->dim * BYTES[kind];
+    return at < length ? at : at - length + columns * stride * BYTES[kind];
+}
+
+/* tile[column][row] = x @ weight.T of some columns of the weight, of which there are `count`: the last repeats. */
+INLINE void dot(int kind, int rows, int columns, const float *x, const struct linear *a, const char *weight,
+                long stride, long count, float *tile) {
+    vec sums[SUMS];
+    const char *column[4];
+    const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block;
+    UNROLLED for (int n = 0; n < columns; n++) column[n] = weight + (n < count ? n : count - 1) * stride * BYTES[kind];
+    UNROLLED for (int i = 0; i < columns * rows; i++) sums[i] = (vec){0};
+    for (long k = 0; k < padded; k += block) {
+        const long ahead = look_ahead(a, kind, k, columns, stride, AHEAD_DOT);
+        ivec own[4];
+        UNROLLED for (int n = 0; n < columns; n++) {
+            own[n] = load(kind, column[n] + k * BYTES[kind], a->dim - k);
+            __builtin_prefetch(column[n] + ahead, 0, 3);
+        }
+        for (int j = 0; j < SPAN(kind); j++) {
+            vec parts[4];
+            UNROLLED for (int n = 0; n < columns; n++) parts[n] = part(kind, own[n], j);
+            UNROLLED for (int m = 0; m < rows; m++) {
+                const vec some = *(const vec *)(x + m * padded + k + j * LANES);
+                UNROLLED for (int n = 0; n < columns; n++) sums[n * rows + m] += parts[n] * some;
+            }
+        }
+    }
+    UNROLLED for (int n = 0; n < columns; n++)
+        UNROLLED for (int m = 0; m < rows; m++) tile[n * WIDTH + m] = sum(sums[n * rows + m]);
+}
+
+/* The same for rows laid out as x[k][row], in `vectors` vectors. */
+INLINE void outer(int kind, int vectors, const float *x, const struct linear *a, const char *weight, long stride,
+                  long count, float *tile) {
+    vec sums[SUMS];
+    float wide[SUMS][4 * LANES] __attribute__((aligned(64)));
+    const int columns = SUMS / vectors;
+    const long block = LANES * SPAN(kind);
+    for (int n = 0; n < columns; n++) memset(tile + n * WIDTH, 0, WIDTH * sizeof *tile);
+    for (long flush = 0; flush < a->dim; flush += FLUSH) { /* short sums: fp32 keeps them exact enough */
+        const long end = flush + FLUSH < a->dim ? flush + FLUSH : a->dim;
+        UNROLLED for (int i = 0; i < SUMS; i++) sums[i] = (vec){0};
+        for (long k = flush; k < end; k += block) {
+            const long ahead = look_ahead(a, kind, k, columns, stride, AHEAD_OUTER);
+            for (int n = 0; n < columns; n++) { /* a copy: columns may share one set of the cache, which holds fewer */
+                const char *column = weight + (n < count ? n : count - 1) * stride * BYTES[kind];
+                const ivec own = load(kind, column + k * BYTES[kind], a->dim - k);
+                for (int j = 0; j < SPAN(kind); j++) *(vec *)(wide[n] + j * LANES) = part(kind, own, j);
+                __builtin_prefetch(column + ahead, 0, 3);
+            }
+            for (long i = 0; i < block; i++) {
+                vec some[2];
+                UNROLLED for (int v = 0; v < vectors; v++) some[v] = *(const vec *)(x + ((k + i) * vectors + v) * LANES);
+                UNROLLED for (int n = 0; n < columns; n++)
+                    UNROLLED for (int v = 0; v < vectors; v++) sums[n * vectors + v] += wide[n][i] * some[v];
+            }
+        }
+        UNROLLED for (int n = 0; n < columns; n++)
+            UNROLLED for (int v = 0; v < vectors; v++)
+                *(vec *)(tile + n * WIDTH + v * LANES) += sums[n * vectors + v];
+    }
+}
+
+INLINE long dot_rows(long kind) { return kind == FLOAT32 ? 3 : 6; }
+
+INLINE long tile_columns(long kind, long rows) {
+    if (rows > dot_rows(kind)) return rows <= LANES ? SUMS : SUMS / 2;
+    return rows * 4 <= SUMS ? 4 : 2;
+}
+
+#define DOT(KIND, ROWS) \
+    case ROWS: dot(KIND, ROWS, ROWS * 4 <= SUMS ? 4 : 2, x, a, weight, stride, count, tile); return;
+#define OUTER(KIND) \
+    if (a->rows <= LANES) outer(KIND, 1, x, a, weight, stride, count, tile); \
+    else outer(KIND, 2, x, a, weight, stride, count, tile);
+
+static void product_float32(const float *x, const struct linear *a, const char *weight, long stride, long count,
+                            float *tile) {
+    switch (a->rows) { DOT(FLOAT32, 1) DOT(FLOAT32, 2) DOT(FLOAT32, 3) }
+    OUTER(FLOAT32)
+}
+
+static void product_bfloat16(const float *x, const struct linear *a, const char *weight, long stride, long count, float *tile) {
+    switch (a->rows) { DOT(BFLOAT16, 1) DOT(BFLOAT16, 2) DOT(BFLOAT16, 3) DOT(BFLOAT16, 4) DOT(BFLOAT16, 5) DOT(BFLOAT16, 6) }
+    OUTER(BFLOAT16)
+}
+
+static void product_int8(const float *x, const struct linear *a, const char *weight, long stride, long count, float *tile) {
+    switch (a->rows) { DOT(INT8, 1) DOT(INT8, 2) DOT(INT8, 3) DOT(INT8, 4) DOT(INT8, 5) DOT(INT8, 6) }
+    OUTER(INT8)
+}
+
+/* Scale, bias, activation and residual of `count` results of one matrix from row `n` of it on, and their place. */
+static void finish(const struct linear *a, int which, long column, long n, long count, const float *tile,
+                   const float *gates) {
+    const struct vector scale = a->weight[which].scale, bias = a->bias[which];
+    const long all = a->columns[0] + a->columns[1] + a->columns[2], gate = a->columns[which];
+    for (long end = n + count; n < end; n++, column++, tile += WIDTH, gates += WIDTH)
+        for (long m = 0; m < a->rows; m += LANES) {
+            vec y = *(const vec *)(tile + m);
+            if (scale.data) y *= at(scale, n);
+            if (bias.data) y += at(bias, n);
+            if (a->activation == GELU) y = gelu(y);
+            if (a->activation == SWIGLU) {
+                vec z = *(const vec *)(gates + m);
+                if (scale.data) z *= at(scale, gate + n);
+                if (bias.data) z += at(bias, gate + n);
+                y *= z / (1 + exponential(-z));
+            }
+            for (long row = m; row < m + LANES && row < a->rows; row++)
+                put(a->out, row, column, y[row - m] + (a->residual ? a->residual[row * all + column] : 0));
+        }
+}
+
+/* A row in fp32, and zeros up to `padded`. */
+static void widen(const struct matrix *t, long row, long dim, long padded, float *to) {
+    const char *p = t->data + row * t->stride * BYTES[t->kind];
+    if (t->kind == FLOAT32) memcpy(to, p, dim * sizeof *to);
+    else for (long k = 0; k < dim; k++) ((uint32_t *)to)[k] = (uint32_t)((const uint16_t *)p)[k] << 16;
+    memset(to + dim, 0, (padded - dim) * sizeof *to);
+}
+
+/* `(x - mean) / sqrt(variance + eps) * gain + bias + after`, in place; bias and after may be NULL. */
+static void normalise(float *x, long dim, double eps, struct vector gain, struct vector bias, const float *after) {
+    vec total = {0};
+    long k;
+    for (k = 0; k < dim; k += LANES) total += *(vec *)(x + k); /* zeros follow the last */
+    const float mean = sum(total) / dim;
+    total = (vec){0};
+    for (k = 0; k + LANES <= dim; k += LANES) {
+        const vec centred = *(vec *)(x + k) - mean;
+        total += centred * centred;
+    }
+    float variance = sum(total);
+    for (; k < dim; k++) variance += (x[k] - mean) * (x[k] - mean);
+    const float rstd = 1 / sqrtf(variance / dim + eps);
+    for (k = 0; k < dim; k++) x[k] = (x[k] - mean) * rstd * at(gain, k);
+    if (bias.data) for (k = 0; k < dim; k++) x[k] += at(bias, k);
+    if (after) for (k = 0; k < dim; k++) x[k] += after[k];
+}
+
+/* The most rows that a linear has here. Where oneDNN has instructions for bf16 it is as fast from a few rows on. */
+long most_rows(long kind) {
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16)
+    if (kind == BFLOAT16) return 6;
+#endif
+    return WIDTH;
+}
+
+/* Numbers of room that a linear needs. */
+static long room(long rows, long dim) { return (rows + WIDTH) * (dim + 4 * LANES); }
+
+/* A linear by all threads of a team, in `x`, the room that it needs. They have finished when they meet again. */
+static void linear_of_team(const struct linear *a, float *x) {
+    const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), rows = a->rows, dim = a->dim;
+    const long kind = a->weight[0].matrix.kind, span = SPAN(kind), block = LANES * span;
+    const long padded = (dim + block - 1) / block * block, dots = rows <= dot_rows(kind);
+    const long width = dots ? rows : rows <= LANES ? LANES : WIDTH, unit = tile_columns(kind, rows);
+    void (*product)(const float *, const struct linear *, const char *, long, long, float *) =
+        kind == FLOAT32 ? product_float32 : kind == BFLOAT16 ? product_bfloat16 : product_int8;
+    float *laid = dots && span == 1 ? x : x + rows * padded;
+
+    for (long m = rows * thread / threads; m < rows * (thread + 1) / threads; m++) {
+        float *row = x + m * padded;
+        widen(&a->x, m, dim, padded, row);
+        if (a->stream) {
+            normalise(row, dim, a->eps, a->stream_gain, (struct vector){0}, a->stream + m * dim);
+            memcpy(a->total + m * dim, row, dim * sizeof *row);
+        }
+        if (a->gain.data) normalise(row, dim, a->eps, a->gain, a->norm_bias, NULL);
+    }
+#pragma omp barrier
+    if (laid != x) {
+        const long blocks = padded / block;
+        for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block)
+            for (long m = 0; m < width; m++)
+                for (long i = 0; i < block; i++) {
+                    const long to = k + i % span * LANES + i / span; /* see SPAN */
+                    laid[dots ? m * padded + to : to * width + m] = m < rows ? x[m * padded + k + i] : 0;
+                }
+#pragma omp barrier
+    }
+    float tiles[2][SUMS * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
+    for (long which = 0, before = 0; which < MATRICES; before += a->columns[which++]) {
+        const struct matrix *w = &a->weight[which].matrix;
+        const long columns = a->columns[which], units = (columns + unit - 1) / unit, row = w->stride * BYTES[kind];
+        const long last = units * (thread + 1) / threads * unit, end = columns < last ? columns : last;
+        for (long n = units * thread / threads * unit; n < end; n += unit) {
+            const long count = end - n < unit ? end - n : unit;
+            product(laid, a, w->data + n * row, w->stride, count, tiles[0]);
+            if (a->activation == SWIGLU) product(laid, a, w->data + (columns + n) * row, w->stride, count, tiles[1]);
+            finish(a, which, before + n, n, count, tiles[0], tiles[1]);
+        }
+    }
+#pragma omp barrier
+}
+
+/* Both return 0, or 1 where there is no memory. */
+int linear(const struct linear *a, long threads) {
+    float *x = aligned_alloc(64, (room(a->rows, a->dim) * sizeof *x + 63) / 64 * 64);
+    if (!x) return 1;
+#pragma omp parallel num_threads(threads)
+    linear_of_team(a, x);
+    free(x);
+    return 0;
+}
+
+struct cache { /* keys or values of the prefix, fp32 */
+    const float *data;
+    long prompt, token, head; /* strides */
+};
+
+struct decode {
+    struct matrix q, k, v, out; /* strides of tokens; heads lie side by side */
+    struct cache prefix_k, prefix_v;
+    const float *bias, *mask, *cos, *sin;
+    long q_row, kv_row, rows, seq, suffix, heads, kv_heads, dim_head, prompts, prefix, width, cosine;
+    double scale;
+};
+
+/* A head of a suffix token, rotated, then of length 1 with `cosine`, then times `scale`. */
+static void prepare(const struct decode *a, struct matrix t, long from, long token, float scale, float *to) {
+    const long dim = a->dim_head;
+    const float *cos = a->cos + token * a->width, *sin = a->sin + token * a->width;
+    for (long d = 0; d < dim; d++) to[d] = at((struct vector){t.data, t.kind}, from + d);
+    for (long d = 0; d < a->width; d += 2) {
+        const float x = to[d], y = to[d + 1];
+        to[d] = x * cos[d] + y * sin[d];
+        to[d + 1] = y * cos[d + 1] + x * sin[d + 1];
+    }
+    if (a->cosine) {
+        float square = 0;
+        for (long d = 0; d < dim; d++) square += to[d] * to[d];
+        scale /= fmaxf(sqrtf(square), 1e-12f);
+    }
+    for (long d = 0; d < dim; d++) to[d] *= scale;
+}
+
+/* Attention of up to LANES queries that share their keys, a lane for each. */
+static void attend(const struct decode *a, long row, long kv_head, long first) {
+    const long group = a->heads / a->kv_heads, count = group * a->seq - first < LANES ? group * a->seq - first : LANES;
+    const long dim = a->dim_head, prompt = row / (a->rows / a->prompts), keys = a->prefix + a->suffix;
+    const float *of_bias[LANES], *key[keys + 3], *value[keys];
+    float own[3][a->suffix][dim]; /* a query, keys, values */
+    vec laid[dim], weight[keys + 3], most = {0}, total = {0};
+    long token[LANES];
+
+    memset(laid, 0, sizeof laid);
+    for (long lane = 0; lane < count; lane++) {
+        const long s = (first + lane) / group, head = kv_head * group + (first + lane) % group;
+        token[lane] = a->suffix - a->seq + s;
+        of_bias[lane] = a->bias + (token[lane] * a->heads + head) * keys;
+        prepare(a, a->q, row * a->q_row + s * a->q.stride + head * dim, token[lane], a->scale, own[0][0]);
+        for (long d = 0; d < dim; d++) laid[d][lane] = own[0][0][d];
+    }
+    for (long j = 0; j < a->prefix; j++) {
+        key[j] = a->prefix_k.data + prompt * a->prefix_k.prompt + j * a->prefix_k.token + kv_head * a->prefix_k.head;
+        value[j] = a->prefix_v.data + prompt * a->prefix_v.prompt + j * a->prefix_v.token + kv_head * a->prefix_v.head;
+    }
+    for (long j = 0; j < a->suffix; j++) {
+        const long from = row * a->kv_row + kv_head * dim;
+        prepare(a, a->k, from + j * a->k.stride, j, 1, own[1][j]);
+        for (long d = 0; d < dim; d++) own[2][j][d] = at((struct vector){a->v.data, a->v.kind}, from + j * a->v.stride + d);
+        key[a->prefix + j] = own[1][j], value[a->prefix + j] = own[2][j];
+    }
+    key[keys] = key[keys + 1] = key[keys + 2] = key[0]; /* four at a time */
+    for (long j = 0; j < keys; j += 4) {
+        vec sums[4] = {{0}};
+        for (long d = 0; d < dim; d++) UNROLLED for (int i = 0; i < 4; i++) sums[i] += key[j + i][d] * laid[d];
+        UNROLLED for (int i = 0; i < 4; i++) weight[j + i] = sums[i];
+    }
+    for (long j = 0; j < keys; j++) {
+        float extra[LANES] = {0};
+        if (a->bias) for (long lane = 0; lane < count; lane++) extra[lane] = of_bias[lane][j];
+        else for (long lane = 0; lane < count; lane++) extra[lane] = j - a->prefix > token[lane] ? -INFINITY : 0;
+        weight[j] += *(vec *)extra;
+        if (a->mask && j < a->prefix) weight[j] += a->mask[prompt * a->prefix + j];
+        most = j ? choose(weight[j] > most, weight[j], most) : weight[0];
+    }
+    for (long j = 0; j < keys; j++) total += weight[j] = exponential(weight[j] - most);
+    total = 1 / total;
+    for (long d = 0; d < dim; d += 8) {
+        vec sums[8] = {{0}};
+        const long here = dim - d < 8 ? dim - d : 8;
+        if (here == 8)
+            for (long j = 0; j < keys; j++) UNROLLED for (int i = 0; i < 8; i++) sums[i] += value[j][d + i] * weight[j];
+        else
+            for (long j = 0; j < keys; j++) for (long i = 0; i < here; i++) sums[i] += value[j][d + i] * weight[j];
+        for (long i = 0; i < here; i++) laid[d + i] = sums[i] * total;
+    }
+    for (long lane = 0; lane < count; lane++) {
+        const long s = (first + lane) / group, head = kv_head * group + (first + lane) % group;
+        for (long d = 0; d < dim; d++) put(a->out, row * a->seq + s, head * dim + d, laid[d][lane]);
+    }
+}
+
+/* Attention of suffix tokens over a prefix and themselves, by all threads of a team. */
+static void decode_of_team(const struct decode *a) {
+    const long parts = (a->heads / a->kv_heads * a->seq + LANES - 1) / LANES;
+#pragma omp for
+    for (long i = 0; i < a->rows * a->kv_heads * parts; i++)
+        attend(a, i / parts / a->kv_heads, i / parts % a->kv_heads, i % parts * LANES);
+}
+
+void decode_attention(const struct decode *a, long threads) {
+#pragma omp parallel num_threads(threads)
+    decode_of_team(a);
+}
+
+struct block {
+    struct weight q, k, v, out, expand, contract; /* without v, k has the values' rows behind the keys' */
+    struct vector q_bias, k_bias, v_bias, out_bias, expand_bias, contract_bias;
+    struct vector gain, norm_bias, out_gain, ff_gain, ff_norm_bias, inner_gain;
+};
+
+struct blocks {
+    const float *x; /* (rows * suffix, dim) */
+    float *out; /* (rows * outputs, dim) */
+    const struct block *blocks;
+    long depth, dim, inner, outputs, activation, of_k, of_v; /* strides of the caches from layer to layer */
+    struct decode attention; /* of layer 0, without q, k, v, out */
+    double eps;
+};
+
+int run_blocks(const struct blocks *a, long threads) {
+    struct decode decode = a->attention;
+    const long own = decode.heads * decode.dim_head, shared = decode.kv_heads * decode.dim_head, dim = a->dim;
+    const long rows = decode.rows * decode.suffix, width = own + 2 * shared, outputs = a->outputs, suffix = decode.suffix;
+    const long widest = a->inner > own ? a->inner : own;
+    const long need = room(rows, widest > dim ? widest : dim) + rows * (width + own + a->inner + 3 * dim);
+    float *scratch = aligned_alloc(64, (need * sizeof *scratch + 63) / 64 * 64);
+    if (!scratch) return 1;
+    float *y = scratch + room(rows, widest > dim ? widest : dim), *mixed = y + rows * width, *hidden = mixed + rows * own;
+    float *stream = hidden + rows * a->inner, *o = stream + rows * dim, *total = o + rows * dim;
+    memcpy(stream, a->x, rows * dim * sizeof *stream);
+
+#pragma omp parallel num_threads(threads) firstprivate(decode)
+    for (long i = 0; i < a->depth; i++) {
+        const struct block *b = a->blocks + i;
+        const int last = i == a->depth - 1;
+        const long left = last ? decode.rows * outputs : rows;
+        const struct linear project = {
+            {(char *)stream, FLOAT32, dim}, {(char *)y, FLOAT32, width}, {b->q, b->k, b->v}, {b->q_bias, b->k_bias, b->v_bias},
+            {0}, b->gain, b->norm_bias, NULL, NULL, NULL,
+            {own, b->v.matrix.data ? shared : 2 * shared, b->v.matrix.data ? shared : 0}, rows, dim, NONE, a->eps};
+        linear_of_team(&project, scratch);
+        if (last && outputs < suffix) {
+#pragma omp single
+            for (long r = 0; r < decode.rows; r++)
+                memmove(stream + r * outputs * dim, stream + ((r + 1) * suffix - outputs) * dim, outputs * dim * sizeof *stream);
+        }
+        decode.seq = last ? outputs : suffix;
+        decode.q = (struct matrix){(char *)(y + (last ? (suffix - outputs) * width : 0)), FLOAT32, width};
+        decode.k = (struct matrix){(char *)(y + own), FLOAT32, width};
+        decode.v = (struct matrix){(char *)(y + own + shared), FLOAT32, width};
+        decode.out = (struct matrix){(char *)mixed, FLOAT32, own};
+        decode.q_row = decode.kv_row = suffix * width;
+        decode.prefix_k.data = a->attention.prefix_k.data + i * a->of_k;
+        decode.prefix_v.data = a->attention.prefix_v.data + i * a->of_v;
+        decode_of_team(&decode);
+        const int normed = b->out_gain.data != NULL;
+        const struct linear merge = {
+            {(char *)mixed, FLOAT32, own}, {(char *)(normed ? o : total), FLOAT32, dim}, {b->out}, {b->out_bias},
+            {0}, {0}, {0}, NULL, normed ? NULL : stream, NULL, {dim}, left, own, NONE, a->eps};
+        linear_of_team(&merge, scratch);
+        const struct linear expand = {
+            {(char *)(normed ? o : total), FLOAT32, dim}, {(char *)hidden, FLOAT32, a->inner}, {b->expand}, {b->expand_bias},
+            b->out_gain, b->ff_gain, b->ff_norm_bias, normed ? stream : NULL, NULL, total,
+            {a->inner}, left, dim, a->activation, a->eps};
+        linear_of_team(&expand, scratch);
+        const struct linear contract = {
+            {(char *)hidden, FLOAT32, a->inner}, {(char *)(last ? a->out : stream), FLOAT32, dim}, {b->contract}, {b->contract_bias},
+            {0}, b->inner_gain, {0}, NULL, total, NULL, {dim}, left, a->inner, NONE, a->eps};
+        linear_of_team(&contract, scratch);
+    }
+    free(scratch);
+    return 0;
+}

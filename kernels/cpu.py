@@ -1,0 +1,506 @@
+"""Linears of few rows, their attention, and whole blocks of both on the CPU: `cpu.c`, compiled at first use.
+
+It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
+FLOATS = torch.float32, torch.bfloat16
+LINEAR, DECODE, BLOCKS = struct.Struct("=42qd"), struct.Struct("=36qd"), struct.Struct("=46qdd")  # of the source
+MAX_DIM_HEAD, MAX_KEYS = 256, 4096  # of attention: its threads keep them on their stacks
+
+
+def _cache_dir() -> Path:
+    given = os.environ.get("FASTPRIOR_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
+
+
+def _machine() -> str:
+    """What native code depends on: a home directory may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def build() -> Path:
+    """Compile the source unless it was: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
+
+    Raises:
+        OSError: there is no compiler, or no place to write to.
+        subprocess.CalledProcessError: the compiler refuses.
+    """
+    compiler = os.environ.get("CC") or "cc"
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
+    parts = SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _machine().encode()
+    path = _cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
+        os.close(handle)
+        try:
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", part, "-lm"], check=True, capture_output=True)
+            os.replace(part, path)  # whole or not at all, whoever else compiles
+        except BaseException:
+            os.unlink(part)
+            raise
+    return path
+
+
+_loaded: ctypes.CDLL | str | None = None
+_most_rows: dict[torch.dtype, int] = {}
+
+
+def _load() -> None:
+    """Make the library, or why there is none, and how many rows it takes, known."""
+    global _loaded
+    try:
+        _loaded = ctypes.CDLL(str(build()))
+    except subprocess.CalledProcessError as error:
+        _loaded = f"{error.cmd[0]} failed: {error.stderr.decode(errors='replace').strip()[:300]}"
+    except OSError as error:
+        _loaded = f"no C compiler, or no place for what it makes: {error}"
+    else:
+        for function in (_loaded.linear, _loaded.decode_attention, _loaded.run_blocks):
+            function.argtypes = ctypes.c_char_p, ctypes.c_long
+        _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())
+
+
+def unavailable() -> str | None:
+    """Why PyTorch computes in place of these kernels; None where it does not."""
+    if _loaded is None:
+        _load()
+    return _loaded if isinstance(_loaded, str) else None
+
+
+def _library() -> ctypes.CDLL:
+    if unavailable():
+        raise RuntimeError(f"the CPU kernels cannot be compiled: {_loaded}")
+    return _loaded
+
+
+@torch.compiler.assume_constant_result
+def most_rows(dtype: torch.dtype) -> int:
+    """The most rows that are computed with weights of this dtype here; 0 for none."""
+    if _loaded is None:
+        _load()
+    return _most_rows.get(dtype, 0)
+
+
+def _no_gradient(*given: Tensor | None) -> bool:
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given)
+
+
+def takes_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    stream: Tensor | None = None,
+    norm_gain: Tensor | None = None,
+    residual: Tensor | None = None,
+    **_,
+) -> bool:
+    """Whether `linear` computes this: few rows on the CPU, in fp32 or bf16 or of int8 weights, without gradient."""
+    if x.device.type != "cpu" or x.dtype not in FLOATS or x.ndim < 1 or weight.ndim != 2:
+        return False
+    if not 0 < x.numel() <= most_rows(weight.dtype) * x.shape[-1] or x.shape[-1] != weight.shape[1]:
+        return False
+    if weight.stride(1) != 1 or (weight.dtype == torch.int8) != (scale is not None):
+        return False
+    if scale is None and x.dtype != weight.dtype and stream is None and norm_gain is None:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return _no_gradient(x, weight, bias, stream, norm_gain, residual)
+
+
+def takes_decode(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, bias=None, dropout: float = 0.0, **_
+) -> bool:
+    """Whether `decode_attention` computes this: on the CPU, in fp32 or bf16 over a prefix in fp32, without gradient."""
+    if q.device.type != "cpu" or dropout or q.dtype not in FLOATS or not most_rows(torch.float32):
+        return False
+    if not q.dtype == k.dtype == v.dtype or not prefix_k.dtype == prefix_v.dtype == torch.float32:
+        return False
+    if q.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[1] + k.shape[1] > MAX_KEYS or not q.numel():
+        return False
+    return _no_gradient(q, k, v, prefix_k, prefix_v, bias)
+
+
+class Block(NamedTuple):
+    """The weights of a transformer block: attention and feed-forward, each behind a norm, on a residual stream.
+
+    Without `v`, `k` has the rows of the values behind those of the keys. `out_gain` is that of a norm of attention's
+    result, `inner_gain` of a norm before `contract`. Scales are those of int8 weights.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    out: Tensor
+    expand: Tensor
+    contract: Tensor
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    expand_scale: Tensor | None = None
+    contract_scale: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+    expand_bias: Tensor | None = None
+    contract_bias: Tensor | None = None
+    norm_gain: Tensor | None = None
+    norm_bias: Tensor | None = None
+    out_gain: Tensor | None = None
+    ff_gain: Tensor | None = None
+    ff_bias: Tensor | None = None
+    inner_gain: Tensor | None = None
+
+
+MATRICES = 6
+
+
+def takes_blocks(x: Tensor, blocks: Sequence[Block], prefix_k: Tensor, prefix_v: Tensor) -> bool:
+    """Whether `run_blocks` computes this: few rows in fp32 on the CPU, weights of one dtype, no gradient."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    dtype = blocks[0].q.dtype
+    if not 0 < x.shape[0] * x.shape[1] <= most_rows(dtype) or not prefix_k.dtype == prefix_v.dtype == torch.float32:
+        return False
+    if prefix_k.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[2] + x.shape[1] > MAX_KEYS:
+        return False
+    for block in blocks:
+        for weight in block[:MATRICES]:
+            if weight is not None and (weight.dtype != dtype or weight.stride(1) != 1):
+                return False
+    given = (tensor for block in blocks for tensor in block)
+    return not torch.is_grad_enabled() or _no_gradient(x, prefix_k, prefix_v, *given)
+
+
+_operations = torch.library.Library("fastprior", "FRAGMENT")
+_operations.define(
+    "cpu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? beside, Tensor? scale, Tensor? stream, "
+    "Tensor? stream_gain, Tensor? norm_gain, Tensor? norm_bias, float eps, str? activation, Tensor? residual, "
+    "ScalarType dtype) -> (Tensor, Tensor)"
+)
+
+
+def _results(x, weight, beside, stream, activation, residual, dtype) -> tuple[Tensor, Tensor]:
+    columns = len(weight) // 2 if activation == "swiglu" else len(weight) + (0 if beside is None else len(beside))
+    dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    out = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
+    return out, torch.empty(0 if stream is None else x.shape, device=x.device)
+
+
+def _fake(
+    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
+):  # fmt: skip
+    return _results(x, weight, beside, stream, activation, residual, dtype)
+
+
+def _rows(t: Tensor) -> Tensor:
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _vector(t: Tensor | None, kept: list, first: int = 0) -> tuple[int, int]:
+    """`struct vector`, from an element on; what has to be copied for it is kept."""
+    if t is None:
+        return 0, 0
+    if t.dtype not in FLOATS or not t.is_contiguous():
+        t = t.float().contiguous()
+        kept.append(t)
+    return t.data_ptr() + first * t.element_size(), KINDS[t.dtype]
+
+
+def _weight(t: Tensor | None, scale: Tensor | None, kept: list, first: int = 0) -> tuple[int, int, int, int, int]:
+    if t is None:
+        return 0, 0, 0, 0, 0
+    return t.data_ptr(), KINDS[t.dtype], t.stride(0), *_vector(scale, kept, first)
+
+
+def _address(t: Tensor | None, kept: list) -> int:
+    """Where contiguous numbers in fp32 lie; what has to be copied for that is kept."""
+    if t is None:
+        return 0
+    if t.dtype != torch.float32 or not t.is_contiguous():
+        t = t.float().contiguous()
+        kept.append(t)
+    return t.data_ptr()
+
+
+def _check(failed: int, x: Tensor) -> None:
+    if failed:
+        raise MemoryError(f"no memory to lay out x of shape {tuple(x.shape)}")
+
+
+def _fit(name: str, t: Tensor | None, *shape: int) -> None:
+    """The source trusts its numbers."""
+    if t is not None and t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {shape}")
+
+
+def _fit_attention(rows, heads, suffix, prefix_k, prefix_v, cos, sin, bias, mask) -> None:
+    prompts, prefix, kv_heads, dim_head = prefix_k.shape
+    if not prompts or rows % prompts or not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"{rows} rows of {heads} heads; they must be multiples of {prompts} prompts, {kv_heads} kv_heads"
+        )
+    _fit("prefix_v", prefix_v, *prefix_k.shape)
+    _fit("mask", mask, prompts, prefix)
+    _fit("bias", bias, suffix, heads, prefix + suffix)
+    if cos is not None:
+        _fit("cos", cos, suffix, min(dim_head, cos.shape[-1]) // 2 * 2)
+        _fit("sin", sin, *cos.shape)
+
+
+def _run(
+    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
+):  # fmt: skip
+    out, total = _results(x, weight, beside, stream, activation, residual, dtype)
+    kept, columns, of_x, dim = [], out.shape[-1], _rows(x), x.shape[-1]
+    more = 0 if beside is None else len(beside)
+    outputs = len(weight) + more
+    _fit("weight", weight, len(weight), dim)
+    _fit("beside", beside, more, dim)
+    _fit("bias", bias, outputs)
+    _fit("scale", scale, outputs)
+    _fit("norm_gain", norm_gain, dim)
+    _fit("norm_bias", norm_bias, dim)
+    _fit("stream_gain", stream_gain, dim)
+    _fit("stream", stream, *x.shape)
+    _fit("residual", residual, *out.shape)
+    call = LINEAR.pack(
+        of_x.data_ptr(), KINDS[x.dtype], of_x.stride(0), out.data_ptr(), KINDS[out.dtype], columns,
+        *_weight(weight, scale, kept), *_weight(beside, scale, kept, len(weight)), 0, 0, 0, 0, 0,
+        *_vector(bias, kept), *(_vector(bias, kept, len(weight)) if more else (0, 0)), 0, 0,
+        *_vector(stream_gain, kept), *_vector(norm_gain, kept), *_vector(norm_bias, kept),
+        _address(stream, kept), _address(residual, kept), total.data_ptr(),
+        columns - more, more, 0, *of_x.shape, ACTIVATIONS[activation], eps,
+    )  # fmt: skip
+    _check(_library().linear(call, torch.get_num_threads()), x)
+    return out, total
+
+
+_operations.impl("cpu_linear", _run, "CPU")
+torch.library.register_fake("fastprior::cpu_linear", _fake, lib=_operations)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    beside: Tensor | None = None,
+    scale: Tensor | None = None,
+    stream: Tensor | None = None,
+    stream_gain: Tensor | None = None,
+    norm_gain: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.linear` of what `takes_linear` says, for arguments that it fits. All of it is computed in fp32.
+
+    The sum of a stream is fp32.
+    """
+    run = torch.ops.fastprior.cpu_linear.default if torch.compiler.is_compiling() else _run
+    if dtype is None:
+        dtype = x.dtype if scale is not None else weight.dtype
+    out, total = run(
+        x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
+    )
+    return out if stream is None else (out, total)
+
+
+_operations.define(
+    "cpu_decode(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, float scale, Tensor? cos, Tensor? sin, "
+    "bool cosine, Tensor? bias, Tensor? mask) -> Tensor"
+)
+
+
+def _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
+    return torch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), dtype=q.dtype, device=q.device)
+
+
+def _heads(t: Tensor) -> Tensor:
+    """Heads (…, tokens, heads, dim_head) that lie side by side in each token."""
+    return t if t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] else t.contiguous()
+
+
+def _cache(t: Tensor, kept: list) -> tuple[int, int, int, int]:
+    """Keys or values (prompts, prefix, kv_heads, dim_head)."""
+    if t.stride(-1) != 1:
+        t = t.contiguous()
+        kept.append(t)
+    return t.data_ptr(), *t.stride()[:3]
+
+
+def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
+    out = _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask)
+    rows, seq, heads, dim_head = q.shape
+    prompts, prefix, kv_heads, _ = prefix_k.shape
+    kept, kind = [], KINDS[q.dtype]
+    q, k, v = map(_heads, (q, k, v))
+    if k.stride()[:2] != v.stride()[:2]:
+        k, v = k.contiguous(), v.contiguous()
+    bias = None if bias is None else bias.expand(-1, heads, -1)
+    _fit("k", k, rows, k.shape[1], kv_heads, dim_head)
+    _fit("v", v, *k.shape)
+    _fit_attention(rows, heads, k.shape[1], prefix_k, prefix_v, cos, sin, bias, mask)
+    _library().decode_attention(
+        DECODE.pack(
+            q.data_ptr(), kind, q.stride(1), k.data_ptr(), kind, k.stride(1), v.data_ptr(), kind, v.stride(1),
+            out.data_ptr(), kind, out.shape[-1], *_cache(prefix_k, kept), *_cache(prefix_v, kept),
+            _address(bias, kept), _address(mask, kept), _address(cos, kept), _address(sin, kept),
+            q.stride(0), k.stride(0), rows, seq, k.shape[1], heads, kv_heads, dim_head, prompts, prefix,
+            0 if cos is None else cos.shape[-1], cosine, scale,
+        ),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+_operations.impl("cpu_decode", _run_decode, "CPU")
+torch.library.register_fake("fastprior::cpu_decode", _fake_decode, lib=_operations)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    scale: float,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    cosine: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`reference.decode_attention` of what `takes_decode` says."""
+    run = torch.ops.fastprior.cpu_decode.default if torch.compiler.is_compiling() else _run_decode
+    return run(q, k, v, prefix_k, prefix_v, scale, *(rotary or (None, None)), cosine, bias, mask)
+
+
+_operations.define(
+    "cpu_blocks(Tensor x, Tensor?[] tensors, Tensor prefix_k, Tensor prefix_v, int outputs, int heads, float scale, "
+    "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps) -> Tensor"
+)
+
+
+def _fake_blocks(
+    x, tensors, prefix_k, prefix_v, outputs, heads, scale, cos, sin, cosine, bias, mask, activation, eps
+):  # fmt: skip
+    return torch.empty((x.shape[0], outputs, x.shape[2]), device=x.device)
+
+
+def _fit_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
+    for at, (name, shape) in enumerate(shapes.items()):
+        for kind, given, wanted in ("", block[at], shape), ("_scale", block[MATRICES + at], shape[:1]):
+            if given is not None and given.shape != wanted:
+                _fit(name + kind, given, *wanted)
+        _fit(f"{name}_bias", block[2 * MATRICES + at], shape[0])
+    for name in "norm_gain", "norm_bias", "out_gain", "ff_gain", "ff_bias":
+        _fit(name, getattr(block, name), dim)
+    _fit("inner_gain", block.inner_gain, inner)
+
+
+def _run_blocks(
+    x, tensors, prefix_k, prefix_v, outputs, heads, scale, cos, sin, cosine, bias, mask, activation, eps
+):  # fmt: skip
+    rows, suffix, dim = x.shape
+    depth, prompts, prefix, kv_heads, dim_head = prefix_k.shape
+    out, kept, numbers = torch.empty((rows, outputs, dim)), [], []
+    own, shared, inner = heads * dim_head, kv_heads * dim_head, tensors[MATRICES - 1].shape[1]
+    shapes = {
+        "q": (own, dim), "k": (shared, dim), "v": (shared, dim), "out": (dim, own),
+        "expand": (inner * 2 if activation == "swiglu" else inner, dim), "contract": (dim, inner),
+    }  # fmt: skip
+    for first in range(0, len(tensors), len(Block._fields)):
+        block = Block(*tensors[first : first + len(Block._fields)])
+        _fit_block(block, shapes if block.v is not None else shapes | {"k": (2 * shared, dim)}, dim, inner)
+        for at in range(MATRICES):
+            numbers += _weight(block[at], block[MATRICES + at], kept)
+        for at in range(2 * MATRICES, len(block)):
+            numbers += _vector(block[at], kept)
+    blocks = struct.pack(f"={len(numbers)}q", *numbers)
+    bias = None if bias is None else bias.expand(-1, heads, -1)
+    _fit_attention(rows, heads, suffix, prefix_k[0], prefix_v[0], cos, sin, bias, mask)
+    call = BLOCKS.pack(
+        _address(x, kept), out.data_ptr(), ctypes.cast(blocks, ctypes.c_void_p).value,
+        depth, dim, inner, outputs, ACTIVATIONS[activation], prefix_k.stride(0),
+        prefix_v.stride(0), *(0,) * 12, *_cache(prefix_k[0], kept), *_cache(prefix_v[0], kept),
+        _address(bias, kept), _address(mask, kept), _address(cos, kept), _address(sin, kept),
+        0, 0, rows, 0, suffix, heads, kv_heads, dim_head, prompts, prefix, 0 if cos is None else cos.shape[-1], cosine,
+        scale, eps,
+    )  # fmt: skip
+    _check(_library().run_blocks(call, torch.get_num_threads()), x)
+    return out
+
+
+_operations.impl("cpu_blocks", _run_blocks, "CPU")
+torch.library.register_fake("fastprior::cpu_blocks", _fake_blocks, lib=_operations)
+
+
+def run_blocks(
+    x: Tensor,
+    blocks: Sequence[Block],
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    outputs: int,
+    heads: int,
+    scale: float,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    cosine: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "swiglu",
+    eps: float = 1e-5,
+) -> Tensor:
+    """All blocks of a step, in one call and in fp32, for what `takes_blocks` says.
+
+    Args:
+        x: (rows, suffix, dim) fp32, the residual stream of the suffix tokens.
+        blocks: the weights.
+        prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head) fp32, see `reference.decode_attention`.
+        outputs: of how many of the last tokens the result is wanted.
+        heads, scale, rotary, cosine, bias, mask: see `reference.decode_attention`.
+        activation: of the feed-forwards, "gelu" or "swiglu".
+        eps: of all norms.
+    Returns:
+        (rows, outputs, dim) fp32.
+    """
+    run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
+    tensors, tables = [tensor for block in blocks for tensor in block], rotary or (None, None)
+    return run(
+        x, tensors, prefix_k, prefix_v, outputs, heads, scale, *tables, cosine, bias, mask, activation, eps
+    )  # fmt: skip

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastprior import buckets
 from fastprior.kernels import ops
 from fastprior.pipeline_parts import Generators, PipelineParts, TextEncoding, listed
+from fastprior.prior_blocks import HIDDEN, Prefix
 from fastprior.sampler import Step, run_table
 from fastprior.solvers import StepTable
 
@@ -80,6 +82,15 @@ def guided_step(
     return update(pred, null, scale, x, x0, noise, rows, index, clamp, radius, uses_prediction)
 
 
+def _padded(prefix: Prefix, longest: int) -> Prefix:
+    """With hidden tokens behind, to the nearest text length; there is always a mask then."""
+    tokens = prefix.k.shape[3]
+    missing = buckets.text_length(tokens, longest) - tokens
+    k, v = (F.pad(t, (0, 0, 0, missing)) for t in (prefix.k, prefix.v))
+    mask = k.new_zeros(k.shape[1], tokens, dtype=torch.float32) if prefix.mask is None else prefix.mask
+    return Prefix(k, v, F.pad(mask, (0, missing), value=HIDDEN))
+
+
 class PriorPipeline(PipelineParts):
     """Sample CLIP image embeddings of prompts: what diffusers' prior pipelines give, for the same generator.
 
@@ -88,23 +99,22 @@ class PriorPipeline(PipelineParts):
 
     Args:
         *args, **kwargs: see `PipelineParts`; the folder is of a Kandinsky prior, or a Karlo or StableUnCLIP pipeline.
-        compile: use torch.compile for the steps. Each number of rows, and each length of the longest text, takes a
-            graph of its own, and the first call with it is slow.
+        compile: use torch.compile for the steps. Each batch size, and each text length up to a multiple of 16 tokens,
+            takes a graph of its own, as do other numbers of images and steps; the first call with it is slow.
+        batch_sizes: numbers of prompts that compiled steps run, see `PriorSampler`.
     """
 
-    def __init__(self, *args: Any, compile: bool = False, **kwargs: Any):
+    def __init__(
+        self, *args: Any, compile: bool = False, batch_sizes: tuple[int, ...] = buckets.BATCH_SIZES, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
-        self.compile = compile
+        self.compile, self.batch_sizes = compile, buckets.check_batch_sizes(batch_sizes)
         self._graphs: dict[tuple, Callable] = {}
 
     def _graph(self, *shapes: tuple | int) -> Callable:
-        """`guided_step` for given shapes, compiled where wanted."""
-        if not self.compile:
-            return guided_step
+        """`guided_step` compiled for given shapes."""
         if shapes not in self._graphs:
-            # a code object of its own: torch.compile counts recompilations by code object
-            own = FunctionType(guided_step.__code__.replace(), guided_step.__globals__)
-            self._graphs[shapes] = torch.compile(own, fullgraph=True, dynamic=False)
+            self._graphs[shapes] = buckets.compiled(guided_step)
         return self._graphs[shapes]
 
     def _texts(
@@ -210,7 +220,8 @@ class PriorPipeline(PipelineParts):
             x = self._noised(table, draw, image, rows, num_images_per_prompt)
         else:
             raise ValueError("latents and image were both given; a run begins with only one of them")
-        step = self._step(table, text, conditions + (negatives if guidance else []), guided, guidance_scale, x.dtype)
+        prefixes = conditions + (negatives if guidance else [])
+        step = self._step(table, text, prefixes, len(prompts), guided, guidance_scale, x.dtype)
         embeds = self.prior.post_process_latents(run_table(table, step, x, draw)).to(text.embeds.dtype)
         if sample_negatives:
             return ImageEmbeddings(*embeds.split(wanted))
@@ -219,21 +230,50 @@ class PriorPipeline(PipelineParts):
         return ImageEmbeddings(embeds, None if zero_embed is None else zero_embed.to(embeds).expand(wanted, -1))
 
     def _step(
-        self, table: StepTable, text: TextEncoding, prefixes: list[int], guided: int, scale: float, dtype: torch.dtype
+        self,
+        table: StepTable,
+        text: TextEncoding,
+        prefixes: list[int],
+        prompts: int,
+        guided: int,
+        scale: float,
+        dtype: torch.dtype,
     ) -> Step:
-        """The steps of a run, of which `prefixes` are the texts."""
-        index = torch.tensor(prefixes, device=self.device)
+        """The steps of a run of which `prefixes` are the texts: those of all prompts, one group after the other."""
         times = torch.tensor(table.times, device=self.device)
-        cond = self.prior.prefill(*(tensor[index] for tensor in text), times)  # runs the same prompts once
         rows = table.rows.to(self.device, dtype)
         scale = torch.tensor(scale, dtype=dtype, device=self.device)
         indices = torch.arange(len(rows), device=self.device)
-        graph = self._graph(cond.prefix.k.shape, rows.shape, guided)
-        run = partial(graph, self.prior, cond, rows, scale)
+        fixed = self.schedule.clamp, self.schedule.radius, table.uses_prediction
+        if self.compile:
+            return self._compiled_step(text, prefixes, prompts, guided > 0, times, rows, scale, indices, fixed)
+        index = torch.tensor(prefixes, device=self.device)
+        cond = self.prior.prefill(*(tensor[index] for tensor in text), times)  # runs the same prompts once
+        run = partial(guided_step, self.prior, cond, rows, scale)
+        return lambda x, x0, noise, index: run(x, x0, noise(), indices[index], guided, *fixed)
+
+    def _compiled_step(self, text, prefixes, prompts, guidance, times, rows, scale, indices, fixed) -> Step:
+        """The same in parts of few shapes: each group of prompts is padded to a batch size, each text to a length."""
+        cond = self.prior.prefill(*text, times)
+        share = len(text.embeds) // cond.prefix.k.shape[1]  # texts of one prefix
+        k, v, mask = _padded(cond.prefix, text.encodings.shape[1] + 1)
+        groups = torch.tensor(prefixes, device=self.device).view(-1, prompts) // share
+        parts = []
+        for part, batch in buckets.parts(self.batch_sizes, prompts):
+            missing = batch - (part.stop - part.start)
+            chosen = F.pad(groups[:, part], (0, missing)).flatten()
+            parts.append((part, batch, missing, cond._replace(prefix=Prefix(k[:, chosen], v[:, chosen], mask[chosen]))))
 
         def step(x, x0, noise, index):
-            fixed = guided, self.schedule.clamp, self.schedule.radius, table.uses_prediction
-            return run(x, x0, noise(), indices[index], *fixed)
+            state = torch.stack((x, x0, noise())).view(3, len(groups) - guidance, prompts, -1)
+            repeats, results = state.shape[-1] // x.shape[1], []
+            for part, batch, missing, cond in parts:
+                given = F.pad(state[:, :, part], (0, 0, 0, missing)).view(3, -1, x.shape[1])
+                run = self._graph(cond.prefix.k.shape, rows.shape, repeats, guidance)
+                guided = batch * repeats if guidance else 0
+                result = torch.stack(run(self.prior, cond, rows, scale, *given, indices[index], guided, *fixed))
+                results.append(result.view(2, -1, batch, state.shape[-1])[:, :, : batch - missing])
+            return torch.cat(results, dim=2).view(2, *x.shape).unbind()
 
         return step
 

@@ -6,6 +6,7 @@ import string
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -301,18 +302,100 @@ def test_dtypes(dtype, ours, parts, folder):
     assert relative_error(got.image_embeds, exact) < 2 * relative_error(wanted, exact) + 1e-6
 
 
-def test_compiled_steps_are_the_same(monkeypatch, ours, folder):
-    """As one graph for each shape, which other texts and scales use again."""
+def counting(monkeypatch):
+    """Counts the graphs that torch.compile makes, and runs them as they are."""
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    return counter
+
+
+def test_compiled_steps_are_the_same(monkeypatch, ours, folder):
+    """As one graph, which other texts, lengths and scales use again."""
+    counter = counting(monkeypatch)
     compiled = PriorPipeline.from_pretrained(folder, compile=True)
-    for prompt, scale, graphs in (("red", 4.0, 1), ("fox", 7.0, 1), ("red fox", 4.0, 2)):
+    for prompt, scale in (("red", 4.0), ("fox", 7.0), ("red fox", 4.0)):
         kwargs = dict(num_inference_steps=3, guidance_scale=scale)
         got, wanted = (run(prompt, generator=seeded(), **kwargs) for run in (compiled, ours))
         assert_same(got, wanted)
-        assert counter.frame_count == graphs
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_padded_parts_are_the_same(name, monkeypatch, ours, folder):
+    """Groups of prompts, negative ones and unconditional ones, each in parts, the last of which is padded."""
+    counting(monkeypatch)
+    padded = PriorPipeline.from_pretrained(folder, compile=True, batch_sizes=(2,))
+    kwargs = CALLS[name] | dict(num_inference_steps=3)
+    assert_same(padded(generator=seeded(), **kwargs), ours(generator=seeded(), **kwargs))
+
+
+def long_texts(lengths, longest, dim):
+    """Encodings of texts of given lengths."""
+    draw = torch.Generator().manual_seed(len(lengths))
+    shape = len(lengths), longest, dim
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return TextEncoding(torch.randn(shape[0], dim, generator=draw), torch.randn(shape, generator=draw), mask)
+
+
+@pytest.fixture(scope="module")
+def long_prior():
+    torch.manual_seed(0)
+    prior = fastprior.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=40
+    ).eval()
+    for name, weights in prior.named_parameters():
+        torch.nn.init.normal_(weights, mean=float("norm" in name and "weight" in name), std=0.2)
+    return prior
+
+
+def test_graphs_are_few(monkeypatch, ours, long_prior):
+    """Two batch sizes and three text lengths: six graphs, whatever the prompts, and none of them twice."""
+    counter = counting(monkeypatch)
+    plain = PriorPipeline(long_prior, ours.schedule)
+    compiled = PriorPipeline(long_prior, ours.schedule, compile=True, batch_sizes=(1, 4))
+    empty = long_texts([2], 40, DIM)
+    cases = [[length] for length in (2, 7, 14, 15, 16, 30, 31, 32, 39, 40)]
+    cases += [[9, 3], [15] * 3, [5, 20, 3, 31], [40, 1], [7] * 6, [12, 40, 2, 2, 2], [33, 1, 15, 16, 31, 32, 40]]
+    for lengths in cases:
+        text = long_texts(lengths, 40, DIM)
+        kwargs = dict(num_inference_steps=3, zero_embed=torch.zeros(1, DIM))
+        got, wanted = (run(text, empty, generator=seeded(), **kwargs).image_embeds for run in (compiled, plain))
+        assert relative_error(got, wanted) < TOLERANCE, lengths
+    assert counter.frame_count == 6
+
+
+@pytest.mark.parametrize("batch_sizes", [(1,), (2, 8)])
+def test_rows_do_not_depend_on_batch_sizes(batch_sizes, monkeypatch, ours, long_prior):
+    """Nor on the length of the other texts; of each row alone, from the same noise."""
+    counting(monkeypatch)
+    pipeline = PriorPipeline(long_prior, ours.schedule, compile=True, batch_sizes=batch_sizes)
+    text, empty, kwargs = long_texts([3, 17, 40], 40, DIM), long_texts([2], 40, DIM), dict(num_inference_steps=3)
+    kwargs |= dict(zero_embed=torch.zeros(1, DIM))
+    together = pipeline(text, empty, generator=seeded(rows=3), **kwargs).image_embeds
+    for row, generator in enumerate(seeded(rows=3)):
+        alone = TextEncoding(*(t[row : row + 1] for t in text))
+        got = pipeline(alone, empty, generator=generator, **kwargs).image_embeds
+        assert relative_error(got, together[row : row + 1]) < TOLERANCE
+        assert relative_error(got, together[row - 1 : row or None]) > 0.1
+
+
+def test_a_shared_pipeline_in_threads(ours, folder, monkeypatch):
+    """Each thread gets what it gets alone."""
+    counting(monkeypatch)
+    pipeline = PriorPipeline.from_pretrained(folder, compile=True)
+    prompts = ["red", "fox", "red fox", "cat"]
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return pipeline(prompts[seed % 4], generator=generator, num_inference_steps=3, guidance_scale=1.0 + seed)
+
+    alone = [run(seed) for seed in range(8)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, range(8)))
+    assert all(torch.equal(a.image_embeds, b.image_embeds) for a, b in zip(alone, together))
+    assert not torch.equal(alone[0].image_embeds, alone[4].image_embeds)
 
 
 def test_neither_diffusers_nor_transformers_is_needed(ours, folder, tmp_path):
@@ -420,5 +503,7 @@ def test_encodings_of_another_prior_are_refused(ours):
         ours.interpolate([torch.zeros(2, 3, 8, 8)], [1.0])
     with pytest.raises(TypeError, match="prior is a .*Linear; it must be fastprior's, or made so by accelerate_prior"):
         PriorPipeline(torch.nn.Linear(1, 1), ours.schedule)
+    with pytest.raises(ValueError, match=r"batch_sizes=\(0, 2\); it must hold at least one number, each at least 1"):
+        PriorPipeline(ours.prior, ours.schedule, batch_sizes=(0, 2))
     with pytest.raises(TypeError, match="unet= is no part of a pipeline; it must be one of text_encoder"):
         PriorPipeline(ours.prior, ours.schedule, unet=None)

@@ -1,0 +1,39 @@
+"""Few fixed shapes for compiled steps: batches and texts are padded to the nearest, so that few graphs serve all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
+
+import torch
+
+BATCH_SIZES = 1, 8, 64
+TEXT_TOKENS = 16  # of which text lengths are multiples
+
+
+def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
+    """The different ones, in order. Raises ValueError unless there is one, and all are at least 1."""
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes={batch_sizes}; it must hold at least one number, each at least 1")
+    return tuple(sorted(set(batch_sizes)))
+
+
+def parts(batch_sizes: Sequence[int], prompts: int) -> Iterator[tuple[slice, int]]:
+    """Which prompts run together, and the batch size (of those in order) that they are padded to."""
+    for at in range(0, prompts, batch_sizes[-1]):
+        part = slice(at, min(at + batch_sizes[-1], prompts))
+        yield part, next(size for size in batch_sizes if size >= part.stop - part.start)
+
+
+def text_length(tokens: int, longest: int) -> int:
+    """The length that a text is padded to: 16, 32, 48, …, or the longest there is."""
+    return min(-(-tokens // TEXT_TOKENS) * TEXT_TOKENS, longest)
+
+
+def compiled(function: Callable, **kwargs) -> Callable:
+    """The function compiled for tensors of one shape: call this once for each shape.
+
+    torch.compile counts recompilations by code object, so each takes one of its own.
+    """
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False, **kwargs)

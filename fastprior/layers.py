@@ -46,6 +46,46 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+class QuantisedLinear(nn.Module):
+    """A linear of few rows whose weight is int8 or float8_e4m3fn, with a scale for each row of it; no gradients.
+
+    Args:
+        linear: whose weight it takes; `update` takes it again.
+        dtype: of the quantised weight.
+
+    Attributes:
+        product_dtype: that of the linear, and of results.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.source, self.bias, self.product_dtype = (linear,), linear.bias, linear.weight.dtype
+        self.register_buffer("weight", torch.empty_like(linear.weight, dtype=dtype))
+        self.register_buffer("scale", torch.empty(len(linear.weight), device=linear.weight.device))
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Quantise the source's weight again: each row over the range of the dtype, int8 rounded to nearest."""
+        weight, whole = self.source[0].weight.float(), not self.weight.dtype.is_floating_point
+        most = torch.iinfo(torch.int8).max if whole else torch.finfo(self.weight.dtype).max
+        self.scale.copy_(weight.abs().amax(dim=1).clamp(min=1e-30) / most)
+        weight = weight / self.scale[:, None]
+        self.weight.copy_(weight.round() if whole else weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, scale=self.scale)
+
+
+def product_dtype(linear: nn.Module) -> torch.dtype:
+    """The dtype that a linear takes and gives."""
+    return getattr(linear, "product_dtype", linear.weight.dtype)
+
+
+def _scale(linear: nn.Module) -> Tensor | None:
+    return getattr(linear, "scale", None)
+
+
 class SinusoidalPosEmb(nn.Module):
     """Embed real-valued times (batch,) as (batch, dim) sines and cosines; computed in fp32."""
 
@@ -162,16 +202,19 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, expand, activation, inner_norm, dropout, contract = self
-        h = activation(expand(norm(x, dtype=expand.weight.dtype)))
+        h = activation(expand(norm(x, dtype=product_dtype(expand))))
         return contract(dropout(inner_norm(h)))
 
     def fused(self, x: Tensor, stream: Tensor, stream_gain: Tensor) -> Tensor:
         """`y + self(y)` of `y = stream + norm(x) * stream_gain`, without dropout, by two kernels."""
         norm, expand, _, inner_norm, _, contract = self
-        norms = dict(stream=stream, stream_gain=stream_gain, norm_gain=norm.g, eps=norm.eps)
-        h, stream = ops.linear(x, expand.weight, activation="swiglu", **norms)
+        norms = dict(
+            stream=stream, stream_gain=stream_gain, norm_gain=norm.g, eps=norm.eps, dtype=product_dtype(expand)
+        )
+        h, stream = ops.linear(x, expand.weight, activation="swiglu", scale=_scale(expand), **norms)
         gain = None if isinstance(inner_norm, nn.Identity) else inner_norm.g
-        return ops.linear(h, contract.weight, norm_gain=gain, eps=norm.eps, residual=stream)
+        around = dict(norm_gain=gain, eps=norm.eps, residual=stream)
+        return ops.linear(h, contract.weight, scale=_scale(contract), **around)
 
 
 def _own_modules(attn: Attention, ff: FeedForward) -> tuple[nn.Module, ...]:
@@ -181,7 +224,7 @@ def _own_modules(attn: Attention, ff: FeedForward) -> tuple[nn.Module, ...]:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call does what the weights say: no subclass, such as an adapter, no hook, no replaced forward."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) in (Linear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity) and not hooked
+    return type(module) in (Linear, QuantisedLinear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity) and not hooked
 
 
 class NormedLinear(nn.Sequential):
@@ -228,11 +271,12 @@ class Attention(nn.Module):
         self.to_q = Linear(dim, dim_head * heads, bias=False)
         self.to_kv = Linear(dim, dim_head * 2, bias=False)
         self.rotary_emb = rotary_emb
+        self.qkv_scale: Tensor | None = None  # of both projections, where they are quantised
         self.to_out = NormedLinear(Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
 
     def normed(self, x: Tensor) -> Tensor:
         """The input of the projections: the norm of the residual stream, in the weights' dtype."""
-        return self.norm(x, dtype=self.to_q.weight.dtype)
+        return self.norm(x, dtype=product_dtype(self.to_q))
 
     def queries(self, h: Tensor) -> Tensor:
         """Raw queries of normed tokens (batch, seq, dim): (batch, seq, heads, dim_head)."""
@@ -249,8 +293,9 @@ class Attention(nn.Module):
 
     def fused_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`projections` by one kernel, with the norm before."""
-        dim_head = self.null_kv.shape[-1]
-        y = ops.linear(x, self.to_q.weight, beside=self.to_kv.weight, norm_gain=self.norm.g, eps=self.norm.eps)
+        dim_head, norm = self.null_kv.shape[-1], dict(norm_gain=self.norm.g, eps=self.norm.eps)
+        weights = dict(beside=self.to_kv.weight, scale=self.qkv_scale, dtype=product_dtype(self.to_q))
+        y = ops.linear(x, self.to_q.weight, **weights, **norm)
         return y.unflatten(-1, (-1, dim_head)).split((self.heads, 1, 1), dim=-2)
 
     def cached(self, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
@@ -297,7 +342,7 @@ class Attention(nn.Module):
             q, k, v, scale=self.scale, rotary=rotary, cosine=self.cosine_sim, null_kv=self.null_kv[:, None],
             dropout=self.dropout.p if self.training else 0.0, **bias, **kwargs,
         )  # fmt: skip
-        return self.to_out(out.to(self.to_q.weight.dtype), after=residual)
+        return self.to_out(out.to(product_dtype(self.to_q)), after=residual)
 
 
 class KVCache(NamedTuple):
@@ -374,7 +419,7 @@ class CausalTransformer(nn.Module):
     def _head(self, x: Tensor) -> Tensor:
         if isinstance(self.project_out, nn.Identity):
             return self.norm(x)
-        return self.project_out(self.norm(x).to(self.project_out.weight.dtype))
+        return self.project_out(self.norm(x).to(product_dtype(self.project_out)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all of x (batch, seq, dim), dtype fp32 or wider (fp16 and bf16 are taken too): (batch, seq, dim)."""
@@ -419,14 +464,15 @@ class CausalTransformer(nn.Module):
         return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end))
 
     def _blocks(self) -> list[ops.Block]:
-        return [
-            ops.Block(
-                attn.to_q.weight, attn.to_kv.weight, None, attn.to_out[0].weight, ff[1].weight, ff[5].weight,
-                norm_gain=attn.norm.g, out_gain=attn.to_out[1].g, ff_gain=ff[0].g,
-                inner_gain=ff[3].g if isinstance(ff[3], LayerNorm) else None,
-            )
-            for attn, ff in self.layers
-        ]  # fmt: skip
+        found = []
+        for attn, ff in self.layers:
+            linears = attn.to_q, attn.to_kv, None, attn.to_out[0], ff[1], ff[5]
+            parts = [(None, None) if linear is None else (linear.weight, _scale(linear)) for linear in linears]
+            weights, scales = zip(*parts)
+            gains = dict(norm_gain=attn.norm.g, out_gain=attn.to_out[1].g, ff_gain=ff[0].g)
+            inner = None if isinstance(ff[3], nn.Identity) else ff[3].g
+            found.append(ops.Block(*weights, *scales, **gains, inner_gain=inner))
+        return found
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """The output of the last of the suffix tokens x (rows, suffix, dim) behind the cached prefix: (rows, dim).

@@ -11,6 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define LANES 16
 #define SUMS 24 /* vectors that fit in registers beside the operands */
@@ -166,6 +170,81 @@ INLINE void dot(int kind, int rows, int columns, const float *x, const struct li
         UNROLLED for (int m = 0; m < rows; m++) tile[n * WIDTH + m] = sum(sums[n * rows + m]);
 }
 
+/* Products of 16 bits and their sums in pairs are the fastest for int8 where there are instructions for it; x is rounded
+   to 16 bits then, of which each row has a scale. */
+#if defined(__AVX512BW__)
+typedef __m512i words;
+#define WORDS(p) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
+#define LOAD_WORDS(p) _mm512_loadu_si512(p)
+#if defined(__AVX512VNNI__)
+#define ADD_PAIRS(sums, x, y) _mm512_dpwssd_epi32(sums, x, y)
+#else
+#define ADD_PAIRS(sums, x, y) _mm512_add_epi32(sums, _mm512_madd_epi16(x, y))
+#endif
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+typedef __m256i words;
+#define WORDS(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p)))
+#define LOAD_WORDS(p) _mm256_loadu_si256((const __m256i *)(p))
+#define ADD_PAIRS(sums, x, y) _mm256_add_epi32(sums, _mm256_madd_epi16(x, y))
+#endif
+
+/* A row as `padded` numbers of 16 bits, and their scale. Sums of products with int8 stay below 2**31. */
+static float to_words(const float *x, long padded, int16_t *to) {
+    vec most = {0};
+    for (long k = 0; k < padded; k += LANES) {
+        const vec some = *(const vec *)(x + k), size = choose(some < 0, -some, some);
+        most = choose(size <= most, most, size); /* NaN stays */
+    }
+    float largest = 0;
+    for (int i = 0; i < LANES; i++) largest = most[i] <= largest ? largest : most[i];
+    if (!(largest < INFINITY)) return NAN;
+    const float fit = 2147483647.f / 256 / (padded / (2 * LANES)), range = fit < 32767 ? fit : 32767;
+    const float factor = largest > 0 ? range / largest : 0;
+    for (long k = 0; k < padded; k++) to[k] = (int16_t)lrintf(x[k] * factor);
+    return largest / range;
+}
+
+#ifdef ADD_PAIRS
+INLINE void dot_words(int rows, int columns, const float *laid, const struct linear *a, const char *weight, long stride,
+                      long count, float *tile) {
+    const long block = 4 * LANES, padded = (a->dim + block - 1) / block * block;
+    const float *scale = laid;
+    const int16_t *x = (const int16_t *)(laid + WIDTH);
+    const char *column[4];
+    words sums[SUMS];
+    UNROLLED for (int n = 0; n < columns; n++) column[n] = weight + (n < count ? n : count - 1) * stride;
+    UNROLLED for (int i = 0; i < columns * rows; i++) sums[i] = (words){0};
+    for (long k = 0; k < padded; k += block) {
+        const long ahead = look_ahead(a, INT8, k, columns, stride, AHEAD_DOT);
+        char last[4][4 * LANES] = {{0}};
+        const char *from[4];
+        UNROLLED for (int n = 0; n < columns; n++) {
+            from[n] = column[n] + k;
+            if (a->dim - k < block) from[n] = memcpy(last[n], from[n], a->dim - k);
+            __builtin_prefetch(column[n] + ahead, 0, 3);
+        }
+        UNROLLED for (int half = 0; half < 2; half++) {
+            words own[4];
+            UNROLLED for (int n = 0; n < columns; n++) own[n] = WORDS(from[n] + half * 2 * LANES);
+            UNROLLED for (int m = 0; m < rows; m++) {
+                const words some = LOAD_WORDS(x + m * padded + k + half * 2 * LANES);
+                UNROLLED for (int n = 0; n < columns; n++)
+                    sums[n * rows + m] = ADD_PAIRS(sums[n * rows + m], own[n], some);
+            }
+        }
+    }
+    UNROLLED for (int n = 0; n < columns; n++)
+        UNROLLED for (int m = 0; m < rows; m++)
+            tile[n * WIDTH + m] = sum(__builtin_convertvector((ivec)sums[n * rows + m], vec)) * scale[m];
+}
+#define DOT_INT8(ROWS) \
+    case ROWS: dot_words(ROWS, ROWS * 4 <= SUMS ? 4 : 2, x, a, weight, stride, count, tile); return;
+enum { HAS_WORDS = 1 };
+#else
+#define DOT_INT8(ROWS) DOT(INT8, ROWS)
+enum { HAS_WORDS = 0 };
+#endif
+
 /* The same for rows laid out as x[k][row], in `vectors` vectors. */
 INLINE void outer(int kind, int vectors, const float *x, const struct linear *a, const char *weight, long stride,
                   long count, float *tile) {
@@ -223,7 +302,7 @@ static void product_bfloat16(const float *x, const struct linear *a, const char 
 }
 
 static void product_int8(const float *x, const struct linear *a, const char *weight, long stride, long count, float *tile) {
-    switch (a->rows) { DOT(INT8, 1) DOT(INT8, 2) DOT(INT8, 3) DOT(INT8, 4) DOT(INT8, 5) DOT(INT8, 6) }
+    switch (a->rows) { DOT_INT8(1) DOT_INT8(2) DOT_INT8(3) DOT_INT8(4) DOT_INT8(5) DOT_INT8(6) }
     OUTER(INT8)
 }
 
@@ -295,6 +374,7 @@ static void linear_of_team(const struct linear *a, float *x) {
     const long width = dots ? rows : rows <= LANES ? LANES : WIDTH, unit = tile_columns(kind, rows);
     void (*product)(const float *, const struct linear *, const char *, long, long, float *) =
         kind == FLOAT32 ? product_float32 : kind == BFLOAT16 ? product_bfloat16 : product_int8;
+    const int words = HAS_WORDS && dots && kind == INT8;
     float *laid = dots && span == 1 ? x : x + rows * padded;
 
     for (long m = rows * thread / threads; m < rows * (thread + 1) / threads; m++) {
@@ -305,9 +385,10 @@ static void linear_of_team(const struct linear *a, float *x) {
             memcpy(a->total + m * dim, row, dim * sizeof *row);
         }
         if (a->gain.data) normalise(row, dim, a->eps, a->gain, a->norm_bias, NULL);
+        if (words) laid[m] = to_words(row, padded, (int16_t *)(laid + WIDTH) + m * padded);
     }
 #pragma omp barrier
-    if (laid != x) {
+    if (laid != x && !words) {
         const long blocks = padded / block;
         for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block)
             for (long m = 0; m < width; m++)

@@ -6,9 +6,12 @@ It takes a C compiler, as torch.compile and Triton do. Where there is none PyTor
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
+import itertools
 import os
 import platform
+import shlex
 import struct
 import subprocess
 import tempfile
@@ -17,15 +20,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
 FLOATS = torch.float32, torch.bfloat16
+OMP_PAUSE_SOFT = 1
 LINEAR, DECODE, BLOCKS = struct.Struct("=42qd"), struct.Struct("=36qd"), struct.Struct("=46qdd")  # of the source
-MAX_DIM_HEAD, MAX_KEYS = 256, 4096  # of attention: its threads keep them on their stacks
+MAX_DIM_HEAD, MAX_KEYS, MAX_OWN = 256, 4096, 2**16  # of attention: its threads keep keys, own ones in full, on stacks
 
 
 def _cache_dir() -> Path:
@@ -42,23 +48,36 @@ def _machine() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
 def build() -> Path:
     """Compile the source unless it was: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
 
+    Its hash stands behind it in the file, so that what a crash or a full disk left of one is made again.
+
     Raises:
-        OSError: there is no compiler, or no place to write to.
+        OSError, RuntimeError: there is no compiler, or no place to write to.
         subprocess.CalledProcessError: the compiler refuses.
     """
-    compiler = os.environ.get("CC") or "cc"
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     parts = SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _machine().encode()
     path = _cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
-    if not path.exists():
+    if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
         os.close(handle)
         try:
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", part, "-lm"], check=True, capture_output=True)
+            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", part, "-lm"], check=True, capture_output=True)
+            digest = hashlib.sha256(Path(part).read_bytes()).digest()
+            with open(part, "ab") as file:
+                file.write(digest)
             os.replace(part, path)  # whole or not at all, whoever else compiles
         except BaseException:
             os.unlink(part)
@@ -77,11 +96,13 @@ def _load() -> None:
         _loaded = ctypes.CDLL(str(build()))
     except subprocess.CalledProcessError as error:
         _loaded = f"{error.cmd[0]} failed: {error.stderr.decode(errors='replace').strip()[:300]}"
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # a user without a home directory is a RuntimeError
         _loaded = f"no C compiler, or no place for what it makes: {error}"
     else:
         for function in (_loaded.linear, _loaded.decode_attention, _loaded.run_blocks):
             function.argtypes = ctypes.c_char_p, ctypes.c_long
+        # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
+        os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
         _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())
 
 
@@ -106,8 +127,20 @@ def most_rows(dtype: torch.dtype) -> int:
     return _most_rows.get(dtype, 0)
 
 
-def _no_gradient(*given: Tensor | None) -> bool:
-    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given)
+def _is_watched() -> bool:
+    """Whether a mode, a transform, forward-mode gradients or a trace follow operations: C would pass them by."""
+    if torch.compiler.is_compiling():  # which sees an operation of its own
+        return False
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return transformed or is_in_torch_dispatch_mode() or torch.jit.is_tracing()
+
+
+def _are_plain(*given: Tensor | None) -> bool:
+    """Whether these are numbers on the CPU, not of a subclass that keeps others, without gradient."""
+    given = [t for t in given if t is not None]
+    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype != torch.float64 for t in given):
+        return False
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in given)
 
 
 def takes_linear(
@@ -115,14 +148,22 @@ def takes_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    beside: Tensor | None = None,
     scale: Tensor | None = None,
     stream: Tensor | None = None,
+    stream_gain: Tensor | None = None,
     norm_gain: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     **_,
 ) -> bool:
     """Whether `linear` computes this: few rows on the CPU, in fp32 or bf16 or of int8 weights, without gradient."""
-    if x.device.type != "cpu" or x.dtype not in FLOATS or x.ndim < 1 or weight.ndim != 2:
+    if not x.is_cpu or x.dtype not in FLOATS or dtype not in (None, *FLOATS) or x.ndim < 1 or weight.ndim != 2:
+        return False
+    if not _are_plain(x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, residual):
+        return False
+    if beside is not None and (beside.dtype != weight.dtype or beside.ndim != 2 or beside.stride(1) != 1):
         return False
     if not 0 < x.numel() <= most_rows(weight.dtype) * x.shape[-1] or x.shape[-1] != weight.shape[1]:
         return False
@@ -130,22 +171,23 @@ def takes_linear(
         return False
     if scale is None and x.dtype != weight.dtype and stream is None and norm_gain is None:
         return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return _no_gradient(x, weight, bias, stream, norm_gain, residual)
+    return not torch.is_autocast_enabled("cpu") and not _is_watched()
 
 
 def takes_decode(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, bias=None, dropout: float = 0.0, **_
-) -> bool:
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, rotary=None, bias=None, mask=None,
+    dropout: float = 0.0, **_,
+) -> bool:  # fmt: skip
     """Whether `decode_attention` computes this: on the CPU, in fp32 or bf16 over a prefix in fp32, without gradient."""
-    if q.device.type != "cpu" or dropout or q.dtype not in FLOATS or not most_rows(torch.float32):
+    if not q.is_cpu or dropout or q.dtype not in FLOATS or not most_rows(torch.float32):
         return False
     if not q.dtype == k.dtype == v.dtype or not prefix_k.dtype == prefix_v.dtype == torch.float32:
         return False
     if q.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[1] + k.shape[1] > MAX_KEYS or not q.numel():
         return False
-    return _no_gradient(q, k, v, prefix_k, prefix_v, bias)
+    if k.shape[1] * q.shape[-1] > MAX_OWN:
+        return False
+    return _are_plain(q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not _is_watched()
 
 
 class Block(NamedTuple):
@@ -186,7 +228,7 @@ MATRICES = 6
 
 def takes_blocks(x: Tensor, blocks: Sequence[Block], prefix_k: Tensor, prefix_v: Tensor) -> bool:
     """Whether `run_blocks` computes this: few rows in fp32 on the CPU, weights of one dtype, no gradient."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     dtype = blocks[0].q.dtype
     if not 0 < x.shape[0] * x.shape[1] <= most_rows(dtype) or not prefix_k.dtype == prefix_v.dtype == torch.float32:
@@ -197,8 +239,7 @@ def takes_blocks(x: Tensor, blocks: Sequence[Block], prefix_k: Tensor, prefix_v:
         for weight in block[:MATRICES]:
             if weight is not None and (weight.dtype != dtype or weight.stride(1) != 1):
                 return False
-    given = (tensor for block in blocks for tensor in block)
-    return not torch.is_grad_enabled() or _no_gradient(x, prefix_k, prefix_v, *given)
+    return _are_plain(x, prefix_k, prefix_v, *itertools.chain(*blocks)) and not _is_watched()
 
 
 _operations = torch.library.Library("fastprior", "FRAGMENT")
@@ -213,7 +254,7 @@ def _results(x, weight, beside, stream, activation, residual, dtype) -> tuple[Te
     columns = len(weight) // 2 if activation == "swiglu" else len(weight) + (0 if beside is None else len(beside))
     dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     out = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
-    return out, torch.empty(0 if stream is None else x.shape, device=x.device)
+    return out, torch.empty(0 if stream is None else x.shape, dtype=torch.float32, device=x.device)
 
 
 def _fake(
@@ -264,15 +305,17 @@ def _fit(name: str, t: Tensor | None, *shape: int) -> None:
         raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {shape}")
 
 
-def _fit_attention(rows, heads, suffix, prefix_k, prefix_v, cos, sin, bias, mask) -> None:
-    prompts, prefix, kv_heads, dim_head = prefix_k.shape
+def _fit_attention(rows, heads, seq, suffix, dim_head, prefix_k, cos, sin, bias, mask) -> None:
+    prompts, prefix, kv_heads, _ = prefix_k.shape
     if not prompts or rows % prompts or not kv_heads or heads % kv_heads:
         raise ValueError(
             f"{rows} rows of {heads} heads; they must be multiples of {prompts} prompts, {kv_heads} kv_heads"
         )
-    _fit("prefix_v", prefix_v, *prefix_k.shape)
+    if not 0 < seq <= suffix:
+        raise ValueError(f"{seq} tokens of queries; they must be 1 to {suffix}, as many as those of keys")
+    _fit("prefix_k", prefix_k, prompts, prefix, kv_heads, dim_head)
     _fit("mask", mask, prompts, prefix)
-    _fit("bias", bias, suffix, heads, prefix + suffix)
+    _fit("bias", bias, suffix, heads if bias is None or bias.shape[1] != 1 else 1, prefix + suffix)
     if cos is not None:
         _fit("cos", cos, suffix, min(dim_head, cos.shape[-1]) // 2 * 2)
         _fit("sin", sin, *cos.shape)
@@ -285,6 +328,10 @@ def _run(
     kept, columns, of_x, dim = [], out.shape[-1], _rows(x), x.shape[-1]
     more = 0 if beside is None else len(beside)
     outputs = len(weight) + more
+    if activation == "swiglu" and (more or outputs % 2):
+        raise ValueError(f"weight has {len(weight)} rows, beside {more}; 'swiglu' needs one weight of an even number")
+    if (stream is None) != (stream_gain is None):
+        raise ValueError("stream and stream_gain must be given together")
     _fit("weight", weight, len(weight), dim)
     _fit("beside", beside, more, dim)
     _fit("bias", bias, outputs)
@@ -331,7 +378,9 @@ def linear(
     The sum of a stream is fp32.
     """
     run = torch.ops.fastprior.cpu_linear.default if torch.compiler.is_compiling() else _run
-    if dtype is None:
+    if stream is None and norm_gain is None:
+        dtype = x.dtype
+    elif dtype is None:
         dtype = x.dtype if scale is not None else weight.dtype
     out, total = run(
         x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
@@ -354,12 +403,12 @@ def _heads(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] else t.contiguous()
 
 
-def _cache(t: Tensor, kept: list) -> tuple[int, int, int, int]:
-    """Keys or values (prompts, prefix, kv_heads, dim_head)."""
+def _cache(t: Tensor, kept: list) -> tuple[int, ...]:
+    """Where keys or values (…, dim_head) lie, and their strides but the last, which is 1."""
     if t.stride(-1) != 1:
         t = t.contiguous()
         kept.append(t)
-    return t.data_ptr(), *t.stride()[:3]
+    return t.data_ptr(), *t.stride()[:-1]
 
 
 def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
@@ -370,10 +419,11 @@ def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask
     q, k, v = map(_heads, (q, k, v))
     if k.stride()[:2] != v.stride()[:2]:
         k, v = k.contiguous(), v.contiguous()
-    bias = None if bias is None else bias.expand(-1, heads, -1)
     _fit("k", k, rows, k.shape[1], kv_heads, dim_head)
     _fit("v", v, *k.shape)
-    _fit_attention(rows, heads, k.shape[1], prefix_k, prefix_v, cos, sin, bias, mask)
+    _fit("prefix_v", prefix_v, *prefix_k.shape)
+    _fit_attention(rows, heads, seq, k.shape[1], dim_head, prefix_k, cos, sin, bias, mask)
+    bias = None if bias is None else bias.expand(-1, heads, -1)
     _library().decode_attention(
         DECODE.pack(
             q.data_ptr(), kind, q.stride(1), k.data_ptr(), kind, k.stride(1), v.data_ptr(), kind, v.stride(1),
@@ -419,7 +469,7 @@ _operations.define(
 def _fake_blocks(
     x, tensors, prefix_k, prefix_v, outputs, heads, scale, cos, sin, cosine, bias, mask, activation, eps
 ):  # fmt: skip
-    return torch.empty((x.shape[0], outputs, x.shape[2]), device=x.device)
+    return torch.empty((x.shape[0], outputs, x.shape[2]), dtype=torch.float32, device=x.device)
 
 
 def _fit_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
@@ -438,7 +488,9 @@ def _run_blocks(
 ):  # fmt: skip
     rows, suffix, dim = x.shape
     depth, prompts, prefix, kv_heads, dim_head = prefix_k.shape
-    out, kept, numbers = torch.empty((rows, outputs, dim)), [], []
+    kept, numbers = [], []
+    if len(tensors) != depth * len(Block._fields):
+        raise ValueError(f"prefix_k has {depth} layers; it must have {len(tensors) // len(Block._fields)}, one a block")
     own, shared, inner = heads * dim_head, kv_heads * dim_head, tensors[MATRICES - 1].shape[1]
     shapes = {
         "q": (own, dim), "k": (shared, dim), "v": (shared, dim), "out": (dim, own),
@@ -452,12 +504,15 @@ def _run_blocks(
         for at in range(2 * MATRICES, len(block)):
             numbers += _vector(block[at], kept)
     blocks = struct.pack(f"={len(numbers)}q", *numbers)
+    _fit("prefix_v", prefix_v, *prefix_k.shape)
+    _fit_attention(rows, heads, outputs, suffix, dim_head, prefix_k[0], cos, sin, bias, mask)
     bias = None if bias is None else bias.expand(-1, heads, -1)
-    _fit_attention(rows, heads, suffix, prefix_k[0], prefix_v[0], cos, sin, bias, mask)
+    (first_k, layer_k, *of_k), (first_v, layer_v, *of_v) = _cache(prefix_k, kept), _cache(prefix_v, kept)
+    out = torch.empty((rows, outputs, dim), dtype=torch.float32, device=x.device)
     call = BLOCKS.pack(
         _address(x, kept), out.data_ptr(), ctypes.cast(blocks, ctypes.c_void_p).value,
-        depth, dim, inner, outputs, ACTIVATIONS[activation], prefix_k.stride(0),
-        prefix_v.stride(0), *(0,) * 12, *_cache(prefix_k[0], kept), *_cache(prefix_v[0], kept),
+        depth, dim, inner, outputs, ACTIVATIONS[activation], layer_k, layer_v,
+        *(0,) * 12, first_k, *of_k, first_v, *of_v,
         _address(bias, kept), _address(mask, kept), _address(cos, kept), _address(sin, kept),
         0, 0, rows, 0, suffix, heads, kv_heads, dim_head, prompts, prefix, 0 if cos is None else cos.shape[-1], cosine,
         scale, eps,

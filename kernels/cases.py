@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import attention, decode, linear, norm, step
+from . import attention, barrier, decode, linear, norm, step
 from .launch import FLOATS
 
 Case = Callable[[], object]
@@ -35,6 +35,7 @@ def cases(arch: int) -> Iterator[Case]:
             yield from decode_cases(dtype, everything)
         yield from attention_cases(dtype, bare)
     yield from quantised_cases(arch)
+    yield from barrier_cases(arch)
     yield from decode_cases(torch.bfloat16, True, cached=torch.float32)
     if arch == WHOLE:
         yield from decode_cases(torch.float32, True, cached=torch.bfloat16)  # laid out as over a cache of fp32
@@ -100,6 +101,15 @@ def decode_cases(dtype: torch.dtype, everything: bool, cached: torch.dtype | Non
             if everything:
                 options = *meta(2, suffix, dim_head), meta(suffix, heads, prefix + suffix), meta(rows, prefix)
             yield partial(decode.decode_attention_fwd, q, k, v, prefix_k, prefix_v, *options, 0.125, everything)
+
+
+def barrier_cases(arch: int) -> Iterator[Case]:
+    x, out, arrived = meta(1664), meta(3, 1664), meta(dtype=torch.int32)
+    weights = meta(3, 1664, 1664, dtype=torch.bfloat16)
+    for mode in barrier.MODES:
+        if arch >= 90 or mode not in barrier.MODES_FROM_90:
+            programs = 264 if mode == "independent" else 132
+            yield partial(barrier.matvec_chain_fwd, x, weights, out, arrived, programs, mode)
 
 
 def attention_cases(dtype: torch.dtype, bare: bool) -> Iterator[Case]:

@@ -137,6 +137,23 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
+def matvec_chain(x: Tensor, weights: Tensor, *, chained: bool = True) -> Tensor:
+    """Products that each need the one before, `y[i] = weights[i] @ y[i - 1]`; with `chained=False` `weights[i] @ x`.
+
+    Args:
+        x: (dim,).
+        weights: (phases, dim, dim), cast to the dtype of `x`.
+    Returns:
+        (phases, dim), all products.
+    """
+    products = []
+    for weight in weights:
+        y = weight.to(x.dtype) @ x
+        products.append(y)
+        x = y if chained else x
+    return torch.stack(products)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of interleaved pairs (RoFormer, Su et al. 2021): `x * cos + swapped pairs of x * sin`.
 

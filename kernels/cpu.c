@@ -193,10 +193,10 @@ static float to_words(const float *x, long padded, int16_t *to) {
     vec most = {0};
     for (long k = 0; k < padded; k += LANES) {
         const vec some = *(const vec *)(x + k), size = choose(some < 0, -some, some);
-        most = choose(size <= most, most, size); /* NaN stays */
+        most = choose(size > most | size != size, size, most); /* NaN stays */
     }
     float largest = 0;
-    for (int i = 0; i < LANES; i++) largest = most[i] <= largest ? largest : most[i];
+    for (int i = 0; i < LANES; i++) if (!(most[i] <= largest)) largest = most[i] == most[i] ? most[i] : INFINITY;
     if (!(largest < INFINITY)) return NAN;
     const float fit = 2147483647.f / 256 / (padded / (2 * LANES)), range = fit < 32767 ? fit : 32767;
     const float factor = largest > 0 ? range / largest : 0;

@@ -305,6 +305,12 @@ def _fit(name: str, t: Tensor | None, *shape: int) -> None:
         raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {shape}")
 
 
+def _fit_rows(rows: int) -> None:
+    most = most_rows(torch.float32)
+    if not 0 < rows <= most:
+        raise ValueError(f"x has {rows} rows; they must be 1 to {most}")
+
+
 def _fit_attention(rows, heads, seq, suffix, dim_head, prefix_k, cos, sin, bias, mask) -> None:
     prompts, prefix, kv_heads, _ = prefix_k.shape
     if not prompts or rows % prompts or not kv_heads or heads % kv_heads:
@@ -332,6 +338,8 @@ def _run(
         raise ValueError(f"weight has {len(weight)} rows, beside {more}; 'swiglu' needs one weight of an even number")
     if (stream is None) != (stream_gain is None):
         raise ValueError("stream and stream_gain must be given together")
+    library = _library()
+    _fit_rows(len(of_x))
     _fit("weight", weight, len(weight), dim)
     _fit("beside", beside, more, dim)
     _fit("bias", bias, outputs)
@@ -349,7 +357,7 @@ def _run(
         _address(stream, kept), _address(residual, kept), total.data_ptr(),
         columns - more, more, 0, *of_x.shape, ACTIVATIONS[activation], eps,
     )  # fmt: skip
-    _check(_library().linear(call, torch.get_num_threads()), x)
+    _check(library.linear(call, torch.get_num_threads()), x)
     return out, total
 
 
@@ -488,7 +496,8 @@ def _run_blocks(
 ):  # fmt: skip
     rows, suffix, dim = x.shape
     depth, prompts, prefix, kv_heads, dim_head = prefix_k.shape
-    kept, numbers = [], []
+    kept, numbers, library = [], [], _library()
+    _fit_rows(rows * suffix)
     if len(tensors) != depth * len(Block._fields):
         raise ValueError(f"prefix_k has {depth} layers; it must have {len(tensors) // len(Block._fields)}, one a block")
     own, shared, inner = heads * dim_head, kv_heads * dim_head, tensors[MATRICES - 1].shape[1]
@@ -517,7 +526,7 @@ def _run_blocks(
         0, 0, rows, 0, suffix, heads, kv_heads, dim_head, prompts, prefix, 0 if cos is None else cos.shape[-1], cosine,
         scale, eps,
     )  # fmt: skip
-    _check(_library().run_blocks(call, torch.get_num_threads()), x)
+    _check(library.run_blocks(call, torch.get_num_threads()), x)
     return out
 
 

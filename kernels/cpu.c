@@ -277,7 +277,8 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
     }
 }
 
-INLINE long dot_rows(long kind) { return kind == FLOAT32 ? 3 : 6; }
+enum { MOST_DOTS = 6 };
+INLINE long dot_rows(long kind) { return kind == FLOAT32 ? 3 : MOST_DOTS; }
 
 INLINE long tile_columns(long kind, long rows) {
     if (rows > dot_rows(kind)) return rows <= LANES ? SUMS : SUMS / 2;
@@ -363,8 +364,12 @@ long most_rows(long kind) {
     return WIDTH;
 }
 
-/* Numbers of room that a linear needs. */
-static long room(long rows, long dim) { return (rows + WIDTH) * (dim + 4 * LANES); }
+/* Numbers of room that a linear needs: for the fewest rows each thread lays them out for itself, without a meeting. */
+static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 4 * LANES) + WIDTH; }
+static long room(long rows, long dim, long threads) {
+    const long shared = (rows + WIDTH) * (dim + 4 * LANES), own = rows > MOST_DOTS ? 0 : threads * room_of_thread(rows, dim);
+    return shared > own ? shared : own;
+}
 
 /* A linear by all threads of a team, in `x`, the room that it needs. They have finished when they meet again. */
 static void linear_of_team(const struct linear *a, float *x) {
@@ -375,36 +380,42 @@ static void linear_of_team(const struct linear *a, float *x) {
     void (*product)(const float *, const struct linear *, const char *, long, long, float *) =
         kind == FLOAT32 ? product_float32 : kind == BFLOAT16 ? product_bfloat16 : product_int8;
     const int words = HAS_WORDS && dots && kind == INT8;
+    if (dots) x += thread * room_of_thread(rows, dim);
     float *laid = dots && span == 1 ? x : x + rows * padded;
 
-    for (long m = rows * thread / threads; m < rows * (thread + 1) / threads; m++) {
+    const long begin = dots ? 0 : rows * thread / threads, end = dots ? rows : rows * (thread + 1) / threads;
+    for (long m = begin; m < end; m++) {
         float *row = x + m * padded;
         widen(&a->x, m, dim, padded, row);
         if (a->stream) {
             normalise(row, dim, a->eps, a->stream_gain, (struct vector){0}, a->stream + m * dim);
-            memcpy(a->total + m * dim, row, dim * sizeof *row);
+            if (!dots || !thread) memcpy(a->total + m * dim, row, dim * sizeof *row);
         }
         if (a->gain.data) normalise(row, dim, a->eps, a->gain, a->norm_bias, NULL);
         if (words) laid[m] = to_words(row, padded, (int16_t *)(laid + WIDTH) + m * padded);
     }
+    const long blocks = padded / block;
+    if (!dots) {
 #pragma omp barrier
-    if (laid != x && !words) {
-        const long blocks = padded / block;
         for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block)
             for (long m = 0; m < width; m++)
                 for (long i = 0; i < block; i++) {
                     const long to = k + i % span * LANES + i / span; /* see SPAN */
-                    laid[dots ? m * padded + to : to * width + m] = m < rows ? x[m * padded + k + i] : 0;
+                    laid[to * width + m] = m < rows ? x[m * padded + k + i] : 0;
                 }
 #pragma omp barrier
+    } else if (laid != x && !words) {
+        for (long from = 0; from < rows * padded; from += block)
+            for (long j = 0; j < span; j++)
+                for (long i = 0; i < LANES; i++) laid[from + j * LANES + i] = x[from + i * span + j];
     }
     float tiles[2][SUMS * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
     for (long which = 0, before = 0; which < MATRICES; before += a->columns[which++]) {
         const struct matrix *w = &a->weight[which].matrix;
         const long columns = a->columns[which], units = (columns + unit - 1) / unit, row = w->stride * BYTES[kind];
-        const long last = units * (thread + 1) / threads * unit, end = columns < last ? columns : last;
-        for (long n = units * thread / threads * unit; n < end; n += unit) {
-            const long count = end - n < unit ? end - n : unit;
+        const long last = units * (thread + 1) / threads * unit, stop = columns < last ? columns : last;
+        for (long n = units * thread / threads * unit; n < stop; n += unit) {
+            const long count = stop - n < unit ? stop - n : unit;
             product(laid, a, w->data + n * row, w->stride, count, tiles[0]);
             if (a->activation == SWIGLU) product(laid, a, w->data + (columns + n) * row, w->stride, count, tiles[1]);
             finish(a, which, before + n, n, count, tiles[0], tiles[1]);
@@ -415,7 +426,7 @@ static void linear_of_team(const struct linear *a, float *x) {
 
 /* Both return 0, or 1 where there is no memory. */
 int linear(const struct linear *a, long threads) {
-    float *x = aligned_alloc(64, (room(a->rows, a->dim) * sizeof *x + 63) / 64 * 64);
+    float *x = aligned_alloc(64, (room(a->rows, a->dim, threads) * sizeof *x + 63) / 64 * 64);
     if (!x) return 1;
 #pragma omp parallel num_threads(threads)
     linear_of_team(a, x);
@@ -545,10 +556,11 @@ int run_blocks(const struct blocks *a, long threads) {
     const long own = decode.heads * decode.dim_head, shared = decode.kv_heads * decode.dim_head, dim = a->dim;
     const long rows = decode.rows * decode.suffix, width = own + 2 * shared, outputs = a->outputs, suffix = decode.suffix;
     const long widest = a->inner > own ? a->inner : own;
-    const long need = room(rows, widest > dim ? widest : dim) + rows * (width + own + a->inner + 3 * dim);
+    const long for_linears = room(rows, widest > dim ? widest : dim, threads);
+    const long need = for_linears + rows * (width + own + a->inner + 3 * dim);
     float *scratch = aligned_alloc(64, (need * sizeof *scratch + 63) / 64 * 64);
     if (!scratch) return 1;
-    float *y = scratch + room(rows, widest > dim ? widest : dim), *mixed = y + rows * width, *hidden = mixed + rows * own;
+    float *y = scratch + for_linears, *mixed = y + rows * width, *hidden = mixed + rows * own;
     float *stream = hidden + rows * a->inner, *o = stream + rows * dim, *total = o + rows * dim;
     memcpy(stream, a->x, rows * dim * sizeof *stream);
 

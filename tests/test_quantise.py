@@ -173,3 +173,19 @@ def test_bad_arguments():
     prior.net.causal_transformer.layers[0][0].to_q.__class__ = Adapter
     with pytest.raises(ValueError, match="to_q of the Attention is a Adapter; it must be a plain Linear"):
         build(prior)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
+@KINDS
+def test_kernels_take_quantised_weights(kind):
+    """As a step of a model calls them: all projections at once, the stream, the activation and the norms fused."""
+    net = quantise.quantised(make_prior(dict(NET, dim=32, max_text_len=3)).net, kind)
+    text = make_text(2, 32, length=3)
+    with torch.no_grad():
+        cond = net.prefill(**text, times=torch.arange(3))
+        x, index = torch.randn(2, 32), torch.tensor(1)
+        with ops.using("reference"):
+            wanted = net.step(x, index, cond)
+        with ops.using("triton"):
+            got = net.step(x, index, cond)
+    assert relative_error(got, wanted) < 1e-5

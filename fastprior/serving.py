@@ -9,17 +9,19 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Mapping
-from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprior import buckets
 from fastprior import quantise as quantisation
 from fastprior.graphs import StepGraph
+from fastprior.kernels import ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.sampler import WeightWatch, denoise_step, map_rows, network_obstacles, prefill, run_steps, step_inputs
+from fastprior.step_cost import CountLaunches, StepReads, step_reads, step_seconds
 
 
 class PriorSampler:
@@ -44,6 +46,9 @@ class PriorSampler:
         compile: use torch.compile; off, the same steps run eagerly.
         graphs: capture prefill and step of each batch size as CUDA graphs, by default on CUDA. Where a capture fails, a
             warning says why, and all runs go on without.
+        graph_memory: bytes that graphs may hold; without limit by default. A capture that takes them over it drops
+            those of the batch sizes that were not used for longest, which are captured again when they are needed. One
+            batch size that takes more alone runs without, with a warning.
 
     Attributes:
         graphs: whether CUDA graphs are used.
@@ -57,7 +62,7 @@ class PriorSampler:
         self,
         prior: DiffusionPrior,
         *,
-        batch_sizes: tuple[int, ...] = (1, 8, 64),
+        batch_sizes: tuple[int, ...] = buckets.BATCH_SIZES,
         samples_per_prompt: int = 1,
         timesteps: int | None = None,
         solver: str | None = None,
@@ -68,9 +73,11 @@ class PriorSampler:
         quality_prompts: Mapping[str, Tensor] | None = None,
         compile: bool = True,
         graphs: bool | None = None,
+        graph_memory: int | None = None,
     ):
-        if not batch_sizes or min(batch_sizes) < 1:
-            raise ValueError(f"batch_sizes={batch_sizes}; it must hold at least one number, each at least 1")
+        self.batch_sizes = buckets.check_batch_sizes(batch_sizes)
+        if graph_memory is not None and graph_memory < 1:
+            raise ValueError(f"graph_memory={graph_memory}; it must be None or at least 1 byte")
         prior.check_best_of(samples_per_prompt, "samples_per_prompt")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype={dtype}; it must be a floating point dtype of 16 bits or more")
@@ -84,7 +91,6 @@ class PriorSampler:
         if self.plan.path != "cached":
             raise ValueError(f"this prior cannot be served by PriorSampler: {'; '.join(self.plan.reasons)}")
         self.prior, self.samples_per_prompt = prior, samples_per_prompt
-        self.batch_sizes = tuple(sorted(set(batch_sizes)))
         self.dtype, self.compile = dtype or prior.net.learned_query.dtype, compile
         self.graphs = prior.device.type == "cuda" if graphs is None else graphs
         if self.graphs and prior.device.type != "cuda":
@@ -94,7 +100,10 @@ class PriorSampler:
         self.quantise, self._quality_prompts, self.quality = quantise, quality_prompts, None
         self._lock = threading.Lock()
         self._modules: list | None = None
-        self._graphs: dict[int, StepGraph] = {}
+        self.graph_memory, self._evictions = graph_memory, 0
+        self._graphs: dict[int, StepGraph] = {}  # by batch size, the one that was used last behind
+        self._too_large: set[int] = set()  # batch sizes whose graphs there is no memory for
+        self._costs: dict[int, tuple[StepReads, int]] = {}  # by batch size; the int is of launches
         self._clock = Clock(prior.device)
         self._timesteps, self._eta = timesteps, {} if eta is None else dict(eta=eta)
         if quantise:
@@ -105,28 +114,34 @@ class PriorSampler:
     def _refresh(self) -> None:
         """(Re)build what depends on the network: all of it for other modules or hooks, the tables for other weights."""
         own = self.prior.net
+        if self.prior.device != self._clock.device:
+            raise ValueError(f"the prior is on {self.prior.device}; it must be where it was, on {self._clock.device}")
         modules = [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in own.modules()]
+        modules.append(own.learned_query.dtype)
         if self.quantise:  # its network shares the other parameters
             modules += [(id(p), p.device, p.dtype) for p in own.parameters()]
-        if modules != self._modules:
-            if found := network_obstacles(own):
-                raise ValueError(f"the prior's network was changed, and cannot be served: {'; '.join(found)}")
-            self._modules, self._steps, self._watch = modules, {}, WeightWatch()
-            self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
-            self._step_net = quantisation.quantised(self._net, self.quantise) if self.quantise else self._net
-        if self._watch.changed(own):
-            if self._net is not own:
-                self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
-            self._graphs.clear()  # they hold addresses of weights and tables
-            self._times, self._null_preds, self._rows = step_inputs(self._net, self.plan)
-            self._indices = torch.arange(len(self._rows), device=self._rows.device)
-            if self.quantise:
-                quantisation.update(self._step_net)
-                try:
+        try:
+            if modules != self._modules:
+                if found := network_obstacles(own):
+                    raise ValueError(f"the prior's network was changed, and cannot be served: {'; '.join(found)}")
+                self._modules, self._steps, self._watch = modules, {}, WeightWatch()
+                self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
+                self._step_net = quantisation.quantised(self._net, self.quantise) if self.quantise else self._net
+                self._costs.clear()
+                self._too_large.clear()
+            if self._watch.changed(own):
+                if self._net is not own:
+                    self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
+                self._clock.wait()
+                self._graphs.clear()  # they hold addresses of weights and tables
+                self._times, self._null_preds, self._rows = step_inputs(self._net, self.plan)
+                self._indices = torch.arange(len(self._rows), device=self._rows.device)
+                if self.quantise:
+                    quantisation.update(self._step_net)
                     self._judge()
-                except BaseException:
-                    self._modules = None  # nothing is served of what was not found good
-                    raise
+        except BaseException:
+            self._modules = None  # nothing is served that was not built to its end, or not found good
+            raise
 
     def _judge(self) -> None:
         """Compare embeddings of the quantised network with those of the prior as it is, with the same noise."""
@@ -157,11 +172,9 @@ class PriorSampler:
                 return denoise_step(net, cond, null_preds, rows, cond_scale, x, x0, noise, index, clamp, radius)
 
             if self.compile:
-                # a code object of its own: torch.compile counts recompilations by code object, not by closure
-                own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
                 # modules and weights are watched in _refresh: no need to check several hundred guards at every step
                 options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-                step = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+                step = buckets.compiled(step, options=options)
             self._steps[batch] = step
         return self._steps[batch]
 
@@ -178,52 +191,110 @@ class PriorSampler:
             padded["conditions"] = missing | padded.get("conditions", {})
         return padded
 
+    def _example(self, batch: int) -> dict:
+        """A text condition of the shapes that graphs take."""
+        like = dict(device=self.prior.device, dtype=self._net.stream_dtype)
+        example = dict(text_embed=torch.zeros(batch, self._net.text_embed_dim, **like))
+        if self.prior.condition_on_text_encodings:
+            example["text_encodings"] = torch.zeros(batch, 0, self._net.text_dim, **like)
+        return self._padded(example, batch)
+
     def _graph(self, batch: int) -> StepGraph | None:
-        """The graphs of a batch size; None where they cannot be captured."""
-        if batch not in self._graphs:
-            net, compiled = self._net, self._step(batch)
-            like = dict(device=self.prior.device, dtype=net.stream_dtype)
-            example = dict(text_embed=torch.zeros(batch, net.text_embed_dim, **like))
-            if self.prior.condition_on_text_encodings:
-                example["text_encodings"] = torch.zeros(batch, 0, net.text_dim, **like)
-
-            def step(cond, scale, x, x0, noise, index):
-                return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise, index)
-
+        """The graphs of a batch size; None where they cannot be captured, or there is no memory for them."""
+        if batch in self._graphs:
+            self._graphs[batch] = self._graphs.pop(batch)
+        elif batch not in self._too_large:
             try:
-                self._graphs[batch] = StepGraph(
-                    lambda text_cond: prefill(net, self.plan, text_cond, self._times),
-                    step,
-                    self._padded(example, batch),
-                    (batch * self.samples_per_prompt, self.prior.image_embed_dim),
-                    len(self.plan.table),
-                    next((graph.pool for graph in self._graphs.values()), None),
-                )
+                self._keep(batch, self._capture(batch))
             except RuntimeError as error:  # too little memory too
                 self.graphs = False
                 self._graphs.clear()
                 warnings.warn(f"batch size {batch} was not captured as a CUDA graph, all runs go on without: {error}")
-                return None
-        return self._graphs[batch]
+        return self._graphs.get(batch)
 
-    def stats(self) -> dict[str, float]:
+    def _capture(self, batch: int) -> StepGraph:
+        net, compiled = self._net, self._step(batch)
+
+        def step(cond, scale, x, x0, noise, index):
+            return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise, index)
+
+        return StepGraph(
+            lambda text_cond: prefill(net, self.plan, text_cond, self._times),
+            step,
+            self._example(batch),
+            (batch * self.samples_per_prompt, self.prior.image_embed_dim),
+            len(self.plan.table),
+        )
+
+    def _keep(self, batch: int, graph: StepGraph) -> None:
+        """Keep new graphs, and as many of the others as there is memory for."""
+        if self.graph_memory is not None and graph.bytes > self.graph_memory:
+            self._too_large.add(batch)
+            needed = f"its CUDA graphs take {graph.bytes} bytes, and graph_memory={self.graph_memory}"
+            warnings.warn(f"batch size {batch} runs without graphs: {needed}")
+            return
+        self._graphs[batch] = graph
+        while self.graph_memory is not None and self._graph_bytes() > self.graph_memory:
+            del self._graphs[next(iter(self._graphs))]
+            self._evictions += 1
+            torch.cuda.empty_cache()  # gives the memory of their pool back
+
+    def _graph_bytes(self) -> int:
+        return sum(graph.bytes for graph in self._graphs.values())
+
+    def _launches(self, batch: int) -> int:
+        """Of kernels in a step; traced without running anything."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        if not ops.on_triton(self._rows):
+            return 0
+        with FakeTensorMode(allow_non_fake_inputs=True), CountLaunches() as launches:
+            cond = prefill(self._net, self.plan, self._example(batch), self._times)
+            shape = batch * self.samples_per_prompt, self.prior.image_embed_dim
+            x, scale = torch.zeros(shape, device=self.prior.device), torch.ones((), device=self.prior.device)
+            launches.count = 0
+            fixed = self._step_net, cond, self._null_preds, self._rows, scale
+            denoise_step(*fixed, x, x, x, self._indices[0], self.plan.clamp, self.plan.radius)
+        return launches.count
+
+    def stats(self, bandwidth: float | None = None) -> dict[str, float]:
         """How the last 1000 calls went, and what a step takes.
 
+        Args:
+            bandwidth: bytes per second that the device reads, such as `fastprior.bench.read_bandwidth` measures.
         Returns:
-            calls: how many; p50_ms, p99_ms: of whole calls, on CUDA as the device ran them; weight_bytes: what a step
-            reads of weights; graphs, graph_bytes: captured batch sizes, and the memory that they hold.
+            calls: how many.
+            p50_ms, p99_ms: of whole calls, on CUDA as the device ran them.
+            weight_bytes, prefix_bytes, table_bytes: what a step reads, see `StepReads`; as the next two for the largest
+                batch size that ran, and 0 before one did.
+            launches, run_launches: kernels of a step, and of the steps of a run. 0 on the CPU, where there are calls,
+                such as one of C for all blocks.
+            graphs, graph_bytes, evictions: captured batch sizes, the memory that they hold, and how often graphs were
+                dropped for others, see `graph_memory`.
+            floor_share: with `bandwidth`, the part of the calls' time that all the reads of their steps take at it.
+            modelled_step_ms: with `bandwidth`, see `fastprior.step_cost.step_seconds`.
         """
         with self._lock:
             times = self._clock.milliseconds()
-            weights = sum(p.numel() for p in self.prior.net.causal_transformer.parameters() if p.ndim == 2)
-            return dict(
+            reads, launches = self._costs[max(self._costs)] if self._costs else (StepReads(0, 0, 0), 0)
+            stats = dict(
                 calls=len(times),
                 p50_ms=statistics.median(times) if times else float("nan"),
                 p99_ms=statistics.quantiles(times, n=100)[98] if len(times) > 1 else float("nan"),
-                weight_bytes=weights * self.dtype.itemsize,
+                weight_bytes=reads.weights,
+                prefix_bytes=reads.prefix,
+                table_bytes=reads.tables,
+                launches=launches,
+                run_launches=launches * len(self.plan.table),
                 graphs=len(self._graphs),
-                graph_bytes=sum(graph.bytes for graph in self._graphs.values()),
+                graph_bytes=self._graph_bytes(),
+                evictions=self._evictions,
             )
+            if bandwidth is not None:
+                seconds = sum(times) / 1e3
+                stats["floor_share"] = self._clock.read_bytes() / bandwidth / seconds if times else float("nan")
+                stats["modelled_step_ms"] = step_seconds(sum(reads), bandwidth, launches) * 1e3
+            return stats
 
     def warmup(self) -> dict[int, float]:
         """Compile and run every batch size once: {batch size: seconds}."""
@@ -273,12 +344,11 @@ class PriorSampler:
         """All candidates, (prompts * samples_per_prompt, dim), scaled, in parts of the largest batch size."""
         prompts, repeats = len(text_cond["text_embed"]), self.samples_per_prompt
         scale = torch.tensor(cond_scale, dtype=torch.float32, device=self.prior.device)
-        part = min(prompts, self.batch_sizes[-1])
         shape = prompts * repeats, self.prior.image_embed_dim
-        draws = self._draws(shape, generator, keep=part < prompts)
+        draws = self._draws(shape, generator, keep=prompts > self.batch_sizes[-1])
         embeds = [
-            self._run(map_rows(text_cond, lambda t, at=at: t[at : at + part]), scale, draws, at * repeats)
-            for at in range(0, prompts, part)
+            self._run(map_rows(text_cond, lambda t, part=part: t[part]), batch, scale, draws, part.start * repeats)
+            for part, batch in buckets.parts(self.batch_sizes, prompts)
         ]
         return torch.cat(embeds)
 
@@ -296,11 +366,9 @@ class PriorSampler:
 
         return draw
 
-    def _run(self, text_cond: dict, scale: Tensor, draws, first_row: int) -> Tensor:
-        """Run one part of the batch, padded to a batch size: its (rows, dim) scaled embeddings."""
-        prompts = len(text_cond["text_embed"])
-        rows = prompts * self.samples_per_prompt
-        batch = next(size for size in self.batch_sizes if size >= prompts)
+    def _run(self, text_cond: dict, batch: int, scale: Tensor, draws, first_row: int) -> Tensor:
+        """Run one part of the prompts, padded to a batch size: its (rows, dim) scaled embeddings."""
+        rows = len(text_cond["text_embed"]) * self.samples_per_prompt
         graph = self._graph(batch) if self.graphs else None
         padded = self._padded(text_cond, batch)
         numbers = iter(range(len(self.plan.table) + 1))
@@ -311,13 +379,18 @@ class PriorSampler:
 
         if graph is not None:
             graph.begin(padded, scale)
-            return run_steps(self.prior, self.plan.table, graph.step, draw)[:rows].clone()
-        cond, compiled = prefill(self._net, self.plan, padded, self._times), self._step(batch)
+            cond, step = graph.cond, graph.step
+        else:
+            cond, compiled = prefill(self._net, self.plan, padded, self._times), self._step(batch)
 
-        def step(x, x0, noise, index):
-            return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise(), self._indices[index])
+            def step(x, x0, noise, index):
+                return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise(), self._indices[index])
 
-        return run_steps(self.prior, self.plan.table, step, draw)[:rows]
+        if batch not in self._costs:
+            reads = step_reads(self._step_net, cond, self._null_preds, self._rows)
+            self._costs[batch] = reads, self._launches(batch)
+        self._clock.read += sum(self._costs[batch][0]) * len(self.plan.table)
+        return run_steps(self.prior, self.plan.table, step, draw)[:rows].clone()
 
 
 class Clock:
@@ -327,6 +400,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.read = 0  # bytes that the steps of the call read
         self.kept: deque = deque(maxlen=self.KEPT)
 
     def _now(self):
@@ -339,16 +413,28 @@ class Clock:
     def __enter__(self) -> None:
         if self.device.type == "cuda" and self.kept:
             torch.cuda.current_stream(self.device).wait_event(self.kept[-1][1])
-        self.began = self._now()
+        self.began, self.read = self._now(), 0
 
     def __exit__(self, kind, error, trace) -> None:
-        ended = self._now()
+        try:
+            ended = self._now()
+        except RuntimeError:
+            if kind is None:
+                raise
+            return  # the device is lost, of which the error that is under way says more
         if kind is None or self.device.type == "cuda":  # what failed may still run
-            self.kept.append((self.began, ended))
+            self.kept.append((self.began, ended, self.read))
+
+    def wait(self) -> None:
+        """Until the device is done with all that ran."""
+        if self.device.type == "cuda" and self.kept:
+            self.kept[-1][1].synchronize()
+
+    def read_bytes(self) -> int:
+        return sum(read for _, _, read in self.kept)
 
     def milliseconds(self) -> list[float]:
         if self.device.type != "cuda":
-            return [(end - begin) * 1e3 for begin, end in self.kept]
-        if self.kept:
-            self.kept[-1][1].synchronize()
-        return [begin.elapsed_time(end) for begin, end in self.kept]
+            return [(end - begin) * 1e3 for begin, end, _ in self.kept]
+        self.wait()
+        return [begin.elapsed_time(end) for begin, end, _ in self.kept]

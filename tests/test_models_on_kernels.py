@@ -112,6 +112,20 @@ def test_launches_of_a_step(rows, dtype):
     assert relative_error(got.cpu(), wanted.cpu()) <= (1e-5 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("net", NETS)
+def test_a_sampler_knows_its_launches(net):
+    """Traced, not run, for as many rows as the batch size has; a branch of its own for guidance doubles them."""
+    prior, text = make_prior(net).to(DEVICE), {name: t.to(DEVICE) for name, t in make_text(2, 32).items()}
+    sampler = PriorSampler(prior, batch_sizes=(4,), timesteps=4, solver="dpm++", compile=False)
+    with ops.using("triton"), counting("") as ran:
+        sampler(**text)
+    stats = sampler.stats(bandwidth=1e12)
+    last = [at for at, name in enumerate(ran) if "diffusion_step" in name]
+    assert len(last) == 4 and last[-1] - last[-2] == stats["launches"] == stats["run_launches"] / 4
+    read = stats["weight_bytes"] + stats["prefix_bytes"] + stats["table_bytes"]
+    assert stats["modelled_step_ms"] == pytest.approx(read / 1e9 + stats["launches"] * 1.7e-3)
+
+
 def test_a_linear_that_was_replaced_is_called():
     """An adapter, or a hook, stands in the way of a kernel that reads the weights alone."""
 

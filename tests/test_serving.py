@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 from conftest import make_prior, make_text, relative_error, sample
+from soak import BATCH_SIZES, OPTIONS, soak
 
-from fastprior import graphs
+from fastprior import graphs, serving
 from fastprior.serving import PriorSampler
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
@@ -126,6 +127,7 @@ def test_bad_arguments():
         (dict(batch_sizes=(0, 2)), "each at least 1"),
         (dict(samples_per_prompt=0), "samples_per_prompt=0; it must be at least 1"),
         (dict(dtype=torch.int8), "dtype=torch.int8; it must be a floating point dtype"),
+        (dict(graph_memory=0), "graph_memory=0; it must be None or at least 1 byte"),
         (dict(timesteps=30), "timesteps=30; the schedule has 20"),
     ):
         with pytest.raises(ValueError) as error:
@@ -223,3 +225,184 @@ def test_stats():
     transformer = prior.net.causal_transformer
     assert stats["weight_bytes"] == 2 * sum(p.numel() for p in transformer.parameters() if p.ndim == 2)
     assert stats["calls"] == 3 and 0 < stats["p50_ms"] <= stats["p99_ms"] and stats["graph_bytes"] == 0
+
+
+def test_what_a_step_reads():
+    """Keys and values of the prefix, the null ones with them, in fp32; twice as many where guidance needs a branch."""
+    text, steps = make_text(3, 32), 7
+    for options, dtype, branches in (({}, torch.float32, 1), (dict(self_cond=True), torch.bfloat16, 2)):
+        prior = make_prior(options)
+        kwargs = dict(timesteps=steps, solver="dpm++", compile=False)
+        sampler = PriorSampler(prior, batch_sizes=(1, 4, 16), dtype=dtype, **kwargs)
+        assert sampler.stats()["prefix_bytes"] == 0
+        call(sampler, text, slice(1))
+        call(sampler, text)
+        stats = sampler.stats(bandwidth=1e9)
+        depth, prefix, dim_head, heads = 2, 7 + 1 + 1, 16, 4
+        assert stats["prefix_bytes"] == 2 * depth * 4 * branches * prefix * dim_head * 4
+        suffix = prior.net.suffix_tokens
+        tables = suffix * heads * (prefix + suffix) + 2 * suffix * dim_head + 32 + 32 + 6
+        vectors = depth * 3 * 32 + 32 + 16 // 2  # gains, and the frequencies of the rotary table
+        assert stats["table_bytes"] == 4 * tables + dtype.itemsize * vectors, "bias, rotary; time, null prediction, row"
+        read = stats["weight_bytes"] + stats["prefix_bytes"] + stats["table_bytes"]
+        assert stats["modelled_step_ms"] == pytest.approx(read / 1e6)
+        assert stats["launches"] == stats["run_launches"] == 0, "the CPU launches none"
+        less = read - stats["prefix_bytes"] * 3 // 4  # of one prompt
+        seconds = sum(sampler._clock.milliseconds()) / 1e3
+        assert stats["floor_share"] == pytest.approx(steps * (read + less) / 1e9 / seconds)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The captures that were made, two for each batch size, and each of 1000 bytes."""
+    made = []
+    monkeypatch.setattr(graphs, "capture", lambda run, device, pool: made.append(run) or (run, None, 1000))
+    return made
+
+
+def test_memory_of_graphs_has_a_limit(captured):
+    """The graphs that were not used for longest go, never those in use."""
+    prior, text = make_prior(), make_text(4, 32)
+    kwargs = dict(batch_sizes=BATCH_SIZES, timesteps=4, compile=False)
+    free = with_graphs(prior, **kwargs)
+    free.warmup()
+    buffers = {batch: batch * 32 * (1 + 7 + 3) * 4 for batch in BATCH_SIZES}  # two texts, three states
+    assert free.stats()["graph_bytes"] == 3 * 2000 + sum(buffers.values()) and free.stats()["evictions"] == 0
+    captured.clear()
+    sampler = with_graphs(prior, graph_memory=2 * 2000 + buffers[2] + buffers[4], **kwargs)
+    captures = 0
+    for prompts, is_new, kept in (
+        (1, True, 1), (2, True, 2), (1, False, 2), (4, True, 2), (1, False, 2), (4, False, 2), (2, True, 2),
+        (4, False, 2), (1, True, 2),
+    ):  # fmt: skip
+        got = call(sampler, text, slice(prompts), seed=prompts)
+        assert torch.equal(got, call(free, text, slice(prompts), seed=prompts))
+        captures += 2 * is_new
+        assert len(captured) == captures and sampler.stats()["graphs"] == kept
+    assert sampler.stats()["evictions"] == 3 and sampler.stats()["graph_bytes"] <= sampler.graph_memory
+
+
+def test_graphs_that_are_larger_than_the_limit(captured):
+    prior, text = make_prior(), make_text(4, 32)
+    kwargs = dict(batch_sizes=BATCH_SIZES, timesteps=4, compile=False)
+    sampler, plain = with_graphs(prior, graph_memory=2000 + 11 * 32 * 4, **kwargs), PriorSampler(prior, **kwargs)
+    call(sampler, text, slice(1))
+    with pytest.warns(
+        UserWarning, match=r"batch size 2 runs without graphs: its CUDA graphs take 4816 bytes, and .*=3408"
+    ):
+        got = call(sampler, text, slice(2))
+    assert torch.equal(got, call(plain, text, slice(2)))
+    for number in range(3):
+        if number == 2:
+            prior.load_state_dict(make_prior(seed=1).state_dict())
+        for prompts in (1, 2):  # neither another capture nor another warning
+            assert torch.equal(call(sampler, text, slice(prompts)), call(plain, text, slice(prompts)))
+    assert len(captured) == 6 and sampler.stats()["graphs"] == 1 and sampler.graphs
+
+
+def test_rows_do_not_depend_on_their_batch():
+    """With one draw of noise: whatever is in the other rows, and whatever they are padded to."""
+    prior, text = make_prior(), make_text(5, 32)
+    others = {name: t.clone() for name, t in text.items()}
+    for t in others.values():
+        t[1:] = t[1:].flip(0) * 2
+    kwargs = dict(timesteps=5, solver="dpm++", compile=False)
+    wanted = call(PriorSampler(prior, batch_sizes=(5,), **kwargs), text, cond_scale=2.0)
+    assert relative_error(wanted[:1], wanted[1:2]) > 0.1
+    for batch_sizes in ((1,), (2, 8), (16,)):
+        sampler = PriorSampler(prior, batch_sizes=batch_sizes, **kwargs)
+        for prompts in range(1, 6):
+            got = call(sampler, text, slice(prompts), cond_scale=2.0)
+            assert relative_error(got, wanted[:prompts]) < TOLERANCE
+        assert relative_error(call(sampler, others, cond_scale=2.0)[:1], wanted[:1]) < TOLERANCE
+
+
+def test_soak(monkeypatch):
+    """With memory for the graphs of two batch sizes of three."""
+    monkeypatch.setattr(graphs, "capture", lambda run, device, pool: (run, None, 1000))
+    prior = make_prior(timesteps=20)
+    sampler = with_graphs(prior, graph_memory=2 * 2000 + 6 * 11 * 32 * 4, **OPTIONS)
+    soak(prior, sampler, 300)
+    stats = sampler.stats()
+    assert sampler.graphs and stats["evictions"] > 20 and stats["graphs"] == 2 and stats["calls"] == 300
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+DEVICE_LOST = torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, DEVICE_LOST, RuntimeError("device lost")], ids=repr)
+@pytest.mark.parametrize("where", ["prefill", "first step", "last step", "tables"])
+@pytest.mark.parametrize("with_graph", [False, True], ids=["plain", "graphs"])
+def test_a_run_that_fails_is_told_and_the_next_is_right(error, where, with_graph, replayed, monkeypatch):
+    """Nothing is left half done: neither in the buffers nor in the tables of new weights."""
+    prior, text = make_prior(dict(self_cond=True)), make_text(3, 32)
+    kwargs = dict(batch_sizes=(2,), timesteps=4, compile=False)
+    sampler = with_graphs(prior, **kwargs) if with_graph else PriorSampler(prior, **kwargs)
+    call(sampler, text)
+    prior.load_state_dict(make_prior(dict(self_cond=True), seed=1).state_dict())
+    name = dict(prefill="prefill", tables="step_inputs").get(where, "denoise_step")
+    right, calls = getattr(serving, name), []
+    fails_at = {"last step": 4}.get(where, 1)
+
+    def fail(*args):
+        calls.append(name)
+        if len(calls) == fails_at:
+            raise error
+        return right(*args)
+
+    monkeypatch.setattr(serving, name, fail)
+    with pytest.raises(type(error), match=str(error)):
+        call(sampler, text)
+    assert len(calls) == fails_at and not sampler._lock.locked()
+    got = call(sampler, text)
+    monkeypatch.undo()
+    assert torch.equal(got, call(PriorSampler(prior, **kwargs), text)) and sampler.graphs == with_graph
+
+
+def test_a_lost_device_is_told_at_each_call(monkeypatch):
+    """By its own error, though no time can be taken of it either."""
+    prior, text = make_prior(), make_text(1, 32)
+    sampler = PriorSampler(prior, batch_sizes=(1,), timesteps=4, compile=False)
+    call(sampler, text)
+
+    def lost(*args):
+        monkeypatch.setattr(serving.Clock, "_now", lambda clock: (_ for _ in ()).throw(RuntimeError("no event")))
+        raise DEVICE_LOST
+
+    monkeypatch.setattr(serving, "run_steps", lost)
+    with pytest.raises(torch.AcceleratorError, match="unspecified launch failure"):
+        call(sampler, text)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no event"):
+            call(sampler, text)
+    assert not sampler._lock.locked() and sampler.stats()["calls"] == 1
+
+
+def test_too_little_memory_for_a_capture(monkeypatch):
+    def fail(run, device, pool):
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    prior, text = make_prior(), make_text(2, 32)
+    sampler = with_graphs(prior, batch_sizes=(2,), timesteps=4, compile=False)
+    with pytest.warns(UserWarning, match="batch size 2 was not captured as a CUDA graph, .* out of memory"):
+        got = call(sampler, text)
+    wanted = call(PriorSampler(prior, batch_sizes=(2,), timesteps=4, compile=False), text)
+    assert torch.equal(got, wanted) and torch.equal(call(sampler, text), wanted)
+
+
+def test_the_prior_moves():
+    """Another dtype is served in the sampler's own; another device is not."""
+    prior, text = make_prior(), make_text(2, 32)
+    sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=4, compile=False)
+    before = call(sampler, text)
+    prior.to(torch.bfloat16)
+    got = call(sampler, text)
+    rounded = prior.to(torch.float32)
+    wanted = call(PriorSampler(rounded, batch_sizes=(2,), timesteps=4, compile=False), text)
+    assert torch.equal(got, wanted) and not torch.equal(got, before)
+    assert torch.equal(call(sampler, text), wanted)
+    prior.to("meta")
+    with pytest.raises(ValueError, match="the prior is on meta; it must be where it was, on cpu"):
+        call(sampler, text)

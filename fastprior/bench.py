@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PEER_STEPS = 5  # evaluations of the peer are all alike: a few are timed
 DTYPES = "float32", "bfloat16", "float16"
-COLUMNS = "batch", "p50 ms", "p99 ms", "ms/step", "MB/step", "of reads", "vs peer"
+COLUMNS = "batch", "p50 ms", "p99 ms", "ms/step", "modelled", "MB/step", "of reads", "launches", "vs peer"
 
 
 def add_bench_parser(subparsers) -> None:
@@ -39,7 +39,11 @@ def add_bench_parser(subparsers) -> None:
 
 
 def bench_command(args: argparse.Namespace) -> int:
-    """`fastprior bench`: whole runs, prefill included; "of reads" is the share of reading the weights in their time."""
+    """`fastprior bench`: whole runs, prefill included.
+
+    "modelled" is what a step should take (see `step_cost.step_seconds`), "of reads" the share of its reads in its time,
+    and "launches" of kernels are those of a step: none on the CPU, where linears, or all of them, are calls of C.
+    """
     import torch
 
     import fastprior
@@ -96,13 +100,14 @@ def _row(prior: DiffusionPrior, peer, batch: int, bandwidth: float, args: argpar
         if peer is not None and number < 3:  # in turns, so that both see the same machine
             theirs.append(_peer_seconds(peer, text, args))
         ours.append(seconds(lambda: sampler(**text, cond_scale=args.cond_scale), prior.device))
-    whole, read = statistics.median(ours), sampler.stats()["weight_bytes"]
+    whole, stats = statistics.median(ours), sampler.stats(bandwidth)
+    read = stats["weight_bytes"] + stats["prefix_bytes"] + stats["table_bytes"]
     step_s = whole / max(len(sampler.plan.table), 1)
     late = statistics.quantiles(ours, n=100, method="inclusive")[98] if len(ours) > 1 else whole
     ratio = f"{statistics.median(theirs) / whole:.2f}x" if theirs else ""
     floor = f"{read / bandwidth / step_s:.0%}"
-    times = f"{whole * 1e3:.1f}", f"{late * 1e3:.1f}", f"{step_s * 1e3:.2f}"
-    return [str(batch), *times, f"{read / 1e6:.0f}", floor, ratio]
+    times = f"{whole * 1e3:.1f}", f"{late * 1e3:.1f}", f"{step_s * 1e3:.2f}", f"{stats['modelled_step_ms']:.3f}"
+    return [str(batch), *times, f"{read / 1e6:.2f}", floor, str(stats["launches"] or "none"), ratio]
 
 
 def _text(prior: DiffusionPrior, batch: int) -> dict:

@@ -383,12 +383,15 @@ def bench(tmp_path, capsys, net=None, *options: str) -> list[list[str]]:
 def test_bench(tmp_path, capsys, options):
     """A row for each batch size, with the peer's time over ours."""
     *_, title, one, three = bench(tmp_path, capsys, None, *options)
+    numbers = sum(p.numel() for p in conftest.make_prior().net.causal_transformer.parameters())
     assert title[:1] == ["batch"] and [one[0], three[0]] == ["1", "3"]
     for row in one, three:
-        p50, p99, step = map(float, row[1:4])
+        p50, p99, step, modelled, megabytes = map(float, row[1:6])
         steps = 30 if "30" in options else 7  # DDIM makes one evaluation less
         assert 0 < p50 <= p99 and step == pytest.approx(p50 / steps, rel=0.02, abs=0.01)
-        assert float(row[-1].removesuffix("x")) > 0
+        assert float(row[-1].removesuffix("x")) > 0 and row[-2] == "none"
+        weights = numbers * (2 if "bfloat16" in options else 4)
+        assert weights - 5e3 < megabytes * 1e6 < weights * 1.5 and 0 < modelled < step
 
 
 def test_bench_of_what_the_peer_has_not(tmp_path, capsys):

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
+from fastprior.layers import QuantisedLinear
 
 HIDDEN = -10000.0  # added to the logit of a key that must not be seen: what the weights were trained with
+PLAIN = nn.Linear, QuantisedLinear
 ACTIVATIONS = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
@@ -128,8 +130,9 @@ def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> T
 
 def projected(linear: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """`residual + activation(linear(x))`; whatever stands in the place of a linear (LoRA) is called."""
-    if type(linear) is nn.Linear:
-        return ops.linear(x, linear.weight, linear.bias, activation=activation, residual=residual)
+    if type(linear) in PLAIN:
+        scale = getattr(linear, "scale", None)
+        return ops.linear(x, linear.weight, linear.bias, scale=scale, activation=activation, residual=residual)
     y = linear(x)
     y = y if activation is None else F.gelu(y)
     return y if residual is None else y + residual
@@ -217,12 +220,13 @@ def _weights(blocks: Sequence[nn.Module]) -> list[ops.Block] | None:
     for block in blocks:
         attn, (expand, _, contract) = block.attn1, block.ff.net
         linears = attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], expand.proj, contract
-        if any(type(linear) is not nn.Linear for linear in linears):
+        if any(type(linear) not in PLAIN for linear in linears):
             return None
+        scales = {f"{name}_scale": getattr(linear, "scale", None) for name, linear in zip(ops.Block._fields, linears)}
         biases = {f"{name}_bias": linear.bias for name, linear in zip(ops.Block._fields, linears)}
         norms = dict(norm_gain=block.norm1.weight, norm_bias=block.norm1.bias)
         norms |= dict(ff_gain=block.norm3.weight, ff_bias=block.norm3.bias)
-        found.append(ops.Block(*(linear.weight for linear in linears), **biases, **norms))
+        found.append(ops.Block(*(linear.weight for linear in linears), **scales, **biases, **norms))
     return found
 
 

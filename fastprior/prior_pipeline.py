@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior import buckets
+from fastprior import quantise as quantisation
 from fastprior.kernels import ops
 from fastprior.pipeline_parts import Generators, PipelineParts, TextEncoding, listed
 from fastprior.prior_blocks import HIDDEN, Prefix
-from fastprior.sampler import Step, run_table
+from fastprior.sampler import Step, WeightWatch, run_table
 from fastprior.solvers import StepTable
 
 if TYPE_CHECKING:
@@ -102,12 +103,24 @@ class PriorPipeline(PipelineParts):
         compile: use torch.compile for the steps. Each batch size, and each text length up to a multiple of 16 tokens,
             takes a graph of its own, as do other numbers of images and steps; the first call with it is slow.
         batch_sizes: numbers of prompts that compiled steps run, see `PriorSampler`.
+        quantise: "int8" or "float8": steps read linears of 8 bits. The next call after each change of the weights
+            compares embeddings of random texts first, and fails where they differ too much, see `PriorSampler`.
+
+    Attributes:
+        quality: with `quantise`, the median and the worst cosine that were found.
     """
 
     def __init__(
-        self, *args: Any, compile: bool = False, batch_sizes: tuple[int, ...] = buckets.BATCH_SIZES, **kwargs: Any
+        self,
+        *args: Any,
+        compile: bool = False,
+        batch_sizes: tuple[int, ...] = buckets.BATCH_SIZES,
+        quantise: str | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        quantisation.check(quantise)
+        self.quantise, self.quality, self._watch, self._steps_by = quantise, None, WeightWatch(), self.prior
         self.compile, self.batch_sizes = compile, buckets.check_batch_sizes(batch_sizes)
         self._graphs: dict[tuple, Callable] = {}
 
@@ -221,6 +234,8 @@ class PriorPipeline(PipelineParts):
         else:
             raise ValueError("latents and image were both given; a run begins with only one of them")
         prefixes = conditions + (negatives if guidance else [])
+        if self.quantise:
+            self._quantise()
         step = self._step(table, text, prefixes, len(prompts), guided, guidance_scale, x.dtype)
         embeds = self.prior.post_process_latents(run_table(table, step, x, draw)).to(text.embeds.dtype)
         if sample_negatives:
@@ -228,6 +243,32 @@ class PriorPipeline(PipelineParts):
         if zero_embed is None and self.has("image_encoder"):
             zero_embed = self.zero_embed()
         return ImageEmbeddings(embeds, None if zero_embed is None else zero_embed.to(embeds).expand(wanted, -1))
+
+    def _quantise(self) -> None:
+        """Quantise weights that are new, and compare embeddings of random texts with those of the prior as it is."""
+        if not self._watch.changed(self.prior):
+            return
+        twin, kind, embeds = quantisation.quantised(self.prior, self.quantise), self.quantise, []
+        config, draw = self.prior.config, torch.Generator().manual_seed(0)
+        length, dim, count = config["num_embeddings"], config["embedding_dim"], 16
+        shapes = (count, config["embedding_proj_dim"] or dim), (count, length, dim)
+        lengths = torch.randint(1, length + 1, (count, 1), generator=draw)
+        drawn = (torch.randn(shape, generator=draw) for shape in shapes)
+        text = TextEncoding(*(t.to(self.device) for t in (*drawn, torch.arange(length) < lengths)))
+        try:
+            self.quantise = None  # in these calls
+            for prior in (self.prior, twin):
+                self._steps_by = prior
+                noise = torch.Generator(self.device).manual_seed(0)
+                null = TextEncoding(*(t[:1] for t in text))
+                zero = torch.zeros(1, dim, device=self.device)
+                embeds.append(self(text, null, generator=noise, zero_embed=zero).image_embeds)
+            self.quality = quantisation.judge(kind, embeds[1], embeds[0])
+        except BaseException:
+            self._watch, self._steps_by = WeightWatch(), self.prior
+            raise
+        finally:
+            self.quantise = kind
 
     def _step(
         self,
@@ -249,7 +290,7 @@ class PriorPipeline(PipelineParts):
             return self._compiled_step(text, prefixes, prompts, guided > 0, times, rows, scale, indices, fixed)
         index = torch.tensor(prefixes, device=self.device)
         cond = self.prior.prefill(*(tensor[index] for tensor in text), times)  # runs the same prompts once
-        run = partial(guided_step, self.prior, cond, rows, scale)
+        run = partial(guided_step, self._steps_by, cond, rows, scale)
         return lambda x, x0, noise, index: run(x, x0, noise(), indices[index], guided, *fixed)
 
     def _compiled_step(self, text, prefixes, prompts, guidance, times, rows, scale, indices, fixed) -> Step:
@@ -271,7 +312,7 @@ class PriorPipeline(PipelineParts):
                 given = F.pad(state[:, :, part], (0, 0, 0, missing)).view(3, -1, x.shape[1])
                 run = self._graph(cond.prefix.k.shape, rows.shape, repeats, guidance)
                 guided = batch * repeats if guidance else 0
-                result = torch.stack(run(self.prior, cond, rows, scale, *given, indices[index], guided, *fixed))
+                result = torch.stack(run(self._steps_by, cond, rows, scale, *given, indices[index], guided, *fixed))
                 results.append(result.view(2, -1, batch, state.shape[-1])[:, :, : batch - missing])
             return torch.cat(results, dim=2).view(2, *x.shape).unbind()
 

@@ -95,8 +95,7 @@ class PriorSampler:
         self.graphs = prior.device.type == "cuda" if graphs is None else graphs
         if self.graphs and prior.device.type != "cuda":
             raise ValueError(f"graphs=True; the prior is on {prior.device}, and CUDA graphs need CUDA")
-        if quantise is not None and quantise not in quantisation.DTYPES:
-            raise ValueError(f"quantise={quantise!r}; it must be None or {' or '.join(map(repr, quantisation.DTYPES))}")
+        quantisation.check(quantise)
         self.quantise, self._quality_prompts, self.quality = quantise, quality_prompts, None
         self._lock = threading.Lock()
         self._modules: list | None = None

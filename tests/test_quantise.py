@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_prior, make_text, relative_error
+from pt_cases import make_stock, without_diffusers
 from torch import nn
 
-from fastprior import PriorSampler, quantise
+from fastprior import PriorPipeline, PriorSampler, quantise
+from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
 from fastprior.layers import Linear, QuantisedLinear
+from fastprior.pipeline_parts import TextEncoding
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "float8"])
 NET = dict(dim=64, depth=2, dim_head=32, heads=2, normformer=True)
@@ -173,6 +176,43 @@ def test_bad_arguments():
     prior.net.causal_transformer.layers[0][0].to_q.__class__ = Adapter
     with pytest.raises(ValueError, match="to_q of the Attention is a Adapter; it must be a plain Linear"):
         build(prior)
+
+
+def test_prior_pipelines_take_quantised_steps(monkeypatch):
+    prior = without_diffusers(make_stock())
+    schedule = DiffusersSchedule("UnCLIPScheduler", prediction_type="sample", variance_type="fixed_small_log")
+    config = prior.config
+    draw = torch.Generator().manual_seed(1)
+    embeds, encodings = (torch.randn(*shape, config["embedding_dim"], generator=draw) for shape in ((2,), (2, 7)))
+    text = TextEncoding(embeds, encodings, torch.arange(7) < torch.tensor([[3], [7]]))
+
+    def run(pipeline):
+        generator = torch.Generator().manual_seed(2)
+        null, zero = TextEncoding(*(t[:1] for t in text)), torch.zeros(1, config["embedding_dim"])
+        return pipeline(text, null, num_inference_steps=5, generator=generator, zero_embed=zero).image_embeds
+
+    plain = PriorPipeline(prior, schedule)
+    wanted, runs = run(plain), {}
+    for path in "blocks", "modules", "reference", "compiled":
+        pipeline = PriorPipeline(prior, schedule, quantise="int8", compile=path == "compiled", batch_sizes=(2,))
+        with monkeypatch.context() as patch, ops.using("reference" if path == "reference" else None):
+            if path == "modules":
+                patch.setattr(ops.cpu, "takes_blocks", lambda *args: False)
+            runs[path] = run(pipeline)
+        assert relative_error(runs[path], runs["blocks"]) < 1e-3, path
+        assert 1e-4 < relative_error(runs[path], wanted) < 0.1, path
+        assert 0.999 <= pipeline.quality.median < 1
+    first = runs["blocks"]
+    with torch.no_grad():
+        prior.transformer_blocks[1].ff.net[2].weight.mul_(-1)
+    pipeline = PriorPipeline(prior, schedule, quantise="int8")
+    changed = run(pipeline)
+    assert relative_error(changed, first) > 0.01 and relative_error(changed, run(plain)) < 0.1
+    with torch.no_grad():
+        prior.transformer_blocks[0].attn1.to_k.weight[0, 0] = float("nan")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="loses too much"):
+            run(pipeline)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")

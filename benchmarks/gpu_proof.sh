@@ -36,7 +36,7 @@ section() {
                     "${test[@]}" -x -k "strides or layouts or deterministic or equal_bits or reused" tests/test_kernel_*.py || return
             done ;;
         models) "${test[@]}" tests/test_device.py tests/test_models_on_kernels.py tests/test_parity.py tests/test_sampler.py ;;
-        kernel-benchmarks) "${bench[@]}" benchmarks/test_kernels.py ;;
+        kernel-benchmarks) "${bench[@]}" benchmarks/test_kernels.py benchmarks/test_barrier.py ;;
         sampling-benchmarks) "${bench[@]}" benchmarks/test_sampling.py ;;
         prior-stage-benchmarks) "${bench[@]}" benchmarks/test_prior_transformer.py ;;
         training-benchmarks) "${bench[@]}" benchmarks/test_training.py ;;

@@ -84,39 +84,14 @@ def wait(arrived_ptr, epoch, programs):
 def _load_tile(weight_ptr, phase, phases, row, in_rows, dim, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     """A program's weights of one phase, in chunks of columns, so that products are added before any lanes meet."""
     weight_ptr += tl.cast(phase, tl.int64) * dim * dim
-    columns = tl.where(phase < phases, dim, 0)
+    in_rows &= row < tl.where(phase < phases, dim, 0)
     tile = ()
     for chunk in tl.static_range(CHUNKS):
         column = chunk * BLOCK + tl.arange(0, BLOCK)
         cell = weight_ptr + (row[:, None] * dim + column[None, :])
-        inside = in_rows[:, None] & (column < columns)[None, :]
+        inside = in_rows[:, None] & (column < dim)[None, :]
         tile += (tl.load(cell, mask=inside, other=0.0, eviction_policy="evict_first"),)
     return tile
-
-
-@triton.jit
-def _phase(tile, phase, x_ptr, weight_ptr, out_ptr, arrived_ptr, epoch, phases, dim, row, in_rows, BLOCK: tl.constexpr,
-           CHUNKS: tl.constexpr, CHAINED: tl.constexpr, AHEAD: tl.constexpr, BARRIER: tl.constexpr):  # fmt: skip
-    """One phase, of its tile; gives that of the phase which is so many ahead, and the next epoch."""
-    if CHAINED:
-        x_ptr = tl.where(phase == 0, x_ptr, out_ptr + (phase - 1) * dim)
-    x = ()
-    for chunk in tl.static_range(CHUNKS):  # all are asked for before any is waited for
-        column = chunk * BLOCK + tl.arange(0, BLOCK)
-        # past L1, since others wrote it
-        x += (tl.load(x_ptr + column, mask=column < dim, other=0.0, cache_modifier=".cg"),)
-    y = tl.zeros((row.shape[0], BLOCK), tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        y += tile[chunk].to(tl.float32) * x[chunk][None, :]
-    in_rows &= row < tl.where(phase < phases, dim, 0)
-    tl.store(out_ptr + phase * dim + row, tl.sum(y, axis=1), mask=in_rows)
-    if BARRIER:
-        arrive(arrived_ptr, tl.program_id(0), tl.num_programs(0))
-    if AHEAD > 0:
-        tile = _load_tile(weight_ptr, phase + AHEAD, phases, row, in_rows, dim, BLOCK, CHUNKS)
-    if BARRIER:
-        epoch = wait(arrived_ptr, epoch, tl.num_programs(0))
-    return tile, epoch
 
 
 @triton.jit
@@ -136,33 +111,49 @@ def _matvec_chain_fwd_kernel(
     BARRIER: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK_ROWS)
-    in_rows = (row < span) & (tl.program_id(0) * span + row < dim)
-    row += tl.program_id(0) * span
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    row = program * span + tl.arange(0, BLOCK_ROWS)
+    in_rows = tl.arange(0, BLOCK_ROWS) < span
     epoch = 0
     if BARRIER:
         epoch = tl.load(arrived_ptr, volatile=True)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    if AHEAD > 0:
-        tile = _load_tile(weight_ptr, 0, phases, row, in_rows, dim, BLOCK, CHUNKS)
-    if AHEAD > 1:
-        next_tile = _load_tile(weight_ptr, 1, phases, row, in_rows, dim, BLOCK, CHUNKS)
-    # two tiles change places by turns: to move one would wait for it. After an odd number comes a phase that is empty
-    for phase in range(0, phases, 2 if AHEAD == 2 else 1):
-        if AHEAD == 0:
-            tile = _load_tile(weight_ptr, phase, phases, row, in_rows, dim, BLOCK, CHUNKS)
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
-        tile, epoch = _phase(
-            tile, phase, x_ptr, weight_ptr, out_ptr, arrived_ptr, epoch, phases, dim, row, in_rows, BLOCK,
-            CHUNKS, CHAINED, AHEAD, BARRIER,
-        )  # fmt: skip
-        if AHEAD > 1:
-            next_tile, epoch = _phase(
-                next_tile, phase + 1, x_ptr, weight_ptr, out_ptr, arrived_ptr, epoch, phases, dim, row, in_rows, BLOCK,
-                CHUNKS, CHAINED, AHEAD, BARRIER,
-            )  # fmt: skip
+    tiles = ()
+    for turn in tl.static_range(AHEAD):
+        tiles += (_load_tile(weight_ptr, turn, phases, row, in_rows, dim, BLOCK, CHUNKS),)
+    # two tiles take turns: to move one would wait for it. After an odd number of phases comes one that is empty
+    TURNS: tl.constexpr = 2 if AHEAD == 2 else 1
+    for start in range(0, phases, TURNS):
+        later = ()
+        for turn in tl.static_range(TURNS):
+            phase = start + turn
+            if AHEAD == 0:
+                tile = _load_tile(weight_ptr, phase, phases, row, in_rows, dim, BLOCK, CHUNKS)
+            else:
+                tile = tiles[turn]
+            if DEPENDENT:
+                tl.extra.cuda.gdc_wait()
+            source = x_ptr
+            if CHAINED:
+                source = tl.where(phase == 0, x_ptr, out_ptr + (phase - 1) * dim)
+            x = ()
+            for chunk in tl.static_range(CHUNKS):  # all are asked for before any is waited for
+                column = chunk * BLOCK + tl.arange(0, BLOCK)
+                # past L1, since others wrote it
+                x += (tl.load(source + column, mask=column < dim, other=0.0, cache_modifier=".cg"),)
+            y = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
+            for chunk in tl.static_range(CHUNKS):
+                y += tile[chunk].to(tl.float32) * x[chunk][None, :]
+            inside = in_rows & (row < tl.where(phase < phases, dim, 0))
+            tl.store(out_ptr + phase * dim + row, tl.sum(y, axis=1), mask=inside)
+            if BARRIER:
+                arrive(arrived_ptr, program, programs)
+            if AHEAD > 0:
+                later += (_load_tile(weight_ptr, phase + AHEAD, phases, row, in_rows, dim, BLOCK, CHUNKS),)
+            if BARRIER:
+                epoch = wait(arrived_ptr, epoch, programs)
+        tiles = later
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from fastprior.kernels.barrier import (
     MODES_FROM_90,
     arrive,
     check_resident,
-    matvec_chain_config,
     matvec_chain_fwd,
     resident_programs,
 )
@@ -32,6 +31,7 @@ from kernel_checks import DEVICE, DTYPES, check, guarded, random
 
 from fastprior.kernels import launch, reference
 
+NEEDS_DEVICE = pytest.mark.skipif(DEVICE == "cpu", reason="needs a device")
 NEEDS_90 = pytest.mark.skipif(
     DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0), reason="needs compute capability 9.0"
 )
@@ -81,7 +81,7 @@ def test_the_comparison_rejects_a_phase_that_did_not_wait():
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("barrier")])
-@pytest.mark.parametrize("programs", [1, pytest.param(64, marks=NEEDS_90)])
+@pytest.mark.parametrize("programs", [1, pytest.param(64, marks=NEEDS_DEVICE)])
 def test_the_counter_needs_no_reset(mode, programs):
     arrived = torch.zeros((), dtype=torch.int32, device=DEVICE)
     for phases in (3, 2, 1, 4):  # an odd number turns the sign for the next launch; two ahead has one phase more then
@@ -210,10 +210,10 @@ def test_the_interpreter_refuses_a_barrier_of_several_programs():
         run(**make(2, 16, torch.float16), mode="barrier", programs=2)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a device")
+@NEEDS_DEVICE
 def test_the_device_refuses_more_programs_than_fit():
-    with pytest.raises(ValueError, match="programs=4096; a barrier needs all of them at once"):
-        run(**make(2, 4096, torch.float16), mode="barrier", programs=4096)
+    with pytest.raises(ValueError, match="programs=8192; a barrier needs all of them at once"):
+        run(**make(1, 8192, torch.float16), mode="barrier", programs=8192)
 
 
 def test_messages():
@@ -224,14 +224,3 @@ def test_messages():
         run(random(9), inputs["weights"], mode="launches", programs=1)
     with pytest.raises(ValueError, match=r"weights has strides \(256, 1, 16\); it must be contiguous"):
         run(inputs["x"], inputs["weights"].mT, mode="launches", programs=1)
-    with pytest.raises(TypeError, match="x has dtype torch.float16; it must be one of float32"):
-        run(inputs["x"].half(), inputs["weights"], mode="launches", programs=1)
-
-
-def test_each_program_has_rows():
-    for dim in (1, 40, 1664, 2048):
-        for programs in (1, 7, 132, 264):
-            config = matvec_chain_config(dim, programs, 2, "barrier")
-            assert config.programs <= programs
-            assert (config.programs - 1) * config.span < dim <= config.programs * config.span
-            assert config.span <= config.block_rows and dim <= config.block * config.chunks

@@ -70,10 +70,11 @@ def soak(prior, sampler: PriorSampler, runs: int) -> None:
             for phase in range(PHASES):
                 next(changes)(prior, phase + 1)
                 cases = []
-                for _ in range(CASES):
-                    first, count = choose.randrange(9), choose.randint(1, 6)
-                    rows = slice(max(0, first - count + 1), first + 1)
-                    cases.append((rows, choose.randint(0, 5), choose.choice((1.0, 1.7, 4.0)), choose.randrange(99)))
+                for number in range(CASES):
+                    prompts = 1 + number % 6  # all batch sizes, and two parts
+                    first = choose.randrange(10 - prompts)
+                    rows, length = slice(first, first + prompts), choose.randint(0, 5)
+                    cases.append((rows, length, choose.choice((1.0, 1.7, 4.0)), choose.randrange(99)))
                 alone = PriorSampler(copy.deepcopy(prior), graphs=False, **OPTIONS)
                 wanted = [run(alone, case) for case in cases]
                 del alone

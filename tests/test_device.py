@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from conftest import make_prior, make_text, relative_error, sample
+from soak import BATCH_SIZES, OPTIONS, soak
 from test_sampler import plain
 
 from fastprior.serving import PriorSampler
@@ -79,6 +80,68 @@ def test_graphs_soak():
     torch.cuda.synchronize()
     assert sampler.graphs and not wrong and torch.cuda.memory_allocated() - before < 2**20
     assert sampler.stats()["graphs"] == 2 and sampler.stats()["calls"] == 1000
+
+
+@pytest.mark.parametrize("runs", [10_000])
+def test_soak(runs):
+    prior = make_prior(dict(dim=64)).to(DEVICE)
+    sampler = PriorSampler(prior, **OPTIONS)
+    soak(prior, sampler, runs)
+    assert sampler.graphs and sampler.stats()["graphs"] == len(BATCH_SIZES) and sampler.stats()["evictions"] == 0
+
+
+def test_dropped_graphs_give_their_memory_back():
+    """With room for one of two batch sizes: as much is held after many captures as after the first two."""
+    prior, text = make_prior(dict(dim=64)).to(DEVICE), on_device(make_text(64, 64))
+    kwargs = dict(batch_sizes=(32, 64), timesteps=4, compile=False)
+    plain_sampler, free = PriorSampler(prior, graphs=False, **kwargs), PriorSampler(prior, **kwargs)
+    free.warmup()
+    limit = free.stats()["graph_bytes"] - 1
+    del free
+    sampler = PriorSampler(prior, graph_memory=limit, **kwargs)
+
+    def run(which, prompts):
+        given = {name: t[:prompts] for name, t in text.items()}
+        return which(**given, generator=torch.Generator(DEVICE).manual_seed(1))
+
+    held = []
+    for number in range(12):
+        prompts = (32, 64)[number % 2]
+        assert torch.equal(run(sampler, prompts), run(plain_sampler, prompts))
+        assert sampler.stats()["graphs"] == 1 and 0 < sampler.stats()["graph_bytes"] <= limit
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert sampler.stats()["evictions"] == 11 and held[-1] <= held[1] and held[-2] <= held[2], held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_pipeline(dtype):
+    """Texts of any length and batches of any size by few graphs: as eagerly."""
+    from fastprior import PriorPipeline
+    from fastprior.diffusers_schedules import DiffusersSchedule
+    from fastprior.pipeline_parts import TextEncoding
+    from fastprior.prior_transformer import PriorTransformer
+
+    torch.manual_seed(0)
+    prior = PriorTransformer(num_attention_heads=4, num_layers=3, embedding_dim=64, num_embeddings=77).eval()
+    for weight in (prior.positional_embedding, prior.prd_embedding, prior.clip_std):
+        torch.nn.init.normal_(weight, std=0.3)
+    schedule = DiffusersSchedule("UnCLIPScheduler", clip_sample_range=5.0, prediction_type="sample")
+    prior = prior.to(DEVICE, dtype)
+    plain_pipeline, compiled = (PriorPipeline(prior, schedule, compile=compile) for compile in (False, True))
+
+    def text(lengths):
+        mask = torch.arange(77) < torch.tensor(lengths)[:, None]
+        tensors = torch.randn(len(lengths), 64), torch.randn(len(lengths), 77, 64), mask
+        return TextEncoding(*(t.to(DEVICE) for t in tensors))
+
+    for lengths in ([77], [20], [21], [2, 30, 77], [5] * 8):
+        kwargs = dict(num_inference_steps=4, zero_embed=torch.zeros(1, 64, device=DEVICE))
+        given, draws = (text(lengths), text([2])), [torch.Generator(DEVICE).manual_seed(1) for _ in range(2)]
+        got, wanted = (
+            run(*given, generator=draw, **kwargs).image_embeds for run, draw in zip((compiled, plain_pipeline), draws)
+        )
+        assert torch.cosine_similarity(got, wanted).min() > (1 - 1e-6 if dtype == torch.float32 else 0.999), lengths
 
 
 def test_split_sums_are_the_same_whichever_program_comes_last():

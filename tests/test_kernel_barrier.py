@@ -26,6 +26,7 @@ from fastprior.kernels.barrier import (
     check_resident,
     matvec_chain_fwd,
     resident_programs,
+    wait,
 )
 from kernel_checks import DEVICE, DTYPES, check, guarded, random
 
@@ -110,6 +111,23 @@ def test_the_sign_turns_with_the_last_arrival_in_any_order(programs):
         _arrivals_kernel[(programs,)](arrived, seen, order, programs)
         turned = (seen ^ before) < 0
         assert turned.tolist() == [False] * (programs - 1) + [True]
+
+
+@triton.jit
+def _rounds_kernel(arrived_ptr, epoch_ptr, counter_ptr, rounds):
+    epoch = tl.load(arrived_ptr)
+    for number in range(rounds):
+        arrive(arrived_ptr, tl.program_id(0), tl.num_programs(0))
+        epoch = wait(arrived_ptr, epoch, tl.num_programs(0))
+        tl.store(epoch_ptr + number, epoch)
+        tl.store(counter_ptr + number, tl.load(arrived_ptr))
+
+
+def test_the_epoch_turns_with_the_counter():
+    """An epoch that fell behind would let every other barrier pass, or none."""
+    arrived, epochs, counters = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (1, 5, 5))
+    _rounds_kernel[(1,)](arrived, epochs, counters, 5)
+    assert epochs.tolist() == counters.tolist() == [-(2**31), 0, -(2**31), 0, -(2**31)]
 
 
 COMPILE = """

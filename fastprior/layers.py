@@ -224,7 +224,8 @@ def _own_modules(attn: Attention, ff: FeedForward) -> tuple[nn.Module, ...]:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call does what the weights say: no subclass, such as an adapter, no hook, no replaced forward."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) in (Linear, QuantisedLinear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity) and not hooked
+    own = NormedLinear, FeedForward, Linear, QuantisedLinear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity
+    return type(module) in own and not hooked
 
 
 class NormedLinear(nn.Sequential):

@@ -539,6 +539,14 @@ def hook(transformer):
     transformer.layers[1][0].to_kv.register_forward_hook(lambda module, args, y: y * 2)
 
 
+def hook_attention_output(transformer):
+    transformer.layers[1][0].to_out.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def hook_feed_forward(transformer):
+    transformer.layers[1][1].register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+
+
 def adapt(transformer):
     transformer.layers[2][1][5].__class__ = Adapter
 
@@ -547,7 +555,9 @@ def other_eps(transformer):
     transformer.layers[0][1][0].eps = 1.0
 
 
-@pytest.mark.parametrize("change", [hook, adapt, other_eps], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [hook, hook_attention_output, hook_feed_forward, adapt, other_eps], ids=lambda change: change.__name__
+)
 def test_what_is_not_plain_is_called(calls, change):
     transformer, (prefix, x) = make_transformer(), make_tokens()
     before = step(transformer, prefix, x)

@@ -102,7 +102,8 @@ class PriorSampler:
         self.graph_memory, self._evictions = graph_memory, 0
         self._graphs: dict[int, StepGraph] = {}  # by batch size, the one that was used last behind
         self._too_large: set[int] = set()  # batch sizes whose graphs there is no memory for
-        self._costs: dict[int, tuple[StepReads, int]] = {}  # by batch size; the int is of launches
+        self._reads: dict[int, StepReads] = {}
+        self._launched: dict[int, int] = {}
         self._clock = Clock(prior.device)
         self._timesteps, self._eta = timesteps, {} if eta is None else dict(eta=eta)
         if quantise:
@@ -126,7 +127,7 @@ class PriorSampler:
                 self._modules, self._steps, self._watch = modules, {}, WeightWatch()
                 self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
                 self._step_net = quantisation.quantised(self._net, self.quantise) if self.quantise else self._net
-                self._costs.clear()
+                self._reads, self._launched = {}, {}
                 self._too_large.clear()
             if self._watch.changed(own):
                 if self._net is not own:
@@ -241,6 +242,7 @@ class PriorSampler:
     def _graph_bytes(self) -> int:
         return sum(graph.bytes for graph in self._graphs.values())
 
+    @torch.no_grad()
     def _launches(self, batch: int) -> int:
         """Of kernels in a step; traced without running anything."""
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -274,8 +276,9 @@ class PriorSampler:
             modelled_step_ms: with `bandwidth`, see `fastprior.step_cost.step_seconds`.
         """
         with self._lock:
-            times = self._clock.milliseconds()
-            reads, launches = self._costs[max(self._costs)] if self._costs else (StepReads(0, 0, 0), 0)
+            times, read = self._clock.milliseconds(), self._clock.read_bytes()
+            batch, launched = max(self._reads, default=0), self._launched
+            reads = self._reads.get(batch, StepReads(0, 0, 0))
             stats = dict(
                 calls=len(times),
                 p50_ms=statistics.median(times) if times else float("nan"),
@@ -283,17 +286,18 @@ class PriorSampler:
                 weight_bytes=reads.weights,
                 prefix_bytes=reads.prefix,
                 table_bytes=reads.tables,
-                launches=launches,
-                run_launches=launches * len(self.plan.table),
                 graphs=len(self._graphs),
                 graph_bytes=self._graph_bytes(),
                 evictions=self._evictions,
             )
-            if bandwidth is not None:
-                seconds = sum(times) / 1e3
-                stats["floor_share"] = self._clock.read_bytes() / bandwidth / seconds if times else float("nan")
-                stats["modelled_step_ms"] = step_seconds(sum(reads), bandwidth, launches) * 1e3
-            return stats
+        if batch and batch not in launched:  # half a second, for which no call should wait
+            launched[batch] = self._launches(batch)
+        launches = launched.get(batch, 0)
+        stats |= dict(launches=launches, run_launches=launches * len(self.plan.table))
+        if bandwidth is not None:
+            stats["floor_share"] = read / bandwidth / (sum(times) / 1e3) if times else float("nan")
+            stats["modelled_step_ms"] = step_seconds(sum(reads), bandwidth, launches) * 1e3
+        return stats
 
     def warmup(self) -> dict[int, float]:
         """Compile and run every batch size once: {batch size: seconds}."""
@@ -385,10 +389,9 @@ class PriorSampler:
             def step(x, x0, noise, index):
                 return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise(), self._indices[index])
 
-        if batch not in self._costs:
-            reads = step_reads(self._step_net, cond, self._null_preds, self._rows)
-            self._costs[batch] = reads, self._launches(batch)
-        self._clock.read += sum(self._costs[batch][0]) * len(self.plan.table)
+        if batch not in self._reads:
+            self._reads[batch] = step_reads(self._step_net, cond, self._null_preds, self._rows)
+        self._clock.read += sum(self._reads[batch]) * len(self.plan.table)
         return run_steps(self.prior, self.plan.table, step, draw)[:rows].clone()
 
 

@@ -119,7 +119,7 @@ def test_a_sampler_knows_its_launches(net):
     sampler = PriorSampler(prior, batch_sizes=(4,), timesteps=4, solver="dpm++", compile=False)
     with ops.using("triton"), counting("") as ran:
         sampler(**text)
-    stats = sampler.stats(bandwidth=1e12)
+        stats = sampler.stats(bandwidth=1e12)
     last = [at for at, name in enumerate(ran) if "diffusion_step" in name]
     assert len(last) == 4 and last[-1] - last[-2] == stats["launches"] == stats["run_launches"] / 4
     read = stats["weight_bytes"] + stats["prefix_bytes"] + stats["table_bytes"]

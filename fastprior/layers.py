@@ -218,7 +218,7 @@ class FeedForward(nn.Sequential):
 
 
 def _own_modules(attn: Attention, ff: FeedForward) -> tuple[nn.Module, ...]:
-    return attn.norm, attn.to_q, attn.to_kv, *attn.to_out, *ff
+    return attn.norm, attn.to_q, attn.to_kv, attn.to_out, *attn.to_out, ff, *ff
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastprior.kernels.cases import meta
 
-from fastprior.kernels import attention, decode, launch, linear, norm, resources, step
+from fastprior.kernels import attention, barrier, decode, launch, linear, norm, resources, step
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -25,7 +25,7 @@ def test_every_launch_compiles_and_fits(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert {record["arch"] for record in records} == set(resources.ARCHITECTURES)
     kernels = {record["kernel"] for record in records}
-    for module in (attention, decode, linear, norm, step):
+    for module in (attention, barrier, decode, linear, norm, step):
         own = {name for name in vars(module) if name.endswith("_kernel")}
         assert own and own <= kernels, f"{own - kernels} is never compiled"
 

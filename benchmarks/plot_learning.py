@@ -1,11 +1,10 @@
 """Draw the learning curves of a file of records: `python benchmarks/plot_learning.py RECORDS.jsonl OUT.png`."""
 
-import json
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from report import latest
+from report import latest, read
 
 COLOURS = ("tab:orange", "tab:blue", "tab:green", "tab:red")
 PANELS = {
@@ -17,7 +16,7 @@ PANELS = {
 
 def curves_of(path: Path) -> list[dict]:
     """The measured (not the tuning) curves. Raises ValueError where there are none."""
-    records = latest([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    records = latest(read(path))
     curves = [record for record in records if record["op"] == "learning"]
     if not curves:
         raise ValueError(f"{path} has no curves; it must hold records that benchmarks/test_learning_curve.py wrote")

@@ -1,30 +1,132 @@
-"""The priors that are measured, ours and the peer's with the same weights, and how they are timed."""
+"""The priors that are measured, ours and the peers' with the same weights; their runs, and single steps of them."""
 
 import functools
+from collections.abc import Callable
 
 import dalle2_pytorch
 import torch
+from torch import Tensor, nn
 
 import fastprior
+from fastprior import buckets
+from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.layers import l2norm
+from fastprior.prior_pipeline import TextEncoding, guided_step
+from fastprior.prior_transformer import PriorTransformer
+from fastprior.sampler import denoise_step, prefill, step_inputs
 
 D2_SMALL = dict(dim=768, depth=12, dim_head=64, heads=12, max_text_len=77, normformer=True, num_timesteps=1000)
+D2_LARGE = D2_SMALL | dict(depth=24, heads=32, max_text_len=256)  # LAION's prior for ViT-L/14
+PT_1B = dict(num_attention_heads=32, attention_head_dim=64, num_layers=20, embedding_dim=768, num_embeddings=77)
+D2 = {"D2-small": D2_SMALL, "D2-large": D2_LARGE}
+UNCLIP = dict(clip_sample_range=5.0, prediction_type="sample", variance_type="fixed_small_log")
+# of a GPU: seconds of a whole run at batch 1, share of the floor, and cond_scale -> batch -> ratio to the compiled peer
+GOALS = {
+    "D2-small": dict(seconds=6.2e-3, share=0.5, ratios={1.0: {1: 3, 8: 5, 64: 15}, 3.0: {1: 6, 8: 10, 64: 30}}),
+    "D2-large": dict(seconds=13e-3, share=0.6, ratios={1.0: {1: 4, 8: 10, 64: 40}, 3.0: {1: 8, 8: 20, 64: 80}}),
+    "PT-1B": dict(seconds=15.5e-3, share=0.8, ratios={1.0: {1: 1.4, 8: 3, 64: 12}, 4.0: {1: 1.4, 8: 6, 64: 18}}),
+}
+quick = False
 
 
-def build(module, device) -> torch.nn.Module:
+def shrink() -> None:
+    """Make all models tiny, and runs short: see `--quick`."""
+    global quick
+    quick = True
+    for sizes in D2.values():
+        sizes.update(dim=64, depth=2, dim_head=32, heads=2, max_text_len=9)
+    PT_1B.update(num_attention_heads=2, attention_head_dim=32, num_layers=2, embedding_dim=64, num_embeddings=9)
+
+
+def steps(count: int) -> int:
+    return min(count, 5) if quick else count
+
+
+def batch_size(count: int) -> int:
+    return min(count, 2) if quick else count
+
+
+def build(module, device, model: str = "D2-small") -> nn.Module:
     torch.manual_seed(0)
-    net = module.DiffusionPriorNetwork(**D2_SMALL)
-    return module.DiffusionPrior(net, image_embed_dim=768, timesteps=1000, cond_drop_prob=0.1).eval().to(device)
+    sizes = D2[model]
+    net = module.DiffusionPriorNetwork(**sizes)
+    prior = module.DiffusionPrior(net, image_embed_dim=sizes["dim"], timesteps=1000, cond_drop_prob=0.1)
+    return prior.eval().to(device)
 
 
 @functools.cache
-def pair(device):
+def pair(device, model: str = "D2-small"):
     """(ours, the peer's): the same seed makes the same weights."""
-    return build(fastprior, device), build(dalle2_pytorch, device)
+    return build(fastprior, device, model), build(dalle2_pytorch, device, model)
 
 
 def text(prompts: int, device) -> dict:
-    """Random captions of full length."""
-    draw = torch.Generator().manual_seed(prompts)
-    embed, encodings = torch.randn(prompts, 768, generator=draw), torch.randn(prompts, 77, 768, generator=draw)
+    """Random captions of full length, of CLIP's 77 tokens at most."""
+    draw, dim, length = torch.Generator().manual_seed(prompts), D2_SMALL["dim"], D2_SMALL["max_text_len"]
+    embed, encodings = torch.randn(prompts, dim, generator=draw), torch.randn(prompts, length, dim, generator=draw)
     return dict(text_embed=l2norm(embed).to(device), text_encodings=encodings.to(device))
+
+
+def pt_text(prompts: int, tokens: int, device) -> TextEncoding:
+    """Random encodings of prompts of `tokens` tokens, padded to the longest."""
+    dim, length = PT_1B["embedding_dim"], PT_1B["num_embeddings"]
+    draw = torch.Generator().manual_seed(prompts)
+    embeds, encodings = torch.randn(prompts, dim, generator=draw), torch.randn(prompts, length, dim, generator=draw)
+    mask = (torch.arange(length) < tokens).expand(prompts, -1)
+    return TextEncoding(embeds.to(device), encodings.to(device), mask.to(device))
+
+
+def pt_prior(device, make: type[nn.Module] = PriorTransformer, layers: int | None = None) -> nn.Module:
+    """A `PriorTransformer`, ours or diffusers', with the architecture of Kandinsky and Karlo, and random weights."""
+    torch.manual_seed(0)
+    prior = make(**PT_1B | (dict(num_layers=layers) if layers and not quick else {}))
+    with torch.no_grad():
+        for weight in (prior.positional_embedding, prior.prd_embedding, prior.clip_std):
+            weight.normal_()
+    return prior.eval().to(device)
+
+
+def step_weights(prior: nn.Module) -> int:
+    """Of a `DiffusionPrior` or `PriorTransformer`: how many a step reads, each once."""
+    if isinstance(prior, PriorTransformer):
+        read = prior.transformer_blocks, prior.proj_in, prior.proj_to_clip_embeddings
+    else:
+        read = (prior.net.causal_transformer,)
+    return sum(p.numel() for module in read for p in module.parameters() if p.ndim == 2)
+
+
+def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tuple[Callable[[], Tensor], int, int]:
+    """One step at batch 1, without guidance (that of D2 reads one row of a table more).
+
+    Returns:
+        what runs it, for as often as wanted; its weights, each read once; the tokens that go through them.
+    """
+    if model == "PT-1B":
+        return _pt_step(dtype, device, compile)
+    prior = build(fastprior, device, model)
+    plan = prior.sampling_plan(64, 1.0)
+    net = prior.net.to(dtype)
+    with torch.no_grad():
+        times, null_preds, rows = step_inputs(net, plan)
+        cond = prefill(net, plan, text(1, device), times)
+    run = buckets.compiled(denoise_step) if compile else denoise_step
+    x, x0, noise = torch.randn(3, 1, net.dim, device=device)
+    scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
+    given = net, cond, null_preds, rows, scale, x, x0, noise, index, plan.clamp, plan.radius
+    return torch.no_grad()(lambda: run(*given)[0]), step_weights(prior), plan.suffix_tokens
+
+
+def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], Tensor], int, int]:
+    prior = pt_prior(device).to(dtype)
+    schedule = DiffusersSchedule("UnCLIPScheduler", **UNCLIP)
+    table = schedule.table(25)
+    with torch.no_grad():
+        encoding = pt_text(1, PT_1B["num_embeddings"], device)
+        encoding = encoding._replace(embeds=encoding.embeds.to(dtype), encodings=encoding.encodings.to(dtype))
+        cond = prior.prefill(*encoding, torch.tensor(table.times, device=device))
+    run = buckets.compiled(guided_step) if compile else guided_step
+    x, x0, noise = torch.randn(3, 1, PT_1B["embedding_dim"], device=device)
+    scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
+    rows = table.rows.to(device, torch.float32)
+    given = prior, cond, rows, scale, x, x0, noise, index, 0, schedule.clamp, schedule.radius, table.uses_prediction
+    return torch.no_grad()(lambda: run(*given)[0]), step_weights(prior), 3

@@ -1,6 +1,6 @@
 """Make the README's speed table from the records: `python benchmarks/report.py`; with `--check` only compare.
 
-`--summary FILE` prints every measurement of a file of records beside its goal.
+`--summary FILE` prints every measurement of a file of records beside its goals, and which of these were missed.
 """
 
 import json
@@ -19,9 +19,16 @@ PROVIDERS = {
 
 MEASURED = {
     "p20", "p50", "p80", "runs", "ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy", "goal",
-    "worst_cosine", "max_error", "floor_ms", "bytes", "peer_evaluations", "driver", "versions", "commit", "date",
-    "lr", "reached", "curve", "open_s", "read_s", "before_mib",
+    "goals", "flops", "quick", "worst_cosine", "max_error", "floor_ms", "bytes", "peer_evaluations", "driver",
+    "versions", "commit", "date", "lr", "reached", "curve", "open_s", "read_s", "before_mib",
 }  # fmt: skip
+
+
+AT_MOST = {"p50", "ratio_to_one"}  # what goals limit; of anything else they are the least
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def latest(records: list[dict]) -> list[dict]:
@@ -34,31 +41,45 @@ def latest(records: list[dict]) -> list[dict]:
     return list(last.values())
 
 
-def summary(path: Path) -> str:
-    """A line for each measurement: what, by whom, how much, and what was reached of the goal."""
+def _details(record: dict) -> str:
+    known = MEASURED | {"op", "provider", "unit", "device"}
+    return " ".join(f"{name}={value}" for name, value in record.items() if name not in known)
+
+
+def missed(record: dict) -> list[str]:
+    """The goals of a record's figures that it misses, in words."""
     lines = []
-    for r in latest([json.loads(line) for line in path.read_text().splitlines()]):
-        known = MEASURED | {"op", "provider", "unit", "device"}
-        details = " ".join(f"{name}={value}" for name, value in r.items() if name not in known)
+    for name, goal in (record.get("goals") or {}).items():
+        value = record[name]
+        if value > goal if name in AT_MOST else value < goal:
+            unit = f" {record['unit']}" if name == "p50" else ""
+            line = f"{record['op']}, {record['provider']} ({_details(record)}): "
+            line += f"{name.replace('_', ' ')} {value:.3g}{unit}, goal {goal:g}{unit}"
+            share = record.get("share", record.get("share_of_copy"))
+            lines.append(line + (f"; {share:.0%} of the floor" if share is not None else ""))
+    return lines
+
+
+def summary(path: Path) -> str:
+    """A line for each measurement: what, by whom, how much, and what was reached of the goals; then those missed."""
+    lines, records = [], latest(read(path))
+    for r in records:
         reached = [
             f"{name.replace('_', ' ')} {r[name]:.3g}"
             for name in ("ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy")
             if r.get(name) is not None
         ]
-        goal = f"goal {r['goal']}" if r.get("goal") is not None else ""
-        lines.append(f"{r['op']:30} {r['provider']:30} {r['p50']:10.4g} {r['unit']:8} " + "; ".join([*reached, goal]))
-        lines[-1] += f"  ({details})"
-    return "\n".join(lines)
+        goals = [f"goal: {name.replace('_', ' ')} {goal:g}" for name, goal in (r.get("goals") or {}).items()]
+        goals += [f"goal {r['goal']}"] if r.get("goal") is not None else []  # of older records
+        lines.append(f"{r['op']:30} {r['provider']:30} {r['p50']:10.4g} {r['unit']:8} " + "; ".join([*reached, *goals]))
+        lines[-1] += f"  ({_details(r)})"
+    if any(r.get("quick") for r in records):
+        return "\n".join([*lines, "== goals: none, for with --quick nothing is measured"])
+    return "\n".join([*lines, "== goals that were missed", *(line for r in records for line in missed(r) or ())])
 
 
 def read_records() -> list[dict]:
-    return latest(
-        [
-            json.loads(line)
-            for path in sorted((HERE / "records").glob("*.jsonl"))
-            for line in path.read_text().splitlines()
-        ]
-    )
+    return latest([record for path in sorted((HERE / "records").glob("*.jsonl")) for record in read(path)])
 
 
 def find(records: list[dict], **wanted) -> dict | None:
@@ -67,7 +88,8 @@ def find(records: list[dict], **wanted) -> dict | None:
 
 def speed_table(records: list[dict]) -> list[str]:
     """Ratios to the eager peer of a 64-step run, and our time, per batch."""
-    runs = [r for r in records if r["op"] == "sample" and r.get("steps") == 64 and r.get("ratio")]
+    wanted = dict(op="sample", model="D2-small", steps=64)
+    runs = [r for r in records if r.get("ratio") and all(r.get(k) == v for k, v in wanted.items())]
     batches = sorted({r["batch"] for r in runs})
     lines = [
         "| 64-step DDIM, D2-small | guidance | " + " | ".join(f"batch {b}" for b in batches) + " |",
@@ -105,7 +127,59 @@ def prior_stage_table(records: list[dict]) -> list[str]:
     return [against, "", *lines]
 
 
+PEERS = {"D2-small": "dalle2-pytorch", "D2-large": "dalle2-pytorch", "PT-1B": "diffusers"}
+ON_GPU = "sampler-bfloat16", "PriorPipeline, compiled"  # ours of each family, in bf16
+
+
+def gpu_tables(records: list[dict]) -> list[str]:
+    """Whole runs and steps at batch 1 beside their goals; and ratios to the peers compiled in the same dtype."""
+    ours = [r for r in records if r["provider"] in ON_GPU and r.get("dtype") == "bfloat16"]
+    lines = [
+        "| bf16, batch 1 | a run | goal | of the floor, a step | goal |",
+        "|---|---|---|---|---|",
+    ]
+    for model in PEERS:
+        run = next((r for r in ours if r["op"] == "sample" and r.get("model") == model and r.get("goals")), None)
+        step = find(records, op="step", provider="sampler-bfloat16", model=model)
+        cells = []
+        for r, name, shown in ((run, "p50", lambda x: f"{x * 1e3:.3g} ms"), (step, "share", "{:.0%}".format)):
+            cells += [_cell(shown(r[name]), not missed(r)), shown(r["goals"][name])] if r else ["", ""]
+        what = f"{model}, {run['steps']} steps" if run else model
+        what += f", guidance {run['cond_scale']:g}" if run and run["cond_scale"] != 1 else ""
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    ratios = [r for r in records if r["op"] == "ratio to compiled peer"]
+    batches = sorted({r["batch"] for r in ratios})
+    lines += [
+        "",
+        'Times faster than the peer in bf16 under `torch.compile(mode="reduce-overhead")`; in brackets the goal, and '
+        "the same for our own network as PyTorch, compiled and (D2) replayed as a CUDA graph.",
+        "",
+        "| model, peer | guidance | " + " | ".join(f"batch {b}" for b in batches) + " |",
+        "|---|---|" + "---|" * len(batches),
+    ]
+    for model, scale in sorted(
+        {(r["model"], r["cond_scale"]) for r in ratios}, key=lambda k: ([*PEERS].index(k[0]), k)
+    ):
+        cells = []
+        for batch in batches:
+            own = [r for r in ratios if (r["model"], r["cond_scale"], r["batch"]) == (model, scale, batch)]
+            r, bar = (
+                next((r for r in own if r["provider"] in names), None) for names in (ON_GPU, ("reference compiled",))
+            )
+            cell = _cell(f"{r['ratio']:.3g}x", not missed(r)) + f" ({r['goals']['ratio']:g}x" if r else ""
+            cells.append(cell + (f"; {bar['ratio']:.3g}x)" if r and bar else ")" if r else ""))
+        guidance = "none" if scale == 1 else f"{scale:g}"
+        lines.append(f"| {model}, {PEERS[model]} | {guidance} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(text: str, reached: bool) -> str:
+    return f"**{text}**" if reached else text
+
+
 def _time(seconds: float) -> str:
+    if seconds < 0.02:
+        return f"{seconds * 1e3:.1f} ms"
     return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
@@ -150,21 +224,26 @@ def table() -> str:
     for device in sorted({r["device"] for r in records}):
         here = [r for r in records if r["device"] == device]
         one = find(here, op="sample") or here[0]
-        versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("torch", "dalle2-pytorch", "python"))
-        sections.append(
-            "\n".join(
-                [
-                    f"Times faster than dalle2-pytorch (fp32, eager), in the same run; our time in brackets. {device}; "
-                    f"{versions}; {max(r['date'] for r in here)}.",
-                    "",
-                    *speed_table(here),
-                    "",
-                    *facts(here),
-                    "",
-                    *prior_stage_table(here),
-                ]
-            )
-        )
+        driver = next((r["driver"] for r in here if r.get("driver")), None)
+        packages = ("torch", "dalle2-pytorch", "python") if driver is None else one["versions"]
+        versions = ", ".join(f"{name} {one['versions'][name]}" for name in packages)
+        lines = [
+            f"Times faster than dalle2-pytorch (fp32, eager), in the same run; our time in brackets. {device}; "
+            f"{versions}; {max(r['date'] for r in here)}.",
+            "",
+        ]
+        known = here
+        if driver is not None:
+            lines = [
+                f"{device}, driver {driver}; {versions}; {max(r['date'] for r in here)}.",
+                "",
+                *gpu_tables(here),
+                "",
+            ]
+            lines += ["Times faster than dalle2-pytorch (fp32, eager), in the same run; our time in brackets.", ""]
+            known = [r for r in here if r["op"] not in ("step", "ratio to compiled peer")]  # stand in these tables
+        lines += [*speed_table(here), "", *facts(known), "", *prior_stage_table(here)]
+        sections.append("\n".join(lines))
     return "\n\n".join(sections)
 
 

@@ -3,17 +3,22 @@
 
 The architecture is that of Kandinsky and Karlo (32 heads of 64), with random weights; on the CPU 4 of its 20 layers, so
 that a round takes minutes and not an hour. Text encoders are left out on both sides: ready encodings go in. Each round
-times diffusers' prior first and the others right after.
+times diffusers' prior first and the others right after. On a GPU there is a second bar: its pipeline in bf16 with a
+compiled prior and CUDA graphs.
 """
 
 import copy
 import functools
 import statistics
 
+import priors
 import pytest
 import torch
+from priors import GOALS, PT_1B, UNCLIP, pt_prior, pt_text
+from timing import floor_bandwidth
 
 from fastprior.bench import seconds
+from fastprior.kernels import ops
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -21,53 +26,49 @@ from fastprior import PriorPipeline, accelerate_prior  # noqa: E402
 from fastprior.diffusers_schedules import DiffusersSchedule  # noqa: E402
 from fastprior.prior_pipeline import TextEncoding  # noqa: E402
 
-STEPS, SCALE, SEED, LENGTH = 25, 4.0, 7, 77
-LAYERS = {"cpu": 4, "cuda": 20}
-SCHEDULE = dict(clip_sample_range=5.0, prediction_type="sample", variance_type="fixed_small_log")
-# floors to clear in fp32: the pipeline's loop with our prior in it, batch -> times as fast as with diffusers'
-GOALS = {1: 4.0, 8: 12.0}
+STEPS, SCALE, SEED = priors.steps(25), 4.0, 7
+LAYERS = {"cpu": 4, "cuda": PT_1B["num_layers"]}
+# floors to clear on the CPU in fp32: the pipeline's loop with our prior, batch -> times as fast as with diffusers'
+CPU_GOALS = {1: 4.0, 8: 12.0}
 GOAL_OF_PIPELINE = 1.1  # PriorPipeline, over that
 
 
 @functools.cache
 def stock(device) -> torch.nn.Module:
-    torch.manual_seed(0)
-    prior = diffusers.PriorTransformer(num_layers=LAYERS[device.type])
-    with torch.no_grad():
-        for weight in (prior.positional_embedding, prior.prd_embedding, prior.clip_std):
-            weight.normal_()
-    return prior.eval().to(device)
+    return pt_prior(device, diffusers.PriorTransformer, LAYERS[device.type])
 
 
-def text(prompts: int, tokens: int, device) -> TextEncoding:
-    """Random encodings of prompts of `tokens` tokens, padded to 77."""
-    draw = torch.Generator().manual_seed(prompts)
-    embeds, encodings = torch.randn(prompts, 768, generator=draw), torch.randn(prompts, LENGTH, 768, generator=draw)
-    mask = (torch.arange(LENGTH) < tokens).expand(prompts, -1)
-    return TextEncoding(embeds.to(device), encodings.to(device), mask.to(device))
+def encoded(prompts: int, tokens: int, device, dtype: torch.dtype) -> TextEncoding:
+    embeds, encodings, mask = pt_text(prompts, tokens, device)
+    return TextEncoding(embeds.to(dtype), encodings.to(dtype), mask)
 
 
-def in_diffusers(prior: torch.nn.Module, prompts: int, tokens: int, device) -> torch.Tensor:
-    """diffusers' pipeline, with ready encodings of the prompts and of the empty text."""
-    scheduler = diffusers.UnCLIPScheduler(**SCHEDULE)
+def in_diffusers(
+    prior: torch.nn.Module, prompts: int, tokens: int, device, scale: float = SCALE, dtype=torch.float32
+) -> torch.Tensor:
+    """diffusers' pipeline, with ready encodings of the prompts and of the empty text, of the dtype of its state."""
+    scheduler = diffusers.UnCLIPScheduler(**UNCLIP)
     pipe = diffusers.KandinskyV22PriorPipeline(
         prior=prior, scheduler=scheduler, image_encoder=None, text_encoder=None, tokenizer=None, image_processor=None
     )
     pipe.set_progress_bar_config(disable=True)
-    own, empty = text(prompts, tokens, device), text(1, 2, device)
-    encoded = [torch.cat((e.expand(prompts, *e.shape[1:]), t)) for e, t in zip(empty, own)]
-    pipe._encode_prompt = lambda *args: encoded
-    pipe.get_zero_embed = lambda rows, device: torch.zeros(rows, 768, device=device)
+    own, empty = encoded(prompts, tokens, device, dtype), encoded(1, 2, device, dtype)
+    given = [torch.cat((e.expand(prompts, *e.shape[1:]), t)) if scale > 1 else t for e, t in zip(empty, own)]
+    pipe._encode_prompt = lambda *args: given
+    pipe.get_zero_embed = lambda rows, device: torch.zeros(rows, PT_1B["embedding_dim"], device=device)
     generator = torch.Generator(device).manual_seed(SEED)
-    return pipe([""] * prompts, num_inference_steps=STEPS, guidance_scale=SCALE, generator=generator).image_embeds
+    return pipe([""] * prompts, num_inference_steps=STEPS, guidance_scale=scale, generator=generator).image_embeds
 
 
-def by_pipeline(pipeline: PriorPipeline, prompts: int, tokens: int, device) -> torch.Tensor:
+def by_pipeline(
+    pipeline: PriorPipeline, prompts: int, tokens: int, device, scale: float = SCALE, backend: str | None = None
+) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(SEED)
-    return pipeline(
-        text(prompts, tokens, device), text(1, 2, device), num_inference_steps=STEPS, guidance_scale=SCALE,
-        generator=generator, zero_embed=torch.zeros(1, 768, device=device),
-    ).image_embeds  # fmt: skip
+    with ops.using(backend):
+        return pipeline(
+            pt_text(prompts, tokens, device), pt_text(1, 2, device), num_inference_steps=STEPS, guidance_scale=scale,
+            generator=generator, zero_embed=torch.zeros(1, PT_1B["embedding_dim"], device=device),
+        ).image_embeds  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", [77, 20], ids="{}-tokens".format)
@@ -77,7 +78,8 @@ def test_prior_stage(benchmark, record, device, request, dtype, batch, tokens):
     """Speed counts only for the right result: 1e-4 of scale in fp32, and a cosine of 0.999 in bf16."""
     peer = stock(device)
     ours = accelerate_prior(copy.deepcopy(peer)).to(getattr(torch, dtype))
-    schedule = DiffusersSchedule("UnCLIPScheduler", **SCHEDULE)
+    schedule = DiffusersSchedule("UnCLIPScheduler", **UNCLIP)
+    goal, batch = CPU_GOALS[batch], priors.batch_size(batch)
     runs = {
         "in diffusers' pipeline": lambda: in_diffusers(ours, batch, tokens, device),
         "PriorPipeline": functools.partial(by_pipeline, PriorPipeline(ours, schedule), batch, tokens, device),
@@ -85,7 +87,7 @@ def test_prior_stage(benchmark, record, device, request, dtype, batch, tokens):
             by_pipeline, PriorPipeline(ours, schedule, compile=True), batch, tokens, device
         ),
     }
-    if device.type == "cpu" and dtype == "bfloat16":
+    if dtype == "bfloat16":
         del runs["in diffusers' pipeline"]  # its state and scheduler would be in 16 bits too
     wanted = in_diffusers(peer, batch, tokens, device)
     worst = {}
@@ -109,7 +111,55 @@ def test_prior_stage(benchmark, record, device, request, dtype, batch, tokens):
     record("prior stage", "diffusers eager", times["diffusers eager"], **details, dtype="float32")
     for name in runs:
         ratio = statistics.median(a / b for a, b in zip(times["diffusers eager"], times[name]))
-        goal = GOALS[batch] * (1 if name.startswith("in") else GOAL_OF_PIPELINE) if dtype == "float32" else None
-        reached = dict(ratio=ratio, goal=goal, worst_cosine=worst[name])
+        goals = None
+        if device.type == "cpu" and dtype == "float32":
+            goals = dict(ratio=goal * (1 if name.startswith("in") else GOAL_OF_PIPELINE))
+        reached = dict(ratio=ratio, goals=goals, worst_cosine=worst[name])
         record("prior stage", name, times[name], **details, dtype=dtype, **reached)
-        benchmark.extra_info.update({name: round(ratio, 2), f"{name} goal": goal})
+        benchmark.extra_info.update({name: round(ratio, 2), f"{name} goals": goals})
+
+
+@pytest.mark.parametrize("scale", [SCALE, 1.0])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_compiled_peer(benchmark, record, device, request, batch, scale):
+    """diffusers' pipeline, its prior in bf16 under torch.compile with CUDA graphs; and our steps as compiled PyTorch.
+
+    All prompts have 77 tokens. The state of diffusers' run is bf16 too, ours is not: only ours is held to the result.
+    """
+    if device.type == "cpu" and not priors.quick:
+        pytest.skip("would take many minutes on the CPU")
+    torch._dynamo.reset()
+    ratio_goal, at_batch_1 = GOALS["PT-1B"]["ratios"][scale][batch], batch == 1
+    batch, tokens, dtype = priors.batch_size(batch), PT_1B["num_embeddings"], torch.bfloat16
+    peer = copy.deepcopy(stock(device)).to(dtype)
+    peer.forward = torch.compile(peer.forward, mode="reduce-overhead")
+    ours = accelerate_prior(copy.deepcopy(stock(device))).to(dtype)
+    schedule = DiffusersSchedule("UnCLIPScheduler", **UNCLIP)
+    runs = {"diffusers compiled": functools.partial(in_diffusers, peer, batch, tokens, device, scale, dtype)}
+    for name, backend in {"PriorPipeline, compiled": None, "reference compiled": "reference"}.items():
+        pipeline = PriorPipeline(ours, schedule, compile=True, batch_sizes=(batch,))
+        runs[name] = functools.partial(by_pipeline, pipeline, batch, tokens, device, scale, backend)
+    wanted = in_diffusers(stock(device), batch, tokens, device, scale)
+    worst = {name: torch.cosine_similarity(run().float(), wanted).min().item() for name, run in runs.items()}
+    assert all(cosine >= 0.999 for name, cosine in worst.items() if name != "diffusers compiled"), worst
+    times = {name: [] for name in runs}
+
+    def round_():
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+
+    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 5)
+    details = dict(model="PT-1B", batch=batch, tokens=tokens, steps=STEPS, cond_scale=scale, dtype="bfloat16")
+    for name in runs:
+        figures = dict(worst_cosine=worst[name])
+        if device.type == "cuda" and at_batch_1:
+            read = priors.step_weights(ours) * dtype.itemsize * STEPS
+            figures["share"] = read / floor_bandwidth(device) / statistics.median(times[name])
+        if device.type == "cuda" and at_batch_1 and scale != 1 and name.startswith("PriorPipeline"):
+            figures["goals"] = dict(p50=GOALS["PT-1B"]["seconds"])
+        record("sample", name, times[name], **details, **figures)
+    for name in list(runs)[1:]:
+        ratio = statistics.median(a / b for a, b in zip(times["diffusers compiled"], times[name]))
+        goals = dict(ratio=ratio_goal) if device.type == "cuda" and name.startswith("PriorPipeline") else None
+        record("ratio to compiled peer", name, [ratio], "x", **details, ratio=ratio, goals=goals)
+        benchmark.extra_info[f"{name}_ratio_to_compiled_peer"] = round(ratio, 2)

@@ -12,64 +12,76 @@ import io
 import statistics
 import time
 
+import priors
 import pytest
 import torch
-from priors import D2_SMALL, pair, text
+from priors import D2, pair, text
+from timing import floor_bandwidth, op_seconds
 
+import fastprior
 from fastprior.bench import read_bandwidth, seconds
+from fastprior.kernels import ops
 from fastprior.serving import PriorSampler
 
-STEPS = 64
+STEPS = priors.steps(64)
 SEED = 7
 # floors to clear on 2 CPU cores: (dtype, cond_scale) -> batch -> how many times faster than the peer
-GOALS = {
+CPU_GOALS = {
     ("float32", 1.0): {1: 3.5, 8: 12, 64: 18},
     ("float32", 3.0): {1: 7, 8: 24, 64: 36},
     ("bfloat16", 1.0): {1: 12, 8: 30, 64: 40},
 }
-PEER_STEPS = {1: STEPS, 8: 10, 64: 3}
+PEER_STEPS = {1: STEPS, 8: priors.steps(10), 64: 3}
 ROUNDS = {1: 3, 8: 3, 64: 2}
+
+
+def skip_on_cpu(device, wanted: bool = False) -> None:
+    """Only D2-small is measured there, and of the peer compiled a part."""
+    if device.type == "cpu" and not wanted and not priors.quick:
+        pytest.skip("would take many minutes on the CPU")
 
 
 def peer_run(prior, batch: int, cond_scale: float, device, steps: int) -> torch.Tensor:
     torch.manual_seed(SEED)
+    shape = batch, prior.image_embed_dim
     with contextlib.redirect_stderr(io.StringIO()):
-        return prior.p_sample_loop((batch, 768), text_cond=text(batch, device), cond_scale=cond_scale, timesteps=steps)
+        return prior.p_sample_loop(shape, text_cond=text(batch, device), cond_scale=cond_scale, timesteps=steps)
 
 
 def our_run(prior, batch: int, cond_scale: float, device, steps: int = STEPS) -> torch.Tensor:
     torch.manual_seed(SEED)
     kwargs = dict(text_cond=text(batch, device), cond_scale=cond_scale, timesteps=steps, progress=False)
-    return prior.p_sample_loop((batch, 768), **kwargs)
+    return prior.p_sample_loop((batch, prior.image_embed_dim), **kwargs)
 
 
 @functools.cache
 def sampler(
-    dtype: str, device, batch: int, samples_per_prompt: int = 1, steps: int = STEPS
+    model: str, dtype: str, device, batch: int, samples_per_prompt: int = 1, backend: str | None = None
 ) -> tuple[PriorSampler, float]:
-    """A warm sampler, and the seconds its compilation took."""
-    ours, _ = pair(device)
+    """A warm sampler, and the seconds its compilation took. `backend`: see `ops.using`, which its runs need too."""
+    ours, _ = pair(device, model)
     torch._dynamo.reset()
     built = PriorSampler(
         ours,
         batch_sizes=(batch,),
-        timesteps=steps,
+        timesteps=STEPS,
         dtype=getattr(torch, dtype),
         samples_per_prompt=samples_per_prompt,
-        solver="ddpm" if steps == 1000 else "ddim",
+        solver="ddim",
     )
-    return built, built.warmup()[batch]
+    with ops.using(backend):
+        return built, built.warmup()[batch]
 
 
 @functools.cache
-def reference(batch: int, cond_scale: float, device) -> torch.Tensor:
+def reference(model: str, batch: int, cond_scale: float, device) -> torch.Tensor:
     """What every provider must give: our fp32 eager run, which is checked against the peer's below."""
-    return our_run(pair(device)[0], batch, cond_scale, device)
+    return our_run(pair(device, model)[0], batch, cond_scale, device)
 
 
-def check(out: torch.Tensor, batch: int, cond_scale: float, device, dtype: str) -> float:
+def check(out: torch.Tensor, model: str, batch: int, cond_scale: float, device, dtype: str) -> float:
     """Speed counts only for the right result. Returns the worst cosine."""
-    wanted = reference(batch, cond_scale, device)
+    wanted = reference(model, batch, cond_scale, device)
     cosine = torch.cosine_similarity(out.float(), wanted)
     if dtype == "float32":
         assert (out - wanted).abs().max() <= 1e-4 * wanted.abs().max()
@@ -78,29 +90,32 @@ def check(out: torch.Tensor, batch: int, cond_scale: float, device, dtype: str) 
     return cosine.min().item()
 
 
-@pytest.mark.parametrize("batch", [1, 8, 64])
-@pytest.mark.parametrize("cond_scale", [1.0, 3.0])
 @pytest.mark.parametrize("provider", ["drop-in", "sampler-float32", "sampler-bfloat16"])
-def test_sampling(benchmark, record, device, request, provider, cond_scale, batch):
-    ours, peer = pair(device)
+@pytest.mark.parametrize("cond_scale", [1.0, 3.0])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("model", D2)
+def test_sampling(benchmark, record, device, request, model, provider, cond_scale, batch):
+    skip_on_cpu(device, model == "D2-small")
+    ours, peer = pair(device, model)
     peer_steps = STEPS if request.config.getoption("--full-peer") else PEER_STEPS[batch]
     rounds = request.config.getoption("--rounds") or ROUNDS[batch]
+    batch = priors.batch_size(batch)
     dtype = "float32" if provider == "drop-in" else provider.removeprefix("sampler-")
-    details = dict(model="D2-small", batch=batch, cond_scale=cond_scale, steps=STEPS, dtype=dtype)
+    details = dict(model=model, batch=batch, cond_scale=cond_scale, steps=STEPS, dtype=dtype)
     if provider == "drop-in":
         our_run(ours, batch, cond_scale, device)
 
         def run():
             return our_run(ours, batch, cond_scale, device)
     else:
-        built, compile_s = sampler(dtype, device, batch)
+        built, compile_s = sampler(model, dtype, device, batch)
         record("compile", provider, [compile_s], **details)
 
         def run():
             generator = torch.Generator(device).manual_seed(SEED)
             return built(**text(batch, device), cond_scale=cond_scale, generator=generator)
 
-    cosine = check(run(), batch, cond_scale, device, dtype)
+    cosine = check(run(), model, batch, cond_scale, device, dtype)
     theirs, mine = [], []
 
     def time_peer():
@@ -109,78 +124,129 @@ def test_sampling(benchmark, record, device, request, provider, cond_scale, batc
 
     benchmark.pedantic(lambda: mine.append(seconds(run, device)), setup=time_peer, rounds=rounds)
     ratio = statistics.median(a / b for a, b in zip(theirs, mine))
-    goal = GOALS.get((dtype, cond_scale), {}).get(batch)
+    figures = dict(ratio=ratio, worst_cosine=cosine)
+    if device.type == "cpu":
+        goal = CPU_GOALS.get((dtype, cond_scale), {}).get(batch)
+        figures["goals"] = dict(ratio=goal) if goal else None
+    elif batch == 1 and provider != "drop-in":
+        read = priors.step_weights(ours) * getattr(torch, dtype).itemsize * (STEPS - 1)
+        figures["share"] = read / floor_bandwidth(device) / statistics.median(mine)
+        if dtype == "bfloat16":
+            figures["goals"] = dict(p50=priors.GOALS[model]["seconds"])
     record("sample", "peer eager", theirs, **details | dict(dtype="float32", peer_evaluations=peer_steps - 1))
-    record("sample", provider, mine, **details, ratio=ratio, goal=goal, worst_cosine=cosine)
-    benchmark.extra_info.update(ratio_to_peer=round(ratio, 2), goal=goal, worst_cosine=cosine)
+    record("sample", provider, mine, **details, **figures)
+    benchmark.extra_info.update(figures)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_compiled_peer(benchmark, record, device, batch):
-    """The peer under torch.compile, the other bar: against our fp32 and bf16 samplers."""
-    _, eager = pair(device)
-    peer = copy.deepcopy(eager)
+def compiled_peer(device, model: str, dtype: str):
+    """The peer with a compiled network, in 16 bits with linears in `dtype` under autocast: as it is, it crashes."""
+    peer = copy.deepcopy(pair(device, model)[1])
     torch._dynamo.reset()
-    peer.net.forward = torch.compile(peer.net.forward)
-    peer_steps = 10
+    peer.net.to(getattr(torch, dtype))
+    forward = torch.compile(peer.net.forward, mode="reduce-overhead")
+
+    def call(*args, **kwargs):
+        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+            return forward(*args, **kwargs).float().clone()  # the next replay writes to the memory of this one
+
+    peer.net.forward = call
+    return peer
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 3.0])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("model", D2)
+def test_compiled_peer(benchmark, record, device, request, model, batch, cond_scale):
+    """The peer under torch.compile, the other bar: on a GPU in bf16 too, with CUDA graphs.
+
+    There our own network as compiled PyTorch, replayed as a CUDA graph as well, is a third one.
+    """
+    skip_on_cpu(device, model == "D2-small" and batch < 64 and cond_scale == 1)
+    whole = device.type == "cuda" or priors.quick
+    goal, batch = priors.GOALS[model]["ratios"][cond_scale][batch], priors.batch_size(batch)
+    dtype = "bfloat16" if whole else "float32"
+    peer = compiled_peer(device, model, dtype)
+    peer_steps = STEPS if whole else 10
     start = time.perf_counter()
-    got = peer_run(peer, batch, 1.0, device, 4)
+    got = peer_run(peer, batch, cond_scale, device, 4)
     compile_s = time.perf_counter() - start
-    assert torch.allclose(got, peer_run(eager, batch, 1.0, device, 4), atol=1e-3)
-    details = dict(model="D2-small", batch=batch, cond_scale=1.0, steps=STEPS)
-    record("compile", "peer compiled", [compile_s], **details, dtype="float32")
-    times = {name: [] for name in ("peer compiled", "sampler-float32", "sampler-bfloat16")}
-    built = {name: sampler(name.removeprefix("sampler-"), device, batch)[0] for name in list(times)[1:]}
+    wanted = peer_run(pair(device, model)[1], batch, cond_scale, device, 4)
+    if dtype == "float32":
+        assert torch.allclose(got, wanted, atol=1e-3)
+    assert torch.cosine_similarity(got, wanted).median() > 0.99
+    details = dict(model=model, batch=batch, cond_scale=cond_scale, steps=STEPS)
+    record("compile", "peer compiled", [compile_s], **details, dtype=dtype)
+    # provider -> (dtype, backend)
+    samplers = {"sampler-bfloat16": ("bfloat16", None)}
+    samplers |= {"reference compiled": ("bfloat16", "reference")} if whole else {"sampler-float32": ("float32", None)}
+    built = {
+        name: (sampler(model, own, device, batch, backend=backend)[0], backend)
+        for name, (own, backend) in samplers.items()
+    }
+
+    def run(name):
+        run, backend = built[name]
+        generator = torch.Generator(device).manual_seed(SEED)
+        with ops.using(backend):
+            return run(**text(batch, device), cond_scale=cond_scale, generator=generator)
+
+    for name, (own, _) in samplers.items():
+        check(run(name), model, batch, cond_scale, device, own)
+    times = {name: [] for name in ("peer compiled", *built)}
 
     def round_():
-        once = seconds(lambda: peer_run(peer, batch, 1.0, device, peer_steps), device)
+        once = seconds(lambda: peer_run(peer, batch, cond_scale, device, peer_steps), device)
         times["peer compiled"].append(once * (STEPS - 1) / (peer_steps - 1))
-        for name, run in built.items():
-            times[name].append(seconds(lambda run=run: run(**text(batch, device)), device))
+        for name in built:
+            times[name].append(seconds(lambda name=name: run(name), device))
 
     round_()  # building one sampler made dynamo forget the others
     for samples in times.values():
         samples.clear()
-    benchmark.pedantic(round_, rounds=3)
-    record("sample", "peer compiled", times["peer compiled"], **details, dtype="float32")
-    for name in built:
+    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 3)
+    record("sample", "peer compiled", times["peer compiled"], **details, dtype=dtype)
+    for name, (own, _) in samplers.items():
         ratio = statistics.median(a / b for a, b in zip(times["peer compiled"], times[name]))
+        goals = dict(ratio=goal) if device.type == "cuda" and name == "sampler-bfloat16" else None
         benchmark.extra_info[f"{name}_ratio_to_compiled_peer"] = round(ratio, 2)
-        record("ratio to compiled peer", name, [ratio], "x", **details, dtype=name.removeprefix("sampler-"))
+        record("ratio to compiled peer", name, [ratio], "x", **details, dtype=own, ratio=ratio, goals=goals)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_share_of_the_floor(benchmark, record, device, dtype):
+@pytest.mark.parametrize("model", priors.GOALS)
+def test_share_of_the_floor(benchmark, record, device, request, model, dtype):
     """One step at batch 1 against one read of the weights it needs, at this machine's measured bandwidth."""
-    built, _ = sampler(dtype, device, 1)
-    net = built.prior.net
-    weights = sum(p.numel() for p in net.causal_transformer.parameters() if p.ndim == 2)
-    read = weights * torch.finfo(getattr(torch, dtype)).bits // 8
-    bandwidths, steps = [], []
+    skip_on_cpu(device, model == "D2-small")
+    torch._dynamo.reset()
+    step, weights, tokens = priors.step_of(model, getattr(torch, dtype), device)
+    read = weights * getattr(torch, dtype).itemsize
+    backends = {f"sampler-{dtype}": None} | ({} if device.type == "cpu" else {"reference compiled": "reference"})
+    bandwidths, steps = [], {name: [] for name in backends}
 
     def round_():
-        bandwidths.append(read_bandwidth(device))
-        conditions = text(1, device)
-        whole = seconds(lambda: built(**conditions), device)
-        prefill = seconds(lambda: built._net.prefill(*conditions.values(), built._times), device)
-        steps.append((whole - prefill) / (STEPS - 1))
+        bandwidths.append(floor_bandwidth(device) if device.type == "cuda" else read_bandwidth(device))
+        for name, backend in backends.items():
+            with ops.using(backend):
+                steps[name] += op_seconds(lambda _: step(), [None], device)
 
-    with torch.no_grad():
-        benchmark.pedantic(round_, rounds=9)
+    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 9)
     floor = read / statistics.median(bandwidths)
-    share = floor / statistics.median(steps)
-    details = dict(model="D2-small", batch=1, dtype=dtype, bytes=read)
-    record("read bandwidth", "torch.sum", [b / 1e9 for b in bandwidths], "GB/s")
-    record("step", f"sampler-{dtype}", [s * 1e3 for s in steps], "ms", **details, floor_ms=floor * 1e3, share=share)
-    benchmark.extra_info.update(
-        step_ms=statistics.median(steps) * 1e3, floor_ms=floor * 1e3, share_of_floor=share, goal=0.6
-    )
+    details = dict(model=model, batch=1, dtype=dtype, bytes=read, flops=2 * weights * tokens)
+    record("read bandwidth", "torch.sum" if device.type == "cpu" else "copy", [b / 1e9 for b in bandwidths], "GB/s")
+    for name, samples in steps.items():
+        share = floor / statistics.median(samples)
+        goals = dict(share=priors.GOALS[model]["share"]) if (device.type, dtype) == ("cuda", "bfloat16") else None
+        goals = goals if name.startswith("sampler") else None
+        record(
+            "step", name, [s * 1e3 for s in samples], "ms", **details, floor_ms=floor * 1e3, share=share, goals=goals
+        )
+        benchmark.extra_info[f"{name}: share of the floor"] = round(share, 3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_best_of_4(benchmark, record, device, dtype):
+def test_best_of_4(benchmark, record, device, request, dtype):
     """Four candidates of one prompt against one sample: goal 1.3x the time."""
-    one, four = sampler(dtype, device, 1)[0], sampler(dtype, device, 1, samples_per_prompt=4)[0]
+    one, four = (sampler("D2-small", dtype, device, 1, count)[0] for count in (1, 4))
     times = {1: [], 4: []}
 
     def round_():
@@ -190,34 +256,40 @@ def test_best_of_4(benchmark, record, device, dtype):
     round_()  # building one sampler made dynamo forget the other
     for samples in times.values():
         samples.clear()
-    benchmark.pedantic(round_, rounds=7)
+    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 7)
     ratio = statistics.median(b / a for a, b in zip(times[1], times[4]))
     details = dict(model="D2-small", batch=1, cond_scale=1.0, steps=STEPS, dtype=dtype)
-    record("best of 4", f"sampler-{dtype}", times[4], **details, ratio_to_one=ratio, goal=1.3)
+    record("best of 4", f"sampler-{dtype}", times[4], **details, ratio_to_one=ratio, goals=dict(ratio_to_one=1.3))
     benchmark.extra_info.update(ratio_to_one=round(ratio, 3), goal=1.3)
 
 
 def test_ddpm_1000_steps(benchmark, record, device):
     """The whole schedule at batch 1: the same embedding as the peer after 1000 steps, and how much sooner."""
     ours, peer = pair(device)
-    wanted = {}
-    theirs = seconds(lambda: wanted.update(out=peer_run(peer, 1, 1.0, device, 1000)), device)
+    wanted, steps = {}, priors.steps(1000)
+    theirs = seconds(lambda: wanted.update(out=peer_run(peer, 1, 1.0, device, steps)), device)
     mine = []
 
     def run():
-        mine.append(seconds(lambda: wanted.update(ours=our_run(ours, 1, 1.0, device, 1000)), device))
+        mine.append(seconds(lambda: wanted.update(ours=our_run(ours, 1, 1.0, device, steps)), device))
 
     benchmark.pedantic(run, rounds=1)
     error = ((wanted["ours"] - wanted["out"]).abs().max() / wanted["out"].abs().max()).item()
     assert error <= 1e-4
-    details = dict(model="D2-small", batch=1, cond_scale=1.0, steps=1000, dtype="float32")
+    details = dict(model="D2-small", batch=1, cond_scale=1.0, steps=steps, dtype="float32")
     record("sample", "peer eager", [theirs], **details)
     record("sample", "drop-in", mine, **details, ratio=theirs / mine[0], max_error=error)
     benchmark.extra_info.update(ratio_to_peer=round(theirs / mine[0], 2), max_error_of_scale=error)
 
 
-def test_models_have_the_size_they_claim(benchmark, device):
-    """D2-small is the published example configuration: 100.9 M weights are read per step."""
-    net = benchmark.pedantic(lambda: pair(device)[0].net, rounds=1)
-    weights = sum(p.numel() for p in net.causal_transformer.parameters() if p.ndim == 2)
-    assert abs(weights - 100.9e6) < 0.1e6 and D2_SMALL["depth"] == 12
+@pytest.mark.parametrize("model, millions", [("D2-small", 100.9), ("D2-large", 248.3), ("PT-1B", 1009.8)])
+def test_models_have_the_size_they_claim(benchmark, model, millions):
+    """Weights that a step reads; D2-small is the published example configuration."""
+    if priors.quick:
+        pytest.skip("they are tiny")
+
+    def make():
+        with torch.device("meta"):
+            return priors.pt_prior("meta") if model == "PT-1B" else priors.build(fastprior, "meta", model)
+
+    assert abs(priors.step_weights(benchmark.pedantic(make, rounds=1)) / 1e6 - millions) < 0.1

@@ -1,10 +1,13 @@
 """Timing of single operations: inside a CUDA graph on a GPU, over input sets that do not fit its caches."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+
+from fastprior.bench import read_bandwidth
 
 CACHE_BYTES = 256 * 2**20  # more than any L2: each call finds its inputs in memory
 
@@ -15,6 +18,12 @@ def copy_bandwidth(device) -> float:
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(op_seconds(lambda _: target.copy_(source), [None], device))
+
+
+@functools.cache
+def floor_bandwidth(device) -> float:
+    """Bytes per second that floors are of: on a GPU of copying, which is timed without its launch."""
+    return copy_bandwidth(device) if device.type == "cuda" else read_bandwidth(device)
 
 
 def input_sets(make: Callable[[int], object], bytes_each: int, device) -> list:

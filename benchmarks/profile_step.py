@@ -1,0 +1,88 @@
+"""Where the time of a step goes: `python benchmarks/profile_step.py --device cuda --out FOLDER` writes a table a model.
+
+One step at batch 1 in bf16, compiled, under torch.profiler, which adds to the time between kernels but not to theirs.
+The first part has operations by the shapes of their inputs, with the bytes that these have; the second has kernels. On
+the CPU the kernels run in Triton's interpreter, in fp16, and what is listed as kernels are operations.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import priors
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastprior.kernels import ops
+
+STEPS = 10  # that are profiled; figures are of one
+
+
+def table(model: str, device: torch.device) -> str:
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float16
+    with ops.using("triton"):
+        step, weights, _ = priors.step_of(model, dtype, device, compile=on_gpu)
+        for _ in range(3):
+            step()
+        with profile(
+            activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + on_gpu], record_shapes=True
+        ) as found:
+            for _ in range(STEPS):
+                step()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+    where = "device" if on_gpu else "cpu"
+    rows = found.key_averages(group_by_input_shape=True)
+    operations = [r for r in rows if r.key.startswith("fastprior::") or r.key in ("aten::mm", "aten::addmm")]
+    operations = [(_label(r), r.count, getattr(r, f"{where}_time_total"), _bytes(r, dtype)) for r in operations]
+    kernels = [r for r in found.key_averages() if (str(r.device_type).endswith("CUDA") or not on_gpu)]
+    kernels = [(r.key, r.count, getattr(r, f"self_{where}_time_total")) for r in kernels]
+    total = sum(time for _, _, time in kernels) / STEPS
+    launches = sum(count for _, count, _ in kernels) / STEPS
+    read = weights * dtype.itemsize
+    lines = [
+        f"{model}, batch 1, {dtype}: a step of {launches:g} launches, {total:.1f} us in kernels, {read / 1e6:.1f} MB "
+        f"of weights: {read / max(total, 1e-9) / 1e3:.0f} GB/s",
+        "",
+        f"{'operation, by shapes of inputs':60} {'calls':>6} {'us each':>9} {'MB each':>9} {'GB/s':>7}",
+    ]
+    for key, count, time, size in sorted(operations, key=lambda row: -row[2]):
+        each = max(time / count, 1e-9)
+        lines.append(f"{key:60} {count / STEPS:6g} {each:9.2f} {size / 1e6:9.3f} {size / each / 1e3:7.0f}")
+    lines += ["", f"{'kernel':100} {'calls':>6} {'us each':>9} {'share':>6}"]
+    for key, count, time in sorted(kernels, key=lambda row: -row[2]):
+        share = time / STEPS / max(total, 1e-9)
+        lines.append(f"{key[:100]:100} {count / STEPS:6g} {time / count:9.2f} {share:6.1%}")
+    return "\n".join(lines)
+
+
+def _label(row) -> str:
+    """Of the operation and its two largest inputs."""
+    largest = sorted(filter(None, row.input_shapes), key=math.prod)[-2:]
+    return " ".join([row.key, *(str(list(shape)) for shape in largest)])
+
+
+def _bytes(row, dtype: torch.dtype) -> int:
+    """Of all inputs, in this dtype, which those that matter have."""
+    return sum(math.prod(shape) for shape in row.input_shapes if shape) * dtype.itemsize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="tiny models")
+    options = parser.parse_args()
+    if options.quick:
+        priors.shrink()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for model in priors.GOALS:
+        path = options.out / f"profile-{model}.txt"
+        text = table(model, torch.device(options.device))
+        path.write_text(text + "\n")
+        print(f"{text.splitlines()[0]}; {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -120,7 +121,8 @@ class PriorPipeline(PipelineParts):
     ):
         super().__init__(*args, **kwargs)
         quantisation.check(quantise)
-        self.quantise, self.quality, self._watch, self._steps_by = quantise, None, WeightWatch(), self.prior
+        self.quantise, self.quality = quantise, None
+        self._lock, self._watch, self._steps_by = threading.Lock(), WeightWatch(), self.prior
         self.compile, self.batch_sizes = compile, buckets.check_batch_sizes(batch_sizes)
         self._graphs: dict[tuple, Callable] = {}
 
@@ -246,29 +248,28 @@ class PriorPipeline(PipelineParts):
 
     def _quantise(self) -> None:
         """Quantise weights that are new, and compare embeddings of random texts with those of the prior as it is."""
-        if not self._watch.changed(self.prior):
-            return
-        twin, kind, embeds = quantisation.quantised(self.prior, self.quantise), self.quantise, []
-        config, draw = self.prior.config, torch.Generator().manual_seed(0)
-        length, dim, count = config["num_embeddings"], config["embedding_dim"], 16
-        shapes = (count, config["embedding_proj_dim"] or dim), (count, length, dim)
-        lengths = torch.randint(1, length + 1, (count, 1), generator=draw)
-        drawn = (torch.randn(shape, generator=draw) for shape in shapes)
-        text = TextEncoding(*(t.to(self.device) for t in (*drawn, torch.arange(length) < lengths)))
-        try:
-            self.quantise = None  # in these calls
-            for prior in (self.prior, twin):
-                self._steps_by = prior
-                noise = torch.Generator(self.device).manual_seed(0)
-                null = TextEncoding(*(t[:1] for t in text))
-                zero = torch.zeros(1, dim, device=self.device)
-                embeds.append(self(text, null, generator=noise, zero_embed=zero).image_embeds)
-            self.quality = quantisation.judge(kind, embeds[1], embeds[0])
-        except BaseException:
-            self._watch, self._steps_by = WeightWatch(), self.prior
-            raise
-        finally:
-            self.quantise = kind
+        with self._lock:
+            if not self._watch.changed(self.prior):
+                return
+            twin, embeds = quantisation.quantised(self.prior, self.quantise), []
+            config, draw = self.prior.config, torch.Generator().manual_seed(0)
+            length, dim, count = config["num_embeddings"], config["embedding_dim"], 16
+            shapes = (count, config["embedding_proj_dim"] or dim), (count, length, dim)
+            lengths = torch.randint(1, length + 1, (count, 1), generator=draw)
+            drawn = (torch.randn(shape, generator=draw) for shape in shapes)
+            text = TextEncoding(*(t.to(self.device) for t in (*drawn, torch.arange(length) < lengths)))
+            null, zero = TextEncoding(*(t[:1] for t in text)), torch.zeros(1, dim, device=self.device)
+            try:
+                for prior in (self.prior, twin):
+                    pipeline = PriorPipeline(self.prior, self.schedule)
+                    pipeline._steps_by = prior
+                    noise = torch.Generator(self.device).manual_seed(0)
+                    embeds.append(pipeline(text, null, generator=noise, zero_embed=zero).image_embeds)
+                self.quality = quantisation.judge(self.quantise, embeds[1], embeds[0])
+            except BaseException:
+                self._watch = WeightWatch()  # nothing is served of what was not found good
+                raise
+            self._steps_by = twin
 
     def _step(
         self,

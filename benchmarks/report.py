@@ -14,13 +14,15 @@ PROVIDERS = {
     "drop-in": "drop-in, eager fp32",
     "sampler-float32": "`PriorSampler`, fp32",
     "sampler-bfloat16": "`PriorSampler`, bf16",
+    "sampler-int8": "`PriorSampler`, bf16 with int8 steps",
 }
 
 
 MEASURED = {
     "p20", "p50", "p80", "runs", "ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy", "goal",
     "goals", "flops", "quick", "worst_cosine", "max_error", "floor_ms", "bytes", "peer_evaluations", "driver",
-    "versions", "commit", "date", "lr", "reached", "curve", "open_s", "read_s", "before_mib",
+    "versions", "commit", "date", "lr", "reached", "curve", "open_s", "read_s", "before_mib", "config", "gain",
+    "tried", "wrong", "refused",
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ ROUNDS = {1: 3, 8: 3, 64: 2}
 
 
 def skip_on_cpu(device, wanted: bool = False) -> None:
-    """Only D2-small is measured there, and of the peer compiled a part."""
+    """Only D2-small is measured there, steps of 8 bits where they pay, and of the peer compiled a part."""
     if device.type == "cpu" and not wanted and not priors.quick:
         pytest.skip("would take many minutes on the CPU")
 
@@ -65,7 +65,8 @@ def sampler(
         ours,
         batch_sizes=(batch,),
         timesteps=STEPS,
-        dtype=getattr(torch, dtype),
+        dtype=torch.bfloat16 if dtype == "int8" else getattr(torch, dtype),
+        quantise="int8" if dtype == "int8" else None,
         samples_per_prompt=samples_per_prompt,
         solver="ddim",
     )
@@ -90,12 +91,12 @@ def check(out: torch.Tensor, model: str, batch: int, cond_scale: float, device, 
     return cosine.min().item()
 
 
-@pytest.mark.parametrize("provider", ["drop-in", "sampler-float32", "sampler-bfloat16"])
+@pytest.mark.parametrize("provider", ["drop-in", "sampler-float32", "sampler-bfloat16", "sampler-int8"])
 @pytest.mark.parametrize("cond_scale", [1.0, 3.0])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize("model", D2)
 def test_sampling(benchmark, record, device, request, model, provider, cond_scale, batch):
-    skip_on_cpu(device, model == "D2-small")
+    skip_on_cpu(device, model == "D2-small" and (batch == 1 or provider != "sampler-int8"))
     ours, peer = pair(device, model)
     peer_steps = STEPS if request.config.getoption("--full-peer") else PEER_STEPS[batch]
     rounds = request.config.getoption("--rounds") or ROUNDS[batch]

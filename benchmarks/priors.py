@@ -38,6 +38,11 @@ def shrink() -> None:
     PT_1B.update(num_attention_heads=2, attention_head_dim=32, num_layers=2, embedding_dim=64, num_embeddings=9)
 
 
+def as_on_gpu(device: torch.device) -> bool:
+    """Whether to do all that is for GPUs; it is tried with `--quick` too."""
+    return device.type == "cuda" or quick
+
+
 def steps(count: int) -> int:
     return min(count, 5) if quick else count
 
@@ -86,12 +91,12 @@ def pt_prior(device, make: type[nn.Module] = PriorTransformer, layers: int | Non
     return prior.eval().to(device)
 
 
-def step_weights(prior: nn.Module) -> int:
-    """Of a `DiffusionPrior` or `PriorTransformer`: how many a step reads, each once."""
-    if isinstance(prior, PriorTransformer):
-        read = prior.transformer_blocks, prior.proj_in, prior.proj_to_clip_embeddings
+def step_weights(net: nn.Module) -> int:
+    """Of a `DiffusionPriorNetwork` or `PriorTransformer`: how many a step reads, each once."""
+    if hasattr(net, "transformer_blocks"):
+        read = net.transformer_blocks, net.proj_in, net.proj_to_clip_embeddings
     else:
-        read = (prior.net.causal_transformer,)
+        read = (net.causal_transformer,)
     return sum(p.numel() for module in read for p in module.parameters() if p.ndim == 2)
 
 
@@ -113,7 +118,7 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
     x, x0, noise = torch.randn(3, 1, net.dim, device=device)
     scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
     given = net, cond, null_preds, rows, scale, x, x0, noise, index, plan.clamp, plan.radius
-    return torch.no_grad()(lambda: run(*given)[0]), step_weights(prior), plan.suffix_tokens
+    return torch.no_grad()(lambda: run(*given)[0]), step_weights(net), plan.suffix_tokens
 
 
 def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], Tensor], int, int]:

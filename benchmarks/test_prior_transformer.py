@@ -15,7 +15,7 @@ import priors
 import pytest
 import torch
 from priors import GOALS, PT_1B, UNCLIP, pt_prior, pt_text
-from timing import floor_bandwidth
+from timing import floor_share
 
 from fastprior.bench import seconds
 from fastprior.kernels import ops
@@ -126,7 +126,7 @@ def test_compiled_peer(benchmark, record, device, request, batch, scale):
 
     All prompts have 77 tokens. The state of diffusers' run is bf16 too, ours is not: only ours is held to the result.
     """
-    if device.type == "cpu" and not priors.quick:
+    if not priors.as_on_gpu(device):
         pytest.skip("would take many minutes on the CPU")
     torch._dynamo.reset()
     ratio_goal, at_batch_1 = GOALS["PT-1B"]["ratios"][scale][batch], batch == 1
@@ -150,16 +150,15 @@ def test_compiled_peer(benchmark, record, device, request, batch, scale):
 
     benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 5)
     details = dict(model="PT-1B", batch=batch, tokens=tokens, steps=STEPS, cond_scale=scale, dtype="bfloat16")
+    read = priors.step_weights(ours) * dtype.itemsize * STEPS
+    shares = {name: floor_share(samples, read, device) for name, samples in times.items()}
     for name in runs:
-        figures = dict(worst_cosine=worst[name])
-        if device.type == "cuda" and at_batch_1:
-            read = priors.step_weights(ours) * dtype.itemsize * STEPS
-            figures["share"] = read / floor_bandwidth(device) / statistics.median(times[name])
-        if device.type == "cuda" and at_batch_1 and scale != 1 and name.startswith("PriorPipeline"):
-            figures["goals"] = dict(p50=GOALS["PT-1B"]["seconds"])
-        record("sample", name, times[name], **details, **figures)
+        judged = at_batch_1 and scale != 1 and name.startswith("PriorPipeline")
+        goals = dict(p50=GOALS["PT-1B"]["seconds"]) if judged else None
+        record("sample", name, times[name], **details, worst_cosine=worst[name], share=shares[name], goals=goals)
     for name in list(runs)[1:]:
         ratio = statistics.median(a / b for a, b in zip(times["diffusers compiled"], times[name]))
-        goals = dict(ratio=ratio_goal) if device.type == "cuda" and name.startswith("PriorPipeline") else None
-        record("ratio to compiled peer", name, [ratio], "x", **details, ratio=ratio, goals=goals)
+        goals = dict(ratio=ratio_goal) if name.startswith("PriorPipeline") else None
+        figures = dict(ratio=ratio, share=shares[name], goals=goals)
+        record("ratio to compiled peer", name, [ratio], "x", **details, **figures)
         benchmark.extra_info[f"{name}_ratio_to_compiled_peer"] = round(ratio, 2)

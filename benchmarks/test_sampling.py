@@ -16,7 +16,7 @@ import priors
 import pytest
 import torch
 from priors import D2, pair, text
-from timing import floor_bandwidth, op_seconds
+from timing import floor_bandwidth, floor_share, op_seconds
 
 import fastprior
 from fastprior.bench import read_bandwidth, seconds
@@ -37,7 +37,7 @@ ROUNDS = {1: 3, 8: 3, 64: 2}
 
 def skip_on_cpu(device, wanted: bool = False) -> None:
     """Only D2-small is measured there, steps of 8 bits where they pay, and of the peer compiled a part."""
-    if device.type == "cpu" and not wanted and not priors.quick:
+    if not wanted and not priors.as_on_gpu(device):
         pytest.skip("would take many minutes on the CPU")
 
 
@@ -100,7 +100,7 @@ def test_sampling(benchmark, record, device, request, model, provider, cond_scal
     ours, peer = pair(device, model)
     peer_steps = STEPS if request.config.getoption("--full-peer") else PEER_STEPS[batch]
     rounds = request.config.getoption("--rounds") or ROUNDS[batch]
-    batch = priors.batch_size(batch)
+    batch, at_batch_1 = priors.batch_size(batch), batch == 1
     dtype = "float32" if provider == "drop-in" else provider.removeprefix("sampler-")
     details = dict(model=model, batch=batch, cond_scale=cond_scale, steps=STEPS, dtype=dtype)
     if provider == "drop-in":
@@ -125,15 +125,13 @@ def test_sampling(benchmark, record, device, request, model, provider, cond_scal
 
     benchmark.pedantic(lambda: mine.append(seconds(run, device)), setup=time_peer, rounds=rounds)
     ratio = statistics.median(a / b for a, b in zip(theirs, mine))
-    figures = dict(ratio=ratio, worst_cosine=cosine)
-    if device.type == "cpu":
+    read = priors.step_weights(ours.net) * getattr(torch, dtype).itemsize * (STEPS - 1)
+    figures = dict(ratio=ratio, worst_cosine=cosine, share=floor_share(mine, read, device))
+    if not priors.as_on_gpu(device):
         goal = CPU_GOALS.get((dtype, cond_scale), {}).get(batch)
         figures["goals"] = dict(ratio=goal) if goal else None
-    elif batch == 1 and provider != "drop-in":
-        read = priors.step_weights(ours) * getattr(torch, dtype).itemsize * (STEPS - 1)
-        figures["share"] = read / floor_bandwidth(device) / statistics.median(mine)
-        if dtype == "bfloat16":
-            figures["goals"] = dict(p50=priors.GOALS[model]["seconds"])
+    elif at_batch_1 and cond_scale == 1 and provider == "sampler-bfloat16":
+        figures["goals"] = dict(p50=priors.GOALS[model]["seconds"])
     record("sample", "peer eager", theirs, **details | dict(dtype="float32", peer_evaluations=peer_steps - 1))
     record("sample", provider, mine, **details, **figures)
     benchmark.extra_info.update(figures)
@@ -163,7 +161,7 @@ def test_compiled_peer(benchmark, record, device, request, model, batch, cond_sc
     There our own network as compiled PyTorch, replayed as a CUDA graph as well, is a third one.
     """
     skip_on_cpu(device, model == "D2-small" and batch < 64 and cond_scale == 1)
-    whole = device.type == "cuda" or priors.quick
+    whole = priors.as_on_gpu(device)
     goal, batch = priors.GOALS[model]["ratios"][cond_scale][batch], priors.batch_size(batch)
     dtype = "bfloat16" if whole else "float32"
     peer = compiled_peer(device, model, dtype)
@@ -208,9 +206,11 @@ def test_compiled_peer(benchmark, record, device, request, model, batch, cond_sc
     record("sample", "peer compiled", times["peer compiled"], **details, dtype=dtype)
     for name, (own, _) in samplers.items():
         ratio = statistics.median(a / b for a, b in zip(times["peer compiled"], times[name]))
-        goals = dict(ratio=goal) if device.type == "cuda" and name == "sampler-bfloat16" else None
+        goals = dict(ratio=goal) if whole and name == "sampler-bfloat16" else None
         benchmark.extra_info[f"{name}_ratio_to_compiled_peer"] = round(ratio, 2)
-        record("ratio to compiled peer", name, [ratio], "x", **details, dtype=own, ratio=ratio, goals=goals)
+        read = priors.step_weights(pair(device, model)[0].net) * getattr(torch, own).itemsize * (STEPS - 1)
+        figures = dict(ratio=ratio, share=floor_share(times[name], read, device), goals=goals)
+        record("ratio to compiled peer", name, [ratio], "x", **details, dtype=own, **figures)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -221,7 +221,8 @@ def test_share_of_the_floor(benchmark, record, device, request, model, dtype):
     torch._dynamo.reset()
     step, weights, tokens = priors.step_of(model, getattr(torch, dtype), device)
     read = weights * getattr(torch, dtype).itemsize
-    backends = {f"sampler-{dtype}": None} | ({} if device.type == "cpu" else {"reference compiled": "reference"})
+    backends = {f"sampler-{dtype}": None}
+    backends |= {"reference compiled": "reference"} if priors.as_on_gpu(device) else {}
     bandwidths, steps = [], {name: [] for name in backends}
 
     def round_():
@@ -236,8 +237,8 @@ def test_share_of_the_floor(benchmark, record, device, request, model, dtype):
     record("read bandwidth", "torch.sum" if device.type == "cpu" else "copy", [b / 1e9 for b in bandwidths], "GB/s")
     for name, samples in steps.items():
         share = floor / statistics.median(samples)
-        goals = dict(share=priors.GOALS[model]["share"]) if (device.type, dtype) == ("cuda", "bfloat16") else None
-        goals = goals if name.startswith("sampler") else None
+        judged = priors.as_on_gpu(device) and name == "sampler-bfloat16"
+        goals = dict(share=priors.GOALS[model]["share"]) if judged else None
         record(
             "step", name, [s * 1e3 for s in samples], "ms", **details, floor_ms=floor * 1e3, share=share, goals=goals
         )
@@ -291,6 +292,6 @@ def test_models_have_the_size_they_claim(benchmark, model, millions):
 
     def make():
         with torch.device("meta"):
-            return priors.pt_prior("meta") if model == "PT-1B" else priors.build(fastprior, "meta", model)
+            return priors.pt_prior("meta") if model == "PT-1B" else fastprior.DiffusionPriorNetwork(**D2[model])
 
     assert abs(priors.step_weights(benchmark.pedantic(make, rounds=1)) / 1e6 - millions) < 0.1

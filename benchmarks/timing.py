@@ -26,6 +26,11 @@ def floor_bandwidth(device) -> float:
     return copy_bandwidth(device) if device.type == "cuda" else read_bandwidth(device)
 
 
+def floor_share(samples: list[float], read: int, device) -> float:
+    """What part of these seconds it takes to read so many bytes."""
+    return read / floor_bandwidth(device) / median(samples)
+
+
 def input_sets(make: Callable[[int], object], bytes_each: int, device) -> list:
     """As many input sets, made from seeds, as fill the caches; one on the CPU, where that is not attempted."""
     count = 1 if device.type == "cpu" else max(2, min(64, CACHE_BYTES // max(bytes_each, 1) + 1))

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS))
 pytest.importorskip("dalle2_pytorch", reason="the peer is in the test extra")
 pytest.importorskip("matplotlib", reason="is in the test extra")
 pytest.importorskip("triton")
@@ -263,7 +263,6 @@ def case_of(kernel: str) -> sweep.Case:
 
 @interpreted
 def test_sweep_rejects_what_is_wrong(tiny):
-    """Half of a row is what the configuration before computed, if memory is as it was left; so it is poisoned."""
     case = case_of("norm forward")
     plain = norm.layer_norm_config
 
@@ -277,6 +276,25 @@ def test_sweep_rejects_what_is_wrong(tiny):
     wrong = replace(norm.layer_norm_config(64), block=32)
     with sweep.configured(case, wrong), pytest.raises(RuntimeError, match="is wrong, or does not run"):
         sweep.sweep(case, torch.device("cpu"))
+
+
+@interpreted
+def test_sweep_does_not_take_what_was_there_before(tiny, monkeypatch):
+    """All results lie in the same memory, and with 16 warps nothing is written."""
+    memory, plain = {}, launch.launch
+
+    def empty(shape, like, dtype=None):
+        return memory.setdefault((shape, dtype), torch.empty(shape, dtype=dtype or like.dtype))
+
+    def launched(*args, num_warps, **kwargs):
+        if num_warps != 16:
+            plain(*args, num_warps=num_warps, **kwargs)
+
+    monkeypatch.setattr(launch, "empty", empty)
+    monkeypatch.setattr(launch, "launch", launched)
+    case = replace(case_of("norm forward"), grid=lambda config: [replace(config, num_warps=16)])
+    found = sweep.sweep(case, torch.device("cpu"))
+    assert found["tried"] == 1 and len(found["wrong"]) == 1 and launch.empty is empty
 
 
 def test_sweep_compares():

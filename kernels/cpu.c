@@ -278,10 +278,9 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
 }
 
 enum { MOST_DOTS = 6 };
-INLINE long dot_rows(long kind) { return kind == FLOAT32 ? 3 : MOST_DOTS; }
 
-INLINE long tile_columns(long kind, long rows) {
-    if (rows > dot_rows(kind)) return rows <= LANES ? SUMS : SUMS / 2;
+INLINE long tile_columns(long rows) {
+    if (rows > MOST_DOTS) return rows <= LANES ? SUMS : SUMS / 2;
     return rows * 4 <= SUMS ? 4 : 2;
 }
 
@@ -293,7 +292,7 @@ INLINE long tile_columns(long kind, long rows) {
 
 static void product_float32(const float *x, const struct linear *a, const char *weight, long stride, long count,
                             float *tile) {
-    switch (a->rows) { DOT(FLOAT32, 1) DOT(FLOAT32, 2) DOT(FLOAT32, 3) }
+    switch (a->rows) { DOT(FLOAT32, 1) DOT(FLOAT32, 2) DOT(FLOAT32, 3) DOT(FLOAT32, 4) DOT(FLOAT32, 5) DOT(FLOAT32, 6) }
     OUTER(FLOAT32)
 }
 
@@ -367,7 +366,8 @@ long most_rows(long kind) {
 /* Numbers of room that a linear needs: for the fewest rows each thread lays them out for itself, without a meeting. */
 static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 4 * LANES) + WIDTH; }
 static long room(long rows, long dim, long threads) {
-    const long shared = (rows + WIDTH) * (dim + 4 * LANES), own = rows > MOST_DOTS ? 0 : threads * room_of_thread(rows, dim);
+    const long few = rows < MOST_DOTS ? rows : MOST_DOTS; /* a last layer may have fewer than the others */
+    const long shared = (rows + WIDTH) * (dim + 4 * LANES), own = threads * room_of_thread(few, dim);
     return shared > own ? shared : own;
 }
 
@@ -375,8 +375,8 @@ static long room(long rows, long dim, long threads) {
 static void linear_of_team(const struct linear *a, float *x) {
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), rows = a->rows, dim = a->dim;
     const long kind = a->weight[0].matrix.kind, span = SPAN(kind), block = LANES * span;
-    const long padded = (dim + block - 1) / block * block, dots = rows <= dot_rows(kind);
-    const long width = dots ? rows : rows <= LANES ? LANES : WIDTH, unit = tile_columns(kind, rows);
+    const long padded = (dim + block - 1) / block * block, dots = rows <= MOST_DOTS;
+    const long width = dots ? rows : rows <= LANES ? LANES : WIDTH, unit = tile_columns(rows);
     void (*product)(const float *, const struct linear *, const char *, long, long, float *) =
         kind == FLOAT32 ? product_float32 : kind == BFLOAT16 ? product_bfloat16 : product_int8;
     const int words = HAS_WORDS && dots && kind == INT8;

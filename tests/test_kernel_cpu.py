@@ -510,10 +510,12 @@ def test_blocks_of_the_prior_transformer(build, calls, config, dtype):
             check(got, true, through_reference(prior_step, blocks, prefix, x, outputs))
 
 
-def test_blocks_are_the_same_with_any_threads():
-    transformer, (prefix, x) = make_transformer(normformer=True), make_tokens()
+@pytest.mark.parametrize("samples", [1, 2, 3, 5])
+def test_blocks_are_the_same_with_any_threads(samples):
+    """A last layer of fewer rows may take the other form, which wants room for each thread."""
+    transformer, (prefix, x) = make_transformer(normformer=True), make_tokens(samples=samples)
     expected = step(transformer, prefix, x)
-    for count in (2, 3, 7):
+    for count in (2, 3, 7, 32):
         with threads(count):
             assert torch.equal(step(transformer, prefix, x), expected)
 
@@ -1057,7 +1059,9 @@ def sanitized():
             tokens = make_tokens(samples=samples, dim=transformer.norm.g.shape[0])
             with threads(count):
                 step(transformer, *tokens)
-    prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)
+    for count in 2, 32:
+        with threads(count):
+            prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)
     print("every access was within bounds", flush=True)
     cpu._fit = lambda *args: None
     cpu.linear(x=random(3, 64), weight=random(5, 7))

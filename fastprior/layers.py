@@ -82,8 +82,9 @@ def product_dtype(linear: nn.Module) -> torch.dtype:
     return getattr(linear, "product_dtype", linear.weight.dtype)
 
 
-def _scale(linear: nn.Module) -> Tensor | None:
-    return getattr(linear, "scale", None)
+def scale_of(linear: nn.Module) -> Tensor | None:
+    """Of the rows of a quantised weight; None of another."""
+    return linear.scale if type(linear) is QuantisedLinear else None
 
 
 class SinusoidalPosEmb(nn.Module):
@@ -211,10 +212,10 @@ class FeedForward(nn.Sequential):
         norms = dict(
             stream=stream, stream_gain=stream_gain, norm_gain=norm.g, eps=norm.eps, dtype=product_dtype(expand)
         )
-        h, stream = ops.linear(x, expand.weight, activation="swiglu", scale=_scale(expand), **norms)
+        h, stream = ops.linear(x, expand.weight, activation="swiglu", scale=scale_of(expand), **norms)
         gain = None if isinstance(inner_norm, nn.Identity) else inner_norm.g
         around = dict(norm_gain=gain, eps=norm.eps, residual=stream)
-        return ops.linear(h, contract.weight, scale=_scale(contract), **around)
+        return ops.linear(h, contract.weight, scale=scale_of(contract), **around)
 
 
 def _own_modules(attn: Attention, ff: FeedForward) -> tuple[nn.Module, ...]:
@@ -468,7 +469,7 @@ class CausalTransformer(nn.Module):
         found = []
         for attn, ff in self.layers:
             linears = attn.to_q, attn.to_kv, None, attn.to_out[0], ff[1], ff[5]
-            parts = [(None, None) if linear is None else (linear.weight, _scale(linear)) for linear in linears]
+            parts = [(None, None) if linear is None else (linear.weight, scale_of(linear)) for linear in linears]
             weights, scales = zip(*parts)
             gains = dict(norm_gain=attn.norm.g, out_gain=attn.to_out[1].g, ff_gain=ff[0].g)
             inner = None if isinstance(ff[3], nn.Identity) else ff[3].g
@@ -484,7 +485,7 @@ class CausalTransformer(nn.Module):
         modules = [module for layer in self.layers for module in _own_modules(*layer)]
         plain = not self.training and all(map(_is_plain, modules))
         plain = plain and len({module.eps for module in modules if isinstance(module, LayerNorm)}) == 1
-        if plain and ops.takes_blocks(x, blocks := self._blocks(), cache.k, cache.v):
+        if plain and x.is_cpu and ops.takes_blocks(x, blocks := self._blocks(), cache.k, cache.v):
             attn = self.layers[0][0]
             x = ops.run_blocks(
                 x, blocks, cache.k, cache.v, outputs=1, heads=attn.heads, scale=attn.scale, rotary=cache.rotary,

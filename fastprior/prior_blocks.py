@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
-from fastprior.layers import QuantisedLinear
+from fastprior.layers import QuantisedLinear, scale_of
 
 HIDDEN = -10000.0  # added to the logit of a key that must not be seen: what the weights were trained with
 PLAIN = nn.Linear, QuantisedLinear
@@ -131,8 +131,8 @@ def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> T
 def projected(linear: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """`residual + activation(linear(x))`; whatever stands in the place of a linear (LoRA) is called."""
     if type(linear) in PLAIN:
-        scale = getattr(linear, "scale", None)
-        return ops.linear(x, linear.weight, linear.bias, scale=scale, activation=activation, residual=residual)
+        around = dict(scale=scale_of(linear), activation=activation, residual=residual)
+        return ops.linear(x, linear.weight, linear.bias, **around)
     y = linear(x)
     y = y if activation is None else F.gelu(y)
     return y if residual is None else y + residual
@@ -222,7 +222,7 @@ def _weights(blocks: Sequence[nn.Module]) -> list[ops.Block] | None:
         linears = attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], expand.proj, contract
         if any(type(linear) not in PLAIN for linear in linears):
             return None
-        scales = {f"{name}_scale": getattr(linear, "scale", None) for name, linear in zip(ops.Block._fields, linears)}
+        scales = {f"{name}_scale": scale_of(linear) for name, linear in zip(ops.Block._fields, linears)}
         biases = {f"{name}_bias": linear.bias for name, linear in zip(ops.Block._fields, linears)}
         norms = dict(norm_gain=block.norm1.weight, norm_bias=block.norm1.bias)
         norms |= dict(ff_gain=block.norm3.weight, ff_bias=block.norm3.bias)
@@ -239,7 +239,7 @@ def step(
     """
     dtype = dtype or x.dtype
     k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
-    if (weights := _weights(blocks)) and ops.takes_blocks(x, weights, k, v):
+    if x.is_cpu and (weights := _weights(blocks)) and ops.takes_blocks(x, weights, k, v):
         attn, eps = blocks[0].attn1, blocks[0].norm1.eps
         return ops.run_blocks(
             x, weights, k, v, outputs=outputs, heads=attn.heads, scale=attn.scale, mask=prefix.mask, activation="gelu",

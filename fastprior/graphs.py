@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastprior.network import Conditioning
 from fastprior.sampler import map_rows
 
 WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must not happen within
@@ -39,19 +43,20 @@ def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) ->
 
 
 class StepGraph:
-    """The prefill and the step of one batch size, in a pool of memory of their own.
+    """The prefill and the step of one shape, in a pool of memory of their own.
 
-    A pool that several batch sizes share would be as large as the largest of them needs, but give nothing back before
-    the last is gone. One of their own is free as soon as this object is, and goes back to the device at the next
+    A pool that several shapes share would be as large as the largest of them needs, but give nothing back before the
+    last is gone. One of their own is free as soon as this object is, and goes back to the device at the next
     `torch.cuda.empty_cache`, capture, or allocation that would fail otherwise. For sizes of 1, 8 and 64 that is a
     seventh more.
 
     Args:
-        prefill: (text condition) to what `step` needs of it.
+        prefill: (given) to what `step` needs of it.
         step: (condition, cond_scale, x, x0, noise, index) to the next x and x0: see `sampler.denoise_step`.
-        text_cond: an example of the text condition, whose shapes hold for all.
+        given: an example of what a run depends on, a dict of tensors and such dicts, whose shapes hold for all.
         shape: (rows, dim) of x.
-        steps: of a run.
+        steps: of a run, at most.
+        dtype: of x and the scale.
 
     Attributes:
         bytes: of the pool and the buffers.
@@ -59,21 +64,23 @@ class StepGraph:
 
     def __init__(
         self,
-        prefill: Callable[[dict], Conditioning],
+        prefill: Callable[[dict], Any],
         step: Callable[..., tuple[Tensor, Tensor]],
-        text_cond: dict,
+        given: dict,
         shape: tuple[int, int],
         steps: int,
+        dtype: torch.dtype = torch.float32,
     ):
-        device = text_cond["text_embed"].device
-        self.text_cond = map_rows(text_cond, torch.clone)
-        self.scale = torch.ones((), device=device)
-        self.x, self.x0, self.noise = torch.zeros(3, *shape, device=device)
+        self.given, buffers = map_rows(given, torch.clone), []
+        map_rows(self.given, buffers.append)
+        device = buffers[0].device
+        self.scale = torch.ones((), device=device, dtype=dtype)
+        self.x, self.x0, self.noise = torch.zeros(3, *shape, device=device, dtype=dtype)
         self.index = torch.zeros((), dtype=torch.int64, device=device)
-        self.cond: Conditioning | None = None
+        self.cond: Any = None
 
         def run_prefill() -> None:
-            self.cond = prefill(self.text_cond)
+            self.cond = prefill(self.given)
 
         def run_step() -> None:
             x, x0 = step(self.cond, self.scale, self.x, self.x0, self.noise, self.index)
@@ -83,14 +90,13 @@ class StepGraph:
 
         self._prefill, pool, prefill_bytes = capture(run_prefill, device, None)
         self._step, _, step_bytes = capture(run_step, device, pool)
-        buffers = [self.x, self.x0, self.noise]
-        map_rows(self.text_cond, buffers.append)
+        buffers += [self.x, self.x0, self.noise]
         self.bytes = prefill_bytes + step_bytes + sum(buffer.nbytes for buffer in buffers)
 
-    def begin(self, text_cond: dict, cond_scale: Tensor) -> None:
-        """Run the prefill for a text condition of the shapes given."""
-        _copy(text_cond, self.text_cond)
-        self.scale.copy_(cond_scale)
+    def begin(self, given: dict, cond_scale: Tensor | float) -> None:
+        """Run the prefill for what is given, of the shapes of the example."""
+        _copy(given, self.given)
+        self.scale.copy_(cond_scale) if torch.is_tensor(cond_scale) else self.scale.fill_(cond_scale)
         self.index.zero_()
         self._prefill()
 
@@ -110,3 +116,117 @@ def _copy(source: dict, target: dict) -> None:
             _copy(source[name], t)
         else:
             t.copy_(source[name])
+
+
+class GraphCache:
+    """The graphs of several shapes by key, as many as a limit of memory allows.
+
+    Args:
+        memory: bytes that they may hold; None for no limit. Those that were not used for longest go first.
+
+    Attributes:
+        failed: whether a capture did; no other is tried then.
+        evictions: how many went for others.
+        too_large: keys of graphs that alone are larger than the limit; they are not captured again.
+    """
+
+    def __init__(self, memory: int | None):
+        if memory is not None and memory < 1:
+            raise ValueError(f"graph_memory={memory}; it must be None or at least 1 byte")
+        self.memory, self.failed, self.evictions = memory, False, 0
+        self._kept: dict[Hashable, StepGraph] = {}  # the one that was used last behind
+        self.too_large: set[Hashable] = set()
+
+    def get(self, key: Hashable, name: str, make: Callable[[], StepGraph]) -> StepGraph | None:
+        """The graphs of a key, captured where there are none.
+
+        None, after a warning that calls them by `name`, where that fails or they are larger than the limit.
+        """
+        if key in self._kept:
+            self._kept[key] = self._kept.pop(key)
+        elif not self.failed and key not in self.too_large:
+            try:
+                self._keep(key, name, make())
+            except RuntimeError as error:  # too little memory too
+                self.failed = True
+                self._kept.clear()
+                warnings.warn(f"{name} was not captured as a CUDA graph, all runs go on without: {error}")
+        return self._kept.get(key)
+
+    def _keep(self, key: Hashable, name: str, graph: StepGraph) -> None:
+        if self.memory is not None and graph.bytes > self.memory:
+            self.too_large.add(key)
+            needed = f"its CUDA graphs take {graph.bytes} bytes, and graph_memory={self.memory}"
+            warnings.warn(f"{name} runs without graphs: {needed}")
+            return
+        self._kept[key] = graph
+        while self.memory is not None and self.bytes > self.memory:
+            del self._kept[next(iter(self._kept))]
+            self.evictions += 1
+            torch.cuda.empty_cache()  # gives the memory of their pool back
+
+    def clear(self) -> None:
+        """Drop all graphs: what they read is no more. The device must be done with them."""
+        self._kept.clear()
+
+    @property
+    def bytes(self) -> int:
+        return sum(graph.bytes for graph in self._kept.values())
+
+    def stats(self) -> dict[str, int]:
+        return dict(graphs=len(self._kept), graph_bytes=self.bytes, evictions=self.evictions)
+
+
+class Clock:
+    """Times what runs within it, call by call; on CUDA by events, and calls of several streams wait for each other."""
+
+    KEPT = 1000
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.read = 0  # bytes that the steps of the call read
+        self.kept: deque = deque(maxlen=self.KEPT)
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda" and self.kept:
+            torch.cuda.current_stream(self.device).wait_event(self.kept[-1][1])
+        self.began, self.read = self._now(), 0
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            ended = self._now()
+        except RuntimeError:
+            if kind is None:
+                raise
+            return  # the device is lost, of which the error that is under way says more
+        if kind is None or self.device.type == "cuda":  # what failed may still run
+            self.kept.append((self.began, ended, self.read))
+
+    def wait(self) -> None:
+        """Until the device is done with all that ran."""
+        if self.device.type == "cuda" and self.kept:
+            self.kept[-1][1].synchronize()
+
+    def read_bytes(self) -> int:
+        return sum(read for _, _, read in self.kept)
+
+    def milliseconds(self) -> list[float]:
+        if self.device.type != "cuda":
+            return [(end - begin) * 1e3 for begin, end, _ in self.kept]
+        self.wait()
+        return [begin.elapsed_time(end) for begin, end, _ in self.kept]
+
+    def stats(self) -> dict[str, float]:
+        times = self.milliseconds()
+        return dict(
+            calls=len(times),
+            p50_ms=statistics.median(times) if times else float("nan"),
+            p99_ms=statistics.quantiles(times, n=100)[98] if len(times) > 1 else float("nan"),
+        )

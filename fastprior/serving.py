@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import threading
 import time
-import warnings
-from collections import deque
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +13,7 @@ from torch import Tensor
 
 from fastprior import buckets
 from fastprior import quantise as quantisation
-from fastprior.graphs import StepGraph
+from fastprior.graphs import Clock, GraphCache, StepGraph
 from fastprior.kernels import ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
@@ -77,8 +74,7 @@ class PriorSampler:
         graph_memory: int | None = None,
     ):
         self.batch_sizes = buckets.check_batch_sizes(batch_sizes)
-        if graph_memory is not None and graph_memory < 1:
-            raise ValueError(f"graph_memory={graph_memory}; it must be None or at least 1 byte")
+        self.graph_memory, self._graphs = graph_memory, GraphCache(graph_memory)  # by batch size
         prior.check_best_of(samples_per_prompt, "samples_per_prompt")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype={dtype}; it must be a floating point dtype of 16 bits or more")
@@ -100,9 +96,6 @@ class PriorSampler:
         self.quantise, self._quality_prompts, self.quality = quantise, quality_prompts, None
         self._lock = threading.Lock()
         self._modules: list | None = None
-        self.graph_memory, self._evictions = graph_memory, 0
-        self._graphs: dict[int, StepGraph] = {}  # by batch size, the one that was used last behind
-        self._too_large: set[int] = set()  # batch sizes whose graphs there is no memory for
         self._reads: dict[int, StepReads] = {}
         self._launched: dict[int, int] = {}
         self._clock = Clock(prior.device)
@@ -129,7 +122,7 @@ class PriorSampler:
                 self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
                 self._step_net = quantisation.quantised(self._net, self.quantise) if self.quantise else self._net
                 self._reads, self._launched = {}, {}
-                self._too_large.clear()
+                self._graphs.too_large.clear()
             if self._watch.changed(own):
                 if self._net is not own:
                     self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
@@ -202,16 +195,9 @@ class PriorSampler:
 
     def _graph(self, batch: int) -> StepGraph | None:
         """The graphs of a batch size; None where they cannot be captured, or there is no memory for them."""
-        if batch in self._graphs:
-            self._graphs[batch] = self._graphs.pop(batch)
-        elif batch not in self._too_large:
-            try:
-                self._keep(batch, self._capture(batch))
-            except RuntimeError as error:  # too little memory too
-                self.graphs = False
-                self._graphs.clear()
-                warnings.warn(f"batch size {batch} was not captured as a CUDA graph, all runs go on without: {error}")
-        return self._graphs.get(batch)
+        graph = self._graphs.get(batch, f"batch size {batch}", lambda: self._capture(batch))
+        self.graphs = not self._graphs.failed
+        return graph
 
     def _capture(self, batch: int) -> StepGraph:
         net, compiled = self._net, self._step(batch)
@@ -226,22 +212,6 @@ class PriorSampler:
             (batch * self.samples_per_prompt, self.prior.image_embed_dim),
             len(self.plan.table),
         )
-
-    def _keep(self, batch: int, graph: StepGraph) -> None:
-        """Keep new graphs, and as many of the others as there is memory for."""
-        if self.graph_memory is not None and graph.bytes > self.graph_memory:
-            self._too_large.add(batch)
-            needed = f"its CUDA graphs take {graph.bytes} bytes, and graph_memory={self.graph_memory}"
-            warnings.warn(f"batch size {batch} runs without graphs: {needed}")
-            return
-        self._graphs[batch] = graph
-        while self.graph_memory is not None and self._graph_bytes() > self.graph_memory:
-            del self._graphs[next(iter(self._graphs))]
-            self._evictions += 1
-            torch.cuda.empty_cache()  # gives the memory of their pool back
-
-    def _graph_bytes(self) -> int:
-        return sum(graph.bytes for graph in self._graphs.values())
 
     @torch.no_grad()
     def _launches(self, batch: int) -> int:
@@ -281,15 +251,11 @@ class PriorSampler:
             batch, launched = max(self._reads, default=0), self._launched
             reads = self._reads.get(batch, StepReads(0, 0, 0))
             stats = dict(
-                calls=len(times),
-                p50_ms=statistics.median(times) if times else float("nan"),
-                p99_ms=statistics.quantiles(times, n=100)[98] if len(times) > 1 else float("nan"),
+                **self._clock.stats(),
                 weight_bytes=reads.weights,
                 prefix_bytes=reads.prefix,
                 table_bytes=reads.tables,
-                graphs=len(self._graphs),
-                graph_bytes=self._graph_bytes(),
-                evictions=self._evictions,
+                **self._graphs.stats(),
             )
         if batch and batch not in launched:  # half a second, for which no call should wait
             launched[batch] = self._launches(batch)
@@ -394,50 +360,3 @@ class PriorSampler:
             self._reads[batch] = step_reads(self._step_net, cond, self._null_preds, self._rows)
         self._clock.read += sum(self._reads[batch]) * len(self.plan.table)
         return run_steps(self.prior, self.plan.table, step, draw)[:rows].clone()
-
-
-class Clock:
-    """Times what runs within it, call by call; on CUDA by events, and calls of several streams wait for each other."""
-
-    KEPT = 1000
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.read = 0  # bytes that the steps of the call read
-        self.kept: deque = deque(maxlen=self.KEPT)
-
-    def _now(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def __enter__(self) -> None:
-        if self.device.type == "cuda" and self.kept:
-            torch.cuda.current_stream(self.device).wait_event(self.kept[-1][1])
-        self.began, self.read = self._now(), 0
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            ended = self._now()
-        except RuntimeError:
-            if kind is None:
-                raise
-            return  # the device is lost, of which the error that is under way says more
-        if kind is None or self.device.type == "cuda":  # what failed may still run
-            self.kept.append((self.began, ended, self.read))
-
-    def wait(self) -> None:
-        """Until the device is done with all that ran."""
-        if self.device.type == "cuda" and self.kept:
-            self.kept[-1][1].synchronize()
-
-    def read_bytes(self) -> int:
-        return sum(read for _, _, read in self.kept)
-
-    def milliseconds(self) -> list[float]:
-        if self.device.type != "cuda":
-            return [(end - begin) * 1e3 for begin, end, _ in self.kept]
-        self.wait()
-        return [begin.elapsed_time(end) for begin, end, _ in self.kept]

@@ -189,11 +189,35 @@ def _release(slot_ref: weakref.ref, _: weakref.ref) -> None:
 
 
 _SLOTS: weakref.WeakKeyDictionary[nn.Module, threading.local] = weakref.WeakKeyDictionary()
+_STATES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[State]] = weakref.WeakKeyDictionary()
+
+
+class State:
+    """Stands for a model's modules and weights as they were."""
+
+    def __init__(self, model: nn.Module):
+        self.snapshot: _Snapshot | None = _Snapshot(model)
+
+    def is_current(self) -> bool:
+        snapshot = self.snapshot
+        return bool(snapshot and snapshot.same_weights() and snapshot.same_modules() and snapshot.same_values())
+
+
+def state(model: nn.Module) -> State:
+    """The same object for as long as nothing changes in the model, and the caller keeps it."""
+    found = _STATES[model]() if model in _STATES else None
+    if found is None or not found.is_current():
+        found = State(model)
+        _STATES[model] = weakref.ref(found)
+    return found
 
 
 def forget(model: nn.Module) -> None:
     """Drop what is remembered for a model, in all threads."""
     _SLOTS.pop(model, None)
+    found = _STATES.pop(model, lambda: None)()
+    if found is not None:
+        found.snapshot = None  # which keeps weights
 
 
 def recall(

@@ -169,6 +169,7 @@ def prefill(
     mask: Tensor,
     prompts: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    pack: bool = True,
 ) -> Prefix:
     """Run prefix tokens through the blocks once. Hidden tokens are packed away: nothing that can be seen sees them.
 
@@ -177,22 +178,28 @@ def prefill(
         mask: (batch, prefix), added to the logits; tokens with `HIDDEN` or less are left out.
         prompts: int64 rows of the batch, in the order of the result's prompts; by default each once.
         dtype: of the weights, by default that of `x`.
+        pack: off, hidden tokens run too, and shapes alone say what is computed.
     """
     dtype = dtype or x.dtype
-    keep = mask > HIDDEN
-    rank = keep.cumsum(dim=1)
-    longest = max(1, int(rank[:, -1].max()))
-    slots = (torch.arange(len(x), device=x.device)[:, None] * longest + rank - 1)[keep]
-    logits = mask.new_full((len(x) * longest,), HIDDEN)
-    logits[slots] = mask[keep]
-    logits = logits.view(len(x), longest) if (logits != 0).any() else None
-    x = x[keep]
+    if pack:
+        keep = mask > HIDDEN
+        rank = keep.cumsum(dim=1)
+        longest = max(1, int(rank[:, -1].max()))
+        slots = (torch.arange(len(x), device=x.device)[:, None] * longest + rank - 1)[keep]
+        logits = mask.new_full((len(x) * longest,), HIDDEN)
+        logits[slots] = mask[keep]
+        logits = logits.view(len(x), longest) if (logits != 0).any() else None
+        x = x[keep]
+    else:
+        longest, slots, logits, x = mask.shape[1], slice(None), mask, x.flatten(0, 1)
 
     def spread(t: Tensor) -> Tensor:
         """(tokens, dim) to (batch, longest, heads, dim_head), zeros where a row has fewer tokens."""
-        rows = t.new_zeros(len(mask) * longest, t.shape[-1])
-        rows[slots] = t
-        return rows.view(len(mask), longest, blocks[0].attn1.heads, -1)
+        if pack:
+            rows = t.new_zeros(len(mask) * longest, t.shape[-1])
+            rows[slots] = t
+            t = rows
+        return t.view(len(mask), longest, blocks[0].attn1.heads, -1)
 
     cache = []
     for index, block in enumerate(blocks):

@@ -115,6 +115,35 @@ class PriorForward:
             raise ValueError("attention_mask hides tokens behind the text, or has values beyond 0 and 1; it must not")
         return Conditioning(prefix, self._time_tokens(times, dtype))
 
+    def padded_prefill(
+        self,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        times: Tensor,
+        prompts: Tensor,
+    ) -> Conditioning:
+        """`prefill` as a CUDA graph takes it: shapes alone say what is computed, and no value is looked at.
+
+        Args:
+            proj_embedding: (texts, embedding_proj_dim).
+            encoder_hidden_states: (texts, tokens, embedding_dim), the first of the `num_embeddings` tokens; no text has
+                more.
+            attention_mask: (texts, tokens), ones and zeros.
+            prompts: (prompts,) int64, which text each is.
+        """
+        dtype, longest = self._weight_dtype, self.config["num_embeddings"]
+        suffix = 2 + (self.prd_embedding is not None)
+        if reasons := prefix_reuse.obstacles(self, suffix):
+            raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(reasons)}")
+        tokens = self._prefix_tokens(proj_embedding.to(dtype), encoder_hidden_states.to(dtype))
+        positions = self._positions(longest + 1, suffix, masked=True)
+        positions = torch.cat((positions[:, : tokens.shape[1] - 1], positions[:, longest : longest + 1]), dim=1)
+        mask = F.pad((1 - attention_mask.float()) * HIDDEN, (0, 1))
+        x = self._placed(tokens, positions)
+        prefix = prior_blocks.prefill(self.transformer_blocks, x, mask, prompts, dtype, pack=False)
+        return Conditioning(prefix, self._time_tokens(times, dtype))
+
     def step(self, x: Tensor, index: Tensor, cond: Conditioning) -> Tensor:
         """One evaluation behind the cached prefix.
 

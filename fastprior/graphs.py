@@ -29,6 +29,8 @@ def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) ->
     `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors.
     Raises RuntimeError where something in it cannot be captured, or there is too little memory.
     """
+    if device.type != "cuda":
+        raise RuntimeError(f"tensors are on {device}, and CUDA graphs need CUDA")
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -62,6 +64,8 @@ class StepGraph:
         bytes: of the pool and the buffers.
     """
 
+    @torch.inference_mode(False)  # what is made there cannot be written to elsewhere
+    @torch.no_grad()
     def __init__(
         self,
         prefill: Callable[[dict], Any],

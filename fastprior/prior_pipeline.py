@@ -11,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior import buckets
+from fastprior import buckets, prefix_reuse
 from fastprior import quantise as quantisation
+from fastprior.graphs import Clock, GraphCache, StepGraph
 from fastprior.kernels import ops
 from fastprior.pipeline_parts import Generators, PipelineParts, TextEncoding, listed
 from fastprior.prior_blocks import HIDDEN, Prefix
-from fastprior.sampler import Step, WeightWatch, run_table
+from fastprior.sampler import Step, run_table
 from fastprior.solvers import StepTable
 
 if TYPE_CHECKING:
     from fastprior.prior_transformer import PriorTransformer
+
+TABLE_STEPS = 64  # of which the lengths of step tables in graphs are multiples
 
 
 class ImageEmbeddings(NamedTuple):
@@ -93,6 +96,22 @@ def _padded(prefix: Prefix, longest: int) -> Prefix:
     return Prefix(k, v, F.pad(mask, (0, missing), value=HIDDEN))
 
 
+def _padded_part(t: Tensor, part: slice, batch: int) -> Tensor:
+    """A part of (groups, prompts, …), with zeros up to a batch size."""
+    t, missing = t[:, part], batch - (part.stop - part.start)
+    return F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else t
+
+
+def _lengths(mask: Tensor) -> list[int]:
+    """Of texts, up to the last token that a mask (texts, tokens) shows. Raises ValueError as `prefill` does."""
+    mask = mask.float()
+    ends = ((mask > 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
+    lengths = ends.where(((mask >= 0) & (mask <= 1)).all(dim=1), -1).tolist()
+    if min(lengths) < 0:
+        raise ValueError("mask has values beyond 0 and 1; it must not")
+    return lengths
+
+
 class PriorPipeline(PipelineParts):
     """Sample CLIP image embeddings of prompts: what diffusers' prior pipelines give, for the same generator.
 
@@ -106,6 +125,12 @@ class PriorPipeline(PipelineParts):
         batch_sizes: numbers of prompts that compiled steps run, see `PriorSampler`.
         quantise: "int8" or "float8": steps read linears of 8 bits. The next call after each change of the weights
             compares embeddings of random texts first, and fails where they differ too much, see `PriorSampler`.
+        graphs: capture prefill and step as CUDA graphs, by default on CUDA. Each batch size, text length up to a
+            multiple of 16 tokens, number of images and kind of guidance takes graphs of its own, whatever solver and
+            steps (up to 64). They are captured again for other weights or modules. Where a capture fails, a warning
+            says why, and all runs go on without. Runs by graphs wait for each other, also those of other threads and
+            streams, and draw all their noise before the first step.
+        graph_memory: bytes that graphs may hold, without limit by default, see `PriorSampler`.
 
     Attributes:
         quality: with `quantise`, the median and the worst cosine that were found.
@@ -117,20 +142,27 @@ class PriorPipeline(PipelineParts):
         compile: bool = False,
         batch_sizes: tuple[int, ...] = buckets.BATCH_SIZES,
         quantise: str | None = None,
+        graphs: bool | None = None,
+        graph_memory: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         quantisation.check(quantise)
         self.quantise, self.quality = quantise, None
-        self._lock, self._watch, self._steps_by = threading.Lock(), WeightWatch(), self.prior
         self.compile, self.batch_sizes = compile, buckets.check_batch_sizes(batch_sizes)
-        self._graphs: dict[tuple, Callable] = {}
+        if graphs and self.device.type != "cuda":
+            raise ValueError(f"graphs=True; the prior is on {self.device}, and CUDA graphs need CUDA")
+        self.graphs, self._graphs = graphs, GraphCache(graph_memory)
+        self._lock, self._clock, self._state = threading.Lock(), Clock(self.device), None
+        self._quantised: PriorTransformer | None = None
+        self._compiled: dict[tuple, Callable] = {}
+        self._table: tuple[tuple, StepTable | None] = (), None  # of the last run, and what it was made for
 
-    def _graph(self, *shapes: tuple | int) -> Callable:
+    def _compiled_for(self, *shapes: Any) -> Callable:
         """`guided_step` compiled for given shapes."""
-        if shapes not in self._graphs:
-            self._graphs[shapes] = buckets.compiled(guided_step)
-        return self._graphs[shapes]
+        if shapes not in self._compiled:
+            self._compiled[shapes] = buckets.compiled(guided_step)
+        return self._compiled[shapes]
 
     def _texts(
         self, prompt: str | list[str] | TextEncoding, negative: str | list[str] | TextEncoding | None
@@ -225,7 +257,11 @@ class PriorPipeline(PipelineParts):
         conditions = prompts + negatives if sample_negatives else prompts
         wanted = len(prompts) * num_images_per_prompt
         rows, guided = len(conditions) * num_images_per_prompt, wanted if guidance else 0
-        table = self.schedule.table(num_inference_steps, eta=eta, strength=1.0 if image is None else strength)
+        asked = self.schedule, num_inference_steps, eta, 1.0 if image is None else strength
+        made_for, table = self._table
+        if made_for != asked:
+            table = self.schedule.table(num_inference_steps, eta=eta, strength=asked[-1])
+            self._table = asked, table
 
         dim = self.prior.config["embedding_dim"]
         draw = self.noise(rows, dim, generator, text.embeds.dtype)
@@ -236,40 +272,174 @@ class PriorPipeline(PipelineParts):
         else:
             raise ValueError("latents and image were both given; a run begins with only one of them")
         prefixes = conditions + (negatives if guidance else [])
-        if self.quantise:
-            self._quantise()
-        step = self._step(table, text, prefixes, len(prompts), guided, guidance_scale, x.dtype)
-        embeds = self.prior.post_process_latents(run_table(table, step, x, draw)).to(text.embeds.dtype)
+        x = self._run(table, text, prefixes, len(prompts), guided, guidance_scale, x, draw)
+        embeds = self.prior.post_process_latents(x).to(text.embeds.dtype)
         if sample_negatives:
             return ImageEmbeddings(*embeds.split(wanted))
         if zero_embed is None and self.has("image_encoder"):
             zero_embed = self.zero_embed()
         return ImageEmbeddings(embeds, None if zero_embed is None else zero_embed.to(embeds).expand(wanted, -1))
 
-    def _quantise(self) -> None:
-        """Quantise weights that are new, and compare embeddings of random texts with those of the prior as it is."""
+    def _run(
+        self,
+        table: StepTable,
+        text: TextEncoding,
+        prefixes: list[int],
+        prompts: int,
+        guided: int,
+        scale: float,
+        x: Tensor,
+        draw: Callable[[], Tensor],
+    ) -> Tensor:
+        """All steps from x, of rows of which `prefixes` are the texts: see `_step`."""
+        given = table, text, prefixes, prompts, guided, scale
+        if self.device.type == "cuda" if self.graphs is None else self.graphs:
+            with self._lock:
+                if self._clock.device != self.device:
+                    self._clock.wait()
+                    self._clock = Clock(self.device)
+                with self._clock:
+                    self._refresh()
+                    return self._run_by_graphs(*given, x, draw)
+        if self.quantise:
+            with self._lock:
+                self._refresh()
+        return run_table(table, self._step(*given, x.dtype), x, draw)
+
+    def _refresh(self) -> None:
+        """Drop what depends on weights or modules that are no more, and quantise those that are."""
+        state = prefix_reuse.state(self.prior)
+        if state is not self._state:
+            self._clock.wait()
+            self._graphs.clear()
+            self._quantised = self._judged() if self.quantise else None
+            self._state = state  # at last: nothing is served of what was not found good
+
+    def _judged(self) -> PriorTransformer:
+        """The prior quantised, if embeddings of random texts are those of the prior as it is."""
+        twin, embeds = quantisation.quantised(self.prior, self.quantise), []
+        config, draw = self.prior.config, torch.Generator().manual_seed(0)
+        length, dim, count = config["num_embeddings"], config["embedding_dim"], 16
+        shapes = (count, config["embedding_proj_dim"] or dim), (count, length, dim)
+        lengths = torch.randint(1, length + 1, (count, 1), generator=draw)
+        drawn = (torch.randn(shape, generator=draw) for shape in shapes)
+        text = TextEncoding(*(t.to(self.device) for t in (*drawn, torch.arange(length) < lengths)))
+        null, zero = TextEncoding(*(t[:1] for t in text)), torch.zeros(1, dim, device=self.device)
+        for prior in (self.prior, twin):
+            pipeline = PriorPipeline(self.prior, self.schedule, graphs=False)
+            pipeline._quantised = prior
+            noise = torch.Generator(self.device).manual_seed(0)
+            embeds.append(pipeline(text, null, generator=noise, zero_embed=zero).image_embeds)
+        self.quality = quantisation.judge(self.quantise, embeds[1], embeds[0])
+        return twin
+
+    def _run_by_graphs(
+        self,
+        table: StepTable,
+        text: TextEncoding,
+        prefixes: list[int],
+        prompts: int,
+        guided: int,
+        scale: float,
+        x: Tensor,
+        draw: Callable[[], Tensor],
+    ) -> Tensor:
+        """`_run` in parts, one after the other. What waits for the device comes before the first of them."""
+        lengths, missing = _lengths(text.mask), -len(table) % TABLE_STEPS
+        times = F.pad(torch.tensor(table.times, dtype=torch.float32), (0, missing)).to(self.device)
+        rows = F.pad(table.rows.to(x.dtype), (0, 0, 0, missing)).to(self.device)
+        runs = []
+        for part, batch in buckets.parts(self.batch_sizes, prompts):
+            groups = [prefixes[at : at + prompts][part] for at in range(0, len(prefixes), prompts)]
+            given = self._padded_texts(text, lengths, groups, batch) | dict(times=times, rows=rows)
+            runs.append((part, batch, groups, given))
+        shape = len(x) // prompts // (len(groups) - (guided > 0)), x.shape[1]  # of one prompt in one group
+        states, results = [], []
+        for part, batch, groups, given in runs:
+            count = part.stop - part.start
+            graph = self._graph(given, batch, shape[0], len(groups), guided > 0, x.dtype, table.uses_prediction)
+            if graph is None:
+                batch, chosen = count, [number for group in groups for number in group]
+                step = self._step(table, text, chosen, count, guided // prompts * count, scale, x.dtype)
+            else:
+                graph.begin(given, scale)
+                step = graph.step
+            if not states:  # all noise at once, for other parts have other rows of it
+                noises = [draw() for drawn in table.draws_noise if drawn]
+                states = [t.view(-1, prompts, *shape) for t in (x, *noises)]
+            cut = (_padded_part(t, part, batch).reshape(-1, x.shape[1]) for t in states)
+            result = run_table(table, step, next(cut), partial(next, cut))
+            results.append(result.view(-1, batch, *shape)[:, :count].clone())  # it may be a buffer
+        return torch.cat(results, dim=1).view_as(x)
+
+    def _padded_texts(
+        self, text: TextEncoding, lengths: list[int], groups: list[list[int]], batch: int
+    ) -> dict[str, Tensor]:
+        """The texts of groups of prompts, each once, and which of them each prompt is, in the shapes of a graph."""
+        chosen = [number for group in groups for number in group + group[:1] * (batch - len(group))]
+        kinds = {number: at for at, number in enumerate(dict.fromkeys(chosen))}
+        # the prompts and one more text for all of them, or for each of them
+        counts = [size + (len(groups) > 1) for size in self.batch_sizes if size <= batch]
+        count = min(n for n in (*counts, batch * min(len(groups), 2)) if n >= len(kinds))
+        numbers = [*kinds, *[chosen[0]] * (count - len(kinds))]
+        longest = self.prior.config["num_embeddings"]
+        tokens = buckets.text_length(max(lengths[number] for number in kinds) + 1, longest + 1) - 1
+        index = torch.tensor(numbers, device=self.device)
+        return dict(
+            embeds=text.embeds[index].to(self.dtype),
+            encodings=text.encodings[index, :tokens].to(self.dtype),
+            mask=text.mask[index, :tokens].float(),
+            prompts=torch.tensor([kinds[number] for number in chosen], device=self.device),
+        )
+
+    def _graph(
+        self,
+        given: dict[str, Tensor],
+        batch: int,
+        repeats: int,
+        groups: int,
+        guidance: bool,
+        dtype: torch.dtype,
+        uses_prediction: bool,
+    ) -> StepGraph | None:
+        """The graphs of runs of these shapes and kinds; None where there are none, see `GraphCache`."""
+        fixed = self.schedule.clamp, self.schedule.radius, uses_prediction
+        guided, rows = batch * repeats if guidance else 0, (groups - guidance) * batch * repeats
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        shapes = tuple(t.shape for t in given.values()), rows, guided, dtype
+        key = *shapes, *fixed, self.dtype, ops.forced(), autocast
+
+        def capture() -> StepGraph:
+            prior, net = self.prior, self._quantised or self.prior
+            run = self._compiled_for(*shapes) if self.compile else guided_step
+
+            def prefill(given):
+                text = given["embeds"], given["encodings"], given["mask"]
+                return prior.padded_prefill(*text, given["times"], given["prompts"]), given["rows"]
+
+            def step(cond, scale, x, x0, noise, index):
+                return run(net, *cond, scale, x, x0, noise, index, guided, *fixed)
+
+            shape = rows, self.prior.config["embedding_dim"]
+            return StepGraph(prefill, step, given, shape, len(given["rows"]), dtype)
+
+        graph = self._graphs.get(key, f"batch size {batch}", capture)
+        if self._graphs.failed:
+            self.graphs = False
+        return graph
+
+    def stats(self) -> dict[str, float]:
+        """How the last 1000 calls that ran by graphs went, and what graphs hold.
+
+        Returns:
+            calls: how many.
+            p50_ms, p99_ms: of all their steps and the prefill, without encoders, on CUDA as the device ran them.
+            graphs, graph_bytes, evictions: shapes that are captured, the memory that they hold, and how often graphs
+                were dropped for others.
+        """
         with self._lock:
-            if not self._watch.changed(self.prior):
-                return
-            twin, embeds = quantisation.quantised(self.prior, self.quantise), []
-            config, draw = self.prior.config, torch.Generator().manual_seed(0)
-            length, dim, count = config["num_embeddings"], config["embedding_dim"], 16
-            shapes = (count, config["embedding_proj_dim"] or dim), (count, length, dim)
-            lengths = torch.randint(1, length + 1, (count, 1), generator=draw)
-            drawn = (torch.randn(shape, generator=draw) for shape in shapes)
-            text = TextEncoding(*(t.to(self.device) for t in (*drawn, torch.arange(length) < lengths)))
-            null, zero = TextEncoding(*(t[:1] for t in text)), torch.zeros(1, dim, device=self.device)
-            try:
-                for prior in (self.prior, twin):
-                    pipeline = PriorPipeline(self.prior, self.schedule)
-                    pipeline._steps_by = prior
-                    noise = torch.Generator(self.device).manual_seed(0)
-                    embeds.append(pipeline(text, null, generator=noise, zero_embed=zero).image_embeds)
-                self.quality = quantisation.judge(self.quantise, embeds[1], embeds[0])
-            except BaseException:
-                self._watch = WeightWatch()  # nothing is served of what was not found good
-                raise
-            self._steps_by = twin
+            return self._clock.stats() | self._graphs.stats()
 
     def _step(
         self,
@@ -291,7 +461,7 @@ class PriorPipeline(PipelineParts):
             return self._compiled_step(text, prefixes, prompts, guided > 0, times, rows, scale, indices, fixed)
         index = torch.tensor(prefixes, device=self.device)
         cond = self.prior.prefill(*(tensor[index] for tensor in text), times)  # runs the same prompts once
-        run = partial(guided_step, self._steps_by, cond, rows, scale)
+        run = partial(guided_step, self._quantised or self.prior, cond, rows, scale)
         return lambda x, x0, noise, index: run(x, x0, noise(), indices[index], guided, *fixed)
 
     def _compiled_step(self, text, prefixes, prompts, guidance, times, rows, scale, indices, fixed) -> Step:
@@ -311,9 +481,10 @@ class PriorPipeline(PipelineParts):
             repeats, results = state.shape[-1] // x.shape[1], []
             for part, batch, missing, cond in parts:
                 given = F.pad(state[:, :, part], (0, 0, 0, missing)).view(3, -1, x.shape[1])
-                run = self._graph(cond.prefix.k.shape, rows.shape, repeats, guidance)
+                run = self._compiled_for(cond.prefix.k.shape, rows.shape, repeats, guidance)
                 guided = batch * repeats if guidance else 0
-                result = torch.stack(run(self._steps_by, cond, rows, scale, *given, indices[index], guided, *fixed))
+                prior = self._quantised or self.prior
+                result = torch.stack(run(prior, cond, rows, scale, *given, indices[index], guided, *fixed))
                 results.append(result.view(2, -1, batch, state.shape[-1])[:, :, : batch - missing])
             return torch.cat(results, dim=2).view(2, *x.shape).unbind()
 

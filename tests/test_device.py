@@ -114,12 +114,10 @@ def test_dropped_graphs_give_their_memory_back():
     assert sampler.stats()["evictions"] == 11 and held[-1] <= held[1] and held[-2] <= held[2], held
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_pipeline(dtype):
-    """Texts of any length and batches of any size by few graphs: as eagerly."""
+def make_pipelines(dtype: torch.dtype, *options: dict) -> list:
+    """Pipelines of one prior."""
     from fastprior import PriorPipeline
     from fastprior.diffusers_schedules import DiffusersSchedule
-    from fastprior.pipeline_parts import TextEncoding
     from fastprior.prior_transformer import PriorTransformer
 
     torch.manual_seed(0)
@@ -127,21 +125,72 @@ def test_compiled_pipeline(dtype):
     for weight in (prior.positional_embedding, prior.prd_embedding, prior.clip_std):
         torch.nn.init.normal_(weight, std=0.3)
     schedule = DiffusersSchedule("UnCLIPScheduler", clip_sample_range=5.0, prediction_type="sample")
-    prior = prior.to(DEVICE, dtype)
-    plain_pipeline, compiled = (PriorPipeline(prior, schedule, compile=compile) for compile in (False, True))
+    return [PriorPipeline(prior.to(DEVICE, dtype), schedule, **kwargs) for kwargs in options]
+
+
+def run_pipeline(pipeline, lengths: list[int], seed: int = 1, generators: str = DEVICE, **kwargs) -> torch.Tensor:
+    from fastprior.pipeline_parts import TextEncoding
+
+    draw = torch.Generator().manual_seed(seed)
 
     def text(lengths):
         mask = torch.arange(77) < torch.tensor(lengths)[:, None]
-        tensors = torch.randn(len(lengths), 64), torch.randn(len(lengths), 77, 64), mask
-        return TextEncoding(*(t.to(DEVICE) for t in tensors))
+        tensors = (torch.randn(len(lengths), *shape, generator=draw) for shape in ((64,), (77, 64)))
+        return TextEncoding(*(t.to(DEVICE) for t in (*tensors, mask)))
 
-    for lengths in ([77], [20], [21], [2, 30, 77], [5] * 8):
-        kwargs = dict(num_inference_steps=4, zero_embed=torch.zeros(1, 64, device=DEVICE))
-        given, draws = (text(lengths), text([2])), [torch.Generator(DEVICE).manual_seed(1) for _ in range(2)]
-        got, wanted = (
-            run(*given, generator=draw, **kwargs).image_embeds for run, draw in zip((compiled, plain_pipeline), draws)
-        )
-        assert torch.cosine_similarity(got, wanted).min() > (1 - 1e-6 if dtype == torch.float32 else 0.999), lengths
+    kwargs = dict(num_inference_steps=4, zero_embed=torch.zeros(1, 64, device=DEVICE)) | kwargs
+    generator = torch.Generator(generators).manual_seed(seed)
+    return pipeline(text(lengths), text([2]), generator=generator, **kwargs).image_embeds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pipelines(dtype):
+    """Texts of any length and batches of any size by few graphs, compiled or not: as eagerly."""
+    options = dict(graphs=False), {}, dict(compile=True), dict(compile=True, graphs=False)
+    plain_pipeline, *pipelines = make_pipelines(dtype, *options)
+    for number, lengths in enumerate(([77], [20], [21], [2, 30, 77], [5] * 8)):
+        kwargs = dict(lengths=lengths, generators=("cpu", DEVICE)[number % 2])
+        wanted = run_pipeline(plain_pipeline, **kwargs)
+        for pipeline in pipelines:
+            got = run_pipeline(pipeline, **kwargs)
+            assert torch.cosine_similarity(got, wanted).min() > (1 - 1e-6 if dtype == torch.float32 else 0.999), lengths
+    assert [pipeline.graphs for pipeline in pipelines] == [None, None, False], "a capture failed"
+    assert [pipeline.stats()["graphs"] for pipeline in pipelines] == [4, 4, 0]
+
+
+def test_pipeline_graphs_soak():
+    """Runs of two threads, each with a stream of its own: the bits of runs one by one, also of new weights."""
+    plain_pipeline, pipeline = make_pipelines(torch.float32, dict(graphs=False), dict(batch_sizes=(2, 4)))
+    cases = [
+        dict(lengths=[15] * prompts, num_images_per_prompt=images, seed=seed, num_inference_steps=3 + seed)
+        for prompts in (1, 3, 6)
+        for images in (1, 2)
+        for seed in (1, 2)
+    ]
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            pipeline.prior.transformer_blocks[0].ff.net[2].weight.mul_(scale)
+        wanted, wrong = [run_pipeline(pipeline, **case) for case in cases], []
+        for got, case in zip(wanted, cases):
+            assert torch.cosine_similarity(got, run_pipeline(plain_pipeline, **case)).min() > 1 - 1e-6
+
+        def work(cases=cases, wanted=wanted, wrong=wrong):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for number in range(250):
+                    at = number * 7 % len(cases)
+                    if not torch.equal(run_pipeline(pipeline, **cases[at]), wanted[at]):
+                        wrong.append(cases[at])
+
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        torch.cuda.synchronize()
+        assert not wrong and torch.cuda.memory_allocated() - before < 2**20
+        assert pipeline.graphs is None and pipeline.stats()["graphs"] == 4
 
 
 def test_split_sums_are_the_same_whichever_program_comes_last():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 import warnings
 from collections import deque
@@ -16,7 +17,7 @@ from fastprior.sampler import map_rows
 
 WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must not happen within
 
-
+_capturing = threading.Lock()  # a process may have one capture at a time
 Pool = tuple[int, int]  # of memory, as torch.cuda.CUDAGraph names it
 
 
@@ -38,9 +39,11 @@ def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) ->
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
-        before = torch.cuda.memory_reserved(device)  # in here: on entering, what is cached and free was given back
-        run()
+    # what other threads do meanwhile, such as encoding texts, is no part of it and must not end it
+    with _capturing, torch.cuda.device(device):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved(device)  # in here: entering gave back what was cached and free
+            run()
     return graph.replay, graph.pool(), torch.cuda.memory_reserved(device) - before
 
 

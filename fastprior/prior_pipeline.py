@@ -134,6 +134,7 @@ class PriorPipeline(PipelineParts):
 
     Attributes:
         quality: with `quantise`, the median and the worst cosine that were found.
+        graphs: as given; False after a capture that failed.
     """
 
     def __init__(

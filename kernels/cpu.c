@@ -2,8 +2,9 @@
    gives the weights. `cpu.py` compiles and calls this.
 
    A linear lays its rows out once, normalised and in fp32. Then each thread computes columns of the result, a tile of a
-   few columns and all rows at a time, in one of two forms. "dot", for the fewest rows: vectors run along the dimension
-   that is summed. "outer": vectors run along the rows, and each is multiplied with one number of the weights. */
+   few columns and all rows at a time, in one of three forms. "dot", for the fewest rows: vectors run along the dimension
+   that is summed. "outer": vectors run along the rows, and each is multiplied with one number of the weights. "amx", in
+   place of "outer" where the processor multiplies tiles of bf16: numbers of fp32 are sums of three of bf16. */
 
 #include <math.h>
 #include <omp.h>
@@ -13,6 +14,13 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#define HAS_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define HAS_AMX 0
 #endif
 
 #if defined(__AVX512F__)
@@ -33,7 +41,8 @@
 
 enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
 enum { NONE, GELU, SWIGLU };
-enum { WIDTH = 2 * LANES /* rows of a tile */, AHEAD_DOT = 2048, AHEAD_OUTER = 256 /* bytes */, FLUSH = 512 };
+enum { OUTER_ROWS = 2 * LANES, AMX_ROWS = 64, WIDTH = HAS_AMX ? AMX_ROWS : OUTER_ROWS /* rows of a tile */ };
+enum { AHEAD_DOT = 2048, AHEAD_OUTER = 256, AHEAD_AMX = 512 /* bytes */, FLUSH = 512, CACHED = 5 << 18 /* bytes */ };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -155,7 +164,7 @@ INLINE void dot(int kind, int rows, int columns, const float *x, const struct li
         ivec own[4];
         UNROLLED for (int n = 0; n < columns; n++) {
             own[n] = load(kind, column[n] + k * BYTES[kind], a->dim - k);
-            __builtin_prefetch(column[n] + ahead, 0, 3);
+            __builtin_prefetch(column[n] + ahead, 0, 2);
         }
         for (int j = 0; j < SPAN(kind); j++) {
             vec parts[4];
@@ -221,7 +230,7 @@ INLINE void dot_words(int rows, int columns, const float *laid, const struct lin
         UNROLLED for (int n = 0; n < columns; n++) {
             from[n] = column[n] + k;
             if (a->dim - k < block) from[n] = memcpy(last[n], from[n], a->dim - k);
-            __builtin_prefetch(column[n] + ahead, 0, 3);
+            __builtin_prefetch(column[n] + ahead, 0, 2);
         }
         UNROLLED for (int half = 0; half < 2; half++) {
             words own[4];
@@ -262,7 +271,7 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
                 const char *column = weight + (n < count ? n : count - 1) * stride * BYTES[kind];
                 const ivec own = load(kind, column + k * BYTES[kind], a->dim - k);
                 for (int j = 0; j < SPAN(kind); j++) *(vec *)(wide[n] + j * LANES) = part(kind, own, j);
-                __builtin_prefetch(column + ahead, 0, 3);
+                __builtin_prefetch(column + ahead, 0, 2);
             }
             for (long i = 0; i < block; i++) {
                 vec some[2];
@@ -276,6 +285,141 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
                 *(vec *)(tile + n * WIDTH + v * LANES) += sums[n * vectors + v];
     }
 }
+
+/* The form of tiles. A tile of the processor holds 16 rows of 64 bytes; tiles 0 to 3 are sums of 16 columns and 16 rows
+   each, 4 to 6 the parts of 16 columns of weights, 32 numbers of each, and 7 one part of as much of x.
+
+   A number of fp32 is the sum of three of bf16, of 8 bits each. Of the nine products of two such sums those of the order
+   of fp32's rounding are left out. Weights of bf16 or int8 have one part, and x two then: 16 bits, rounded. Numbers that
+   are not finite give NaN. */
+enum { PART = 512 /* numbers of a tile */, DEPTH = 32 /* numbers of a column in it */ };
+#define PARTS(kind) ((kind) == FLOAT32 ? 3 : 2) /* of x */
+
+static int amx; /* whether the system lets us */
+
+#if HAS_AMX
+__attribute__((constructor)) static void ask_for_amx(void) { amx = !syscall(SYS_arch_prctl, 0x1023, 18); }
+
+static void begin_amx(void) {
+    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shapes = {1, 0};
+    for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = 16;
+    _tile_loadconfig(&shapes);
+}
+static void end_amx(void) { _tile_release(); }
+
+/* The upper halves of a and b side by side, as tiles hold pairs of numbers, and in `to + i * PART` those of what is left
+   of them: their parts. */
+INLINE void split(int parts, __m512 a, __m512 b, uint16_t *to) {
+    const __m512i upper = _mm512_set1_epi32(-65536);
+    for (int i = 0; i < parts; i++, to += PART) {
+        const __m512i half = _mm512_set1_epi32(parts == 2 && i ? 1 << 15 : 0); /* rounds; three parts leave nothing */
+        const __m512i first = _mm512_add_epi32(_mm512_castps_si512(a), half);
+        const __m512i second = _mm512_add_epi32(_mm512_castps_si512(b), half);
+        _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_srli_epi32(first, 16), second, upper, 0xf8)); /* | & */
+        a = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_and_si512(first, upper)));
+        b = _mm512_sub_ps(b, _mm512_castsi512_ps(_mm512_and_si512(second, upper)));
+    }
+}
+
+/* Which number of DEPTH stands first in pair i, and how far behind it the second. */
+#define PAIR(kind, i) ((kind) == BFLOAT16 ? 2 * (i) : (i))
+#define PAIR_STEP(kind) ((kind) == BFLOAT16 ? 1 : 16)
+
+/* Numbers k to k + DEPTH of 16 columns of a weight, of which there are `count`, as tiles. */
+INLINE void lay(int kind, const struct linear *a, const char *weight, long stride, long count, long k, uint16_t *to) {
+    const long left = a->dim - k, bytes = BYTES[kind], ahead = look_ahead(a, kind, k, 16, stride, AHEAD_AMX);
+    char some[16][DEPTH * 4] __attribute__((aligned(64)));
+    long step = stride * bytes;
+    const char *p = weight + k * bytes;
+    if (count < 16 || left < DEPTH) {
+        memset(some, 0, sizeof some);
+        for (int i = 0; i < count && i < 16; i++) memcpy(some[i], p + i * step, (left < DEPTH ? left : DEPTH) * bytes);
+        p = some[0], step = sizeof some[0];
+    }
+    UNROLLED for (int i = 0; i < 16; i++, p += step, to += 32) {
+        for (long line = 0; line < DEPTH * bytes; line += 64)
+            __builtin_prefetch(weight + i * stride * bytes + ahead + line, 0, 2);
+        if (kind == FLOAT32) split(3, _mm512_loadu_ps(p), _mm512_loadu_ps(p + 64), to);
+        else if (kind == BFLOAT16) _mm512_store_si512(to, _mm512_loadu_si512(p));
+        else
+            split(1, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))),
+                  _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)))), to);
+    }
+}
+
+/* Rows of x, `stride` numbers apart, from k to k + DEPTH as tiles: of 16 rows each part, then of the next. */
+static void lay_rows(int kind, const float *x, long rows, long stride, long k, uint16_t *to) {
+    for (long first = 0; first < rows; first += 16, to += PARTS(kind) * PART) {
+        int32_t place[16];
+        for (int n = 0; n < 16; n++) place[n] = first + n < rows ? n * stride : 0; /* some number: its sums go nowhere */
+        const __m512i places = _mm512_loadu_si512(place);
+        const float *from = x + first * stride + k;
+        for (int i = 0; i < 16; i++)
+            split(PARTS(kind), _mm512_i32gather_ps(places, from + PAIR(kind, i), 4),
+                  _mm512_i32gather_ps(places, from + PAIR(kind, i) + PAIR_STEP(kind), 4), to + i * 32);
+    }
+}
+
+#define LOAD_TILE(tile, p) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(64L) : "memory")
+
+/* Add the products of a tile of x and one of weights. */
+#define PRODUCTS(kind, sum, x) \
+    LOAD_TILE(7, x); \
+    _tile_dpbf16ps(sum, 4, 7); \
+    if (kind == FLOAT32) { _tile_dpbf16ps(sum, 5, 7); _tile_dpbf16ps(sum, 6, 7); } \
+    LOAD_TILE(7, x + PART); \
+    _tile_dpbf16ps(sum, 4, 7); \
+    if (kind == FLOAT32) { _tile_dpbf16ps(sum, 5, 7); LOAD_TILE(7, x + 2 * PART); _tile_dpbf16ps(sum, 4, 7); }
+
+/* tile[column][row] of 16 columns and `groups` times 16 rows, for numbers `begin` to `end` of the dimension that is
+   summed; unless that is the first of them they are added. The next tiles of weights are made while these multiply. */
+INLINE void multiply(int kind, int groups, const uint16_t *x, const struct linear *a, const char *weight, long stride,
+                     long count, long begin, long end, float *tile) {
+    uint16_t parts[2][3 * PART] __attribute__((aligned(64)));
+    float sums[4][16][16] __attribute__((aligned(64)));
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    lay(kind, a, weight, stride, count, begin, parts[0]);
+    x += begin / DEPTH * groups * PARTS(kind) * PART;
+    for (long k = begin, odd = 0; k < end; k += DEPTH, odd = !odd, x += groups * PARTS(kind) * PART) {
+        if (k + DEPTH < end) lay(kind, a, weight, stride, count, k + DEPTH, parts[!odd]);
+        LOAD_TILE(4, parts[odd]);
+        if (kind == FLOAT32) { LOAD_TILE(5, parts[odd] + PART); LOAD_TILE(6, parts[odd] + 2 * PART); }
+        PRODUCTS(kind, 0, x)
+        if (groups > 1) { PRODUCTS(kind, 1, x + PARTS(kind) * PART) }
+        if (groups > 2) { PRODUCTS(kind, 2, x + 2 * PARTS(kind) * PART) }
+        if (groups > 3) { PRODUCTS(kind, 3, x + 3 * PARTS(kind) * PART) }
+    }
+    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64); _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
+    for (int n = 0; n < 16; n++)
+        for (int group = 0; group < groups; group++) {
+            vec *to = (vec *)(tile + n * WIDTH + group * 16), total = begin ? *to : (vec){0};
+            *to = total + *(vec *)sums[group][n];
+        }
+}
+
+INLINE void multiply_rows(int kind, const uint16_t *x, const struct linear *a, const char *weight, long stride,
+                          long count, long begin, long end, float *tile) {
+    switch ((a->rows + 15) / 16) {
+    case 1: multiply(kind, 1, x, a, weight, stride, count, begin, end, tile); return;
+    case 2: multiply(kind, 2, x, a, weight, stride, count, begin, end, tile); return;
+    case 3: multiply(kind, 3, x, a, weight, stride, count, begin, end, tile); return;
+    default: multiply(kind, 4, x, a, weight, stride, count, begin, end, tile);
+    }
+}
+
+static void product_amx(long kind, const uint16_t *x, const struct linear *a, const char *weight, long stride,
+                        long count, long begin, long end, float *tile) {
+    if (kind == FLOAT32) multiply_rows(FLOAT32, x, a, weight, stride, count, begin, end, tile);
+    else if (kind == BFLOAT16) multiply_rows(BFLOAT16, x, a, weight, stride, count, begin, end, tile);
+    else multiply_rows(INT8, x, a, weight, stride, count, begin, end, tile);
+}
+#else
+static void begin_amx(void) {}
+static void end_amx(void) {}
+static void lay_rows(int kind, const float *x, long rows, long stride, long k, uint16_t *to) {}
+static void product_amx(long kind, const uint16_t *x, const struct linear *a, const char *weight, long stride,
+                        long count, long begin, long end, float *tile) {}
+#endif
 
 enum { MOST_DOTS = 6 };
 
@@ -307,12 +451,11 @@ static void product_int8(const float *x, const struct linear *a, const char *wei
 }
 
 /* Scale, bias, activation and residual of `count` results of one matrix from row `n` of it on, and their place. */
-static void finish(const struct linear *a, int which, long column, long n, long count, const float *tile,
-                   const float *gates) {
+static void finish(const struct linear *a, int which, long column, long n, long count, float *tile, const float *gates) {
     const struct vector scale = a->weight[which].scale, bias = a->bias[which];
     const long all = a->columns[0] + a->columns[1] + a->columns[2], gate = a->columns[which];
-    for (long end = n + count; n < end; n++, column++, tile += WIDTH, gates += WIDTH)
-        for (long m = 0; m < a->rows; m += LANES) {
+    for (long i = 0; i < count; i++, n++)
+        for (long m = i * WIDTH; m < i * WIDTH + a->rows; m += LANES) {
             vec y = *(const vec *)(tile + m);
             if (scale.data) y *= at(scale, n);
             if (bias.data) y += at(bias, n);
@@ -323,9 +466,11 @@ static void finish(const struct linear *a, int which, long column, long n, long 
                 if (bias.data) z += at(bias, gate + n);
                 y *= z / (1 + exponential(-z));
             }
-            for (long row = m; row < m + LANES && row < a->rows; row++)
-                put(a->out, row, column, y[row - m] + (a->residual ? a->residual[row * all + column] : 0));
+            *(vec *)(tile + m) = y;
         }
+    for (long m = 0; m < a->rows; m++)
+        for (long i = 0; i < count; i++)
+            put(a->out, m, column + i, tile[i * WIDTH + m] + (a->residual ? a->residual[m * all + column + i] : 0));
 }
 
 /* A row in fp32, and zeros up to `padded`. */
@@ -355,37 +500,50 @@ static void normalise(float *x, long dim, double eps, struct vector gain, struct
     if (after) for (k = 0; k < dim; k++) x[k] += after[k];
 }
 
-/* The most rows that a linear has here. Where oneDNN has instructions for bf16 it is as fast from a few rows on. */
+/* The most rows that a linear has here; beyond them PyTorch is as fast. */
 long most_rows(long kind) {
+    if (amx) return kind == FLOAT32 ? 8 * AMX_ROWS : AMX_ROWS;
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16)
-    if (kind == BFLOAT16) return 6;
+    if (kind == BFLOAT16) return MOST_DOTS; /* oneDNN has instructions for it too */
 #endif
-    return WIDTH;
+    return OUTER_ROWS;
 }
+
+/* Of `rows` rows, how many are computed at a time. */
+static long rows_at_once(long rows) {
+    const long most = amx ? AMX_ROWS : OUTER_ROWS, times = (rows + most - 1) / most;
+    return ((rows + times - 1) / times + 15) / 16 * 16;
+}
+
+/* Parts of the dimension that is summed, of each of which all tiles of x stay in a cache. */
+static long parts_of_sum(long rows, long padded) { return ((rows + 15) / 16 * 16 * padded * 6 - 1) / CACHED + 1; }
 
 /* Numbers of room that a linear needs: for the fewest rows each thread lays them out for itself, without a meeting. */
 static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 4 * LANES) + WIDTH; }
-static long room(long rows, long dim, long threads) {
-    const long few = rows < MOST_DOTS ? rows : MOST_DOTS; /* a last layer may have fewer than the others */
-    const long shared = (rows + WIDTH) * (dim + 4 * LANES), own = threads * room_of_thread(few, dim);
+static long room(long rows, long dim, long columns, long threads) {
+    const long few = rows < MOST_DOTS ? rows : MOST_DOTS, own = threads * room_of_thread(few, dim); /* a last layer's */
+    const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
+    const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 16 * threads) * 2 * WIDTH : 0;
+    const long shared = amx ? once * (padded + LANES + 3 * padded / 2) + sums : once * 2 * padded;
     return shared > own ? shared : own;
 }
 
-/* A linear by all threads of a team, in `x`, the room that it needs. They have finished when they meet again. */
-static void linear_of_team(const struct linear *a, float *x) {
+/* A linear of few rows by all threads of a team, in `x`, the room that it needs. */
+static void rows_of_team(const struct linear *a, float *x) {
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), rows = a->rows, dim = a->dim;
-    const long kind = a->weight[0].matrix.kind, span = SPAN(kind), block = LANES * span;
-    const long padded = (dim + block - 1) / block * block, dots = rows <= MOST_DOTS;
-    const long width = dots ? rows : rows <= LANES ? LANES : WIDTH, unit = tile_columns(rows);
+    const long kind = a->weight[0].matrix.kind, span = SPAN(kind), dots = rows <= MOST_DOTS, tiles = amx && !dots;
+    const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
+    const long stride = tiles ? padded + LANES : padded; /* rows that a cache keeps in different places */
+    const long width = dots ? rows : rows <= LANES ? LANES : OUTER_ROWS, unit = tiles ? 16 : tile_columns(rows);
     void (*product)(const float *, const struct linear *, const char *, long, long, float *) =
         kind == FLOAT32 ? product_float32 : kind == BFLOAT16 ? product_bfloat16 : product_int8;
     const int words = HAS_WORDS && dots && kind == INT8;
     if (dots) x += thread * room_of_thread(rows, dim);
-    float *laid = dots && span == 1 ? x : x + rows * padded;
+    float *laid = dots && span == 1 ? x : x + rows * stride;
 
     const long begin = dots ? 0 : rows * thread / threads, end = dots ? rows : rows * (thread + 1) / threads;
     for (long m = begin; m < end; m++) {
-        float *row = x + m * padded;
+        float *row = x + m * stride;
         widen(&a->x, m, dim, padded, row);
         if (a->stream) {
             normalise(row, dim, a->eps, a->stream_gain, (struct vector){0}, a->stream + m * dim);
@@ -394,39 +552,66 @@ static void linear_of_team(const struct linear *a, float *x) {
         if (a->gain.data) normalise(row, dim, a->eps, a->gain, a->norm_bias, NULL);
         if (words) laid[m] = to_words(row, padded, (int16_t *)(laid + WIDTH) + m * padded);
     }
-    const long blocks = padded / block;
     if (!dots) {
 #pragma omp barrier
-        for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block)
-            for (long m = 0; m < width; m++)
+        for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block) {
+            if (tiles) lay_rows(kind, x, rows, stride, k, (uint16_t *)laid + k / DEPTH * ((rows + 15) / 16) * PARTS(kind) * PART);
+            else for (long m = 0; m < width; m++)
                 for (long i = 0; i < block; i++) {
                     const long to = k + i % span * LANES + i / span; /* see SPAN */
                     laid[to * width + m] = m < rows ? x[m * padded + k + i] : 0;
                 }
+        }
 #pragma omp barrier
     } else if (laid != x && !words) {
         for (long from = 0; from < rows * padded; from += block)
             for (long j = 0; j < span; j++)
                 for (long i = 0; i < LANES; i++) laid[from + j * LANES + i] = x[from + i * span + j];
     }
-    float tiles[2][SUMS * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
+    float some[2][SUMS * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
+    const long parts = tiles ? parts_of_sum(rows, padded) : 1, part = (blocks + parts - 1) / parts * block;
+    if (tiles) begin_amx();
     for (long which = 0, before = 0; which < MATRICES; before += a->columns[which++]) {
         const struct matrix *w = &a->weight[which].matrix;
         const long columns = a->columns[which], units = (columns + unit - 1) / unit, row = w->stride * BYTES[kind];
-        const long last = units * (thread + 1) / threads * unit, stop = columns < last ? columns : last;
-        for (long n = units * thread / threads * unit; n < stop; n += unit) {
-            const long count = stop - n < unit ? stop - n : unit;
-            product(laid, a, w->data + n * row, w->stride, count, tiles[0]);
-            if (a->activation == SWIGLU) product(laid, a, w->data + (columns + n) * row, w->stride, count, tiles[1]);
-            finish(a, which, before + n, n, count, tiles[0], tiles[1]);
-        }
+        const long first = units * thread / threads * unit, last = units * (thread + 1) / threads * unit;
+        const long stop = columns < last ? columns : last;
+        float *own = laid + (rows + 15) / 16 * 24 * padded + 2 * first * WIDTH; /* all sums, behind the tiles of x */
+        for (long k = 0; k < padded; k += part)
+            for (long n = first; n < stop; n += unit) {
+                const long count = stop - n < unit ? stop - n : unit, to = k + part < padded ? k + part : padded;
+                float *const kept = own + 2 * (n - first) * WIDTH, *sums[2] = {some[0], some[1]};
+                if (parts > 1) sums[0] = kept, sums[1] = kept + unit * WIDTH;
+                for (int gates = 0; gates < (a->activation == SWIGLU ? 2 : 1); gates++) {
+                    const char *weight = w->data + (n + gates * columns) * row;
+                    if (tiles) product_amx(kind, (uint16_t *)laid, a, weight, w->stride, count, k, to, sums[gates]);
+                    else product(laid, a, weight, w->stride, count, sums[gates]);
+                }
+                if (to == padded) finish(a, which, before + n, n, count, sums[0], sums[1]);
+            }
     }
+    if (tiles) end_amx();
 #pragma omp barrier
+}
+
+/* A linear by all threads of a team, which have finished when they meet again. */
+static void linear_of_team(const struct linear *a, float *x) {
+    const long once = rows_at_once(a->rows), all = a->columns[0] + a->columns[1] + a->columns[2];
+    for (long m = 0; m < a->rows; m += once) {
+        struct linear some = *a;
+        some.rows = a->rows - m < once ? a->rows - m : once;
+        some.x.data += m * a->x.stride * BYTES[a->x.kind];
+        some.out.data += m * a->out.stride * BYTES[a->out.kind];
+        if (a->stream) some.stream += m * a->dim, some.total += m * a->dim;
+        if (a->residual) some.residual += m * all;
+        rows_of_team(&some, x);
+    }
 }
 
 /* Both return 0, or 1 where there is no memory. */
 int linear(const struct linear *a, long threads) {
-    float *x = aligned_alloc(64, (room(a->rows, a->dim, threads) * sizeof *x + 63) / 64 * 64);
+    const long most = a->columns[0] > a->columns[1] ? a->columns[0] : a->columns[1];
+    float *x = aligned_alloc(64, (room(a->rows, a->dim, most, threads) * sizeof *x + 63) / 64 * 64);
     if (!x) return 1;
 #pragma omp parallel num_threads(threads)
     linear_of_team(a, x);
@@ -555,8 +740,9 @@ int run_blocks(const struct blocks *a, long threads) {
     struct decode decode = a->attention;
     const long own = decode.heads * decode.dim_head, shared = decode.kv_heads * decode.dim_head, dim = a->dim;
     const long rows = decode.rows * decode.suffix, width = own + 2 * shared, outputs = a->outputs, suffix = decode.suffix;
-    const long widest = a->inner > own ? a->inner : own;
-    const long for_linears = room(rows, widest > dim ? widest : dim, threads);
+    long widest = a->inner > own ? a->inner : own;
+    widest = widest > dim ? widest : dim;
+    const long for_linears = (room(rows, widest, widest > 2 * shared ? widest : 2 * shared, threads) + 15) / 16 * 16;
     const long need = for_linears + rows * (width + own + a->inner + 3 * dim);
     float *scratch = aligned_alloc(64, (need * sizeof *scratch + 63) / 64 * 64);
     if (!scratch) return 1;

@@ -101,6 +101,7 @@ def _load() -> None:
     else:
         for function in (_loaded.linear, _loaded.decode_attention, _loaded.run_blocks):
             function.argtypes = ctypes.c_char_p, ctypes.c_long
+        _loaded.most_rows.restype = ctypes.c_long
         # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
         os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
         _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())

@@ -14,10 +14,12 @@ from fastprior.kernels import cpu, ops, reference
 FP32, BF16 = torch.float32, torch.bfloat16
 EPS = torch.finfo(FP32).eps
 # int8 weights may meet x rounded to 16 bits of its largest number, here under 5 times its root mean square: an error
-# of 5 / 32767 / sqrt(12) = 4.4e-5 of the product, which activations may double; a few results may cancel to a third
-FLOORS = {FP32: 32 * EPS, BF16: 32 * EPS, torch.int8: 3e-4}
+# of 5 / 32767 / sqrt(12) = 4.4e-5 of the product, which activations may double; a few results may cancel to a third.
+# bf16 weights may meet 16 bits of each number of x: an error of 2**-17 / sqrt(3) = 4.4e-6 of the product
+FLOORS = {FP32: 32 * EPS, BF16: 3e-5, torch.int8: 3e-4}
 X86 = platform.machine() == "x86_64"
 ON_X86 = pytest.mark.skipif(not X86, reason="instructions of x86")
+HAS_TILES = cpu.most_rows(FP32) > 32  # the form of them
 NEEDS_KERNELS = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no CPU kernels: {cpu.unavailable()}")
 
 

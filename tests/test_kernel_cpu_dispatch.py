@@ -126,7 +126,7 @@ LEFT = {  # to PyTorch: which kernel, and a call
     "fp64": ("linear", lambda: ops.linear(random(3, 8).double(), random(5, 8).double())),
     "fp16": ("linear", lambda: ops.linear(random(3, 8).half(), random(5, 8).half())),
     "fp64-residual": ("linear", lambda: ops.linear(random(3, 8), random(5, 8), residual=random(3, 5).double())),
-    "many-rows": ("linear", lambda: run_linear(x=random(33, 52))),
+    "many-rows": ("linear", lambda: run_linear(x=random(cpu.most_rows(FP32) + 1, 52))),
     "no-rows": ("linear", lambda: run_linear(x=random(0, 52))),
     "gradient-of-x": ("linear", lambda: run_linear(x=random(3, 52).requires_grad_())),
     "gradient-of-bias": ("linear", lambda: run_linear(bias=random(40).requires_grad_())),
@@ -142,7 +142,7 @@ LEFT = {  # to PyTorch: which kernel, and a call
     "many-own-keys": ("decode_attention", lambda: ops.decode_attention(**make_decode(suffix=1025, seq=1, dim_head=64))),
     "gradient-of-a-step": ("run_blocks", lambda: run_step(grad=True)),
     "step-in-training": ("run_blocks", lambda: run_step(training=True)),
-    "step-of-many-rows": ("run_blocks", lambda: run_step(samples=6)),
+    "step-of-many-rows": ("run_blocks", lambda: run_step(samples=cpu.most_rows(FP32) // 6 + 1)),
     "step-in-fp64": ("run_blocks", lambda: run_step(torch.float64)),
 }  # fmt: skip
 
@@ -298,7 +298,7 @@ def test_op_blocks():
         (dict(residual=random(2, 6), activation="swiglu"), "residual has shape (2, 6); it must be (2, 3)"),
         (dict(weight=random(5, 8), activation="swiglu"), "'swiglu' needs one weight"),
         (dict(beside=random(2, 8), activation="swiglu"), "'swiglu' needs one weight"),
-        (dict(x=random(65, 8)), "x has 65 rows; they must be 1 to"),
+        (dict(x=random(600, 8)), "x has 600 rows; they must be 1 to"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -343,7 +343,7 @@ def test_messages_of_decode(change, message):
         (dict(heads=4), {}, "q has shape (36, 40); it must be (48, 40)"),
         (dict(x=random(4, 3, 39)), {}, "q has shape (36, 40); it must be (36, 39)"),
         (dict(x=random(3, 3, 40)), {}, "3 rows of 3 heads"),
-        (dict(x=random(44, 3, 40)), {}, "x has 132 rows; they must be 1 to"),
+        (dict(x=random(204, 3, 40)), {}, "x has 612 rows; they must be 1 to"),
         (dict(x=random(4, 2, 40)), {}, "bias has shape (3, 3, 10); it must be (2, 3, 9)"),
         (dict(prefix_k=random(1, 2, 7, 1, 12)), {}, "prefix_k has 1 layers; it must have 2"),
         (dict(prefix_v=random(1, 2, 7, 1, 12)), {}, "prefix_v has shape (1, 2, 7, 1, 12)"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprior import model_state
 from fastprior.conditions import Conditions, find
 from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
 
@@ -197,6 +198,13 @@ class DiffusionPriorNetwork(nn.Module):
         if conditions:
             find(self.conditions, next(iter(conditions)))  # raises where the network has none
             self.conditions.check(conditions, batch)
+
+    def _apply(self, *args, **kwargs):
+        before = self.learned_query.data_ptr()
+        super()._apply(*args, **kwargs)
+        if self.learned_query.data_ptr() != before:
+            model_state.forget(self)
+        return self
 
     def forward(
         self,

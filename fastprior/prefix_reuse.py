@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastprior import model_state
 from fastprior.kernels import ops
 from fastprior.prior_blocks import Prefix
 
-SAMPLE = 64  # neighbouring elements of each weight that are compared at every call
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DIM_HEADS, LONGEST_SUFFIX = range(16, 129), 16  # what the kernels take
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -85,61 +85,6 @@ def is_plain_call(conditioning: Conditioning) -> bool:
     )
 
 
-class _Snapshot:
-    """The modules and weights of a model as they were; it does not keep the model itself alive."""
-
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        # one level deep: hooks, parameters and what peft switches are in dicts and lists of the modules
-        self.states = [(vars(module), self._copy(vars(module))) for module in modules[1:]]
-        self.states += [(part, dict(part)) for part in (model._parameters, model._modules)]
-        self.weights = [
-            (module._parameters, name, weight, None if weight.is_inference() else weight._version, weight.data_ptr())
-            for module in modules
-            for name, weight in module._parameters.items()
-            if weight is not None
-        ]
-        self.views = [self._middle(weight.detach()) for _, _, weight, _, _ in self.weights]
-        self.sample = self._sample()
-
-    @staticmethod
-    def _copy(state: dict) -> dict:
-        copied = {
-            name: kind(value) for name, value in state.items() for kind in (dict, list) if isinstance(value, kind)
-        }
-        return state | copied
-
-    @staticmethod
-    def _middle(weight: Tensor) -> Tensor:
-        """A few elements, (n,), in the weight's own memory."""
-        while weight.dim() > 1:
-            weight = weight[len(weight) // 2]
-        return weight.view(-1)[max(0, weight.numel() - SAMPLE) // 2 :][:SAMPLE]
-
-    def _sample(self) -> Tensor:
-        return torch.cat(self.views)
-
-    def same_weights(self) -> bool:
-        """Whether every weight is the tensor it was, with no edit that autograd counted."""
-        return all(
-            owner.get(name) is weight
-            and weight.data_ptr() == address
-            and (version is None or weight._version == version)
-            for owner, name, weight, version, address in self.weights
-        )
-
-    def same_modules(self) -> bool:
-        """Whether no module, hook, adapter or other attribute changed."""
-        try:
-            return all(now == then for now, then in self.states)
-        except (RuntimeError, ValueError):  # another tensor or array stands there: that has no one truth value
-            return False
-
-    def same_values(self) -> bool:
-        """Whether no whole weight was edited behind autograd's back, as `weight.data.copy_` does it."""
-        return torch.equal(self._sample(), self.sample)
-
-
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
@@ -150,7 +95,7 @@ class _Entry:
     """A prefix and all it was made of."""
 
     def __init__(self, model: nn.Module, conditioning: Conditioning, key: tuple, prefix: Prefix):
-        self.prefix, self.key, self.snapshot = prefix, key, _Snapshot(model)
+        self.prefix, self.key, self.snapshot = prefix, key, model_state.Snapshot(model)
         self.conditioning = tuple(None if t is None else t.detach().clone() for t in conditioning)
         self.callers: list[weakref.ref] = []
 
@@ -189,35 +134,12 @@ def _release(slot_ref: weakref.ref, _: weakref.ref) -> None:
 
 
 _SLOTS: weakref.WeakKeyDictionary[nn.Module, threading.local] = weakref.WeakKeyDictionary()
-_STATES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[State]] = weakref.WeakKeyDictionary()
-
-
-class State:
-    """Stands for a model's modules and weights as they were."""
-
-    def __init__(self, model: nn.Module):
-        self.snapshot: _Snapshot | None = _Snapshot(model)
-
-    def is_current(self) -> bool:
-        snapshot = self.snapshot
-        return bool(snapshot and snapshot.same_weights() and snapshot.same_modules() and snapshot.same_values())
-
-
-def state(model: nn.Module) -> State:
-    """The same object for as long as nothing changes in the model, and the caller keeps it."""
-    found = _STATES[model]() if model in _STATES else None
-    if found is None or not found.is_current():
-        found = State(model)
-        _STATES[model] = weakref.ref(found)
-    return found
 
 
 def forget(model: nn.Module) -> None:
     """Drop what is remembered for a model, in all threads."""
     _SLOTS.pop(model, None)
-    found = _STATES.pop(model, lambda: None)()
-    if found is not None:
-        found.snapshot = None  # which keeps weights
+    model_state.forget(model)
 
 
 def recall(

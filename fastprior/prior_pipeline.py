@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior import buckets, prefix_reuse
+from fastprior import buckets, model_state
 from fastprior import quantise as quantisation
 from fastprior.graphs import Clock, GraphCache, StepGraph
 from fastprior.kernels import ops
@@ -309,7 +309,7 @@ class PriorPipeline(PipelineParts):
 
     def _refresh(self) -> None:
         """Drop what depends on weights or modules that are no more, and quantise those that are."""
-        state = prefix_reuse.state(self.prior)
+        state = model_state.state(self.prior)
         if state is not self._state:
             self._clock.wait()
             self._graphs.clear()

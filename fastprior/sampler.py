@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fastprior import model_state
 from fastprior.kernels import ops
 from fastprior.layers import Attention, CausalTransformer, FeedForward, l2norm
 from fastprior.network import Conditioning, DiffusionPriorNetwork
@@ -106,40 +107,18 @@ def obstacles(prior: DiffusionPrior) -> list[str]:
     return [*method_overrides(prior), *network_obstacles(prior.net)]
 
 
-class WeightWatch:
-    """Notices that a module's weights changed: other tensors, in-place edits, or edits behind autograd's back.
-
-    Autograd counts in-place edits, except those through `.data`; so the norm of a sample of each tensor is compared as
-    well, which finds whatever edits a whole tensor. The module itself is not kept alive.
-    """
-
-    SAMPLE = 1024  # elements of each tensor
-
-    def __init__(self):
-        self.seen: tuple | None = None
-
-    def changed(self, module: nn.Module) -> bool:
-        """Whether the weights differ from those at the last call; True at the first."""
-        tensors = [t.detach() for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-        versions = [None if t.is_inference() else t._version for t in (*module.parameters(), *module.buffers())]
-        identity = [(t.data_ptr(), t.dtype, t.shape) for t in tensors], versions
-        samples = [t.flatten()[:: max(1, t.numel() // self.SAMPLE)] for t in tensors]
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(samples)])
-        same = self.seen is not None and self.seen[0] == identity and torch.equal(self.seen[1], norms)
-        self.seen = identity, norms
-        return not same
-
-
 class NullTables:
     """The null tables of one network, by schedule; forgotten when its weights change."""
 
     def __init__(self):
-        self.watch = WeightWatch()
+        self.state: model_state.State | None = None
         self.tables: dict[tuple[int, ...], Tensor] = {}
 
     def get(self, net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
         """(steps, dim) null predictions at the given times."""
-        if self.watch.changed(net):
+        state = model_state.state(net)
+        if state is not self.state:
+            self.state = state
             self.tables.clear()
         if times not in self.tables:
             self.tables[times] = net.null_table(torch.tensor(times, device=net.learned_query.device))

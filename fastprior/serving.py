@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior import buckets
+from fastprior import buckets, model_state
 from fastprior import quantise as quantisation
 from fastprior.graphs import Clock, GraphCache, StepGraph
 from fastprior.kernels import ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
-from fastprior.sampler import WeightWatch, denoise_step, map_rows, network_obstacles, prefill, run_steps, step_inputs
+from fastprior.sampler import denoise_step, map_rows, network_obstacles, prefill, run_steps, step_inputs
 from fastprior.step_cost import CountLaunches, StepReads, step_reads, step_seconds
 
 
@@ -96,6 +96,7 @@ class PriorSampler:
         self.quantise, self._quality_prompts, self.quality = quantise, quality_prompts, None
         self._lock = threading.Lock()
         self._modules: list | None = None
+        self._state: model_state.State | None = None
         self._reads: dict[int, StepReads] = {}
         self._launched: dict[int, int] = {}
         self._clock = Clock(prior.device)
@@ -110,6 +111,9 @@ class PriorSampler:
         own = self.prior.net
         if self.prior.device != self._clock.device:
             raise ValueError(f"the prior is on {self.prior.device}; it must be where it was, on {self._clock.device}")
+        state = model_state.state(own)
+        if state is self._state:
+            return
         modules = [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in own.modules()]
         modules.append(own.learned_query.dtype)
         if self.quantise:  # its network shares the other parameters
@@ -118,23 +122,23 @@ class PriorSampler:
             if modules != self._modules:
                 if found := network_obstacles(own):
                     raise ValueError(f"the prior's network was changed, and cannot be served: {'; '.join(found)}")
-                self._modules, self._steps, self._watch = modules, {}, WeightWatch()
+                self._modules, self._steps = modules, {}
                 self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
                 self._step_net = quantisation.quantised(self._net, self.quantise) if self.quantise else self._net
                 self._reads, self._launched = {}, {}
                 self._graphs.too_large.clear()
-            if self._watch.changed(own):
-                if self._net is not own:
-                    self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
-                self._clock.wait()
-                self._graphs.clear()  # they hold addresses of weights and tables
-                self._times, self._null_preds, self._rows = step_inputs(self._net, self.plan)
-                self._indices = torch.arange(len(self._rows), device=self._rows.device)
-                if self.quantise:
-                    quantisation.update(self._step_net)
-                    self._judge()
+            if self._net is not own:
+                self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
+            self._clock.wait()
+            self._graphs.clear()  # they hold addresses of weights and tables
+            self._times, self._null_preds, self._rows = step_inputs(self._net, self.plan)
+            self._indices = torch.arange(len(self._rows), device=self._rows.device)
+            if self.quantise:
+                quantisation.update(self._step_net)
+                self._judge()
+            self._state = state
         except BaseException:
-            self._modules = None  # nothing is served that was not built to its end, or not found good
+            self._modules = self._state = None  # nothing is served that was not built to its end, or not found good
             raise
 
     def _judge(self) -> None:

@@ -13,7 +13,7 @@ from pt_cases import MAKES, TOLERANCE, kept, make_inputs, make_stock, within_dif
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastprior import prefix_reuse, prior_blocks
+from fastprior import model_state, prefix_reuse, prior_blocks
 from fastprior.diffusers_interop import StockPrior
 
 pytest.importorskip("diffusers")
@@ -155,9 +155,9 @@ CHANGES = {
 CHECKS = {
     "conditioning": (prefix_reuse._Entry, "same_conditioning"),
     "key": (prefix_reuse._Entry, "same_key"),
-    "weights": (prefix_reuse._Snapshot, "same_weights"),
-    "modules": (prefix_reuse._Snapshot, "same_modules"),
-    "values": (prefix_reuse._Snapshot, "same_values"),
+    "weights": (model_state.Snapshot, "same_weights"),
+    "modules": (model_state.Snapshot, "same_modules"),
+    "values": (model_state.Snapshot, "same_values"),
 }
 
 

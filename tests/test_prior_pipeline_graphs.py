@@ -10,7 +10,7 @@ import torch
 from conftest import make_prior, make_text, relative_error
 
 import fastprior
-from fastprior import graphs, prefix_reuse
+from fastprior import graphs, model_state
 from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
 from fastprior.pipeline_parts import TextEncoding
@@ -237,10 +237,10 @@ def test_changed_weights_and_modules_are_captured_again(change, captured):
 
 def test_weights_that_moved_are_not_kept():
     prior = make_transformer()
-    state = prefix_reuse.state(prior)
-    assert prefix_reuse.state(prior) is state
+    state = model_state.state(prior)
+    assert model_state.state(prior) is state
     prior.to(torch.bfloat16)
-    assert state.snapshot is None and prefix_reuse.state(prior) is not state
+    assert state.snapshot is None and model_state.state(prior) is not state
 
 
 def test_what_cannot_be_captured_runs_without(captured):

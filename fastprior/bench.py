@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PEER_STEPS = 5  # evaluations of the peer are all alike: a few are timed
 DTYPES = "float32", "bfloat16", "float16"
+QUANTISED = "int8", "float8"
 COLUMNS = "batch", "p50 ms", "p99 ms", "ms/step", "modelled", "MB/step", "of reads", "launches", "vs peer"
 
 
@@ -32,6 +33,7 @@ def add_bench_parser(subparsers) -> None:
     sub.add_argument("--timesteps", type=int, default=64, help="(%(default)s)")
     sub.add_argument("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of our run; the peer's is fp32 (%(default)s)")
+    sub.add_argument("--quantise", choices=QUANTISED, help="weights of 8 bits that our steps read")
     sub.add_argument("--runs", type=int, default=10, help="that are timed, after one that is not (%(default)s)")
     sub.add_argument("--eager", action="store_true", help="without torch.compile")
     sub.add_argument("--no-peer", action="store_true", help="do not run dalle2-pytorch")
@@ -55,7 +57,8 @@ def bench_command(args: argparse.Namespace) -> int:
     prior = fastprior.load(args.checkpoint, config=args.config).to(device).eval()
     peer = None if args.no_peer else _peer(prior, device)
     bandwidth = read_bandwidth(device)
-    print(f"{device}, {args.dtype}, {args.timesteps} steps, cond_scale {args.cond_scale:g}; ", end="")
+    weights = f"{args.dtype}, steps of {args.quantise}" if args.quantise else args.dtype
+    print(f"{device}, {weights}, {args.timesteps} steps, cond_scale {args.cond_scale:g}; ", end="")
     print(f"memory reads {bandwidth / 1e9:.1f} GB/s; dalle2-pytorch: {'fp32, eager' if peer else 'not measured'}")
     print(*(f"{title:>9}" for title in COLUMNS))
     for batch in args.batch_size:
@@ -91,8 +94,9 @@ def _row(prior: DiffusionPrior, peer, batch: int, bandwidth: float, args: argpar
 
     guided, dtype = args.cond_scale != 1, getattr(torch, args.dtype)
     sampler = PriorSampler(
-        prior, batch_sizes=(batch,), timesteps=args.timesteps, dtype=dtype, guidance=guided, compile=not args.eager
-    )
+        prior, batch_sizes=(batch,), timesteps=args.timesteps, dtype=dtype, guidance=guided, compile=not args.eager,
+        quantise=args.quantise,
+    )  # fmt: skip
     sampler.warmup()
     text = _text(prior, batch)
     theirs, ours = [], []

@@ -394,6 +394,13 @@ def test_bench(tmp_path, capsys, options):
         assert weights - 5e3 < megabytes * 1e6 < weights * 1.5 and 0 < modelled < step
 
 
+def test_bench_of_quantised_steps(tmp_path, capsys):
+    plain, quantised = (bench(tmp_path, capsys, None, "--no-peer", *more) for more in ((), ("--quantise", "int8")))
+    assert "float32, steps of int8, 8 steps" in " ".join(quantised[0])
+    megabytes = [float(rows[-1][5]) for rows in (plain, quantised)]
+    assert megabytes[1] < 0.6 * megabytes[0]
+
+
 def test_bench_of_what_the_peer_has_not(tmp_path, capsys):
     first, _, title, one, _ = bench(tmp_path, capsys, dict(text_dim=48))
     assert " ".join(first).startswith("dalle2-pytorch is left out: the network has text_dim=48")

@@ -219,7 +219,8 @@ class LocalSaver(BaseSaver):
     """Saves to local files, atomically; relative paths begin in the working directory."""
 
     def init(self, logger: BaseLogger) -> None:
-        own = (self.data_path / name for name in ("checkpoint.pth", "model.pth", "model.safetensors"))
+        names = "checkpoint.pth", "model.pth", "model.safetensors", "auto_resume.json", "config.json"
+        own = (self.data_path / name for name in names)
         for path in (*own, *filter(None, (self.save_latest_to, self.save_best_to))):
             remove_leftovers(path)
 

@@ -755,3 +755,13 @@ def test_the_peers_example(tmp_path, wandb, monkeypatch):
     run.save(trainer=Trainer(1), is_best=True, is_latest=True, epoch=1, samples_seen=2, best_validation_loss=0.1)
     assert {"best_checkpoint.pth", "latest_checkpoint.pth"} <= set(names(".prior"))
     assert checkpoint.read_file(Path(".prior/latest_checkpoint.pth"))[0]["samples_seen"] == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "auto_resume.json", "config.json"])
+def test_what_a_kill_left_half_written_is_gone_at_the_next_start(tmp_path, name):
+    leftover, other = tmp_path / f".{name}.0123abcd.tmp", tmp_path / ".of-someone-else.0123abcd.tmp"
+    for path in leftover, other:
+        path.write_text("half")
+    saver = create_saver("local", tmp_path, save_best_to="best.pth")
+    saver.init(None)
+    assert not leftover.exists() and other.exists()

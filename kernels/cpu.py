@@ -120,12 +120,15 @@ def _library() -> ctypes.CDLL:
     return _loaded
 
 
-@torch.compiler.assume_constant_result
 def most_rows(dtype: torch.dtype) -> int:
     """The most rows that are computed with weights of this dtype here; 0 for none."""
     if _loaded is None:
         _load()
     return _most_rows.get(dtype, 0)
+
+
+# what torch.compiler.assume_constant_result marks; it would import all of torch.compile, which takes 1.5 s
+most_rows._dynamo_marked_constant = True
 
 
 def _is_watched() -> bool:

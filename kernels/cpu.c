@@ -164,7 +164,7 @@ INLINE void dot(int kind, int rows, int columns, const float *x, const struct li
         ivec own[4];
         UNROLLED for (int n = 0; n < columns; n++) {
             own[n] = load(kind, column[n] + k * BYTES[kind], a->dim - k);
-            __builtin_prefetch(column[n] + ahead, 0, 2);
+            __builtin_prefetch(column[n] + ahead, 0, 3);
         }
         for (int j = 0; j < SPAN(kind); j++) {
             vec parts[4];
@@ -230,7 +230,7 @@ INLINE void dot_words(int rows, int columns, const float *laid, const struct lin
         UNROLLED for (int n = 0; n < columns; n++) {
             from[n] = column[n] + k;
             if (a->dim - k < block) from[n] = memcpy(last[n], from[n], a->dim - k);
-            __builtin_prefetch(column[n] + ahead, 0, 2);
+            __builtin_prefetch(column[n] + ahead, 0, 3);
         }
         UNROLLED for (int half = 0; half < 2; half++) {
             words own[4];
@@ -271,7 +271,7 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
                 const char *column = weight + (n < count ? n : count - 1) * stride * BYTES[kind];
                 const ivec own = load(kind, column + k * BYTES[kind], a->dim - k);
                 for (int j = 0; j < SPAN(kind); j++) *(vec *)(wide[n] + j * LANES) = part(kind, own, j);
-                __builtin_prefetch(column + ahead, 0, 2);
+                __builtin_prefetch(column + ahead, 0, 3);
             }
             for (long i = 0; i < block; i++) {
                 vec some[2];
@@ -362,7 +362,7 @@ static void lay_rows(int kind, const float *x, long rows, long stride, long k, u
 
 #define LOAD_TILE(tile, p) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(64L) : "memory")
 
-/* Add the products of a tile of x and one of weights. */
+/* Add the products of a tile of x and one of weights. GCC's own macro does not say that it reads memory. */
 #define PRODUCTS(kind, sum, x) \
     LOAD_TILE(7, x); \
     _tile_dpbf16ps(sum, 4, 7); \
@@ -372,7 +372,7 @@ static void lay_rows(int kind, const float *x, long rows, long stride, long k, u
     if (kind == FLOAT32) { _tile_dpbf16ps(sum, 5, 7); LOAD_TILE(7, x + 2 * PART); _tile_dpbf16ps(sum, 4, 7); }
 
 /* tile[column][row] of 16 columns and `groups` times 16 rows, for numbers `begin` to `end` of the dimension that is
-   summed; unless that is the first of them they are added. The next tiles of weights are made while these multiply. */
+   summed; unless that is the first of them they are added. The next tiles of weights are stored well before they are loaded. */
 INLINE void multiply(int kind, int groups, const uint16_t *x, const struct linear *a, const char *weight, long stride,
                      long count, long begin, long end, float *tile) {
     uint16_t parts[2][3 * PART] __attribute__((aligned(64)));

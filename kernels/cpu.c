@@ -360,9 +360,10 @@ static void lay_rows(int kind, const float *x, long rows, long stride, long k, u
     }
 }
 
+/* GCC's own macro does not say that it reads memory. */
 #define LOAD_TILE(tile, p) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(64L) : "memory")
 
-/* Add the products of a tile of x and one of weights. GCC's own macro does not say that it reads memory. */
+/* Add the products of a tile of x and one of weights. */
 #define PRODUCTS(kind, sum, x) \
     LOAD_TILE(7, x); \
     _tile_dpbf16ps(sum, 4, 7); \

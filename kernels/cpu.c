@@ -116,6 +116,39 @@ INLINE float sum(vec v) {
     return parts[0];
 }
 
+/* tile[column][row] = the sum of the numbers of each of columns * rows vectors, of which those of a column lie together. */
+INLINE void sum_all(int rows, int columns, const vec *sums, float *tile) {
+#if LANES == 16
+    /* 16 sums at once: quarters, then numbers, of several vectors side by side, and their sums. */
+#define ADD_SIDES(kind, a, b, low, high) \
+    ((__m512)_mm512_shuffle_##kind(a, b, low) + (__m512)_mm512_shuffle_##kind(a, b, high))
+#define ADD_PAIRED(a, b) (_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b))
+    const int each = rows <= 4 ? 4 : rows <= 8 ? 8 : 16; /* lanes of a column */
+    UNROLLED for (int n = 0; n < columns; n += 16 / each) {
+        __m512 quarters[4];
+        UNROLLED for (int j = 0; j < 4; j++) {
+            __m512 own[4]; /* of lanes j, j + 4, … of the result */
+            UNROLLED for (int i = 0; i < 4; i++) {
+                const int m = (4 * i + j) % each, column = n + (4 * i + j) / each;
+                own[i] = m < rows && column < columns ? (__m512)sums[column * rows + m] : _mm512_setzero_ps();
+            }
+            const __m512 front = ADD_SIDES(f32x4, own[0], own[1], 0x44, 0xee);
+            const __m512 back = ADD_SIDES(f32x4, own[2], own[3], 0x44, 0xee);
+            quarters[j] = ADD_SIDES(f32x4, front, back, 0x88, 0xdd);
+        }
+        const __m512 front = ADD_PAIRED(quarters[0], quarters[1]), back = ADD_PAIRED(quarters[2], quarters[3]);
+        const __m512 all = ADD_SIDES(pd, (__m512d)front, (__m512d)back, 0x00, 0xff);
+        float lanes[16];
+        memcpy(lanes, &all, sizeof lanes);
+        UNROLLED for (int i = 0; i < 16 / each && n + i < columns; i++)
+            memcpy(tile + (n + i) * WIDTH, lanes + i * each, each * sizeof *lanes);
+    }
+#else
+    UNROLLED for (int n = 0; n < columns; n++)
+        UNROLLED for (int m = 0; m < rows; m++) tile[n * WIDTH + m] = sum(sums[n * rows + m]);
+#endif
+}
+
 INLINE vec choose(ivec condition, vec yes, vec no) { return (vec)((condition & (ivec)yes) | (~condition & (ivec)no)); }
 
 /* To 1e-7 of its value: 2**n times a Taylor sum within ±ln(2) / 2. */
@@ -170,13 +203,12 @@ INLINE void dot(int kind, int rows, int columns, const float *x, const struct li
             vec parts[4];
             UNROLLED for (int n = 0; n < columns; n++) parts[n] = part(kind, own[n], j);
             UNROLLED for (int m = 0; m < rows; m++) {
-                const vec some = *(const vec *)(x + m * padded + k + j * LANES);
+                const vec some = *(const vec *)(x + m * (padded + LANES) + k + j * LANES);
                 UNROLLED for (int n = 0; n < columns; n++) sums[n * rows + m] += parts[n] * some;
             }
         }
     }
-    UNROLLED for (int n = 0; n < columns; n++)
-        UNROLLED for (int m = 0; m < rows; m++) tile[n * WIDTH + m] = sum(sums[n * rows + m]);
+    sum_all(rows, columns, sums, tile);
 }
 
 /* Products of 16 bits and their sums in pairs are the fastest for int8 where there are instructions for it; x is rounded
@@ -242,12 +274,14 @@ INLINE void dot_words(int rows, int columns, const float *laid, const struct lin
             }
         }
     }
-    UNROLLED for (int n = 0; n < columns; n++)
-        UNROLLED for (int m = 0; m < rows; m++)
-            tile[n * WIDTH + m] = sum(__builtin_convertvector((ivec)sums[n * rows + m], vec)) * scale[m];
+    vec wide[SUMS], factors = {0};
+    UNROLLED for (int i = 0; i < columns * rows; i++) wide[i] = __builtin_convertvector((ivec)sums[i], vec);
+    UNROLLED for (int m = 0; m < rows; m++) factors[m] = scale[m];
+    sum_all(rows, columns, wide, tile);
+    UNROLLED for (int n = 0; n < columns; n++) *(vec *)(tile + n * WIDTH) *= factors;
 }
 #define DOT_INT8(ROWS) \
-    case ROWS: dot_words(ROWS, ROWS * 4 <= SUMS ? 4 : 2, x, a, weight, stride, count, tile); return;
+    case ROWS: dot_words(ROWS, DOT_COLUMNS(ROWS), x, a, weight, stride, count, tile); return;
 enum { HAS_WORDS = 1 };
 #else
 #define DOT_INT8(ROWS) DOT(INT8, ROWS)
@@ -361,7 +395,8 @@ static void lay_rows(int kind, const float *x, long rows, long stride, long k, u
 }
 
 /* GCC's own macro does not say that it reads memory. */
-#define LOAD_TILE(tile, p) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(64L) : "memory")
+#define LOAD_ROWS(tile, p, bytes) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(p), "r"(bytes) : "memory")
+#define LOAD_TILE(tile, p) LOAD_ROWS(tile, p, 64L)
 
 /* Add the products of a tile of x and one of weights. */
 #define PRODUCTS(kind, sum, x) \
@@ -379,11 +414,18 @@ INLINE void multiply(int kind, int groups, const uint16_t *x, const struct linea
     uint16_t parts[2][3 * PART] __attribute__((aligned(64)));
     float sums[4][16][16] __attribute__((aligned(64)));
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    lay(kind, a, weight, stride, count, begin, parts[0]);
+    const int direct = kind == BFLOAT16 && count >= 16 && a->dim % DEPTH == 0; /* they lie as a tile wants them */
+    if (!direct) lay(kind, a, weight, stride, count, begin, parts[0]);
     x += begin / DEPTH * groups * PARTS(kind) * PART;
     for (long k = begin, odd = 0; k < end; k += DEPTH, odd = !odd, x += groups * PARTS(kind) * PART) {
-        if (k + DEPTH < end) lay(kind, a, weight, stride, count, k + DEPTH, parts[!odd]);
-        LOAD_TILE(4, parts[odd]);
+        if (direct) {
+            const long ahead = look_ahead(a, kind, k, 16, stride, AHEAD_AMX);
+            UNROLLED for (int i = 0; i < 16; i++) __builtin_prefetch(weight + i * stride * 2 + ahead, 0, 2);
+            LOAD_ROWS(4, weight + k * 2, stride * 2);
+        } else {
+            if (k + DEPTH < end) lay(kind, a, weight, stride, count, k + DEPTH, parts[!odd]);
+            LOAD_TILE(4, parts[odd]);
+        }
         if (kind == FLOAT32) { LOAD_TILE(5, parts[odd] + PART); LOAD_TILE(6, parts[odd] + 2 * PART); }
         PRODUCTS(kind, 0, x)
         if (groups > 1) { PRODUCTS(kind, 1, x + PARTS(kind) * PART) }
@@ -422,27 +464,35 @@ static void product_amx(long kind, const uint16_t *x, const struct linear *a, co
                         long count, long begin, long end, float *tile) {}
 #endif
 
-enum { MOST_DOTS = 6 };
+enum { MOST_DOTS = LANES == 16 ? 12 : 6 };
 
-INLINE long tile_columns(long rows) {
-    if (rows > MOST_DOTS) return rows <= LANES ? SUMS : SUMS / 2;
-    return rows * 4 <= SUMS ? 4 : 2;
-}
+/* The most rows of the form "dot". */
+INLINE long most_dots(long kind) { return kind == FLOAT32 ? MOST_DOTS : 6; }
+
+/* Columns of a tile, whose sums fit in registers. */
+#define DOT_COLUMNS(rows) ((rows) * 4 <= SUMS ? 4 : (rows) * 3 <= SUMS ? 3 : 2)
+INLINE long tile_columns(long rows, int dots) { return dots ? DOT_COLUMNS(rows) : rows <= LANES ? SUMS : SUMS / 2; }
 
 #define DOT(KIND, ROWS) \
-    case ROWS: dot(KIND, ROWS, ROWS * 4 <= SUMS ? 4 : 2, x, a, weight, stride, count, tile); return;
+    case ROWS: dot(KIND, ROWS, DOT_COLUMNS(ROWS), x, a, weight, stride, count, tile); return;
+#define DOTS(KIND) DOT(KIND, 1) DOT(KIND, 2) DOT(KIND, 3) DOT(KIND, 4) DOT(KIND, 5) DOT(KIND, 6)
 #define OUTER(KIND) \
     if (a->rows <= LANES) outer(KIND, 1, x, a, weight, stride, count, tile); \
     else outer(KIND, 2, x, a, weight, stride, count, tile);
 
 static void product_float32(const float *x, const struct linear *a, const char *weight, long stride, long count,
                             float *tile) {
-    switch (a->rows) { DOT(FLOAT32, 1) DOT(FLOAT32, 2) DOT(FLOAT32, 3) DOT(FLOAT32, 4) DOT(FLOAT32, 5) DOT(FLOAT32, 6) }
+    switch (a->rows) {
+        DOTS(FLOAT32)
+#if LANES == 16
+        DOT(FLOAT32, 7) DOT(FLOAT32, 8) DOT(FLOAT32, 9) DOT(FLOAT32, 10) DOT(FLOAT32, 11) DOT(FLOAT32, 12)
+#endif
+    }
     OUTER(FLOAT32)
 }
 
 static void product_bfloat16(const float *x, const struct linear *a, const char *weight, long stride, long count, float *tile) {
-    switch (a->rows) { DOT(BFLOAT16, 1) DOT(BFLOAT16, 2) DOT(BFLOAT16, 3) DOT(BFLOAT16, 4) DOT(BFLOAT16, 5) DOT(BFLOAT16, 6) }
+    switch (a->rows) { DOTS(BFLOAT16) }
     OUTER(BFLOAT16)
 }
 
@@ -505,7 +555,7 @@ static void normalise(float *x, long dim, double eps, struct vector gain, struct
 long most_rows(long kind) {
     if (amx) return kind == FLOAT32 ? 8 * AMX_ROWS : AMX_ROWS;
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16)
-    if (kind == BFLOAT16) return MOST_DOTS; /* oneDNN has instructions for it too */
+    if (kind == BFLOAT16) return most_dots(kind); /* oneDNN has instructions for it too */
 #endif
     return OUTER_ROWS;
 }
@@ -520,7 +570,7 @@ static long rows_at_once(long rows) {
 static long parts_of_sum(long rows, long padded) { return ((rows + 15) / 16 * 16 * padded * 6 - 1) / CACHED + 1; }
 
 /* Numbers of room that a linear needs: for the fewest rows each thread lays them out for itself, without a meeting. */
-static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 4 * LANES) + WIDTH; }
+static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 5 * LANES) + WIDTH; }
 static long room(long rows, long dim, long columns, long threads) {
     const long few = rows < MOST_DOTS ? rows : MOST_DOTS, own = threads * room_of_thread(few, dim); /* a last layer's */
     const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
@@ -532,10 +582,10 @@ static long room(long rows, long dim, long columns, long threads) {
 /* A linear of few rows by all threads of a team, in `x`, the room that it needs. */
 static void rows_of_team(const struct linear *a, float *x) {
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), rows = a->rows, dim = a->dim;
-    const long kind = a->weight[0].matrix.kind, span = SPAN(kind), dots = rows <= MOST_DOTS, tiles = amx && !dots;
+    const long kind = a->weight[0].matrix.kind, span = SPAN(kind), dots = rows <= most_dots(kind), tiles = amx && !dots;
     const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
-    const long stride = tiles ? padded + LANES : padded; /* rows that a cache keeps in different places */
-    const long width = dots ? rows : rows <= LANES ? LANES : OUTER_ROWS, unit = tiles ? 16 : tile_columns(rows);
+    const long stride = tiles || dots ? padded + LANES : padded; /* rows that a cache keeps in different places */
+    const long width = dots ? rows : rows <= LANES ? LANES : OUTER_ROWS, unit = tiles ? 16 : tile_columns(rows, dots);
     void (*product)(const float *, const struct linear *, const char *, long, long, float *) =
         kind == FLOAT32 ? product_float32 : kind == BFLOAT16 ? product_bfloat16 : product_int8;
     const int words = HAS_WORDS && dots && kind == INT8;
@@ -565,9 +615,10 @@ static void rows_of_team(const struct linear *a, float *x) {
         }
 #pragma omp barrier
     } else if (laid != x && !words) {
-        for (long from = 0; from < rows * padded; from += block)
-            for (long j = 0; j < span; j++)
-                for (long i = 0; i < LANES; i++) laid[from + j * LANES + i] = x[from + i * span + j];
+        for (long m = 0; m < rows; m++)
+            for (long from = m * stride; from < m * stride + padded; from += block)
+                for (long j = 0; j < span; j++)
+                    for (long i = 0; i < LANES; i++) laid[from + j * LANES + i] = x[from + i * span + j];
     }
     float some[2][SUMS * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
     const long parts = tiles ? parts_of_sum(rows, padded) : 1, part = (blocks + parts - 1) / parts * block;

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fastprior.kernels import ops, reference
 from fastprior.kernels.reference import Rotary
 
+LEAD_ROWS = 512  # tokens that `CausalTransformer.lead` runs at once: what fp32 kernels of the CPU take
+
 
 def l2norm(t: Tensor) -> Tensor:
     """Scale the last dimension to Euclidean length 1."""
@@ -300,14 +302,15 @@ class Attention(nn.Module):
         y = ops.linear(x, self.to_q.weight, **weights, **norm)
         return y.unflatten(-1, (-1, dim_head)).split((self.heads, 1, 1), dim=-2)
 
+    def prepared(self, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Keys and values as `decode_attention` takes those of a prefix: at least fp32, rotated, normalised."""
+        k, v = map(reference.at_least_fp32, (k, v))
+        return reference.prepare_heads(k, rotary, self.cosine_sim), v
+
     def cached(self, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Keys and values ready for `decode_attention`: at least fp32, prepared, the null ones in front."""
-        k, v, null_k, null_v = (reference.at_least_fp32(t) for t in (k, v, *self.null_kv[:, None, None]))
-        k, null_k = (
-            reference.prepare_heads(k, rotary, self.cosine_sim),
-            reference.prepare_heads(null_k, None, self.cosine_sim),
-        )
-        return tuple(torch.cat((null.expand(len(t), 1, 1, -1), t), dim=1) for null, t in ((null_k, k), (null_v, v)))
+        """The same with the null ones in front."""
+        pairs = zip(self.prepared(*self.null_kv[:, None, None], None), self.prepared(k, v, rotary))
+        return tuple(torch.cat((null.expand(len(t), 1, 1, -1), t), dim=1) for null, t in pairs)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, attn_bias: Tensor | None = None) -> Tensor:
         """Attend.
@@ -357,11 +360,24 @@ class KVCache(NamedTuple):
     rotary: Rotary | None
 
 
+class LeadCache(NamedTuple):
+    """Keys and values of the first tokens of each step's suffix: (steps, 2, depth, prompts, tokens, 1, dim_head)."""
+
+    kv: Tensor
+
+    def place(self, cache: KVCache, index: Tensor) -> None:
+        """Write those of a step (1,) into the room that the cache has for them: its last tokens."""
+        k, v = self.kv.index_select(0, index)[0]
+        cache.k[:, :, -k.shape[2] :] = k
+        cache.v[:, :, -v.shape[2] :] = v
+
+
 class CausalTransformer(nn.Module):
     """Causal transformer with one relative position bias for all layers, and a prefix cache.
 
     `forward` runs a whole sequence. `prefill` runs a prefix once and `step` any number of suffixes after it: because
-    attention is causal, the prefix's keys and values do not depend on what follows.
+    attention is causal, the prefix's keys and values do not depend on what follows. `lead` runs the first tokens of
+    suffixes that are known beforehand.
     """
 
     def __init__(
@@ -465,6 +481,58 @@ class CausalTransformer(nn.Module):
         k, v = (torch.stack(t) for t in zip(*cache))
         return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end))
 
+    def lead(self, x: Tensor, cache: KVCache) -> tuple[KVCache, LeadCache]:
+        """Run the first tokens of the suffixes of all steps, x (steps, tokens, dim), behind each prompt's prefix.
+
+        Returns:
+            the cache with room for one step's, as `step` takes it for the rest of the suffix after `LeadCache.place`.
+            their keys and values.
+        """
+        tokens, prompts, first = x.shape[1], cache.k.shape[1], self.layers[0][0]
+        rotary = cache.rotary and tuple(t[:tokens] for t in cache.rotary)
+        front = cache._replace(bias=cache.bias[:tokens, :, : cache.k.shape[2] + tokens], rotary=rotary)
+        parts = []
+        for part in self.init_norm(x).split(max(1, LEAD_ROWS // (prompts * tokens))):
+            kv = self._keys_values(part.expand(prompts, *part.shape).flatten(0, 1), front)
+            kv = torch.stack(first.prepared(*(t.flatten(0, 1) for t in kv.unbind(3)), rotary))
+            parts.append(kv.unflatten(1, (-1, prompts, len(part))).permute(3, 0, 1, 2, 4, 5, 6))
+        k, v = (F.pad(t, (0, 0, 0, 0, 0, tokens)) for t in (cache.k, cache.v))
+        rest = KVCache(k, v, cache.bias[tokens:], cache.rotary and tuple(t[tokens:] for t in cache.rotary))
+        return rest, LeadCache(torch.cat(parts))
+
+    def _keys_values(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Raw ones of tokens x (rows, tokens, dim) behind the prefix: (depth, rows, tokens, 2, 1, dim_head)."""
+        if self._is_plain() and (found := self._by_blocks(x, cache, outputs=0)) is not None:
+            return found
+        found = []
+        for index, (attn, ff) in enumerate(self.layers):
+            q, k, v = attn.projections(x)
+            found.append(torch.stack((k, v), dim=2))
+            if index < len(self.layers) - 1:
+                out = ops.decode_attention(
+                    q, k, v, cache.k[index], cache.v[index], scale=attn.scale, rotary=cache.rotary,
+                    cosine=attn.cosine_sim, bias=cache.bias,
+                )  # fmt: skip
+                x = attn.to_out(out, after=x)
+                x = ff(x) + x
+        return torch.stack(found)
+
+    def _is_plain(self) -> bool:
+        """Whether kernels that compute several modules at once compute what these do."""
+        modules = [module for layer in self.layers for module in _own_modules(*layer)]
+        plain = not self.training and all(map(_is_plain, modules))
+        return plain and len({module.eps for module in modules if isinstance(module, LayerNorm)}) == 1
+
+    def _by_blocks(self, x: Tensor, cache: KVCache, outputs: int) -> Tensor | None:
+        """`ops.run_blocks` of all layers; None where it does not compute this."""
+        if not x.is_cpu or not ops.takes_blocks(x, blocks := self._blocks(), cache.k, cache.v):
+            return None
+        attn = self.layers[0][0]
+        return ops.run_blocks(
+            x, blocks, cache.k, cache.v, outputs=outputs, heads=attn.heads, scale=attn.scale, rotary=cache.rotary,
+            cosine=attn.cosine_sim, bias=cache.bias, eps=attn.norm.eps,
+        )  # fmt: skip
+
     def _blocks(self) -> list[ops.Block]:
         found = []
         for attn, ff in self.layers:
@@ -482,16 +550,9 @@ class CausalTransformer(nn.Module):
         `rows` is a multiple of the cache's prompts; the rows of one prompt lie together.
         """
         x = self.init_norm(x)
-        modules = [module for layer in self.layers for module in _own_modules(*layer)]
-        plain = not self.training and all(map(_is_plain, modules))
-        plain = plain and len({module.eps for module in modules if isinstance(module, LayerNorm)}) == 1
-        if plain and x.is_cpu and ops.takes_blocks(x, blocks := self._blocks(), cache.k, cache.v):
-            attn = self.layers[0][0]
-            x = ops.run_blocks(
-                x, blocks, cache.k, cache.v, outputs=1, heads=attn.heads, scale=attn.scale, rotary=cache.rotary,
-                cosine=attn.cosine_sim, bias=cache.bias, eps=attn.norm.eps,
-            )  # fmt: skip
-            return self._head(x[:, -1])
+        plain = self._is_plain()
+        if plain and (out := self._by_blocks(x, cache, outputs=1)) is not None:
+            return self._head(out[:, -1])
         fused = plain and ops.on_triton(x) and not torch.is_autocast_enabled(x.device.type)
         for index, (attn, ff) in enumerate(self.layers):
             q, k, v = attn.fused_projections(x) if fused else attn.projections(x)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastprior import model_state
 from fastprior.conditions import Conditions, find
-from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
+from fastprior.layers import MLP, CausalTransformer, KVCache, LeadCache, Linear, SinusoidalPosEmb
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
 
@@ -36,11 +36,13 @@ class Conditioning(NamedTuple):
         time_tokens: (steps, num_time_embeds, dim).
         null_rows: how many of the prompts, counted from the last, are the unconditional branch; their rows see the
             null image embedding.
+        lead: keys and values of the time tokens, see `DiffusionPriorNetwork.lead`; None where each step runs these.
     """
 
     cache: KVCache
     time_tokens: Tensor
     null_rows: int
+    lead: LeadCache | None = None
 
 
 class DiffusionPriorNetwork(nn.Module):
@@ -165,14 +167,14 @@ class DiffusionPriorNetwork(nn.Module):
             return torch.cat((null_encodings, text_tokens), dim=1)
         return torch.cat((self.conditions(conditions, keep[:, 0]).to(dtype), null_encodings, text_tokens), dim=1)
 
-    def _suffix(self, time_tokens: Tensor, image_tokens: Tensor, self_cond: Tensor | None) -> Tensor:
-        batch = len(image_tokens)
-        query = self.learned_query.to(self.stream_dtype).expand(batch, 1, -1)
+    def _suffix(self, *tokens: Tensor, self_cond: Tensor | None) -> Tensor:
+        """Tokens (batch, any, dim), and those that stand behind them."""
+        query = self.learned_query.to(self.stream_dtype).expand(len(tokens[0]), 1, -1)
         if not self.self_cond:
-            return torch.cat((time_tokens, image_tokens, query), dim=1)
+            return torch.cat((*tokens, query), dim=1)
         if self_cond is None:
             self_cond = torch.zeros_like(query[:, 0])
-        return torch.cat((time_tokens, image_tokens, self_cond[:, None].to(query.dtype), query), dim=1)
+        return torch.cat((*tokens, self_cond[:, None].to(query.dtype), query), dim=1)
 
     def _check(
         self,
@@ -243,7 +245,7 @@ class DiffusionPriorNetwork(nn.Module):
         image_tokens = self._embed(self.to_image_embeds, image_embed)
         image_tokens = torch.where(keep_image, image_tokens, self.null_image_embed.to(image_tokens.dtype))
         prefix = self._prefix(text_embed, text_encodings, conditions, keep_text)
-        suffix = self._suffix(self._time_tokens(diffusion_timesteps), image_tokens, self_cond)
+        suffix = self._suffix(self._time_tokens(diffusion_timesteps), image_tokens, self_cond=self_cond)
         transformer = self.causal_transformer
         if rows > prompts:
             return transformer.step(suffix, transformer.prefill(prefix, suffix.shape[1]))
@@ -289,6 +291,14 @@ class DiffusionPriorNetwork(nn.Module):
             cache = cache._replace(k=k, v=v)
         return Conditioning(cache, self._time_tokens(times), null_rows)
 
+    def lead(self, cond: Conditioning) -> Conditioning:
+        """Run the time tokens of all steps once a prompt too, which they share with it: `step` then runs the rest.
+
+        `step` takes one index for all rows then, and writes into the cache, so no two of a condition may run at once.
+        """
+        cache, lead = self.causal_transformer.lead(cond.time_tokens, cond.cache)
+        return cond._replace(cache=cache, lead=lead)
+
     def _null_cache(self, device) -> KVCache:
         """The prefix of the unconditional branch, as one prompt; without gradient to the (unused) text projection."""
         nulls = [] if self.conditions is None else [self.conditions.nulls()[None]]
@@ -306,14 +316,17 @@ class DiffusionPriorNetwork(nn.Module):
         Returns:
             (rows, dim) in fp32 or wider.
         """
-        rows = len(x)
-        time_tokens = cond.time_tokens.index_select(0, index.reshape(-1)).expand(rows, -1, -1)
+        rows, index, time_tokens = len(x), index.reshape(-1), []
+        if cond.lead is None:
+            time_tokens = [cond.time_tokens.index_select(0, index).expand(rows, -1, -1)]
+        else:
+            cond.lead.place(cond.cache, index)
         image_tokens = self._embed(self.to_image_embeds, x)
         if cond.null_rows:
             null_image = self.null_image_embed.to(image_tokens.dtype).expand_as(image_tokens)
             first_null = rows - rows * cond.null_rows // cond.cache.k.shape[1]
             image_tokens = torch.cat((image_tokens[:first_null], null_image[first_null:]))
-        pred = self.causal_transformer.step(self._suffix(time_tokens, image_tokens, self_cond), cond.cache)
+        pred = self.causal_transformer.step(self._suffix(*time_tokens, image_tokens, self_cond=self_cond), cond.cache)
         return pred.to(self.stream_dtype)
 
     def null_table(self, times: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
-from fastprior.layers import QuantisedLinear, scale_of
+from fastprior.layers import LEAD_ROWS, QuantisedLinear, scale_of
 
 HIDDEN = -10000.0  # added to the logit of a key that must not be seen: what the weights were trained with
 PLAIN = nn.Linear, QuantisedLinear
@@ -117,11 +117,31 @@ class Prefix(NamedTuple):
     Attributes:
         k, v: (depth, prompts, heads, prefix, dim_head).
         mask: (prompts, prefix) fp32, added to the logits; None where nothing is hidden.
+        texts: (prompts,) int64, which of the texts that ran each is; None where they are the prompts.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
+    texts: Tensor | None = None
+
+
+class Lead(NamedTuple):
+    """Keys and values of the first tokens of each step's suffix.
+
+    Attributes:
+        kv: (steps, 2, depth, texts, heads, tokens, dim_head).
+        texts: see `Prefix`.
+    """
+
+    kv: Tensor
+    texts: Tensor | None = None
+
+    def place(self, prefix: Prefix, index: Tensor) -> None:
+        """Write those of a step (1,) into the room that a prefix has for them: its last tokens."""
+        kv = self.kv.index_select(0, index)[0]
+        for room, t in zip(prefix, kv if self.texts is None else kv[:, :, self.texts]):
+            room[:, :, :, -t.shape[3] :] = t
 
 
 def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -216,7 +236,59 @@ def prefill(
             q = spread(projected(attn.to_q, h))
             out = ops.attention(q, k, v, scale=attn.scale, causal=True, mask=logits)
             x = _after_attention(block, out.flatten(0, 1)[slots], x, dtype)
-    return Prefix(*cache, logits if logits is None or prompts is None else logits[prompts])
+    return Prefix(*cache, logits if logits is None or prompts is None else logits[prompts], prompts)
+
+
+def lead(
+    blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, dtype: torch.dtype | None = None
+) -> tuple[Prefix, Lead]:
+    """Run the first tokens of the suffixes of all steps, x (steps, tokens, dim), once behind the prefix of each text.
+
+    Returns:
+        the prefix with room for those of a step, as `step` takes it for the rest of the suffix after `Lead.place`.
+        their keys and values.
+    """
+    tokens, texts, (k, v, mask) = x.shape[1], prefix.texts, prefix[:3]
+    seen = prefix
+    if texts is not None:  # one prompt of each
+        first = (texts == torch.arange(int(texts.max()) + 1, device=texts.device)[:, None]).int().argmax(dim=1)
+        seen = Prefix(k[:, first], v[:, first], None if mask is None else mask[first])
+    count, parts = seen.k.shape[1], []
+    for part in x.split(max(1, LEAD_ROWS // (count * tokens))):
+        kv = _keys_values(blocks, part.expand(count, *part.shape).flatten(0, 1), seen, dtype or x.dtype)
+        parts.append(kv.to(k.dtype).unflatten(1, (count, -1)).permute(2, 4, 0, 1, 5, 3, 6))
+    k, v = (F.pad(t, (0, 0, 0, tokens)) for t in (k, v))
+    return Prefix(k, v, None if mask is None else F.pad(mask, (0, tokens)), texts), Lead(torch.cat(parts), texts)
+
+
+def _keys_values(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, dtype: torch.dtype) -> Tensor:
+    """Those of tokens x (rows, tokens, dim) behind the prefix: (depth, rows, tokens, 2, heads, dim_head)."""
+    if (found := _by_blocks(blocks, x, prefix, outputs=0)) is not None:
+        return found
+    found = []
+    for index, block in enumerate(blocks):
+        attn, h = block.attn1, normed(block.norm1, x, dtype)
+        q, *kv = (projected(linear, h).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        found.append(torch.stack(kv, dim=2))
+        if index < len(blocks) - 1:
+            x = _after_attention(block, _decode(prefix, index, attn, q, *kv), x, dtype)
+    return torch.stack(found)
+
+
+def _decode(prefix: Prefix, index: int, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of suffix tokens in one block."""
+    cache = (t[index].transpose(1, 2) for t in (prefix.k, prefix.v))
+    return ops.decode_attention(q, k, v, *cache, scale=attn.scale, mask=prefix.mask)
+
+
+def _by_blocks(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int) -> Tensor | None:
+    """`ops.run_blocks`; None where it does not compute this."""
+    k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
+    if not x.is_cpu or not (weights := _weights(blocks)) or not ops.takes_blocks(x, weights, k, v):
+        return None
+    attn, eps = blocks[0].attn1, blocks[0].norm1.eps
+    around = dict(heads=attn.heads, scale=attn.scale, mask=prefix.mask, activation="gelu", eps=eps)
+    return ops.run_blocks(x, weights, k, v, outputs=outputs, **around)
 
 
 def _weights(blocks: Sequence[nn.Module]) -> list[ops.Block] | None:
@@ -245,22 +317,13 @@ def step(
     `rows` is a multiple of the prefix's prompts; the rows of one prompt lie together. `dtype`: see `prefill`.
     """
     dtype = dtype or x.dtype
-    k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
-    if x.is_cpu and (weights := _weights(blocks)) and ops.takes_blocks(x, weights, k, v):
-        attn, eps = blocks[0].attn1, blocks[0].norm1.eps
-        return ops.run_blocks(
-            x, weights, k, v, outputs=outputs, heads=attn.heads, scale=attn.scale, mask=prefix.mask, activation="gelu",
-            eps=eps,
-        )  # fmt: skip
+    if (found := _by_blocks(blocks, x, prefix, outputs)) is not None:
+        return found
     for index, block in enumerate(blocks):
         attn, h = block.attn1, normed(block.norm1, x, dtype)
         k, v = projected(attn.to_k, h), projected(attn.to_v, h)
         if index == len(blocks) - 1:
             x, h = x[:, -outputs:], h[:, -outputs:]
         q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (projected(attn.to_q, h), k, v))
-        out = ops.decode_attention(
-            q, k, v, prefix.k[index].transpose(1, 2), prefix.v[index].transpose(1, 2), scale=attn.scale,
-            mask=prefix.mask,
-        )  # fmt: skip
-        x = _after_attention(block, out, x, dtype)
+        x = _after_attention(block, _decode(prefix, index, attn, q, k, v), x, dtype)
     return x

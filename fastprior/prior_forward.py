@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior import prefix_reuse, prior_blocks
-from fastprior.prior_blocks import HIDDEN, Prefix, normed, projected
+from fastprior.prior_blocks import HIDDEN, Lead, Prefix, normed, projected
 
 
 class Conditioning(NamedTuple):
@@ -18,10 +18,12 @@ class Conditioning(NamedTuple):
     Attributes:
         prefix: keys and values of the prefix, per prompt.
         time_tokens: (steps, 1, dim).
+        lead: keys and values of the time tokens, see `PriorForward.lead`; None where each step runs these.
     """
 
     prefix: Prefix
     time_tokens: Tensor
+    lead: Lead | None = None
 
 
 class PriorTransformerOutput(NamedTuple):
@@ -144,17 +146,29 @@ class PriorForward:
         prefix = prior_blocks.prefill(self.transformer_blocks, x, mask, prompts, dtype, pack=False)
         return Conditioning(prefix, self._time_tokens(times, dtype))
 
+    def lead(self, cond: Conditioning) -> Conditioning:
+        """Run the time tokens of all steps once a text too, see `DiffusionPriorNetwork.lead`."""
+        suffix = 2 + (self.prd_embedding is not None)
+        x = self._placed(cond.time_tokens, self.positional_embedding[:, -suffix : 1 - suffix])
+        prefix, lead = prior_blocks.lead(self.transformer_blocks, x, cond.prefix, self._weight_dtype)
+        return cond._replace(prefix=prefix, lead=lead)
+
     def step(self, x: Tensor, index: Tensor, cond: Conditioning) -> Tensor:
         """One evaluation behind the cached prefix.
 
         Args:
             x: (rows, embedding_dim), noisy embeddings; rows is a multiple of prompts, those of one prompt together.
             index: 0-d or (rows,) int64, into the times given to `prefill`.
-            cond: from `prefill`.
+            cond: from `prefill` or `lead`.
         Returns:
             (rows, clip_embed_dim) in fp32 or wider.
         """
-        pred = self._behind(x.to(self._weight_dtype), cond.time_tokens.index_select(0, index.reshape(-1)), cond.prefix)
+        index, time_tokens = index.reshape(-1), None
+        if cond.lead is None:
+            time_tokens = cond.time_tokens.index_select(0, index)
+        else:
+            cond.lead.place(cond.prefix, index)
+        pred = self._behind(x.to(self._weight_dtype), time_tokens, cond.prefix)
         return pred if pred.dim() == 2 else pred.squeeze(1)
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
@@ -225,9 +239,10 @@ class PriorForward:
             encoder_hidden_states = self.encoder_hidden_states_proj(encoder_hidden_states)
         return torch.cat((encoder_hidden_states, tokens), dim=1)
 
-    def _suffix_tokens(self, hidden_states: Tensor, time_tokens: Tensor) -> Tensor:
+    def _suffix_tokens(self, hidden_states: Tensor, time_tokens: Tensor | None) -> Tensor:
         rows, hidden = len(hidden_states), self.proj_in(hidden_states)
-        tokens = [time_tokens.expand(rows, -1, -1), hidden[:, None] if hidden.dim() == 2 else hidden]
+        tokens = [] if time_tokens is None else [time_tokens.expand(rows, -1, -1)]
+        tokens.append(hidden[:, None] if hidden.dim() == 2 else hidden)
         if self.prd_embedding is not None:
             tokens.append(self.prd_embedding.to(hidden.dtype).expand(rows, -1, -1))
         return torch.cat(tokens, dim=1)
@@ -283,11 +298,11 @@ class PriorForward:
         x = tokens.to(stream) + positions.to(stream)
         return x if self.norm_in is None else normed(self.norm_in, x)
 
-    def _behind(self, hidden_states: Tensor, time_tokens: Tensor, prefix: Prefix) -> Tensor:
-        """The prediction for (rows, …) noisy embeddings behind a prefix, in fp32 or wider."""
+    def _behind(self, hidden_states: Tensor, time_tokens: Tensor | None, prefix: Prefix) -> Tensor:
+        """The prediction for (rows, …) noisy embeddings behind a prefix, which may hold the time; in fp32 or wider."""
         tokens = self._suffix_tokens(hidden_states, time_tokens)
         suffix = tokens.shape[1]
-        outputs = 1 if self.prd_embedding is not None else suffix - 1
+        outputs = 1 if self.prd_embedding is not None else suffix - (time_tokens is not None)
         x = self._placed(tokens, self.positional_embedding[:, -suffix:])
         x = prior_blocks.step(self.transformer_blocks, x, prefix, outputs, self._weight_dtype)
         pred = projected(self.proj_to_clip_embeddings, normed(self.norm_out, x, self._weight_dtype)).to(x.dtype)

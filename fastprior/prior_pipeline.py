@@ -16,11 +16,12 @@ from fastprior import quantise as quantisation
 from fastprior.graphs import Clock, GraphCache, StepGraph
 from fastprior.kernels import ops
 from fastprior.pipeline_parts import Generators, PipelineParts, TextEncoding, listed
-from fastprior.prior_blocks import HIDDEN, Prefix
-from fastprior.sampler import Step, run_table
+from fastprior.prior_blocks import HIDDEN, Lead, Prefix
+from fastprior.sampler import Step, leads, run_table
 from fastprior.solvers import StepTable
 
 if TYPE_CHECKING:
+    from fastprior.prior_forward import Conditioning
     from fastprior.prior_transformer import PriorTransformer
 
 TABLE_STEPS = 64  # of which the lengths of step tables in graphs are multiples
@@ -93,7 +94,7 @@ def _padded(prefix: Prefix, longest: int) -> Prefix:
     missing = buckets.text_length(tokens, longest) - tokens
     k, v = (F.pad(t, (0, 0, 0, missing)) for t in (prefix.k, prefix.v))
     mask = k.new_zeros(k.shape[1], tokens, dtype=torch.float32) if prefix.mask is None else prefix.mask
-    return Prefix(k, v, F.pad(mask, (0, missing), value=HIDDEN))
+    return prefix._replace(k=k, v=v, mask=F.pad(mask, (0, missing), value=HIDDEN))
 
 
 def _padded_part(t: Tensor, part: slice, batch: int) -> Tensor:
@@ -305,7 +306,8 @@ class PriorPipeline(PipelineParts):
         if self.quantise:
             with self._lock:
                 self._refresh()
-        return run_table(table, self._step(*given, x.dtype), x, draw)
+        samples = (len(x) + guided) // len(prefixes)
+        return run_table(table, self._step(*given, samples, x.dtype), x, draw)
 
     def _refresh(self) -> None:
         """Drop what depends on weights or modules that are no more, and quantise those that are."""
@@ -361,7 +363,7 @@ class PriorPipeline(PipelineParts):
             graph = self._graph(given, batch, shape[0], len(groups), guided > 0, x.dtype, table.uses_prediction)
             if graph is None:
                 batch, chosen = count, [number for group in groups for number in group]
-                step = self._step(table, text, chosen, count, guided // prompts * count, scale, x.dtype)
+                step = self._step(table, text, chosen, count, guided // prompts * count, scale, shape[0], x.dtype)
             else:
                 graph.begin(given, scale)
                 step = graph.step
@@ -450,39 +452,56 @@ class PriorPipeline(PipelineParts):
         prompts: int,
         guided: int,
         scale: float,
+        samples: int,
         dtype: torch.dtype,
     ) -> Step:
-        """The steps of a run of which `prefixes` are the texts: those of all prompts, one group after the other."""
+        """The steps of a run of which `prefixes` are the texts, of as many rows each: those of all prompts, one group
+        after the other."""
         times = torch.tensor(table.times, device=self.device)
         rows = table.rows.to(self.device, dtype)
         scale = torch.tensor(scale, dtype=dtype, device=self.device)
         indices = torch.arange(len(rows), device=self.device)
         fixed = self.schedule.clamp, self.schedule.radius, table.uses_prediction
         if self.compile:
-            return self._compiled_step(text, prefixes, prompts, guided > 0, times, rows, scale, indices, fixed)
+            return self._compiled_step(text, prefixes, prompts, guided > 0, samples, times, rows, scale, indices, fixed)
         index = torch.tensor(prefixes, device=self.device)
         cond = self.prior.prefill(*(tensor[index] for tensor in text), times)  # runs the same prompts once
+        cond = self._led(cond, samples * len(prefixes))
         run = partial(guided_step, self._quantised or self.prior, cond, rows, scale)
         return lambda x, x0, noise, index: run(x, x0, noise(), indices[index], guided, *fixed)
 
-    def _compiled_step(self, text, prefixes, prompts, guidance, times, rows, scale, indices, fixed) -> Step:
+    def _led(self, cond: Conditioning, rows: int) -> Conditioning:
+        """With the time tokens of all steps, where that pays for steps of as many rows; as graphs, on no GPU."""
+        k, texts = cond.prefix.k, cond.prefix.texts
+        if not k.is_cpu:
+            return cond
+        different = k.shape[1] if texts is None else int(texts.max()) + 1
+        held = k[:, :1, :, 0].nbytes * 2 * different * len(cond.time_tokens)
+        return self.prior.lead(cond) if leads(rows, different, 3, held, k.device) else cond
+
+    def _compiled_step(self, text, prefixes, prompts, guidance, samples, times, rows, scale, indices, fixed) -> Step:
         """The same in parts of few shapes: each group of prompts is padded to a batch size, each text to a length."""
         cond = self.prior.prefill(*text, times)
         share = len(text.embeds) // cond.prefix.k.shape[1]  # texts of one prefix
-        k, v, mask = _padded(cond.prefix, text.encodings.shape[1] + 1)
+        cond = cond._replace(prefix=_padded(cond.prefix, text.encodings.shape[1] + 1))
+        cond = self._led(cond, samples * len(prefixes))
+        (k, v, mask, texts), lead = cond.prefix, cond.lead
         groups = torch.tensor(prefixes, device=self.device).view(-1, prompts) // share
         parts = []
         for part, batch in buckets.parts(self.batch_sizes, prompts):
             missing = batch - (part.stop - part.start)
             chosen = F.pad(groups[:, part], (0, missing)).flatten()
-            parts.append((part, batch, missing, cond._replace(prefix=Prefix(k[:, chosen], v[:, chosen], mask[chosen]))))
+            own = Prefix(k[:, chosen], v[:, chosen], mask[chosen])
+            if lead is not None:
+                cond = cond._replace(lead=Lead(lead.kv[:, :, :, chosen if texts is None else texts[chosen]]))
+            parts.append((part, batch, missing, cond._replace(prefix=own)))
 
         def step(x, x0, noise, index):
             state = torch.stack((x, x0, noise())).view(3, len(groups) - guidance, prompts, -1)
             repeats, results = state.shape[-1] // x.shape[1], []
             for part, batch, missing, cond in parts:
                 given = F.pad(state[:, :, part], (0, 0, 0, missing)).view(3, -1, x.shape[1])
-                run = self._compiled_for(cond.prefix.k.shape, rows.shape, repeats, guidance)
+                run = self._compiled_for(cond.prefix.k.shape, rows.shape, repeats, guidance, cond.lead is None)
                 guided = batch * repeats if guidance else 0
                 prior = self._quantised or self.prior
                 result = torch.stack(run(prior, cond, rows, scale, *given, indices[index], guided, *fixed))

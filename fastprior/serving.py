@@ -210,7 +210,7 @@ class PriorSampler:
             return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise, index)
 
         return StepGraph(
-            lambda text_cond: prefill(net, self.plan, text_cond, self._times),
+            lambda text_cond: prefill(net, self.plan, text_cond, self._times, self.samples_per_prompt),
             step,
             self._example(batch),
             (batch * self.samples_per_prompt, self.prior.image_embed_dim),
@@ -225,7 +225,7 @@ class PriorSampler:
         if not ops.on_triton(self._rows):
             return 0
         with FakeTensorMode(allow_non_fake_inputs=True), CountLaunches() as launches:
-            cond = prefill(self._net, self.plan, self._example(batch), self._times)
+            cond = prefill(self._net, self.plan, self._example(batch), self._times, self.samples_per_prompt)
             shape = batch * self.samples_per_prompt, self.prior.image_embed_dim
             x, scale = torch.zeros(shape, device=self.prior.device), torch.ones((), device=self.prior.device)
             launches.count = 0
@@ -355,7 +355,8 @@ class PriorSampler:
             graph.begin(padded, scale)
             cond, step = graph.cond, graph.step
         else:
-            cond, compiled = prefill(self._net, self.plan, padded, self._times), self._step(batch)
+            cond = prefill(self._net, self.plan, padded, self._times, self.samples_per_prompt)
+            compiled = self._step(batch)
 
             def step(x, x0, noise, index):
                 return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise(), self._indices[index])

@@ -327,6 +327,7 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
    of fp32's rounding are left out. Weights of bf16 or int8 have one part, and x two then: 16 bits, rounded. Numbers that
    are not finite give NaN. */
 enum { PART = 512 /* numbers of a tile */, DEPTH = 32 /* numbers of a column in it */ };
+#define TILE_COLUMNS(kind) ((kind) == BFLOAT16 ? 32 : 16) /* at once */
 #define PARTS(kind) ((kind) == FLOAT32 ? 3 : 2) /* of x */
 
 static int amx; /* whether the system lets us */
@@ -414,18 +415,11 @@ INLINE void multiply(int kind, int groups, const uint16_t *x, const struct linea
     uint16_t parts[2][3 * PART] __attribute__((aligned(64)));
     float sums[4][16][16] __attribute__((aligned(64)));
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    const int direct = kind == BFLOAT16 && count >= 16 && a->dim % DEPTH == 0; /* they lie as a tile wants them */
-    if (!direct) lay(kind, a, weight, stride, count, begin, parts[0]);
+    lay(kind, a, weight, stride, count, begin, parts[0]);
     x += begin / DEPTH * groups * PARTS(kind) * PART;
     for (long k = begin, odd = 0; k < end; k += DEPTH, odd = !odd, x += groups * PARTS(kind) * PART) {
-        if (direct) {
-            const long ahead = look_ahead(a, kind, k, 16, stride, AHEAD_AMX);
-            UNROLLED for (int i = 0; i < 16; i++) __builtin_prefetch(weight + i * stride * 2 + ahead, 0, 2);
-            LOAD_ROWS(4, weight + k * 2, stride * 2);
-        } else {
-            if (k + DEPTH < end) lay(kind, a, weight, stride, count, k + DEPTH, parts[!odd]);
-            LOAD_TILE(4, parts[odd]);
-        }
+        if (k + DEPTH < end) lay(kind, a, weight, stride, count, k + DEPTH, parts[!odd]);
+        LOAD_TILE(4, parts[odd]);
         if (kind == FLOAT32) { LOAD_TILE(5, parts[odd] + PART); LOAD_TILE(6, parts[odd] + 2 * PART); }
         PRODUCTS(kind, 0, x)
         if (groups > 1) { PRODUCTS(kind, 1, x + PARTS(kind) * PART) }
@@ -437,6 +431,36 @@ INLINE void multiply(int kind, int groups, const uint16_t *x, const struct linea
         for (int group = 0; group < groups; group++) {
             vec *to = (vec *)(tile + n * WIDTH + group * 16), total = begin ? *to : (vec){0};
             *to = total + *(vec *)sums[group][n];
+        }
+}
+
+/* The same for 32 columns of bf16, straight from where they lie, which share each tile of x. */
+INLINE void multiply_two(int groups, long all, const uint16_t *x, const struct linear *a, const char *weight, long stride,
+                         long begin, long end, float *tile) {
+    float sums[4][16][16] __attribute__((aligned(64)));
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    x += begin / DEPTH * all * 2 * PART;
+    for (long k = begin; k < end; k += DEPTH, x += all * 2 * PART) {
+        const long ahead = look_ahead(a, BFLOAT16, k, 32, stride, AHEAD_AMX);
+        UNROLLED for (int i = 0; i < 32; i++) __builtin_prefetch(weight + i * stride * 2 + ahead, 0, 2);
+        LOAD_ROWS(4, weight + k * 2, stride * 2);
+        LOAD_ROWS(5, weight + k * 2 + 32 * stride, stride * 2);
+        for (int part = 0; part < 2; part++) {
+            LOAD_TILE(6, x + part * PART);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            if (groups > 1) {
+                LOAD_TILE(7, x + (2 + part) * PART);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64); _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
+    for (int n = 0; n < 32; n++)
+        for (int group = 0; group < groups; group++) {
+            vec *to = (vec *)(tile + n * WIDTH + group * 16), total = begin ? *to : (vec){0};
+            *to = total + *(vec *)sums[2 * group + n / 16][n % 16];
         }
 }
 
@@ -453,8 +477,15 @@ INLINE void multiply_rows(int kind, const uint16_t *x, const struct linear *a, c
 static void product_amx(long kind, const uint16_t *x, const struct linear *a, const char *weight, long stride,
                         long count, long begin, long end, float *tile) {
     if (kind == FLOAT32) multiply_rows(FLOAT32, x, a, weight, stride, count, begin, end, tile);
-    else if (kind == BFLOAT16) multiply_rows(BFLOAT16, x, a, weight, stride, count, begin, end, tile);
-    else multiply_rows(INT8, x, a, weight, stride, count, begin, end, tile);
+    else if (kind == INT8) multiply_rows(INT8, x, a, weight, stride, count, begin, end, tile);
+    else if (a->dim % DEPTH == 0 && count == 32) {
+        const long all = (a->rows + 15) / 16;
+        for (long g = 0; g < all; g += 2)
+            if (all - g > 1) multiply_two(2, all, x + g * 2 * PART, a, weight, stride, begin, end, tile + g * 16);
+            else multiply_two(1, all, x + g * 2 * PART, a, weight, stride, begin, end, tile + g * 16);
+    } else
+        for (; count > 0; weight += 32 * stride, tile += 16 * WIDTH, count -= 16)
+            multiply_rows(BFLOAT16, x, a, weight, stride, count, begin, end, tile);
 }
 #else
 static void begin_amx(void) {}
@@ -574,7 +605,7 @@ static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 5 * L
 static long room(long rows, long dim, long columns, long threads) {
     const long few = rows < MOST_DOTS ? rows : MOST_DOTS, own = threads * room_of_thread(few, dim); /* a last layer's */
     const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
-    const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 16 * threads) * 2 * WIDTH : 0;
+    const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 32 * threads) * 2 * WIDTH : 0;
     const long shared = amx ? once * (padded + LANES + 3 * padded / 2) + sums : once * 2 * padded;
     return shared > own ? shared : own;
 }
@@ -585,7 +616,7 @@ static void rows_of_team(const struct linear *a, float *x) {
     const long kind = a->weight[0].matrix.kind, span = SPAN(kind), dots = rows <= most_dots(kind), tiles = amx && !dots;
     const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
     const long stride = tiles || dots ? padded + LANES : padded; /* rows that a cache keeps in different places */
-    const long width = dots ? rows : rows <= LANES ? LANES : OUTER_ROWS, unit = tiles ? 16 : tile_columns(rows, dots);
+    const long width = dots ? rows : rows <= LANES ? LANES : OUTER_ROWS, unit = tiles ? TILE_COLUMNS(kind) : tile_columns(rows, dots);
     void (*product)(const float *, const struct linear *, const char *, long, long, float *) =
         kind == FLOAT32 ? product_float32 : kind == BFLOAT16 ? product_bfloat16 : product_int8;
     const int words = HAS_WORDS && dots && kind == INT8;
@@ -620,7 +651,7 @@ static void rows_of_team(const struct linear *a, float *x) {
                 for (long j = 0; j < span; j++)
                     for (long i = 0; i < LANES; i++) laid[from + j * LANES + i] = x[from + i * span + j];
     }
-    float some[2][SUMS * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
+    float some[2][32 * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
     const long parts = tiles ? parts_of_sum(rows, padded) : 1, part = (blocks + parts - 1) / parts * block;
     if (tiles) begin_amx();
     for (long which = 0, before = 0; which < MATRICES; before += a->columns[which++]) {
@@ -781,7 +812,7 @@ struct block {
 
 struct blocks {
     const float *x; /* (rows * suffix, dim) */
-    float *out; /* (rows * outputs, dim) */
+    float *out; /* (rows * outputs, dim); without outputs raw keys and values (depth, rows * suffix, 2, kv_heads, dim_head) */
     const struct block *blocks;
     long depth, dim, inner, outputs, activation, of_k, of_v; /* strides of the caches from layer to layer */
     struct decode attention; /* of layer 0, without q, k, v, out */
@@ -812,6 +843,12 @@ int run_blocks(const struct blocks *a, long threads) {
             {0}, b->gain, b->norm_bias, NULL, NULL, NULL,
             {own, b->v.matrix.data ? shared : 2 * shared, b->v.matrix.data ? shared : 0}, rows, dim, NONE, a->eps};
         linear_of_team(&project, scratch);
+        if (!outputs) {
+#pragma omp for nowait
+            for (long r = 0; r < rows; r++)
+                memcpy(a->out + (i * rows + r) * 2 * shared, y + r * width + own, 2 * shared * sizeof *y);
+            if (last) break;
+        }
         if (last && outputs < suffix) {
 #pragma omp single
             for (long r = 0; r < decode.rows; r++)

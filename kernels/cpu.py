@@ -481,7 +481,10 @@ _operations.define(
 def _fake_blocks(
     x, tensors, prefix_k, prefix_v, outputs, heads, scale, cos, sin, cosine, bias, mask, activation, eps
 ):  # fmt: skip
-    return torch.empty((x.shape[0], outputs, x.shape[2]), dtype=torch.float32, device=x.device)
+    rows, suffix, dim = x.shape
+    depth, _, _, *heads_and_dim = prefix_k.shape
+    shape = (rows, outputs, dim) if outputs else (depth, rows, suffix, 2, *heads_and_dim)
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _fit_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
@@ -518,10 +521,10 @@ def _run_blocks(
             numbers += _vector(block[at], kept)
     blocks = struct.pack(f"={len(numbers)}q", *numbers)
     _fit("prefix_v", prefix_v, *prefix_k.shape)
-    _fit_attention(rows, heads, outputs, suffix, dim_head, prefix_k[0], cos, sin, bias, mask)
+    _fit_attention(rows, heads, outputs or suffix, suffix, dim_head, prefix_k[0], cos, sin, bias, mask)
     bias = None if bias is None else bias.expand(-1, heads, -1)
     (first_k, layer_k, *of_k), (first_v, layer_v, *of_v) = _cache(prefix_k, kept), _cache(prefix_v, kept)
-    out = torch.empty((rows, outputs, dim), dtype=torch.float32, device=x.device)
+    out = _fake_blocks(x, tensors, prefix_k, prefix_v, outputs, *(None,) * 9)
     call = BLOCKS.pack(
         _address(x, kept), out.data_ptr(), ctypes.cast(blocks, ctypes.c_void_p).value,
         depth, dim, inner, outputs, ACTIVATIONS[activation], layer_k, layer_v,
@@ -560,12 +563,13 @@ def run_blocks(
         x: (rows, suffix, dim) fp32, the residual stream of the suffix tokens.
         blocks: the weights.
         prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head) fp32, see `reference.decode_attention`.
-        outputs: of how many of the last tokens the result is wanted.
+        outputs: of how many of the last tokens the result is wanted. 0 asks for keys and values instead.
         heads, scale, rotary, cosine, bias, mask: see `reference.decode_attention`.
         activation: of the feed-forwards, "gelu" or "swiglu".
         eps: of all norms.
     Returns:
-        (rows, outputs, dim) fp32.
+        (rows, outputs, dim) fp32; without outputs keys and values of all tokens and blocks, neither rotated nor
+        normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
     """
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
     tensors, tables = [tensor for block in blocks for tensor in block], rotary or (None, None)

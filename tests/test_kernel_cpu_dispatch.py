@@ -339,7 +339,7 @@ def test_messages_of_decode(change, message):
     "change, of_block, message",
     [
         (dict(outputs=4), {}, "4 tokens of queries; they must be 1 to 3"),
-        (dict(outputs=0), {}, "0 tokens of queries; they must be 1 to 3"),
+        (dict(outputs=-1), {}, "-1 tokens of queries; they must be 1 to 3"),
         (dict(heads=4), {}, "q has shape (36, 40); it must be (48, 40)"),
         (dict(x=random(4, 3, 39)), {}, "q has shape (36, 40); it must be (36, 39)"),
         (dict(x=random(3, 3, 40)), {}, "3 rows of 3 heads"),

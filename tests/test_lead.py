@@ -1,0 +1,173 @@
+"""Time tokens of all steps that join the prefill: the same predictions as where each step runs its own."""
+
+import pytest
+import torch
+
+from fastprior import (
+    DiffusionPrior,
+    DiffusionPriorNetwork,
+    PriorSampler,
+    PriorTransformer,
+    layers,
+    prior_blocks,
+    sampler,
+)
+from fastprior.kernels import ops
+
+NETWORKS = {
+    "plain": {},
+    "two-time-tokens": dict(num_time_embeds=2, num_image_embeds=2),
+    "self-cond": dict(self_cond=True),
+    "continuous": dict(num_timesteps=None),
+    "no-rotary": dict(rotary_emb=False, cosine_sim=False, norm_in=True),
+}
+TRANSFORMERS = {
+    "prd": {},
+    "no-prd": dict(added_emb_type=None, additional_embeddings=3),
+    "norm-in": dict(norm_in_type="layer"),
+}
+STEPS = 5
+TIMES = torch.tensor([900, 600, 300, 100, 0])  # of a transformer
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def network(dtype=torch.float64, **kwargs) -> DiffusionPriorNetwork:
+    options = dict(dim=32, depth=3, heads=2, dim_head=16, num_timesteps=STEPS, max_text_len=6, normformer=True)
+    return DiffusionPriorNetwork(**options | kwargs).to(dtype).eval()
+
+
+def transformer(dtype=torch.float64, **kwargs) -> PriorTransformer:
+    options = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3, embedding_dim=32, num_embeddings=6)
+    prior = PriorTransformer(**options | kwargs).to(dtype).eval()
+    torch.nn.init.normal_(prior.positional_embedding)
+    return prior
+
+
+def check_steps(model, cond, x, tolerance: float, others: tuple = ()) -> None:
+    """Every step with and without `lead`, last one first: what a step writes is not what the next one reads."""
+    led = model.lead(cond)
+    for number in reversed(range(STEPS)):
+        index = torch.tensor(number)
+        wanted = model.step(x, index, cond, *others)
+        got = model.step(x, index, led, *others)
+        assert (got - wanted).abs().max() <= tolerance * wanted.abs().max(), number
+        other = model.step(x, (index + 1) % STEPS, led, *others)
+        assert (other - wanted).abs().max() > 100 * tolerance * wanted.abs().max(), number
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 512], ids="{}-at-once".format)
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+@torch.no_grad()
+def test_steps_of_a_network(options, rows_at_once, monkeypatch):
+    monkeypatch.setattr(layers, "LEAD_ROWS", rows_at_once)
+    net = network(**options)
+    times = torch.arange(STEPS) if net.num_timesteps else torch.rand(STEPS)
+    prompts, x = torch.randn(2, 32).double(), torch.randn(6, 32).double()
+    encodings = torch.randn(2, 4, 32).double()
+    others = (torch.randn(6, 32).double(),) if net.self_cond else ()
+    check_steps(net, net.prefill(prompts, encodings, times), x, 1e-12, others)
+    null = net.prefill(prompts, encodings, times, null_rows=2)
+    twice = tuple(t.repeat(2, 1) for t in (x, *others))
+    check_steps(net, null, twice[0], 1e-12, twice[1:])
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 512], ids="{}-at-once".format)
+@pytest.mark.parametrize("texts", [(0, 1), (1, 0, 1, 1), (1, 1, 0, 0)], ids=str)
+@pytest.mark.parametrize("options", TRANSFORMERS.values(), ids=TRANSFORMERS)
+@torch.no_grad()
+def test_steps_of_a_transformer(options, texts, rows_at_once, monkeypatch):
+    """Texts that several prompts share run once."""
+    monkeypatch.setattr(prior_blocks, "LEAD_ROWS", rows_at_once)
+    prior, texts = transformer(**options), torch.tensor(texts)
+    embeds, encodings = torch.randn(2, 32).double(), torch.randn(2, 6, 32).double()
+    mask = torch.ones(2, 6).double()
+    mask[1, 3:] = 0
+    cond = prior.prefill(embeds[texts], encodings[texts], mask[texts], TIMES)
+    assert prior.lead(cond).lead.kv.shape[3] == 2
+    check_steps(prior, cond, torch.randn(2 * len(texts), 32).double(), 1e-12)
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "triton"])
+@pytest.mark.parametrize("make", [network, transformer])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
+@torch.no_grad()
+def test_steps_in_fp32(make, backend):
+    """Also by kernels."""
+    model, x = make(torch.float32), torch.randn(6, 32)
+    times = torch.arange(STEPS) if make is network else TIMES
+    text = torch.randn(2, 32), torch.randn(2, 6, 32)
+    with ops.using(backend):
+        given = (*text, times) if make is network else (*text, torch.tensor([[1.0] * 6, [1.0] * 2 + [0.0] * 4]), times)
+        check_steps(model, model.prefill(*given), x, 2e-6)
+
+
+@pytest.mark.parametrize(
+    "rows, prompts, held, device, wanted",
+    [
+        (4, 1, 100, "cpu", True),
+        (6, 2, 100, "cpu", True),
+        (4, 2, 100, "cpu", False),
+        (4, 1, sampler.LEAD_BYTES + 1, "cpu", False),
+        (21, 1, 100, "cuda", False),  # 63 tokens
+        (22, 1, 100, "cuda", True),
+        (64, 64, 100, "cuda", False),
+    ],
+)
+def test_when_it_pays(rows, prompts, held, device, wanted):
+    assert sampler.leads(rows, prompts, 3, held, torch.device(device)) is wanted
+
+
+@pytest.fixture
+def led(monkeypatch) -> list[int]:
+    """One entry for each run whose time tokens joined the prefill."""
+    runs, lead = [], DiffusionPriorNetwork.lead
+    monkeypatch.setattr(DiffusionPriorNetwork, "lead", lambda net, cond: runs.append(1) or lead(net, cond))
+    return runs
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("self_cond", [False, True], ids=["", "self-cond"])
+def test_runs(solver, self_cond, led, monkeypatch):
+    """Several samples of a prompt: the embeddings of runs that keep time tokens in the steps, guided ones too."""
+    prior = DiffusionPrior(
+        net=network(torch.float32, self_cond=self_cond), image_embed_dim=32, timesteps=STEPS, cond_drop_prob=0.1,
+        condition_on_text_encodings=False,
+    ).eval()  # fmt: skip
+    text = dict(text_embed=torch.nn.functional.normalize(torch.randn(2, 32), dim=-1))
+    timesteps = STEPS if solver == "ddpm" else STEPS - 1
+
+    def run(rows: int, scale: float) -> torch.Tensor:
+        options = dict(timesteps=timesteps, solver=solver, generator=torch.Generator().manual_seed(0), progress=False)
+        return prior.p_sample_loop((rows, 32), text, scale, **options)
+
+    for scale in (1.0, 3.0):
+        got = run(6, scale)
+        assert len(led) == 1
+        with monkeypatch.context() as without:
+            without.setattr(sampler, "LEAD_BYTES", 0)
+            wanted = run(6, scale)
+        assert len(led) == 1
+        led.clear()
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    run(4, 1.0)
+    assert not led
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_best_of_4_by_a_sampler(compile, led):
+    net = network(torch.float32)
+    prior = DiffusionPrior(net=net, image_embed_dim=32, timesteps=STEPS, condition_on_text_encodings=False).eval()
+    text = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
+    options = dict(timesteps=STEPS - 1, solver="ddim")
+    fast = PriorSampler(prior, batch_sizes=(1, 4), samples_per_prompt=4, compile=compile, **options)
+    got = fast(text, generator=torch.Generator().manual_seed(0))
+    assert len(led) == 1
+    noise = torch.Generator().manual_seed(0)
+    rows = prior.p_sample_loop((12, 32), dict(text_embed=text), generator=noise, progress=False, **options)
+    wanted = prior.best_of(rows.view(3, 4, 32), text)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert torch.equal(got, fast(text, generator=torch.Generator().manual_seed(0)))

@@ -11,7 +11,8 @@ import fastprior
 from fastprior import buckets
 from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.layers import l2norm
-from fastprior.prior_pipeline import TextEncoding, guided_step
+from fastprior.pipeline_parts import TextEncoding
+from fastprior.prior_runs import guided_step
 from fastprior.prior_transformer import PriorTransformer
 from fastprior.sampler import denoise_step, prefill, step_inputs
 

@@ -24,7 +24,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from fastprior import PriorPipeline, accelerate_prior  # noqa: E402
 from fastprior.diffusers_schedules import DiffusersSchedule  # noqa: E402
-from fastprior.prior_pipeline import TextEncoding  # noqa: E402
+from fastprior.pipeline_parts import TextEncoding  # noqa: E402
 
 STEPS, SCALE, SEED = priors.steps(25), 4.0, 7
 LAYERS = {"cpu": 4, "cuda": PT_1B["num_layers"]}

@@ -194,7 +194,8 @@ class Clock:
         self.read = 0  # bytes that the steps of the call read
         self.kept: deque = deque(maxlen=self.KEPT)
 
-    def _now(self):
+    def now(self):
+        """What `add` takes as the beginning."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -204,17 +205,21 @@ class Clock:
     def __enter__(self) -> None:
         if self.device.type == "cuda" and self.kept:
             torch.cuda.current_stream(self.device).wait_event(self.kept[-1][1])
-        self.began, self.read = self._now(), 0
+        self.began, self.read = self.now(), 0
 
     def __exit__(self, kind, error, trace) -> None:
         try:
-            ended = self._now()
+            ended = self.now()
         except RuntimeError:
             if kind is None:
                 raise
             return  # the device is lost, of which the error that is under way says more
         if kind is None or self.device.type == "cuda":  # what failed may still run
             self.kept.append((self.began, ended, self.read))
+
+    def add(self, began, read: int) -> None:
+        """Note what was not within it: it may be calls of several threads at a time, and none waits for another."""
+        self.kept.append((began, self.now(), read))
 
     def wait(self) -> None:
         """Until the device is done with all that ran."""
@@ -227,7 +232,8 @@ class Clock:
     def milliseconds(self) -> list[float]:
         if self.device.type != "cuda":
             return [(end - begin) * 1e3 for begin, end, _ in self.kept]
-        self.wait()
+        for _, end, _ in self.kept:
+            end.synchronize()
         return [begin.elapsed_time(end) for begin, end, _ in self.kept]
 
     def stats(self) -> dict[str, float]:

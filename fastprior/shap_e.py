@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior.pipeline_parts import Generators, PipelineParts
-from fastprior.prior_pipeline import update
+from fastprior.prior_runs import update
 from fastprior.sampler import run_table
 
 

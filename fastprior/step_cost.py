@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprior.network import Conditioning, DiffusionPriorNetwork
+
+if TYPE_CHECKING:
+    from fastprior import prior_forward
 
 LAUNCH_SECONDS = 1.7e-6
 PRODUCTS = "mm", "addmm", "bmm", "baddbmm", "_scaled_mm"
@@ -29,11 +33,25 @@ class StepReads(NamedTuple):
 
 def step_reads(net: DiffusionPriorNetwork, cond: Conditioning, null_preds: Tensor, rows: Tensor) -> StepReads:
     """For a network, and what `sampler.denoise_step` takes besides."""
-    transformer, cache = net.causal_transformer, cond.cache
-    weights = *transformer.parameters(), *transformer.buffers()
-    matrices, vectors = ([t for t in weights if t.ndim == dims] for dims in (2, 1))
+    cache, (matrices, vectors) = cond.cache, _weights(net.causal_transformer)
     tables = *vectors, cache.bias, *(cache.rotary or ()), cond.time_tokens[:1], null_preds[:1], rows[:1]
     return StepReads(*(sum(t.nbytes for t in read) for read in (matrices, (cache.k, cache.v), tables)))
+
+
+def transformer_reads(prior: nn.Module, cond: prior_forward.Conditioning, rows: Tensor) -> StepReads:
+    """The same for a `PriorTransformer`, or what is like one: its blocks, and what its suffix tokens pass besides."""
+    modules = prior.transformer_blocks, prior.proj_in, prior.norm_in, prior.norm_out, prior.proj_to_clip_embeddings
+    matrices, vectors = _weights(*(module for module in modules if module is not None))
+    suffix = 2 + (prior.prd_embedding is not None)
+    embeddings = prior.positional_embedding[:, -suffix:], prior.prd_embedding, cond.time_tokens[:1]
+    tables = *vectors, *(t for t in embeddings if t is not None), rows[:1]
+    return StepReads(*(sum(t.nbytes for t in read) for read in (matrices, cond.prefix[:2], tables)))
+
+
+def _weights(*modules: nn.Module) -> Iterable[list[Tensor]]:
+    """Matrices and vectors."""
+    weights = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return ([t for t in weights if t.ndim == dims] for dims in (2, 1))
 
 
 def step_seconds(read_bytes: int, bandwidth: float, launches: int) -> float:

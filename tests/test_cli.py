@@ -8,6 +8,7 @@ import sys
 
 import conftest
 import numpy as np
+import pt_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -406,3 +407,35 @@ def test_bench_of_what_the_peer_has_not(tmp_path, capsys):
     assert " ".join(first).startswith("dalle2-pytorch is left out: the network has text_dim=48")
     assert len(one) == len(title) - 5  # four titles are of two words, and there is no ratio
     assert len(bench(tmp_path, capsys, None, "--no-peer")[-1]) == len(one)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["prior", "pipeline"])
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--cond-scale", "1"), ("--quantise", "int8")])
+def test_bench_of_a_folder_of_diffusers(tmp_path, capsys, whole, options):
+    """A prior transformer's, or a whole pipeline's; with 25 steps and guidance where nothing else is said."""
+    diffusers = pytest.importorskip("diffusers")
+    prior = pt_cases.make_stock()
+    prior.save_pretrained(tmp_path / "prior" if whole else tmp_path)
+    if whole:
+        diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0).save_pretrained(
+            tmp_path / "scheduler"
+        )
+    command = ["bench", "--checkpoint", str(tmp_path), "--runs", "3", "--eager", "--batch-size", "1", "3", *options]
+    assert cli.main(command) == 0
+    *_, first, _, one, three = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "25 steps" in " ".join(first) and "diffusers: fp32, eager" in " ".join(first)
+    assert ("cond_scale 4;" if "--cond-scale" not in options else "cond_scale 1;") in " ".join(first)
+    numbers = sum(p.numel() for p in prior.transformer_blocks.parameters() if p.ndim == 2)
+    for batch, row in (1, one), (3, three):
+        p50, p99, step, modelled, megabytes = map(float, row[1:6])
+        assert row[0] == str(batch) and 0 < p50 <= p99 and step == pytest.approx(p50 / 25, rel=0.02, abs=0.01)
+        assert float(row[-1].removesuffix("x")) > 0 and row[-2] == "none" and modelled < step
+        texts = 7 + 1 + (2 + 1 if "--cond-scale" not in options else 0)
+        prefix = 2 * 3 * 32 * 4 * batch * texts  # keys and values of three layers, at least
+        weights = numbers * (1 if "int8" in options else 2 if "bfloat16" in options else 4)
+        assert weights + prefix < megabytes * 1e6 < 1.7 * (weights + prefix)
+
+
+def test_bench_of_a_folder_without_a_prior(tmp_path, capsys):
+    assert cli.main(["bench", "--checkpoint", str(tmp_path)]) != 0
+    assert "config.json" in capsys.readouterr().err

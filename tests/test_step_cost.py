@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from pt_cases import make_stock, without_diffusers
 
+from fastprior import PriorPipeline
+from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import launch, ops
 from fastprior.network import DiffusionPriorNetwork
+from fastprior.pipeline_parts import TextEncoding
 from fastprior.step_cost import CountLaunches, step_reads, step_seconds
 
 BANDWIDTH = 4.3e12  # bytes per second, of an H200
@@ -74,3 +78,45 @@ def test_products_by_pytorch_are_counted():
         _ = torch.nn.functional.linear(x[0], x[1]), x @ x, torch.addmm(x[0, 0], x[0], x[1])
         _ = x + x, x.exp(), torch.cat((x, x))
     assert counted.count == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("quantise", [None, "int8"])
+def test_stats_of_a_prior_pipeline(guidance, quantise, monkeypatch):
+    """What it says of a step is what two runs of different length differ in, by launchers that only note them."""
+    monkeypatch.setattr("fastprior.quantise.judge", lambda *args: None)
+    prior = without_diffusers(make_stock(num_attention_heads=2, attention_head_dim=16))
+    config = prior.config
+    draw = torch.Generator().manual_seed(1)
+    embeds, encodings = (torch.randn(*shape, config["embedding_dim"], generator=draw) for shape in ((2,), (2, 7)))
+    text = TextEncoding(embeds, encodings, torch.arange(7) < torch.tensor([[3], [7]]))
+    pipeline = PriorPipeline(prior, DiffusersSchedule("UnCLIPScheduler", prediction_type="sample"), quantise=quantise)
+    assert pipeline.stats()["calls"] == pipeline.stats()["weight_bytes"] == 0
+    counts = {}
+    with ops.using("triton"):
+        for steps in (2, 2, 5):  # the first one judges what is quantised
+            with launch.recording() as launched:
+                zero = torch.zeros(1, config["embedding_dim"])
+                null = TextEncoding(*(t[:1] for t in text))
+                pipeline(text, null, num_inference_steps=steps, guidance_scale=guidance, zero_embed=zero)
+            counts[steps] = len(launched)
+        stats = pipeline.stats(1e9)
+    own = (counts[5] - counts[2]) / 3
+    assert stats["launches"] == own + 1  # the projection of the noisy embedding is PyTorch's
+    assert stats["run_launches"] == 5 * stats["launches"] and stats["calls"] == 3
+    blocks = prior.transformer_blocks
+    matrices = [
+        p for m in (blocks, prior.proj_in, prior.proj_to_clip_embeddings) for p in m.parameters() if p.ndim == 2
+    ]
+    if quantise:
+        kept = prior.proj_in.weight.nbytes + prior.proj_to_clip_embeddings.weight.nbytes
+        assert stats["weight_bytes"] == kept + sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    else:
+        assert stats["weight_bytes"] == sum(p.nbytes for p in matrices)
+    prompts = 2 * (1 + (guidance > 1))
+    assert stats["prefix_bytes"] == 2 * len(blocks) * prompts * 8 * 32 * 4  # 7 tokens and the embedding
+    assert 0 < stats["table_bytes"] < 0.2 * stats["weight_bytes"] * (4 if quantise else 1)
+    read = stats["weight_bytes"] + stats["prefix_bytes"] + stats["table_bytes"]
+    assert stats["modelled_step_ms"] == pytest.approx((read / 1e9 + stats["launches"] * 1.7e-6) * 1e3)
+    assert 0 < stats["floor_share"] < 1 and stats["p50_ms"] > 0

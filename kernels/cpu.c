@@ -42,7 +42,7 @@
 enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
 enum { NONE, GELU, SWIGLU };
 enum { OUTER_ROWS = 2 * LANES, AMX_ROWS = 64, WIDTH = HAS_AMX ? AMX_ROWS : OUTER_ROWS /* rows of a tile */ };
-enum { AHEAD_DOT = 2048, AHEAD_OUTER = 256, AHEAD_AMX = 512 /* bytes */, FLUSH = 512, CACHED = 5 << 18 /* bytes */ };
+enum { AHEAD_DOT = 2048, AHEAD_OUTER = 256, AHEAD_AMX = 512, AHEAD_ROWS = 128 /* bytes */, FLUSH = 512, CACHED = 5 << 18 /* bytes */ };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -140,7 +140,7 @@ INLINE void sum_all(int rows, int columns, const vec *sums, float *tile) {
         const __m512 all = ADD_SIDES(pd, (__m512d)front, (__m512d)back, 0x00, 0xff);
         float lanes[16];
         memcpy(lanes, &all, sizeof lanes);
-        UNROLLED for (int i = 0; i < 16 / each && n + i < columns; i++)
+        for (int i = 0; i < 16 / each && n + i < columns; i++)
             memcpy(tile + (n + i) * WIDTH, lanes + i * each, each * sizeof *lanes);
     }
 #else
@@ -441,8 +441,8 @@ INLINE void multiply_two(int groups, long all, const uint16_t *x, const struct l
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     x += begin / DEPTH * all * 2 * PART;
     for (long k = begin; k < end; k += DEPTH, x += all * 2 * PART) {
-        const long ahead = look_ahead(a, BFLOAT16, k, 32, stride, AHEAD_AMX);
-        UNROLLED for (int i = 0; i < 32; i++) __builtin_prefetch(weight + i * stride * 2 + ahead, 0, 2);
+        const long ahead = look_ahead(a, BFLOAT16, k, 32, stride, AHEAD_ROWS);
+        UNROLLED for (int i = 0; i < 32; i++) __builtin_prefetch(weight + i * stride * 2 + ahead, 0, 3);
         LOAD_ROWS(4, weight + k * 2, stride * 2);
         LOAD_ROWS(5, weight + k * 2 + 32 * stride, stride * 2);
         for (int part = 0; part < 2; part++) {

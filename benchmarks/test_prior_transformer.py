@@ -44,7 +44,13 @@ def encoded(prompts: int, tokens: int, device, dtype: torch.dtype) -> TextEncodi
 
 
 def in_diffusers(
-    prior: torch.nn.Module, prompts: int, tokens: int, device, scale: float = SCALE, dtype=torch.float32
+    prior: torch.nn.Module,
+    prompts: int,
+    tokens: int,
+    device,
+    scale: float = SCALE,
+    dtype=torch.float32,
+    images: int = 1,
 ) -> torch.Tensor:
     """diffusers' pipeline, with ready encodings of the prompts and of the empty text, of the dtype of its state."""
     scheduler = diffusers.UnCLIPScheduler(**UNCLIP)
@@ -54,21 +60,55 @@ def in_diffusers(
     pipe.set_progress_bar_config(disable=True)
     own, empty = encoded(prompts, tokens, device, dtype), encoded(1, 2, device, dtype)
     given = [torch.cat((e.expand(prompts, *e.shape[1:]), t)) if scale > 1 else t for e, t in zip(empty, own)]
+    given = [t.repeat_interleave(images, dim=0) for t in given]
     pipe._encode_prompt = lambda *args: given
     pipe.get_zero_embed = lambda rows, device: torch.zeros(rows, PT_1B["embedding_dim"], device=device)
     generator = torch.Generator(device).manual_seed(SEED)
-    return pipe([""] * prompts, num_inference_steps=STEPS, guidance_scale=scale, generator=generator).image_embeds
+    options = dict(num_images_per_prompt=images, num_inference_steps=STEPS, guidance_scale=scale)
+    return pipe([""] * prompts, generator=generator, **options).image_embeds
 
 
 def by_pipeline(
-    pipeline: PriorPipeline, prompts: int, tokens: int, device, scale: float = SCALE, backend: str | None = None
-) -> torch.Tensor:
+    pipeline: PriorPipeline, prompts: int, tokens: int, device, scale: float = SCALE, backend: str | None = None,
+    images: int = 1,
+) -> torch.Tensor:  # fmt: skip
     generator = torch.Generator(device).manual_seed(SEED)
     with ops.using(backend):
         return pipeline(
             pt_text(prompts, tokens, device), pt_text(1, 2, device), num_inference_steps=STEPS, guidance_scale=scale,
             generator=generator, zero_embed=torch.zeros(1, PT_1B["embedding_dim"], device=device),
+            num_images_per_prompt=images,
         ).image_embeds  # fmt: skip
+
+
+def test_images_of_a_prompt(benchmark, record, device, request):
+    """Four of one prompt, by PriorPipeline, where they share time tokens too, and by our prior in diffusers' loop."""
+    peer, images = stock(device), 4
+    ours = accelerate_prior(copy.deepcopy(peer))
+    pipeline = PriorPipeline(ours, DiffusersSchedule("UnCLIPScheduler", **UNCLIP))
+    runs = {
+        "diffusers eager": lambda: in_diffusers(peer, 1, 20, device, images=images),
+        "in diffusers' pipeline": lambda: in_diffusers(ours, 1, 20, device, images=images),
+        "PriorPipeline": lambda: by_pipeline(pipeline, 1, 20, device, images=images),
+    }
+    results, times = {name: run() for name, run in runs.items()}, {name: [] for name in runs}
+    wanted = results["diffusers eager"]
+    for name, got in results.items():
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
+
+    def round_():
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+
+    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 3)
+    details = dict(model=f"PT-1B, {LAYERS[device.type]} layers", batch=1, images=images, tokens=20, steps=STEPS)
+    for name in runs:
+        ratio = statistics.median(a / b for a, b in zip(times["diffusers eager"], times[name]))
+        over = statistics.median(a / b for a, b in zip(times["in diffusers' pipeline"], times[name]))
+        goals = dict(ratio_to_own_loop=GOAL_OF_PIPELINE) if name == "PriorPipeline" and device.type == "cpu" else None
+        reached = dict(ratio=ratio, ratio_to_own_loop=over, goals=goals)
+        record("images of a prompt", name, times[name], **details, cond_scale=SCALE, dtype="float32", **reached)
+        benchmark.extra_info.update({name: round(ratio, 2), f"{name}, over our own loop": round(over, 3)})
 
 
 @pytest.mark.parametrize("tokens", [77, 20], ids="{}-tokens".format)

@@ -236,7 +236,7 @@ def step_inputs(net: DiffusionPriorNetwork, plan: SamplingPlan) -> tuple[Tensor,
 
 
 def prefill(
-    net: DiffusionPriorNetwork, plan: SamplingPlan, text_cond: dict, times: Tensor, samples: int
+    net: DiffusionPriorNetwork, plan: SamplingPlan, text_cond: dict, times: Tensor, samples: int = 1
 ) -> Conditioning:
     """What the steps of a plan share, for `samples` rows of each prompt."""
     text_embed = text_cond["text_embed"]

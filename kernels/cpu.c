@@ -550,9 +550,19 @@ static void finish(const struct linear *a, int which, long column, long n, long 
             }
             *(vec *)(tile + m) = y;
         }
-    for (long m = 0; m < a->rows; m++)
-        for (long i = 0; i < count; i++)
+    for (long m = 0; m < a->rows; m++) {
+        long i = 0;
+#if LANES == 16
+        const ivec places = (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * WIDTH;
+        for (; i + 16 <= count && a->out.kind == FLOAT32; i += 16) {
+            vec y = (vec)_mm512_i32gather_ps((__m512i)places, tile + i * WIDTH + m, 4);
+            if (a->residual) y += *(const vec *)(a->residual + m * all + column + i);
+            *(vec *)((float *)a->out.data + m * a->out.stride + column + i) = y;
+        }
+#endif
+        for (; i < count; i++)
             put(a->out, m, column + i, tile[i * WIDTH + m] + (a->residual ? a->residual[m * all + column + i] : 0));
+    }
 }
 
 /* A row in fp32, and zeros up to `padded`. */

@@ -1,5 +1,6 @@
 """Time tokens of all steps that join the prefill: the same predictions as where each step runs its own."""
 
+import captures
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from fastprior import (
     DiffusionPriorNetwork,
     PriorSampler,
     PriorTransformer,
+    graphs,
     layers,
     prior_blocks,
     sampler,
@@ -171,3 +173,20 @@ def test_best_of_4_by_a_sampler(compile, led):
     wanted = prior.best_of(rows.view(3, 4, 32), text)
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert torch.equal(got, fast(text, generator=torch.Generator().manual_seed(0)))
+
+
+def test_by_graphs(led, monkeypatch):
+    """What is recorded of a prefill runs time tokens too, and a step writes its own."""
+    monkeypatch.setattr(graphs, "capture", captures.capture)
+    prior = DiffusionPrior(
+        net=network(torch.float32), image_embed_dim=32, timesteps=STEPS, condition_on_text_encodings=False
+    ).eval()
+    options = dict(batch_sizes=(2,), samples_per_prompt=3, timesteps=STEPS - 1, solver="ddim", compile=False)
+    plain, ours = PriorSampler(prior, **options), PriorSampler(prior, **options)
+    ours.graphs = True
+    with ops.using("reference"):  # which is what is recorded, too
+        for seed in range(3):
+            text = torch.nn.functional.normalize(torch.randn(2, 32), dim=-1)
+            got, wanted = (s(text, generator=torch.Generator().manual_seed(seed)) for s in (ours, plain))
+            assert torch.equal(got, wanted)
+    assert ours.graphs and ours.stats()["graphs"] == 1 and len(led) > 3

@@ -369,7 +369,7 @@ def test_a_lost_device_is_told_at_each_call(monkeypatch):
     call(sampler, text)
 
     def lost(*args):
-        monkeypatch.setattr(serving.Clock, "_now", lambda clock: (_ for _ in ()).throw(RuntimeError("no event")))
+        monkeypatch.setattr(serving.Clock, "now", lambda clock: (_ for _ in ()).throw(RuntimeError("no event")))
         raise DEVICE_LOST
 
     monkeypatch.setattr(serving, "run_steps", lost)

@@ -227,14 +227,15 @@ class Clock:
             self.kept[-1][1].synchronize()
 
     def read_bytes(self) -> int:
-        return sum(read for _, _, read in self.kept)
+        return sum(read for _, _, read in tuple(self.kept))
 
     def milliseconds(self) -> list[float]:
+        kept = tuple(self.kept)  # other threads may add to it
         if self.device.type != "cuda":
-            return [(end - begin) * 1e3 for begin, end, _ in self.kept]
-        for _, end, _ in self.kept:
+            return [(end - begin) * 1e3 for begin, end, _ in kept]
+        for _, end, _ in kept:
             end.synchronize()
-        return [begin.elapsed_time(end) for begin, end, _ in self.kept]
+        return [begin.elapsed_time(end) for begin, end, _ in kept]
 
     def stats(self) -> dict[str, float]:
         times = self.milliseconds()

@@ -174,14 +174,14 @@ class PriorRuns(PipelineParts):
 
     def _run(self, run: Run, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         """All steps from x (rows, dim), the rows of a prompt together."""
-        if self.device.type == "cuda" if self.graphs is None else self.graphs:
+        if self._clock.device != self.device:
             with self._lock:
-                if self._clock.device != self.device:
-                    self._clock.wait()
-                    self._clock = Clock(self.device)
-                with self._clock:
-                    self._refresh()
-                    return self._run_by_graphs(run, x, draw)
+                self._clock.wait()
+                self._clock = Clock(self.device)
+        if self.device.type == "cuda" if self.graphs is None else self.graphs:
+            with self._lock, self._clock:
+                self._refresh()
+                return self._run_by_graphs(run, x, draw)
         if self.quantise:
             with self._lock:
                 self._refresh()

@@ -393,7 +393,11 @@ def test_a_shared_pipeline_in_threads(ours, folder, monkeypatch):
 
     alone = [run(seed) for seed in range(8)]
     with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(run, range(8)))
+        futures = [pool.submit(run, seed) for seed in range(8)]
+        while not all(future.done() for future in futures):
+            assert pipeline.stats()["p50_ms"] > 0  # while they run
+        together = [future.result() for future in futures]
+    assert pipeline.stats()["calls"] == 16
     assert all(torch.equal(a.image_embeds, b.image_embeds) for a, b in zip(alone, together))
     assert not torch.equal(alone[0].image_embeds, alone[4].image_embeds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ PARTS = {  # all but the prior and the scheduler; transformers has these
     "image_encoder": "CLIPVisionModelWithProjection",
     "image_processor": "CLIPImageProcessor",
 }
+_tokenizing = threading.Lock()  # a call changes how the tokenizer pads, for all threads
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Pipeline = TypeVar("Pipeline", bound="PipelineParts")
 
@@ -146,10 +148,12 @@ class PipelineParts:
         """Encode texts; those that are longer than the text encoder takes are cut, with a warning."""
         texts, tokenizer = listed("texts", texts), self.part("tokenizer")
         length = tokenizer.model_max_length
-        if cut := [text for text, tokens in zip(texts, tokenizer(texts).input_ids) if len(tokens) > length]:
+        with _tokenizing:
+            lengths = [len(tokens) for tokens in tokenizer(texts).input_ids]
+            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        if cut := [text for text, own in zip(texts, lengths) if own > length]:
             rule = f"have more than {length} tokens, and are cut there"
             warnings.warn(f"{len(cut)} texts {rule}; the first is {cut[0]!r}")
-        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         encoded = self.part("text_encoder")(tokens.input_ids.to(self.device))
         mask = tokens.attention_mask.bool().to(self.device)
         return TextEncoding(encoded.text_embeds, encoded.last_hidden_state, mask)

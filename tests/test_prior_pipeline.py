@@ -402,6 +402,13 @@ def test_a_shared_pipeline_in_threads(ours, folder, monkeypatch):
     assert not torch.equal(alone[0].image_embeds, alone[4].image_embeds)
 
 
+def test_texts_of_many_threads(ours):
+    """Each is padded: a tokenizer keeps how it pads, and calls that ask for its length change that."""
+    with ThreadPoolExecutor(4) as pool:
+        masks = list(pool.map(lambda number: ours.encode_text(("red fox", "cat")[number % 2]).mask, range(400)))
+    assert {mask.shape for mask in masks} == {(1, LENGTH)}
+
+
 def test_neither_diffusers_nor_transformers_is_needed(ours, folder, tmp_path):
     """With embeddings at hand: in a process where they cannot be imported, nor what else is heavy."""
     text, empty = ours.encode_text("red fox"), ours.encode_text("")

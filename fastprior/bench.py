@@ -31,12 +31,7 @@ def add_bench_parser(subparsers) -> None:
     summary = "measure how fast a checkpoint samples on this machine, beside its peer where that is installed"
     sub = subparsers.add_parser("bench", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     sub.set_defaults(run=bench_command)
-    sub.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="a file of a prior or its training, or a folder of diffusers",
-    )
+    sub.add_argument("--checkpoint", required=True, metavar="PATH", help="a prior's file, or a folder of diffusers")
     sub.add_argument("--config", metavar="FILE.json", help="where a file holds none")
     sub.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
     sub.add_argument("--timesteps", type=int, help="(64; of diffusers 25)")
@@ -68,6 +63,8 @@ def bench_command(args: argparse.Namespace) -> int:
     args.timesteps = steps if args.timesteps is None else args.timesteps
     args.cond_scale = scale if args.cond_scale is None else args.cond_scale
     if name == "diffusers":
+        if args.config:
+            raise ValueError(f"--config {args.config}: a folder of diffusers holds its own; it must not be given")
         pipeline, peer = _pipeline(args, device)
         timed = [partial(_of_pipeline, pipeline, peer, batch, args) for batch in args.batch_size]
     else:
@@ -148,10 +145,8 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[PriorPipe
     options = dict(compile=not args.eager, batch_sizes=tuple(args.batch_size), quantise=args.quantise)
     dtype, folder = getattr(torch, args.dtype), Path(args.checkpoint)
     if (folder / "prior").is_dir():
-        pipeline, folder = (
-            PriorPipeline.from_pretrained(folder, dtype=dtype, device=device, **options),
-            folder / "prior",
-        )
+        pipeline = PriorPipeline.from_pretrained(folder, dtype=dtype, device=device, **options)
+        folder = folder / "prior"
     else:
         prior = PriorTransformer.from_pretrained(folder, torch_dtype=dtype).to(device)
         pipeline = PriorPipeline(prior, DiffusersSchedule("UnCLIPScheduler", prediction_type="sample"), **options)

@@ -439,3 +439,5 @@ def test_bench_of_a_folder_of_diffusers(tmp_path, capsys, whole, options):
 def test_bench_of_a_folder_without_a_prior(tmp_path, capsys):
     assert cli.main(["bench", "--checkpoint", str(tmp_path)]) != 0
     assert "config.json" in capsys.readouterr().err
+    assert cli.main(["bench", "--checkpoint", str(tmp_path), "--config", "some.json"]) != 0
+    assert "--config some.json" in capsys.readouterr().err

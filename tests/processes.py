@@ -4,6 +4,8 @@ import importlib.util
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -65,3 +67,10 @@ def run_ranks(world, function, arguments, folder, fsdp=False, zero=None, timeout
         process.kill()
     failed = "\n".join(path.read_text() for path in sorted(folder.glob("errors-*.txt")))
     assert not hung and all(process.exitcode == 0 for process in processes), failed or "a process hangs"
+
+
+def run_python(*args, cwd=None) -> str:
+    """What a fresh interpreter prints; it must end well."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,93 +1,35 @@
-"""Every era and shape of checkpoint file: a prior is saved by hand as such a file was, and must sample as before."""
+"""Every shape of checkpoint file: a prior is saved by hand as such a file was, and must sample as before."""
 
 import collections
 import copy
 import json
 import os
-import re
 import sys
 import types
-import warnings
 
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
+from checkpoint_cases import (
+    DIM,
+    NETS,
+    NULLS,
+    STEPS,
+    TEXT,
+    UNSEEN,
+    assert_same_samples,
+    file_with,
+    make_prior,
+    make_prior_like,
+    network_of,
+    prefixed,
+    sample,
+)
 from safetensors import safe_open
 from torch import nn
 
-from fastprior import DiffusionPrior, DiffusionPriorNetwork, checkpoint
 from fastprior.checkpoint import convert, load, save, save_peer
 from fastprior.clip import BaseClipAdapter
-
-DIM, STEPS, TEXT = 32, 6, 5
-BIAS = "net.causal_transformer.rel_pos_bias.relative_attention_bias.weight"
-UNSEEN = {"net": {}, "prior": {"cond_drop_prob": 0.2, "image_embed_scale": 3.0, "sampling_clamp_l2norm": True}}
-NULLS = {"net.null_text_encodings", "net.null_text_embeds", "net.null_image_embed"}
-
-
-def make_prior(seed=0, prior=None, **net):
-    """A tiny prior whose every weight matters: gains are not 1."""
-    net = dict(dim=DIM, depth=2, dim_head=8, heads=3, num_timesteps=STEPS, max_text_len=TEXT) | net
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = DiffusionPrior(
-            DiffusionPriorNetwork(**net),
-            **dict(image_embed_dim=DIM, timesteps=STEPS, cond_drop_prob=0.1) | (prior or {}),
-        )
-        for name, parameter in made.named_parameters():
-            if name.endswith(".g"):
-                nn.init.normal_(parameter.data, 1, 0.3)
-    return made.eval()
-
-
-def sample(prior, encodings=True, cond_scale=1.0, **kwargs):
-    generator = torch.Generator().manual_seed(3)
-    cond = dict(text_embed=F.normalize(torch.randn(3, DIM, generator=generator), dim=-1))
-    if encodings:
-        cond["text_encodings"] = torch.randn(3, TEXT, DIM, generator=generator)
-        cond["text_encodings"][1, 2:] = 0
-    torch.manual_seed(7)
-    return prior.p_sample_loop((3, DIM), text_cond=cond, cond_scale=cond_scale, **kwargs)
-
-
-def assert_same_samples(loaded, origin, tol=0.0, **kwargs):
-    """Equal up to `tol` of the largest sample, and not what another prior gives."""
-    ours, theirs, other = (sample(prior, **kwargs) for prior in (loaded, origin, make_prior(99)))
-    scale = theirs.abs().max()
-    assert scale > 1e-2
-    assert (ours - theirs).abs().max() <= tol * scale
-    assert (ours - other).abs().max() > 0.05 * scale
-
-
-def prefixed(prefix, state):
-    return {prefix + key: value for key, value in state.items()}
-
-
-def network_of(state):
-    return {key[4:]: value for key, value in state.items() if key.startswith("net.")}
-
-
-def old_norms(state):
-    """As before 0.16.0: the gain of a norm is `gamma`, and it has a zero `beta`."""
-    out = {}
-    for key, value in state.items():
-        out[re.sub(r"\.g$", ".gamma", key)] = value
-        if key.endswith(".g"):
-            out[re.sub(r"\.g$", ".beta", key)] = torch.zeros_like(value)
-    return out
-
-
-def single_null(state):
-    """As from 0.23.1 to 1.8.4."""
-    out = {key: value for key, value in state.items() if key not in NULLS}
-    return out | {"net.null_text_embed": state["net.null_text_encodings"]}
-
-
-def file_with(folder, payload, name="file.pth"):
-    torch.save(payload, folder / name)
-    return folder / name
-
 
 # shapes of files
 
@@ -230,155 +172,23 @@ def test_versions_as_releases_of_packaging_pickle_them(tmp_path, monkeypatch, pa
     assert prior.load_report.version == "1.4.2" and prior.net.config["cosine_sim"] is False
 
 
-# eras
-
-
-def dot_product(**net):
-    return make_prior(cosine_sim=False, dot_scale=8**-0.5, **net)
-
-
-@pytest.mark.parametrize("version", ["0.6.0", "0.15.4", None])
-def test_before_0_16(tmp_path, version):
-    """`gamma` and `beta`, no learned padding, dot products; before 0.11 a schedule without prefix, before 0.9 no p2."""
-    origin = dot_product(max_text_len=0, prior=dict(condition_on_text_encodings=False))
-    state = old_norms({key: value for key, value in origin.state_dict().items() if key not in NULLS})
-    if version != "0.15.4":
-        state = {key.replace("noise_scheduler.", ""): value for key, value in state.items() if "p2_loss" not in key}
-    with pytest.warns(UserWarning, match="without text encodings"):
-        prior = load(file_with(tmp_path, {"model": state}), version=version)
-    assert prior.load_report.era == "before 0.16.0" and not prior.condition_on_text_encodings
-    assert torch.equal(prior.noise_scheduler.p2_loss_weight, torch.ones(STEPS))
-    assert_same_samples(prior, origin, encodings=False)
-    with pytest.raises(ValueError, match="without conditional dropout"):
-        sample(prior, encodings=False, cond_scale=2.0)
-
-
-@pytest.mark.parametrize(
-    "version, factor", [("0.16.0", 1), ("0.16.1", 1024), ("0.23.0", 1024), ("0.23.2", 1024), ("0.23.3", 128)]
-)
-def test_position_bias_of_dot_product_eras(tmp_path, version, factor):
-    """It was added before logits were multiplied by `factor`; the origin here has it multiplied."""
-    padded = version > "0.23"
-    origin = dot_product(max_text_len=TEXT if padded else 0, prior=dict(condition_on_text_encodings=padded))
-    state = dict(origin.state_dict())
-    state[BIAS] = state[BIAS] / factor
-    padded = version >= "0.23.1"
-    state = single_null(state) if padded else {key: value for key, value in state.items() if key not in NULLS}
-    payload = {"model": state, "version": version, "optimizer": {}}
-    if padded:
-        prior = load(file_with(tmp_path, payload))
-    else:
-        prior = load(file_with(tmp_path, payload), config={"prior": {"condition_on_text_encodings": False}})
-    assert torch.equal(prior.state_dict()[BIAS], origin.state_dict()[BIAS])
-    assert prior.net.config["dot_scale"] == 8**-0.5
-    if version != "0.23.0":
-        assert_same_samples(prior, origin, encodings=padded)
-
-
-def test_text_padding_that_was_masked_is_refused(tmp_path):
-    origin = dot_product(max_text_len=0)
-    state = {key: value for key, value in origin.state_dict().items() if key not in NULLS}
-    path = file_with(tmp_path, {"model": state, "version": "0.22.0"})
-    config = {"net": {"max_text_len": TEXT}, "image_embed_dim": DIM}
-    with pytest.raises(ValueError, match="condition_on_text_encodings=False"):
-        load(path, config=config)
-    prior = load(path, config=config, strict=False)
-    assert any("masked padding" in note for note in prior.load_report.notes)
-    with pytest.raises(ValueError, match=r"0.16.0 to 0.23.0.*Give the dalle2-pytorch release"):
-        load(file_with(tmp_path, {"model": state}))
-
-
-@pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("version", ["1.4.2", "1.4.3", "1.8.4"])
-def test_single_null(tmp_path, version, recorded):
-    old = version == "1.4.2"
-    origin = dot_product() if old else make_prior()
-    state = dict(origin.state_dict())
-    state[BIAS] = state[BIAS] / (128 if old else 1)
-    payload = {"model": single_null(state), "optimizer": {}} | ({"version": version} if recorded else {})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        prior = load(file_with(tmp_path, payload), **({} if recorded else {"version": version}))
-    assert prior.load_report.version == version and prior.load_report.era == "0.23.1 to 1.8.4"
-    assert_same_samples(prior, origin)
-    assert prior.text_cond_drop_prob == prior.image_cond_drop_prob == 0
-    with pytest.raises(ValueError, match="without conditional dropout"):
-        sample(prior, cond_scale=2.0)
-    assert "cond_scale must be 1" in str(prior.load_report)
-
-
-def test_single_null_of_unknown_version_is_a_guess(tmp_path):
-    origin = make_prior()
-    with pytest.warns(UserWarning, match=r"assumed cosine similarity.*version="):
-        prior = load(file_with(tmp_path, single_null(origin.state_dict())))
-    assert len(prior.load_report.guesses) == 1
-    assert_same_samples(prior, origin)
-
-
-def test_current_keys_of_an_old_version_have_dot_products(tmp_path):
-    origin = dot_product()
-    state = dict(origin.state_dict())
-    state[BIAS] = state[BIAS] / 128
-    payload = {"model": state, "version": "1.4.2", "optimizer": {}}
-    assert_same_samples(load(file_with(tmp_path, payload)), origin)
-    assert_same_samples(load(file_with(tmp_path, state)), make_prior_like(state))
-
-
-def test_version_of_something_else_is_ignored(tmp_path):
-    payload = {"model": make_prior().state_dict(), "version": "0.1.0", "optimizer": {}}
-    prior = load(file_with(tmp_path, payload))
-    assert_same_samples(prior, make_prior())
-    assert "version 0.1.0 is not that of a dalle2-pytorch with these keys" in str(prior.load_report)
-
-
-def make_prior_like(state):
-    prior = make_prior()
-    prior.load_state_dict(state)
-    return prior
-
-
-def test_null_embeddings_that_a_release_never_trained(tmp_path):
-    origin = make_prior()
-    path = file_with(tmp_path, {"model": origin.state_dict()})
-    assert load(path, version="1.9.0").can_classifier_guidance is False
-    prior = load(path, version="1.10.4")
-    assert_same_samples(prior, origin, cond_scale=3.0)
-
-
-@pytest.mark.parametrize(
-    "net, version, first_good, match",
-    [
-        (dict(self_cond=True), "1.12.0", "1.12.1", "self_cond=True"),
-        (dict(num_timesteps=None), "1.10.7", "1.10.8", "num_timesteps=None"),
-    ],
-)
-def test_releases_whose_results_cannot_be_had(tmp_path, net, version, first_good, match):
-    origin = make_prior(**net)
-    path = file_with(tmp_path, {"model": origin.state_dict()})
-    kwargs = dict(config={"net": net, "prior": {"cond_drop_prob": 0.1}})
-    with pytest.raises(ValueError, match=match):
-        load(path, version=version, **kwargs)
-    assert match in str(load(path, version=version, strict=False, **kwargs).load_report)
-    assert_same_samples(load(path, version=first_good, **kwargs), origin)
-
-
-def test_layers_of_the_earliest_releases_are_named(tmp_path):
-    state = old_norms(make_prior().state_dict())
-    extra = "net.causal_transformer.layers.0.0.post_norm.gamma"
-    with pytest.raises(ValueError, match=re.escape(extra)):
-        load(file_with(tmp_path, state | {extra: torch.ones(DIM)}))
-    extra = "net.to_image_embeds.0.weight"
-    with pytest.raises(ValueError, match=re.escape(extra)):
-        load(file_with(tmp_path, state | {extra: torch.ones(DIM, DIM)}))
-    beta = next(key for key in state if key.endswith(".beta"))
-    with pytest.raises(ValueError, match=f"{re.escape(beta)} is not zero"):
-        load(file_with(tmp_path, state | {beta: torch.full((DIM,), 0.1)}))
-
-
-@pytest.mark.parametrize("version", ["latest", "4", ""])
-def test_version_must_read_as_one(tmp_path, version):
-    with pytest.raises(ValueError, match=r"it must read like '1\.4\.2'"):
-        load(tmp_path / "any.pth", version=version)
+def test_convert(tmp_path, trainer_file):
+    source, model, ema = trainer_file
+    report = convert(source, tmp_path / "own.safetensors")
+    assert report.weights == "ema" and report.kind == "trainer checkpoint"
+    reference = sample(ema)
+    tolerance = dict(atol=1e-4 * reference.abs().max().item(), rtol=0)
+    torch.testing.assert_close(sample(load(tmp_path / "own.safetensors")), reference, **tolerance)
+    convert(tmp_path / "own.safetensors", tmp_path / "peer.pth")
+    other = copy.deepcopy(model)
+    other.load_state_dict(torch.load(tmp_path / "peer.pth", weights_only=True))
+    torch.testing.assert_close(sample(other), reference, **tolerance)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        convert(source, tmp_path / "own.safetensors", weights="model")
+    convert(source, tmp_path / "own.safetensors", weights="model", overwrite=True)
+    torch.testing.assert_close(sample(load(tmp_path / "own.safetensors")), sample(model), **tolerance)
+    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt or \.pth"):
+        convert(source, tmp_path / "own.onnx")
 
 
 # precision
@@ -421,20 +231,6 @@ def test_unnamed_schedule_is_kept(tmp_path):
 
 
 # architecture
-
-NETS = {
-    "plain": {},
-    "norms": dict(norm_in=True, norm_out=False, normformer=True, final_proj=False),
-    "norm in": dict(norm_in=True),
-    "no rotary": dict(rotary_emb=False),
-    "continuous": dict(num_timesteps=None, num_time_embeds=2),
-    "embeds": dict(num_time_embeds=2, num_image_embeds=3, num_text_embeds=4),
-    "heads": dict(heads=1, dim_head=12, depth=1, ff_mult=2),
-    "odd ff": dict(ff_mult=1.7, max_text_len=7),
-    "odder ff": dict(ff_mult=0.9),
-    "no text": dict(max_text_len=0),
-    "deep": dict(depth=11, dim_head=4, heads=2),
-}
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -682,219 +478,3 @@ def test_integer_weights_are_refused(tmp_path):
     state["net.learned_query"] = torch.ones(DIM, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"net\.learned_query has dtype torch\.int8"):
         load(file_with(tmp_path, state))
-
-
-# saving
-
-
-@pytest.mark.parametrize("net", [*NETS, "dot product", "self-conditioned"])
-def test_round_trip(tmp_path, net):
-    special = {"dot product": dict(cosine_sim=False, dot_scale=0.3), "self-conditioned": dict(self_cond=True)}
-    unseen = dict(predict_x_start=False, image_embed_scale=2.5, clamp=4.0, sample_timesteps=3)
-    origin = make_prior(prior=unseen, **special.get(net) or NETS[net])
-    metadata = {"loss": 0.25, "notes": ["é", None], "steps": 4}
-    save(origin, tmp_path / "own.safetensors", metadata=metadata)
-    prior = load(tmp_path / "own.safetensors")
-    ours, theirs = prior.state_dict(), origin.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert prior.config == origin.config and prior.net.config == origin.net.config
-    report = prior.load_report
-    assert (report.kind, report.architecture, report.metadata) == ("fastprior file", "recorded", metadata)
-    assert report.notes == [] and report.version == checkpoint.__version__
-    assert_same_samples(prior, origin, cond_scale=2.0)
-
-
-def test_file_records_its_configuration(tmp_path):
-    origin = make_prior()
-    save(origin, tmp_path / "own.safetensors")
-    with safe_open(tmp_path / "own.safetensors", "pt") as file:
-        header = json.loads(file.metadata()["fastprior"])
-    assert header["format"] == 1 and header["version"] == checkpoint.__version__
-    assert header["net"] == origin.net.config and header["prior"] == origin.config
-
-
-def test_config_overrides_what_a_file_records(tmp_path):
-    save(make_prior(), tmp_path / "own.safetensors")
-    prior = load(tmp_path / "own.safetensors", config={"prior": {"image_embed_scale": 3.0}})
-    assert_same_samples(prior, make_prior(prior=dict(image_embed_scale=3.0)))
-    assert prior.load_report.architecture == "given"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_round_trip_of_16_bit_weights(tmp_path, dtype):
-    origin = make_prior()
-    origin.noise_scheduler.betas.mul_(0.5)  # a schedule without a name
-    origin.net.to(dtype)
-    save(origin, tmp_path / "own.safetensors")
-    prior = load(tmp_path / "own.safetensors", dtype=None)
-    ours, theirs = prior.state_dict(), origin.state_dict()
-    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
-    assert load(tmp_path / "own.safetensors").net.learned_query.dtype == torch.float32
-
-
-def test_file_of_a_newer_format(tmp_path):
-    state = {key: value.clone() for key, value in make_prior().state_dict().items()}
-    header = json.dumps({"format": 2, "net": {}, "prior": {}})
-    safetensors.torch.save_file(state, tmp_path / "own.safetensors", metadata={"fastprior": header})
-    with pytest.raises(ValueError, match="has format 2; this release reads format 1"):
-        load(tmp_path / "own.safetensors")
-
-
-def test_loading_draws_no_random_numbers(tmp_path):
-    save(make_prior(), tmp_path / "own.safetensors")
-    state = dict(make_prior().state_dict())
-    del state["net.learned_query"], state["net.null_image_embed"]
-    file_with(tmp_path, state | {"net.learned_query": torch.ones(DIM)}, "lacking.pth")
-    torch.manual_seed(5)
-    expected = torch.randn(3)
-    for name, strict in (("own.safetensors", True), ("lacking.pth", False)):
-        torch.manual_seed(5)
-        load(tmp_path / name, strict=strict)
-        assert torch.equal(torch.randn(3), expected)
-
-
-@pytest.mark.parametrize("net", ["plain", "norms", "continuous", "embeds", "no rotary"])
-def test_save_peer(tmp_path, net):
-    peer = pytest.importorskip("dalle2_pytorch")
-    origin = make_prior(prior=dict(image_embed_scale=2.0), **NETS[net])
-    save_peer(origin, tmp_path / "peer.pth")
-    config = dict(dim=DIM, depth=2, dim_head=8, heads=3, num_timesteps=STEPS, max_text_len=TEXT) | NETS[net]
-    theirs = peer.DiffusionPrior(
-        peer.DiffusionPriorNetwork(**config),
-        image_embed_dim=DIM,
-        timesteps=STEPS,
-        cond_drop_prob=0.1,
-        image_embed_scale=2.0,
-    ).eval()
-    theirs.load_state_dict(torch.load(tmp_path / "peer.pth", weights_only=True), strict=True)
-    for cond_scale in (1.0, 2.5):
-        reference = sample(theirs, cond_scale=cond_scale)
-        ours = sample(load(tmp_path / "peer.pth", config={"prior": {"image_embed_scale": 2.0, "cond_drop_prob": 0.1}}),
-                      cond_scale=cond_scale)  # fmt: skip
-        assert reference.abs().max() > 1e-2
-        torch.testing.assert_close(ours, reference, atol=1e-4 * reference.abs().max().item(), rtol=0)
-
-
-def test_what_the_peer_cannot_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cosine_sim=False"):
-        save_peer(dot_product(), tmp_path / "peer.pth")
-    assert os.listdir(tmp_path) == []
-
-
-def extended():
-    prior = make_prior()
-    prior.net.extra = nn.Linear(2, 2)
-    return prior
-
-
-def foreign():
-    prior = make_prior()
-    prior.net = nn.Linear(2, 2)
-    return prior
-
-
-@pytest.mark.parametrize("write, name", [(save, "own.safetensors"), (save_peer, "peer.pth")])
-@pytest.mark.parametrize(
-    "make, match", [(foreign, "net is a Linear without a `config`"), (extended, "net.extra.weight")]
-)
-def test_networks_that_a_file_cannot_describe_are_refused(tmp_path, make, match, write, name):
-    with pytest.raises(ValueError, match=match):
-        write(make(), tmp_path / name)
-    assert os.listdir(tmp_path) == []
-
-
-def test_save_checks_its_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
-        save(make_prior(), tmp_path / "own.pth")
-    with pytest.raises(ValueError, match=r"must end in \.pt or \.pth"):
-        save_peer(make_prior(), tmp_path / "own.safetensors")
-    with pytest.raises(FileNotFoundError, match="folder that exists"):
-        save(make_prior(), tmp_path / "none" / "own.safetensors")
-    with pytest.raises(TypeError, match="must be JSON values"):
-        save(make_prior(), tmp_path / "own.safetensors", metadata={"a": torch.ones(2)})
-    assert os.listdir(tmp_path) == []
-
-
-def test_compiled_network_is_saved_under_plain_keys(tmp_path):
-    origin = make_prior()
-    compiled = copy.deepcopy(origin)
-    compiled.net = torch.compile(compiled.net, backend="eager")
-    save(compiled, tmp_path / "own.safetensors")
-    assert_same_samples(load(tmp_path / "own.safetensors"), origin)
-
-
-@pytest.mark.parametrize("failing", ["write", "sync", "replace"])
-@pytest.mark.parametrize("name", ["own.safetensors", "peer.pth"])
-def test_failing_write_leaves_the_old_file(tmp_path, monkeypatch, name, failing):
-    write = save if name.endswith("safetensors") else save_peer
-    write(make_prior(0), tmp_path / name)
-    before = (tmp_path / name).read_bytes()
-
-    def half_written(state, path, **_):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    if failing == "write":
-        module, function = (safetensors.torch, "save_file") if write is save else (torch, "save")
-        monkeypatch.setattr(module, function, half_written)
-    else:
-        monkeypatch.setattr(os, "fsync" if failing == "sync" else "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write(make_prior(1), tmp_path / name)
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
-    write(make_prior(1), tmp_path / name)
-    assert_same_samples(load(tmp_path / name), make_prior(1))
-
-
-def test_saving_through_a_link_writes_its_target(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link.safetensors").symlink_to(tmp_path / "real" / "file.safetensors")
-    save(make_prior(), tmp_path / "link.safetensors")
-    assert (tmp_path / "link.safetensors").is_symlink()
-    assert_same_samples(load(tmp_path / "real" / "file.safetensors"), make_prior())
-
-
-def test_convert(tmp_path, trainer_file):
-    source, model, ema = trainer_file
-    report = convert(source, tmp_path / "own.safetensors")
-    assert report.weights == "ema" and report.kind == "trainer checkpoint"
-    reference = sample(ema)
-    tolerance = dict(atol=1e-4 * reference.abs().max().item(), rtol=0)
-    torch.testing.assert_close(sample(load(tmp_path / "own.safetensors")), reference, **tolerance)
-    convert(tmp_path / "own.safetensors", tmp_path / "peer.pth")
-    other = copy.deepcopy(model)
-    other.load_state_dict(torch.load(tmp_path / "peer.pth", weights_only=True))
-    torch.testing.assert_close(sample(other), reference, **tolerance)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        convert(source, tmp_path / "own.safetensors", weights="model")
-    convert(source, tmp_path / "own.safetensors", weights="model", overwrite=True)
-    torch.testing.assert_close(sample(load(tmp_path / "own.safetensors")), sample(model), **tolerance)
-    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt or \.pth"):
-        convert(source, tmp_path / "own.onnx")
-
-
-def test_convert_keeps_an_old_era_and_metadata(tmp_path):
-    origin = dot_product()
-    state = dict(origin.state_dict())
-    state[BIAS] = state[BIAS] / 128
-    source = file_with(tmp_path, {"model": single_null(state), "version": "1.4.2", "optimizer": {}})
-    convert(source, tmp_path / "own.safetensors")
-    prior = load(tmp_path / "own.safetensors")
-    assert_same_samples(prior, origin)
-    assert not prior.can_classifier_guidance
-    save(prior, tmp_path / "more.safetensors", metadata={"a": 1})
-    assert convert(tmp_path / "more.safetensors", tmp_path / "copy.safetensors").metadata == {"a": 1}
-    assert load(tmp_path / "copy.safetensors").load_report.metadata == {"a": 1}
-
-
-def test_saved_files_have_the_usual_permissions(tmp_path):
-    old = os.umask(0o022)
-    try:
-        save(make_prior(), tmp_path / "prior.safetensors")
-    finally:
-        os.umask(old)
-    assert (tmp_path / "prior.safetensors").stat().st_mode & 0o777 == 0o644

@@ -1,10 +1,11 @@
 /* Linear layers of few rows, attention behind a cached prefix, and whole blocks of both, on the CPU, as fast as memory
    gives the weights. `cpu.py` compiles and calls this.
 
-   A linear lays its rows out once, normalised and in fp32. Then each thread computes columns of the result, a tile of a
-   few columns and all rows at a time, in one of three forms. "dot", for the fewest rows: vectors run along the dimension
-   that is summed. "outer": vectors run along the rows, and each is multiplied with one number of the weights. "amx", in
-   place of "outer" where the processor multiplies tiles of bf16: numbers of fp32 are sums of three of bf16. */
+   A linear lays its rows out once, normalised and in fp32. Then each thread computes columns of the result, some columns
+   and all rows at a time, in one of three forms. "dot": vectors run along the dimension that is summed, for a few rows at
+   once. "outer", for more rows where there are few registers: vectors run along the rows, and each is multiplied with one
+   number of the weights. "amx", for more rows where the processor multiplies tiles of bf16: numbers of fp32 are sums of
+   three of bf16. */
 
 #include <math.h>
 #include <omp.h>
@@ -38,11 +39,22 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 24")
+#if LANES == 16
+#define HOLD(some) __asm__("" : "+v"(some)) /* in a register: GCC would read it again for each column */
+#else
+#define HOLD(some)
+#endif
 
 enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
 enum { NONE, GELU, SWIGLU };
-enum { OUTER_ROWS = 2 * LANES, AMX_ROWS = 64, WIDTH = HAS_AMX ? AMX_ROWS : OUTER_ROWS /* rows of a tile */ };
-enum { AHEAD_DOT = 2048, AHEAD_OUTER = 256, AHEAD_AMX = 512, AHEAD_ROWS = 128 /* bytes */, FLUSH = 512, CACHED = 5 << 18 /* bytes */ };
+enum { WIDTH = 64 /* rows of a tile */, GROUP = 24 /* columns that several passes of rows share in a cache */ };
+enum { OUTER_ROWS = LANES == 16 ? 0 : 2 * LANES, FLUSH = 512 /* numbers */ };
+enum { AHEAD_OUTER = 256, AHEAD_AMX = 512, AHEAD_ROWS = 128, CACHED = 5 << 18 }; /* bytes */
+#if defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+enum { AHEAD_DOT = 512, READS_NEXT = 1 }; /* these processors read faster from one place than from several */
+#else
+enum { AHEAD_DOT = 2048, READS_NEXT = 0 };
+#endif
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -184,9 +196,34 @@ INLINE long look_ahead(const struct linear *a, int kind, long k, long columns, l
     return at < length ? at : at - length + columns * stride * BYTES[kind];
 }
 
-/* tile[column][row] = x @ weight.T of some columns of the weight, of which there are `count`: the last repeats. */
-INLINE void dot(int kind, int rows, int columns, const float *x, const struct linear *a, const char *weight,
-                long stride, long count, float *tile) {
+/* Products of bf16 and their sums in pairs are the fastest where there are instructions for them; x is rounded to bf16
+   then, as PyTorch does, but not for rows so few that they are computed while memory is read. */
+#if defined(__AVX512BF16__)
+#define ADD_PRODUCTS(sums, x, y) (vec)_mm512_dpbf16_ps((__m512)(sums), (__m512bh)(x), (__m512bh)(y))
+enum { HAS_PAIRS = 1 };
+
+/* A row as bf16, in place. */
+static void round_row(float *x, long padded) {
+    for (long k = 0; k < padded; k += LANES) {
+        const __m256bh some = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + k));
+        memcpy((uint16_t *)x + k, &some, sizeof some);
+    }
+}
+#else
+#define ADD_PRODUCTS(sums, x, y) (sums)
+enum { HAS_PAIRS = 0 };
+static void round_row(float *x, long padded) {}
+#endif
+
+/* Read line n of the columns after a group of them while these are computed, as if in one place. */
+INLINE void read_next(int kind, const char *weight, long stride, long group, long k, int columns, int n) {
+    if (READS_NEXT) __builtin_prefetch(weight + (group * stride + columns * k) * BYTES[kind] + n * 64, 0, 2);
+}
+
+/* tile[column][row] = x @ weight.T of some columns of the weight, of which there are `count`: the last repeats. Rows of
+   `x` are `padded + LANES` apart; with `rounded` they are bf16. */
+INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, const struct linear *a, const char *weight,
+                long stride, long count, long group, float *tile) {
     vec sums[SUMS];
     const char *column[4];
     const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block;
@@ -198,13 +235,19 @@ INLINE void dot(int kind, int rows, int columns, const float *x, const struct li
         UNROLLED for (int n = 0; n < columns; n++) {
             own[n] = load(kind, column[n] + k * BYTES[kind], a->dim - k);
             __builtin_prefetch(column[n] + ahead, 0, 3);
+            read_next(kind, weight, stride, group, k, columns, n);
         }
-        for (int j = 0; j < SPAN(kind); j++) {
+        for (int j = 0; j < (rounded ? 1 : SPAN(kind)); j++) {
             vec parts[4];
-            UNROLLED for (int n = 0; n < columns; n++) parts[n] = part(kind, own[n], j);
+            UNROLLED for (int n = 0; n < columns; n++) parts[n] = rounded ? (vec)own[n] : part(kind, own[n], j);
             UNROLLED for (int m = 0; m < rows; m++) {
-                const vec some = *(const vec *)(x + m * (padded + LANES) + k + j * LANES);
-                UNROLLED for (int n = 0; n < columns; n++) sums[n * rows + m] += parts[n] * some;
+                vec some = *(const vec *)(x + m * (padded + LANES) + (rounded ? k / 2 : k + j * LANES));
+                HOLD(some);
+                UNROLLED for (int n = 0; n < columns; n++) {
+                    vec *to = &sums[n * rows + m];
+                    if (rounded) *to = ADD_PRODUCTS(*to, parts[n], some);
+                    else *to += parts[n] * some;
+                }
             }
         }
     }
@@ -246,11 +289,9 @@ static float to_words(const float *x, long padded, int16_t *to) {
 }
 
 #ifdef ADD_PAIRS
-INLINE void dot_words(int rows, int columns, const float *laid, const struct linear *a, const char *weight, long stride,
-                      long count, float *tile) {
+INLINE void dot_words(int rows, int columns, const float *scale, const int16_t *x, const struct linear *a,
+                      const char *weight, long stride, long count, long group, float *tile) {
     const long block = 4 * LANES, padded = (a->dim + block - 1) / block * block;
-    const float *scale = laid;
-    const int16_t *x = (const int16_t *)(laid + WIDTH);
     const char *column[4];
     words sums[SUMS];
     UNROLLED for (int n = 0; n < columns; n++) column[n] = weight + (n < count ? n : count - 1) * stride;
@@ -263,31 +304,33 @@ INLINE void dot_words(int rows, int columns, const float *laid, const struct lin
             from[n] = column[n] + k;
             if (a->dim - k < block) from[n] = memcpy(last[n], from[n], a->dim - k);
             __builtin_prefetch(column[n] + ahead, 0, 3);
+            read_next(INT8, weight, stride, group, k, columns, n);
         }
         UNROLLED for (int half = 0; half < 2; half++) {
             words own[4];
             UNROLLED for (int n = 0; n < columns; n++) own[n] = WORDS(from[n] + half * 2 * LANES);
             UNROLLED for (int m = 0; m < rows; m++) {
-                const words some = LOAD_WORDS(x + m * padded + k + half * 2 * LANES);
+                words some = LOAD_WORDS(x + m * padded + k + half * 2 * LANES);
+                HOLD(some);
                 UNROLLED for (int n = 0; n < columns; n++)
                     sums[n * rows + m] = ADD_PAIRS(sums[n * rows + m], own[n], some);
             }
         }
     }
-    vec wide[SUMS], factors = {0};
-    UNROLLED for (int i = 0; i < columns * rows; i++) wide[i] = __builtin_convertvector((ivec)sums[i], vec);
-    UNROLLED for (int m = 0; m < rows; m++) factors[m] = scale[m];
+    vec wide[SUMS];
+    UNROLLED for (int n = 0; n < columns; n++)
+        UNROLLED for (int m = 0; m < rows; m++)
+            wide[n * rows + m] = __builtin_convertvector((ivec)sums[n * rows + m], vec) * scale[m];
     sum_all(rows, columns, wide, tile);
-    UNROLLED for (int n = 0; n < columns; n++) *(vec *)(tile + n * WIDTH) *= factors;
 }
-#define DOT_INT8(ROWS) \
-    case ROWS: dot_words(ROWS, DOT_COLUMNS(ROWS), x, a, weight, stride, count, tile); return;
 enum { HAS_WORDS = 1 };
 #else
-#define DOT_INT8(ROWS) DOT(INT8, ROWS)
+INLINE void dot_words(int rows, int columns, const float *scale, const int16_t *x, const struct linear *a,
+                      const char *weight, long stride, long count, long group, float *tile) {}
 enum { HAS_WORDS = 0 };
 #endif
 
+#if LANES != 16
 /* The same for rows laid out as x[k][row], in `vectors` vectors. */
 INLINE void outer(int kind, int vectors, const float *x, const struct linear *a, const char *weight, long stride,
                   long count, float *tile) {
@@ -319,6 +362,10 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
                 *(vec *)(tile + n * WIDTH + v * LANES) += sums[n * vectors + v];
     }
 }
+#else
+INLINE void outer(int kind, int vectors, const float *x, const struct linear *a, const char *weight, long stride,
+                  long count, float *tile) {}
+#endif
 
 /* The form of tiles. A tile of the processor holds 16 rows of 64 bytes; tiles 0 to 3 are sums of 16 columns and 16 rows
    each, 4 to 6 the parts of 16 columns of weights, 32 numbers of each, and 7 one part of as much of x.
@@ -495,41 +542,82 @@ static void product_amx(long kind, const uint16_t *x, const struct linear *a, co
                         long count, long begin, long end, float *tile) {}
 #endif
 
-enum { MOST_DOTS = LANES == 16 ? 12 : 6 };
+enum { MOST_DOTS = LANES != 16 ? 6 : READS_NEXT ? 8 : 12, ROWS_OF_PASS = 8 };
 
-/* The most rows of the form "dot". */
-INLINE long most_dots(long kind) { return kind == FLOAT32 ? MOST_DOTS : 6; }
+/* Whether x is rounded to bf16, where the form is "dot". */
+INLINE int rounds(long kind, long rows) { return HAS_PAIRS && kind == BFLOAT16 && rows > 6; }
 
-/* Columns of a tile, whose sums fit in registers. */
+/* Whether the form is "outer", or "amx". */
+INLINE int is_outer(long rows) { return LANES != 16 && rows > MOST_DOTS; }
+INLINE int has_tiles(long kind, long rows) { return amx && rows > (kind == FLOAT32 ? MOST_DOTS : 6); }
+
+/* Of a linear: 0 "dot", 1 the same of bf16 with x rounded, 2 "outer", 3 "amx". */
+long form(long kind, long rows) {
+    return has_tiles(kind, rows) ? 3 : is_outer(rows) ? 2 : rounds(kind, rows);
+}
+
+/* Columns of a pass, whose sums fit in registers. */
 #define DOT_COLUMNS(rows) ((rows) * 4 <= SUMS ? 4 : (rows) * 3 <= SUMS ? 3 : 2)
-INLINE long tile_columns(long rows, int dots) { return dots ? DOT_COLUMNS(rows) : rows <= LANES ? SUMS : SUMS / 2; }
 
-#define DOT(KIND, ROWS) \
-    case ROWS: dot(KIND, ROWS, DOT_COLUMNS(ROWS), x, a, weight, stride, count, tile); return;
-#define DOTS(KIND) DOT(KIND, 1) DOT(KIND, 2) DOT(KIND, 3) DOT(KIND, 4) DOT(KIND, 5) DOT(KIND, 6)
+/* A pass of up to MOST_DOTS rows over a group of columns. */
+#define PASS(ROWS, CALL, ...) \
+    case ROWS: \
+        for (long n = 0; n < count; n += DOT_COLUMNS(ROWS)) \
+            CALL(__VA_ARGS__, a, weight + n * stride * BYTES[kind], stride, count - n, group, tile + n * WIDTH); \
+        return;
+#define DOT(ROWS) PASS(ROWS, dot, kind, rounded, ROWS, DOT_COLUMNS(ROWS), x)
+#define DOT_WORDS(ROWS) PASS(ROWS, dot_words, ROWS, DOT_COLUMNS(ROWS), scale, x)
+#if LANES == 16
+#define ALL(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
+#else
+#define ALL(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
+#endif
+
+/* A function each: of one with all these loops GCC keeps less in registers. */
+#define PASSES(NAME, KIND, ROUNDED) \
+    static __attribute__((noinline)) void NAME(long rows, const float *x, const struct linear *a, const char *weight, \
+                                               long stride, long count, long group, float *tile) { \
+        const int kind = KIND, rounded = ROUNDED; \
+        switch (rows) { ALL(DOT) } \
+    }
+PASSES(pass_float32, FLOAT32, 0)
+PASSES(pass_bfloat16, BFLOAT16, 0)
+PASSES(pass_rounded, BFLOAT16, 1)
+PASSES(pass_int8, INT8, 0)
+
+static __attribute__((noinline)) void pass_words(long rows, const float *scale, const int16_t *x, const struct linear *a,
+                                                 const char *weight, long stride, long count, long group, float *tile) {
+    const int kind = INT8;
+    switch (rows) { ALL(DOT_WORDS) }
+}
+
 #define OUTER(KIND) \
     if (a->rows <= LANES) outer(KIND, 1, x, a, weight, stride, count, tile); \
     else outer(KIND, 2, x, a, weight, stride, count, tile);
 
-static void product_float32(const float *x, const struct linear *a, const char *weight, long stride, long count,
-                            float *tile) {
-    switch (a->rows) {
-        DOTS(FLOAT32)
-#if LANES == 16
-        DOT(FLOAT32, 7) DOT(FLOAT32, 8) DOT(FLOAT32, 9) DOT(FLOAT32, 10) DOT(FLOAT32, 11) DOT(FLOAT32, 12)
-#endif
+/* Rows of a pass: all, or as many as share their columns in registers best. */
+static long rows_of_pass(long rows) {
+    const long passes = rows > MOST_DOTS ? (rows + ROWS_OF_PASS - 1) / ROWS_OF_PASS : 1;
+    return (rows + passes - 1) / passes;
+}
+
+/* tile[column][row] of `count` columns of a group, some rows at a time: see `rows_of_team` for how x is laid out. */
+static void product(long kind, const float *x, const struct linear *a, const char *weight, long stride, long count,
+                    long group, float *tile) {
+    const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block, each = rows_of_pass(a->rows);
+    if (is_outer(a->rows)) {
+        if (kind == FLOAT32) { OUTER(FLOAT32) } else if (kind == BFLOAT16) { OUTER(BFLOAT16) } else { OUTER(INT8) }
+        return;
     }
-    OUTER(FLOAT32)
-}
-
-static void product_bfloat16(const float *x, const struct linear *a, const char *weight, long stride, long count, float *tile) {
-    switch (a->rows) { DOTS(BFLOAT16) }
-    OUTER(BFLOAT16)
-}
-
-static void product_int8(const float *x, const struct linear *a, const char *weight, long stride, long count, float *tile) {
-    switch (a->rows) { DOT_INT8(1) DOT_INT8(2) DOT_INT8(3) DOT_INT8(4) DOT_INT8(5) DOT_INT8(6) }
-    OUTER(INT8)
+    for (long m = 0; m < a->rows; m += each, tile += each) {
+        const long rows = a->rows - m < each ? a->rows - m : each;
+        const float *own = x + m * (padded + LANES);
+        if (kind == FLOAT32) pass_float32(rows, own, a, weight, stride, count, group, tile);
+        else if (rounds(kind, a->rows)) pass_rounded(rows, own, a, weight, stride, count, group, tile);
+        else if (kind == BFLOAT16) pass_bfloat16(rows, own, a, weight, stride, count, group, tile);
+        else if (!HAS_WORDS) pass_int8(rows, own, a, weight, stride, count, group, tile);
+        else pass_words(rows, x + m, (const int16_t *)(x + WIDTH) + m * padded, a, weight, stride, count, group, tile);
+    }
 }
 
 /* Scale, bias, activation and residual of `count` results of one matrix from row `n` of it on, and their place. */
@@ -593,17 +681,11 @@ static void normalise(float *x, long dim, double eps, struct vector gain, struct
 }
 
 /* The most rows that a linear has here; beyond them PyTorch is as fast. */
-long most_rows(long kind) {
-    if (amx) return kind == FLOAT32 ? 8 * AMX_ROWS : AMX_ROWS;
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16)
-    if (kind == BFLOAT16) return most_dots(kind); /* oneDNN has instructions for it too */
-#endif
-    return OUTER_ROWS;
-}
+long most_rows(long kind) { return OUTER_ROWS ? OUTER_ROWS : kind == FLOAT32 ? 8 * WIDTH : WIDTH; }
 
 /* Of `rows` rows, how many are computed at a time. */
 static long rows_at_once(long rows) {
-    const long most = amx ? AMX_ROWS : OUTER_ROWS, times = (rows + most - 1) / most;
+    const long most = OUTER_ROWS ? OUTER_ROWS : WIDTH, times = (rows + most - 1) / most;
     return ((rows + times - 1) / times + 15) / 16 * 16;
 }
 
@@ -616,50 +698,53 @@ static long room(long rows, long dim, long columns, long threads) {
     const long few = rows < MOST_DOTS ? rows : MOST_DOTS, own = threads * room_of_thread(few, dim); /* a last layer's */
     const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
     const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 32 * threads) * 2 * WIDTH : 0;
-    const long shared = amx ? once * (padded + LANES + 3 * padded / 2) + sums : once * 2 * padded;
+    const long shared = amx ? once * (padded + LANES + 3 * padded / 2) + sums : room_of_thread(once, dim);
     return shared > own ? shared : own;
 }
 
 /* A linear of few rows by all threads of a team, in `x`, the room that it needs. */
 static void rows_of_team(const struct linear *a, float *x) {
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), rows = a->rows, dim = a->dim;
-    const long kind = a->weight[0].matrix.kind, span = SPAN(kind), dots = rows <= most_dots(kind), tiles = amx && !dots;
+    const long kind = a->weight[0].matrix.kind, span = SPAN(kind), the_form = form(kind, rows);
+    const int tiles = the_form == 3, across = the_form == 2, dots = !tiles && !across, rounded = the_form == 1;
+    const int alone = dots && rows <= MOST_DOTS, words = HAS_WORDS && dots && kind == INT8;
     const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
-    const long stride = tiles || dots ? padded + LANES : padded; /* rows that a cache keeps in different places */
-    const long width = dots ? rows : rows <= LANES ? LANES : OUTER_ROWS, unit = tiles ? TILE_COLUMNS(kind) : tile_columns(rows, dots);
-    void (*product)(const float *, const struct linear *, const char *, long, long, float *) =
-        kind == FLOAT32 ? product_float32 : kind == BFLOAT16 ? product_bfloat16 : product_int8;
-    const int words = HAS_WORDS && dots && kind == INT8;
-    if (dots) x += thread * room_of_thread(rows, dim);
-    float *laid = dots && span == 1 ? x : x + rows * stride;
+    const long stride = padded + LANES; /* rows that a cache keeps in different places */
+    const long unit = tiles ? TILE_COLUMNS(kind) : alone ? DOT_COLUMNS(rows)
+                    : dots ? GROUP : rows > LANES ? SUMS / 2 : SUMS;
+    if (alone) x += thread * room_of_thread(rows, dim);
+    float *laid = dots && (span == 1 || rounded) ? x : x + rows * stride;
 
-    const long begin = dots ? 0 : rows * thread / threads, end = dots ? rows : rows * (thread + 1) / threads;
+    const long begin = alone ? 0 : rows * thread / threads, end = alone ? rows : rows * (thread + 1) / threads;
     for (long m = begin; m < end; m++) {
         float *row = x + m * stride;
         widen(&a->x, m, dim, padded, row);
         if (a->stream) {
             normalise(row, dim, a->eps, a->stream_gain, (struct vector){0}, a->stream + m * dim);
-            if (!dots || !thread) memcpy(a->total + m * dim, row, dim * sizeof *row);
+            if (!alone || !thread) memcpy(a->total + m * dim, row, dim * sizeof *row);
         }
         if (a->gain.data) normalise(row, dim, a->eps, a->gain, a->norm_bias, NULL);
-        if (words) laid[m] = to_words(row, padded, (int16_t *)(laid + WIDTH) + m * padded);
+        if (rounded) round_row(row, padded);
+        else if (words) laid[m] = to_words(row, padded, (int16_t *)(laid + WIDTH) + m * padded);
+        else if (dots && span > 1)
+            for (long k = 0; k < padded; k += block)
+                for (long j = 0; j < span; j++) /* see SPAN */
+                    for (long i = 0; i < LANES; i++) laid[m * stride + k + j * LANES + i] = row[k + i * span + j];
+    }
+    if (!alone) {
+#pragma omp barrier
     }
     if (!dots) {
-#pragma omp barrier
+        const long width = rows <= LANES ? LANES : OUTER_ROWS;
         for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block) {
             if (tiles) lay_rows(kind, x, rows, stride, k, (uint16_t *)laid + k / DEPTH * ((rows + 15) / 16) * PARTS(kind) * PART);
             else for (long m = 0; m < width; m++)
                 for (long i = 0; i < block; i++) {
-                    const long to = k + i % span * LANES + i / span; /* see SPAN */
-                    laid[to * width + m] = m < rows ? x[m * padded + k + i] : 0;
+                    const long to = k + i % span * LANES + i / span;
+                    laid[to * width + m] = m < rows ? x[m * stride + k + i] : 0;
                 }
         }
 #pragma omp barrier
-    } else if (laid != x && !words) {
-        for (long m = 0; m < rows; m++)
-            for (long from = m * stride; from < m * stride + padded; from += block)
-                for (long j = 0; j < span; j++)
-                    for (long i = 0; i < LANES; i++) laid[from + j * LANES + i] = x[from + i * span + j];
     }
     float some[2][32 * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
     const long parts = tiles ? parts_of_sum(rows, padded) : 1, part = (blocks + parts - 1) / parts * block;
@@ -678,7 +763,7 @@ static void rows_of_team(const struct linear *a, float *x) {
                 for (int gates = 0; gates < (a->activation == SWIGLU ? 2 : 1); gates++) {
                     const char *weight = w->data + (n + gates * columns) * row;
                     if (tiles) product_amx(kind, (uint16_t *)laid, a, weight, w->stride, count, k, to, sums[gates]);
-                    else product(laid, a, weight, w->stride, count, sums[gates]);
+                    else product(kind, laid, a, weight, w->stride, count, unit, sums[gates]);
                 }
                 if (to == padded) finish(a, which, before + n, n, count, sums[0], sums[1]);
             }

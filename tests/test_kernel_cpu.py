@@ -10,6 +10,7 @@ from cpu_cases import (
     BF16,
     CONFIGS,
     DECODE_OPTIONS,
+    DOT,
     DTYPES,
     EPS,
     FLOORS,
@@ -18,7 +19,10 @@ from cpu_cases import (
     NEEDS_KERNELS,
     ON_X86,
     OPTIONS,
+    ROUNDED,
+    ROUNDED_FLOOR,
     SHAPES,
+    TILES,
     block_arguments,
     built,
     cast,
@@ -27,12 +31,15 @@ from cpu_cases import (
     check_linear,
     count_calls,
     error,
+    floor,
+    form,
     make,
     make_blocks,
     make_decode,
     make_tokens,
     make_transformer,
     prior_step,
+    random,
     step,
     threads,
     through_reference,
@@ -59,7 +66,7 @@ def without_tiles(tmp_path_factory):
     if not HAS_TILES:
         pytest.skip("as native: this processor multiplies no tiles")
     with built(WITHOUT_TILES, FASTPRIOR_CACHE=tmp_path_factory.mktemp("without_tiles")):
-        assert cpu.unavailable() is None and cpu.most_rows(FP32) == 32
+        assert cpu.unavailable() is None and form(FP32, 64) == DOT
         return cpu._loaded, cpu._most_rows
 
 
@@ -88,6 +95,34 @@ def test_linear_of_every_shape(build, shape, dtypes):
     for rows in ROWS:
         if rows <= cpu.most_rows(FP32):
             check_linear(make(rows, *shape, dtypes, ("bias",)))
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16-beside-fp32", "int8"])
+def test_linear_of_every_number_of_rows(build, dtypes):
+    """The passes over them are of several sizes, the last often of another than the rest."""
+    for rows in range(1, min(cpu.most_rows(FP32), 66) + 1):
+        check_linear(make(rows, 50, 100, dtypes, ("norm_gain",)))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7, 8, 13, 40, 64])
+@pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
+def test_products_of_bf16_are_exact(build, rows, shape):
+    """Where x is rounded to bf16 that is all that is lost: of an x that bf16 holds the result is that of fp32."""
+    if rows <= cpu.most_rows(BF16):
+        inputs = make(rows, *shape, "bf16")
+        inputs["x"] = inputs["x"].float()
+        exact, plain = (reference.linear(**cast(inputs, dtype)) for dtype in (torch.float64, FP32))
+        check(cpu.linear(**inputs), exact, plain, 3e-5 if form(BF16, rows) == TILES else 32 * EPS)
+
+
+@pytest.mark.skipif(form(BF16, 7) != ROUNDED, reason="this processor has no products of bf16, or tiles")
+def test_few_rows_are_not_rounded():
+    inputs = make(7, 50, 300, "bf16")
+    inputs["x"] = random(7, 300)
+    exact = reference.linear(**cast(inputs, torch.float64))
+    assert 1e-4 < error(cpu.linear(**inputs), exact) < ROUNDED_FLOOR
+    few = cpu.linear(**inputs | dict(x=inputs["x"][:6]))
+    assert error(few, exact[:6]) < FLOORS[FP32]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -201,8 +236,8 @@ def test_rows_do_not_meet(build, rows, dtypes):
     expected = cpu.linear(**inputs)
     for row in range(rows):
         alone = cpu.linear(**inputs | dict(x=inputs["x"][row : row + 1]))
-        floor = FLOORS[inputs["weight"].dtype] if expected.dtype == FP32 else torch.finfo(BF16).eps
-        assert error(alone[0], expected[row].double()) <= floor
+        most = floor(inputs["weight"].dtype, rows) if expected.dtype == FP32 else torch.finfo(BF16).eps
+        assert error(alone[0], expected[row].double()) <= most
         x = torch.full_like(inputs["x"], math.nan)
         x[row] = inputs["x"][row]
         assert torch.equal(cpu.linear(**inputs | dict(x=x))[row], expected[row])
@@ -330,8 +365,7 @@ def test_blocks_of_the_causal_transformer(build, calls, config, dtype):
                 step, transformer, prefix, x
             )  # fmt: skip
             assert got.dtype == plain.dtype
-            floor = 32 * EPS if got.dtype == FP32 else 4 * torch.finfo(BF16).eps
-            check(got, true, plain, floor)
+            check(got, true, plain, 32 * EPS if got.dtype == FP32 else 4 * torch.finfo(BF16).eps)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

@@ -233,7 +233,8 @@ def test_changed_weights_and_modules_are_captured_again(change, captured):
     if change == "adapter":
         for block in prior.transformer_blocks:
             block.attn1.to_q.enable_adapters(False)
-        assert torch.equal(sample(ours), before) and len(captured) == 6
+        torch.testing.assert_close(sample(ours), before, atol=1e-5, rtol=1e-5)  # layers of adapters run one by one
+        assert len(captured) == 6
 
 
 def test_weights_that_moved_are_not_kept():

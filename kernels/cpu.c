@@ -551,9 +551,10 @@ INLINE int rounds(long kind, long rows) { return HAS_PAIRS && kind == BFLOAT16 &
 INLINE int is_outer(long rows) { return LANES != 16 && rows > MOST_DOTS; }
 INLINE int has_tiles(long kind, long rows) { return amx && rows > (kind == FLOAT32 ? MOST_DOTS : 6); }
 
-/* Of a linear: 0 "dot", 1 the same of bf16 with x rounded, 2 "outer", 3 "amx". */
+/* The form of a linear; "dot" of bf16 may round x. */
+enum { IS_DOT, IS_ROUNDED_DOT, IS_OUTER, IS_AMX };
 long form(long kind, long rows) {
-    return has_tiles(kind, rows) ? 3 : is_outer(rows) ? 2 : rounds(kind, rows);
+    return has_tiles(kind, rows) ? IS_AMX : is_outer(rows) ? IS_OUTER : rounds(kind, rows) ? IS_ROUNDED_DOT : IS_DOT;
 }
 
 /* Columns of a pass, whose sums fit in registers. */
@@ -706,7 +707,7 @@ static long room(long rows, long dim, long columns, long threads) {
 static void rows_of_team(const struct linear *a, float *x) {
     const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), rows = a->rows, dim = a->dim;
     const long kind = a->weight[0].matrix.kind, span = SPAN(kind), the_form = form(kind, rows);
-    const int tiles = the_form == 3, across = the_form == 2, dots = !tiles && !across, rounded = the_form == 1;
+    const int tiles = the_form == IS_AMX, dots = !tiles && the_form != IS_OUTER, rounded = the_form == IS_ROUNDED_DOT;
     const int alone = dots && rows <= MOST_DOTS, words = HAS_WORDS && dots && kind == INT8;
     const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
     const long stride = padded + LANES; /* rows that a cache keeps in different places */

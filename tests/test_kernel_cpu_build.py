@@ -218,17 +218,19 @@ def sanitized():
     cpu.linear(x=random(3, 64), weight=random(5, 7))
 
 
-SANITIZED = *QUICK, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+SANITIZED = *(flag for flag in QUICK if not flag.startswith("-march")), "-O1", "-g", "-fsanitize=address,undefined"
 
 
 IN_SANITIZER = """
 import sys, test_kernel_cpu_build as tests
-with tests.built(tests.SANITIZED, FASTPRIOR_CACHE=sys.argv[1], LD_PRELOAD=""):  # the compiler does without it
+flags = *tests.SANITIZED, "-fno-sanitize-recover=all", "-march=" + sys.argv[2]
+with tests.built(flags, FASTPRIOR_CACHE=sys.argv[1], LD_PRELOAD=""):  # the compiler does without it
     tests.sanitized()
 """
 
 
-def test_memory_is_read_and_written_within_bounds(tmp_path):
+@pytest.mark.parametrize("march", ["native", pytest.param("haswell", marks=ON_X86)])
+def test_memory_is_read_and_written_within_bounds(tmp_path, march):
     """Under gcc's sanitizers, in memory that holds NaN before it is written; at last they show that they see."""
     library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(library):
@@ -236,7 +238,7 @@ def test_memory_is_read_and_written_within_bounds(tmp_path):
     options = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000"
     environment = os.environ | dict(LD_PRELOAD=library, ASAN_OPTIONS=options, PYTHONPATH=str(Path(__file__).parent))
     done = subprocess.run(
-        [sys.executable, "-c", IN_SANITIZER, tmp_path], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", IN_SANITIZER, tmp_path, march], env=environment, capture_output=True, text=True
     )
     assert "every access was within bounds" in done.stdout, done.stderr[-3000:]
     assert done.returncode and "ERROR: AddressSanitizer" in done.stderr

@@ -82,7 +82,8 @@ def _fast_paths() -> list[tuple[str, str]]:
 
     forced = f"off, FASTPRIOR_KERNELS={ops.forced()}" if ops.forced() else None
     why = forced or (ops.cpu.unavailable() and f"off, {ops.cpu.unavailable()}")
-    rows.append(("CPU kernels", why or f"on, for steps of up to {ops.cpu.most_rows(torch.float32)} tokens"))
+    most = (f"{ops.cpu.most_tokens(dtype)} in {str(dtype).removeprefix('torch.')}" for dtype in ops.cpu.KINDS)
+    rows.append(("CPU kernels", why or f"on, for as many tokens at once: {', '.join(most)}"))
 
     cuda = torch.cuda.is_available()
     if ops.forced() == "reference":

@@ -351,13 +351,15 @@ class Attention(nn.Module):
 
 
 class KVCache(NamedTuple):
-    """What a step needs of the prefix: keys and values (depth, prompts, prefix + 1, 1, dim_head), the null ones first,
-    and the suffix's attention bias (suffix, heads, prefix + 1 + suffix) and rotary table (suffix, width)."""
+    """What steps share: of the prefix keys and values (depth, prompts, prefix + 1, 1, dim_head), the null ones first,
+    of the suffix the attention bias (suffix, heads, prefix + 1 + suffix) and rotary table (suffix, width), and of the
+    layers what `CausalTransformer.prepared` gives; without it each step asks."""
 
     k: Tensor
     v: Tensor
     bias: Tensor
     rotary: Rotary | None
+    blocks: ops.Blocks | None = None
 
 
 class LeadCache(NamedTuple):
@@ -466,10 +468,14 @@ class CausalTransformer(nn.Module):
 
     def prefill(self, x: Tensor, suffix: int) -> KVCache:
         """Run the prefix x (prompts, prefix, dim) and return what `suffix` tokens after it need."""
-        prefix = x.shape[1]
-        x = self.init_norm(x)
-        bias, rotary = self._attention_bias(prefix, x), self._rotary(0, prefix)
-        cache = []
+        prefix, blocks = x.shape[1], self.prepared() if x.is_cpu else None
+        x, end = self.init_norm(x), prefix + suffix
+        k, v = self._cache_by_blocks(x, blocks) or self._cache(x)
+        return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end), blocks)
+
+    def _cache(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all layers for a prefix."""
+        bias, rotary, cache = self._attention_bias(x.shape[1], x), self._rotary(0, x.shape[1]), []
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
             kv = attn.keys_values(h)
@@ -477,9 +483,27 @@ class CausalTransformer(nn.Module):
             if index < len(self.layers) - 1:
                 x = attn.attend(attn.queries(h), *kv, rotary, bias, residual=x)
                 x = ff(x) + x
-        end = prefix + suffix
         k, v = (torch.stack(t) for t in zip(*cache))
-        return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end))
+        return k, v
+
+    def _cache_by_blocks(self, x: Tensor, blocks: ops.Blocks | None) -> tuple[Tensor, Tensor] | None:
+        """The same by `ops.run_blocks`, for which the null keys are the prefix; None where it does not compute this."""
+        if blocks is None:
+            return None
+        seq, first = x.shape[1], self.layers[0][0]
+        null = torch.stack([torch.stack(attn.prepared(*attn.null_kv[:, None, None], None)) for attn, _ in self.layers])
+        null_k, null_v = null[:, :, None].unbind(1)  # (depth, 1, 1, 1, dim_head)
+        bias, rotary, found = self._bias(0, seq, x.device), self._rotary(0, seq), []
+        for part in x.split(max(1, ops.most_tokens(blocks) // seq)):
+            behind = (t.expand(-1, len(part), -1, -1, -1) for t in (null_k, null_v))
+            kv = ops.run_blocks(part, blocks, *behind, outputs=0, rotary=rotary, bias=bias)
+            if kv is None:
+                return None
+            found.append(kv)
+        k, v = first.prepared(*(t.flatten(0, 1) for t in torch.cat(found, dim=1).unbind(3)), rotary)
+        k, v = (t.unflatten(0, (len(self.layers), -1)) for t in (k, v))
+        pairs = (null_k, k), (null_v, v)
+        return tuple(torch.cat((null.expand(-1, len(x), -1, -1, -1), t), dim=2) for null, t in pairs)
 
     def lead(self, x: Tensor, cache: KVCache) -> tuple[KVCache, LeadCache]:
         """Run the first tokens of the suffixes of all steps, x (steps, tokens, dim), behind each prompt's prefix.
@@ -502,7 +526,7 @@ class CausalTransformer(nn.Module):
 
     def _keys_values(self, x: Tensor, cache: KVCache) -> Tensor:
         """Raw ones of tokens x (rows, tokens, dim) behind the prefix: (depth, rows, tokens, 2, 1, dim_head)."""
-        if self._is_plain() and (found := self._by_blocks(x, cache, outputs=0)) is not None:
+        if (found := self._by_blocks(x, cache, outputs=0)) is not None:
             return found
         found = []
         for index, (attn, ff) in enumerate(self.layers):
@@ -524,14 +548,35 @@ class CausalTransformer(nn.Module):
         return plain and len({module.eps for module in modules if isinstance(module, LayerNorm)}) == 1
 
     def _by_blocks(self, x: Tensor, cache: KVCache, outputs: int) -> Tensor | None:
-        """`ops.run_blocks` of all layers; None where it does not compute this."""
-        if not x.is_cpu or not ops.takes_blocks(x, blocks := self._blocks(), cache.k, cache.v):
+        """`ops.run_blocks` of all layers, and the head of outputs; None where it does not compute this."""
+        if not x.is_cpu:
+            return None
+        blocks = cache.blocks
+        if blocks is None or blocks.owner is not self:
+            blocks = self.prepared()
+            if blocks is None:
+                return None
+        found = ops.run_blocks(x, blocks, cache.k, cache.v, outputs=outputs, rotary=cache.rotary, bias=cache.bias)
+        return found if found is None or not outputs or blocks.has_head else self._head(found)
+
+    def prepared(self) -> ops.Blocks | None:
+        """The layers as one kernel of the CPU runs all of them, for as long as no module, hook or mode changes.
+
+        None where there is no such kernel, or a trace must look at each module.
+        """
+        if torch.compiler.is_compiling() or not self._is_plain():
             return None
         attn = self.layers[0][0]
-        return ops.run_blocks(
-            x, blocks, cache.k, cache.v, outputs=outputs, heads=attn.heads, scale=attn.scale, rotary=cache.rotary,
-            cosine=attn.cosine_sim, bias=cache.bias, eps=attn.norm.eps,
-        )  # fmt: skip
+        sizes = dict(owner=self, heads=attn.heads, kv_heads=1, dim_head=attn.null_kv.shape[-1])
+        how = dict(scale=attn.scale, cosine=attn.cosine_sim, activation="swiglu", eps=attn.norm.eps)
+        return ops.prepare_blocks(self._blocks(), **sizes, **how, head=self._head_block())
+
+    def _head_block(self) -> ops.Block | None:
+        norm, linear, attn = self.norm, self.project_out, self.layers[0][0]
+        plain = type(norm) is LayerNorm and type(linear) is type(attn.to_q) and _is_plain(norm) and _is_plain(linear)
+        if not plain or not norm.stable or norm.eps != attn.norm.eps or linear.weight.dtype != attn.to_q.weight.dtype:
+            return None
+        return ops.Block(q=linear.weight, q_scale=scale_of(linear), norm_gain=norm.g)
 
     def _blocks(self) -> list[ops.Block]:
         found = []
@@ -545,15 +590,15 @@ class CausalTransformer(nn.Module):
         return found
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
-        """The output of the last of the suffix tokens x (rows, suffix, dim) behind the cached prefix: (rows, dim).
+        """The output of the last of the suffix tokens x (rows, suffix, dim) behind the cached prefix: (rows, dim), in
+        the weights' dtype or fp32.
 
         `rows` is a multiple of the cache's prompts; the rows of one prompt lie together.
         """
         x = self.init_norm(x)
-        plain = self._is_plain()
-        if plain and (out := self._by_blocks(x, cache, outputs=1)) is not None:
-            return self._head(out[:, -1])
-        fused = plain and ops.on_triton(x) and not torch.is_autocast_enabled(x.device.type)
+        if (out := self._by_blocks(x, cache, outputs=1)) is not None:
+            return out[:, -1]
+        fused = ops.on_triton(x) and self._is_plain() and not torch.is_autocast_enabled(x.device.type)
         for index, (attn, ff) in enumerate(self.layers):
             q, k, v = attn.fused_projections(x) if fused else attn.projections(x)
             if index == len(self.layers) - 1:

@@ -299,6 +299,10 @@ class DiffusionPriorNetwork(nn.Module):
         cache, lead = self.causal_transformer.lead(cond.time_tokens, cond.cache)
         return cond._replace(cache=cache, lead=lead)
 
+    def prepare(self, cond: Conditioning) -> Conditioning:
+        """The same for steps of this network, where another one ran the prefill."""
+        return cond._replace(cache=cond.cache._replace(blocks=self.causal_transformer.prepared()))
+
     def _null_cache(self, device) -> KVCache:
         """The prefix of the unconditional branch, as one prompt; without gradient to the (unused) text projection."""
         nulls = [] if self.conditions is None else [self.conditions.nulls()[None]]

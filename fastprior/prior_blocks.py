@@ -118,12 +118,14 @@ class Prefix(NamedTuple):
         k, v: (depth, prompts, heads, prefix, dim_head).
         mask: (prompts, prefix) fp32, added to the logits; None where nothing is hidden.
         texts: (prompts,) int64, which of the texts that ran each is; None where they are the prompts.
+        blocks: what `prepared` gives of the blocks that run behind it; without it each step asks.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
     texts: Tensor | None = None
+    blocks: ops.Blocks | None = None
 
 
 class Lead(NamedTuple):
@@ -236,7 +238,8 @@ def prefill(
             q = spread(projected(attn.to_q, h))
             out = ops.attention(q, k, v, scale=attn.scale, causal=True, mask=logits)
             x = _after_attention(block, out.flatten(0, 1)[slots], x, dtype)
-    return Prefix(*cache, logits if logits is None or prompts is None else logits[prompts], prompts)
+    logits = logits if logits is None or prompts is None else logits[prompts]
+    return Prefix(*cache, logits, prompts, prepared(blocks) if x.is_cpu else None)
 
 
 def lead(
@@ -252,13 +255,14 @@ def lead(
     seen = prefix
     if texts is not None:  # one prompt of each
         first = (texts == torch.arange(int(texts.max()) + 1, device=texts.device)[:, None]).int().argmax(dim=1)
-        seen = Prefix(k[:, first], v[:, first], None if mask is None else mask[first])
+        seen = Prefix(k[:, first], v[:, first], None if mask is None else mask[first], blocks=prefix.blocks)
     count, parts = seen.k.shape[1], []
     for part in x.split(max(1, LEAD_ROWS // (count * tokens))):
         kv = _keys_values(blocks, part.expand(count, *part.shape).flatten(0, 1), seen, dtype or x.dtype)
         parts.append(kv.to(k.dtype).unflatten(1, (count, -1)).permute(2, 4, 0, 1, 5, 3, 6))
     k, v = (F.pad(t, (0, 0, 0, tokens)) for t in (k, v))
-    return Prefix(k, v, None if mask is None else F.pad(mask, (0, tokens)), texts), Lead(torch.cat(parts), texts)
+    room = prefix._replace(k=k, v=v, mask=None if mask is None else F.pad(mask, (0, tokens)))
+    return room, Lead(torch.cat(parts), texts)
 
 
 def _keys_values(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, dtype: torch.dtype) -> Tensor:
@@ -283,16 +287,25 @@ def _decode(prefix: Prefix, index: int, attn: nn.Module, q: Tensor, k: Tensor, v
 
 def _by_blocks(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int) -> Tensor | None:
     """`ops.run_blocks`; None where it does not compute this."""
-    k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
-    if not x.is_cpu or not (weights := _weights(blocks)) or not ops.takes_blocks(x, weights, k, v):
+    if not x.is_cpu:
         return None
-    attn, eps = blocks[0].attn1, blocks[0].norm1.eps
-    around = dict(heads=attn.heads, scale=attn.scale, mask=prefix.mask, activation="gelu", eps=eps)
-    return ops.run_blocks(x, weights, k, v, outputs=outputs, **around)
+    found = prefix.blocks
+    if found is None or found.owner is not blocks:
+        found = prepared(blocks)
+        if found is None:
+            return None
+    k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
+    return ops.run_blocks(x, found, k, v, outputs=outputs, mask=prefix.mask)
 
 
-def _weights(blocks: Sequence[nn.Module]) -> list[ops.Block] | None:
-    """What `ops.run_blocks` takes; None where something stands in the place of a linear (LoRA), or norms differ."""
+def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
+    """All blocks as one kernel of the CPU runs them, for as long as no module changes.
+
+    None where there is no such kernel, something stands in the place of a linear (LoRA), norms differ, or a trace must
+    look at each module.
+    """
+    if torch.compiler.is_compiling():
+        return None
     found = []
     if len({norm.eps for block in blocks for norm in (block.norm1, block.norm3)}) > 1:
         return None
@@ -306,7 +319,9 @@ def _weights(blocks: Sequence[nn.Module]) -> list[ops.Block] | None:
         norms = dict(norm_gain=block.norm1.weight, norm_bias=block.norm1.bias)
         norms |= dict(ff_gain=block.norm3.weight, ff_bias=block.norm3.bias)
         found.append(ops.Block(*(linear.weight for linear in linears), **scales, **biases, **norms))
-    return found
+    attn, eps = blocks[0].attn1, blocks[0].norm1.eps
+    sizes = dict(owner=blocks, heads=attn.heads, kv_heads=attn.heads, dim_head=len(found[0].q) // attn.heads)
+    return ops.prepare_blocks(found, **sizes, scale=attn.scale, cosine=False, activation="gelu", eps=eps)
 
 
 def step(

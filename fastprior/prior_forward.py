@@ -146,6 +146,10 @@ class PriorForward:
         prefix = prior_blocks.prefill(self.transformer_blocks, x, mask, prompts, dtype, pack=False)
         return Conditioning(prefix, self._time_tokens(times, dtype))
 
+    def prepare(self, cond: Conditioning) -> Conditioning:
+        """The same for steps of this prior, where another one ran the prefill."""
+        return cond._replace(prefix=cond.prefix._replace(blocks=prior_blocks.prepared(self.transformer_blocks)))
+
     def lead(self, cond: Conditioning) -> Conditioning:
         """Run the time tokens of all steps once a text too, see `DiffusionPriorNetwork.lead`."""
         suffix = 2 + (self.prd_embedding is not None)

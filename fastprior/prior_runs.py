@@ -367,6 +367,7 @@ class PriorRuns(PipelineParts):
         index = torch.tensor(run.prefixes, device=self.device)
         cond = self.prior.prefill(*(tensor[index] for tensor in run.text), times)  # runs the same prompts once
         cond = self._led(cond, run)
+        cond = cond if prior is self.prior else prior.prepare(cond)
         step = partial(guided_step, prior, cond, rows, scale)
         return lambda x, x0, noise, index: step(x, x0, noise(), indices[index], run.guided, *fixed), [cond]
 
@@ -387,13 +388,14 @@ class PriorRuns(PipelineParts):
         share = len(run.text.embeds) // cond.prefix.k.shape[1]  # texts of one prefix
         cond = cond._replace(prefix=_padded(cond.prefix, run.text.encodings.shape[1] + 1))
         cond = self._led(cond, run)
-        (k, v, mask, texts), lead = cond.prefix, cond.lead
+        cond = cond if prior is self.prior else prior.prepare(cond)
+        (k, v, mask, texts, blocks), lead = cond.prefix, cond.lead
         groups = torch.tensor(run.groups, device=self.device) // share
         parts = []
         for part, batch in buckets.parts(self.batch_sizes, run.prompts):
             missing = batch - (part.stop - part.start)
             chosen = F.pad(groups[:, part], (0, missing)).flatten()
-            own = Prefix(k[:, chosen], v[:, chosen], mask[chosen])
+            own = Prefix(k[:, chosen], v[:, chosen], mask[chosen], blocks=blocks)
             if lead is not None:
                 cond = cond._replace(lead=Lead(lead.kv[:, :, :, chosen if texts is None else texts[chosen]]))
             parts.append((part, batch, missing, cond._replace(prefix=own)))

@@ -356,6 +356,7 @@ class PriorSampler:
             cond, step = graph.cond, graph.step
         else:
             cond = prefill(self._net, self.plan, padded, self._times, self.samples_per_prompt)
+            cond = self._step_net.prepare(cond) if self.quantise else cond
             compiled = self._step(batch)
 
             def step(x, x0, noise, index):

@@ -682,7 +682,10 @@ static void normalise(float *x, long dim, double eps, struct vector gain, struct
 }
 
 /* The most rows that a linear has here; beyond them PyTorch is as fast. */
-long most_rows(long kind) { return OUTER_ROWS ? OUTER_ROWS : kind == FLOAT32 ? 8 * WIDTH : WIDTH; }
+long most_rows(long kind) {
+    if (OUTER_ROWS) return OUTER_ROWS;
+    return kind == FLOAT32 ? 8 * WIDTH : has_tiles(kind, WIDTH) ? WIDTH : 4 * WIDTH;
+}
 
 /* Of `rows` rows, how many are computed at a time. */
 static long rows_at_once(long rows) {
@@ -908,9 +911,9 @@ struct block {
 
 struct blocks {
     const float *x; /* (rows * suffix, dim) */
-    float *out; /* (rows * outputs, dim); without outputs raw keys and values (depth, rows * suffix, 2, kv_heads, dim_head) */
-    const struct block *blocks;
-    long depth, dim, inner, outputs, activation, of_k, of_v; /* strides of the caches from layer to layer */
+    float *out; /* (rows * outputs, columns); without outputs raw keys and values (depth, rows * suffix, 2, kv_heads, dim_head) */
+    const struct block *blocks; /* and where there is a head one more: q, of a norm of rows divided by their maximum */
+    long depth, dim, inner, outputs, head, columns, activation, of_k, of_v; /* strides of the caches from layer to layer */
     struct decode attention; /* of layer 0, without q, k, v, out */
     double eps;
 };
@@ -921,6 +924,7 @@ int run_blocks(const struct blocks *a, long threads) {
     const long rows = decode.rows * decode.suffix, width = own + 2 * shared, outputs = a->outputs, suffix = decode.suffix;
     long widest = a->inner > own ? a->inner : own;
     widest = widest > dim ? widest : dim;
+    widest = widest > a->columns ? widest : a->columns;
     const long for_linears = (room(rows, widest, widest > 2 * shared ? widest : 2 * shared, threads) + 15) / 16 * 16;
     const long need = for_linears + rows * (width + own + a->inner + 3 * dim);
     float *scratch = aligned_alloc(64, (need * sizeof *scratch + 63) / 64 * 64);
@@ -970,9 +974,20 @@ int run_blocks(const struct blocks *a, long threads) {
             {a->inner}, left, dim, a->activation, a->eps};
         linear_of_team(&expand, scratch);
         const struct linear contract = {
-            {(char *)hidden, FLOAT32, a->inner}, {(char *)(last ? a->out : stream), FLOAT32, dim}, {b->contract}, {b->contract_bias},
+            {(char *)hidden, FLOAT32, a->inner}, {(char *)(last && !a->head ? a->out : stream), FLOAT32, dim}, {b->contract}, {b->contract_bias},
             {0}, b->inner_gain, {0}, NULL, total, NULL, {dim}, left, a->inner, NONE, a->eps};
         linear_of_team(&contract, scratch);
+        if (!last || !a->head) continue;
+#pragma omp for
+        for (long r = 0; r < left; r++) {
+            float most = stream[r * dim];
+            for (long k = 1; k < dim; k++) most = stream[r * dim + k] > most ? stream[r * dim + k] : most;
+            for (long k = 0; k < dim; k++) stream[r * dim + k] /= most;
+        }
+        const struct linear head = {
+            {(char *)stream, FLOAT32, dim}, {(char *)a->out, FLOAT32, a->columns}, {b[1].q}, {b[1].q_bias},
+            {0}, b[1].gain, b[1].norm_bias, NULL, NULL, NULL, {a->columns}, left, dim, NONE, a->eps};
+        linear_of_team(&head, scratch);
     }
     free(scratch);
     return 0;

@@ -30,7 +30,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
 FLOATS = torch.float32, torch.bfloat16
 OMP_PAUSE_SOFT = 1
-LINEAR, DECODE, BLOCKS = struct.Struct("=42qd"), struct.Struct("=36qd"), struct.Struct("=46qdd")  # of the source
+LINEAR, DECODE, BLOCKS = struct.Struct("=42qd"), struct.Struct("=36qd"), struct.Struct("=48qdd")  # of the source
 MAX_DIM_HEAD, MAX_KEYS, MAX_OWN = 256, 4096, 2**16  # of attention: its threads keep keys, own ones in full, on stacks
 
 
@@ -131,6 +131,11 @@ def most_rows(dtype: torch.dtype) -> int:
 most_rows._dynamo_marked_constant = True
 
 
+def most_tokens(dtype: torch.dtype) -> int:
+    """The most tokens that `run_blocks` takes with weights of this dtype: what it saves between linears counts, too."""
+    return max(most_rows(dtype), min(128, most_rows(torch.float32)))
+
+
 def _is_watched() -> bool:
     """Whether a mode, a transform, forward-mode gradients or a trace follow operations: C would pass them by."""
     if torch.compiler.is_compiling():  # which sees an operation of its own
@@ -139,12 +144,15 @@ def _is_watched() -> bool:
     return transformed or is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 
 
+def _are_numbers(given: Sequence[Tensor]) -> bool:
+    """Whether these are on the CPU, not of a subclass that keeps others."""
+    return all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype != torch.float64 for t in given)
+
+
 def _are_plain(*given: Tensor | None) -> bool:
-    """Whether these are numbers on the CPU, not of a subclass that keeps others, without gradient."""
+    """Whether these are numbers without gradient."""
     given = [t for t in given if t is not None]
-    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype != torch.float64 for t in given):
-        return False
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in given)
+    return _are_numbers(given) and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
 
 
 def takes_linear(
@@ -198,15 +206,16 @@ class Block(NamedTuple):
     """The weights of a transformer block: attention and feed-forward, each behind a norm, on a residual stream.
 
     Without `v`, `k` has the rows of the values behind those of the keys. `out_gain` is that of a norm of attention's
-    result, `inner_gain` of a norm before `contract`. Scales are those of int8 weights.
+    result, `inner_gain` of a norm before `contract`. Scales are those of int8 weights. A head, the norm and the linear
+    of what the last block gives, is one of `q` and what belongs to it.
     """
 
     q: Tensor
-    k: Tensor
-    v: Tensor | None
-    out: Tensor
-    expand: Tensor
-    contract: Tensor
+    k: Tensor | None = None
+    v: Tensor | None = None
+    out: Tensor | None = None
+    expand: Tensor | None = None
+    contract: Tensor | None = None
     q_scale: Tensor | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
@@ -230,20 +239,101 @@ class Block(NamedTuple):
 MATRICES = 6
 
 
-def takes_blocks(x: Tensor, blocks: Sequence[Block], prefix_k: Tensor, prefix_v: Tensor) -> bool:
-    """Whether `run_blocks` computes this: few rows in fp32 on the CPU, weights of one dtype, no gradient."""
+class Blocks(NamedTuple):
+    """The blocks of a step as C reads them, from `prepare_blocks`.
+
+    Attributes:
+        table: (depth, numbers) int64, the source's `struct block`: where the weights lie; one row more with a head.
+        kept: what lies there.
+        owner: whose weights they are.
+        dtype: of the matrices.
+        sizes: depth, dim, inner, heads, kv_heads, dim_head, whether there is a head, and columns of the result.
+        scale, cosine, activation, eps: see `prepare_blocks`.
+        requires_grad: whether a weight does.
+    """
+
+    table: Tensor
+    kept: object
+    owner: object
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    scale: float
+    cosine: bool
+    activation: str
+    eps: float
+    requires_grad: bool
+
+    @property
+    def has_head(self) -> bool:
+        return bool(self.sizes[-2])
+
+
+def prepare_blocks(
+    blocks: Sequence[Block],
+    *,
+    owner: object,
+    heads: int,
+    kv_heads: int,
+    dim_head: int,
+    scale: float,
+    cosine: bool,
+    activation: str,
+    eps: float,
+    head: Block | None = None,
+) -> Blocks | None:
+    """Blocks for any number of calls of `run_blocks`, which see edits in place; None where it cannot compute them.
+
+    Args:
+        blocks: the weights.
+        owner: for callers to compare with.
+        heads, kv_heads, dim_head, scale, cosine: see `reference.decode_attention`.
+        activation: of the feed-forwards, "gelu" or "swiglu".
+        eps: of all norms.
+        head: after the blocks, see `Block`; its norm is `stable`, see `reference.layer_norm`.
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    first, everything = blocks[0], [*blocks, *([] if head is None else [head])]
+    weights = [t for t in itertools.chain(*everything) if t is not None]
+    matrices = [t for block in everything for t in block[:MATRICES] if t is not None]
+    if not _are_numbers(weights) or any(t.dtype != first.q.dtype or t.stride(1) != 1 for t in matrices):
+        return None
+    if _is_watched() or first.q.dtype not in KINDS or not most_tokens(first.q.dtype):
+        return None
+    own, shared, dim, inner = heads * dim_head, kv_heads * dim_head, first.q.shape[1], first.contract.shape[1]
+    kept, numbers = [t.untyped_storage() for t in weights], []  # those of a parameter may be replaced
+    shapes = {
+        "q": (own, dim), "k": (shared, dim), "v": (shared, dim), "out": (dim, own),
+        "expand": (inner * 2 if activation == "swiglu" else inner, dim), "contract": (dim, inner),
+    }  # fmt: skip
+    columns = dim if head is None else len(head.q)
+    for block in everything:
+        given = {"q": (columns, dim)} if block is head else shapes
+        given = given if block is head or block.v is not None else shapes | {"k": (2 * shared, dim)}
+        _fit_block(block, given, dim, inner)
+        for at in range(MATRICES):
+            numbers += _weight(block[at], block[MATRICES + at], kept)
+        for at in range(2 * MATRICES, len(block)):
+            numbers += _vector(block[at], kept)
+    table = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(len(everything), -1)
+    sizes = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
+    requires_grad = any(t.requires_grad for t in weights)
+    return Blocks(table, kept, owner, first.q.dtype, sizes, scale, cosine, activation, eps, requires_grad)
+
+
+def takes_blocks(
+    x: Tensor, blocks: Blocks, prefix_k: Tensor, prefix_v: Tensor, *, rotary=None, bias=None, mask=None, **_
+) -> bool:
+    """Whether `run_blocks` computes this: few rows in fp32 on the CPU, no gradient."""
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    dtype = blocks[0].q.dtype
-    if not 0 < x.shape[0] * x.shape[1] <= most_rows(dtype) or not prefix_k.dtype == prefix_v.dtype == torch.float32:
+    if not 0 < x.shape[0] * x.shape[1] <= most_tokens(blocks.dtype):
+        return False
+    if not prefix_k.dtype == prefix_v.dtype == torch.float32 or (blocks.requires_grad and torch.is_grad_enabled()):
         return False
     if prefix_k.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[2] + x.shape[1] > MAX_KEYS:
         return False
-    for block in blocks:
-        for weight in block[:MATRICES]:
-            if weight is not None and (weight.dtype != dtype or weight.stride(1) != 1):
-                return False
-    return _are_plain(x, prefix_k, prefix_v, *itertools.chain(*blocks)) and not _is_watched()
+    return _are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not _is_watched()
 
 
 _operations = torch.library.Library("fastprior", "FRAGMENT")
@@ -473,17 +563,15 @@ def decode_attention(
 
 
 _operations.define(
-    "cpu_blocks(Tensor x, Tensor?[] tensors, Tensor prefix_k, Tensor prefix_v, int outputs, int heads, float scale, "
+    "cpu_blocks(Tensor x, Tensor table, Tensor prefix_k, Tensor prefix_v, int outputs, int[] sizes, float scale, "
     "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps) -> Tensor"
 )
 
 
-def _fake_blocks(
-    x, tensors, prefix_k, prefix_v, outputs, heads, scale, cos, sin, cosine, bias, mask, activation, eps
-):  # fmt: skip
-    rows, suffix, dim = x.shape
+def _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes, *_) -> Tensor:
+    rows, suffix, _ = x.shape
     depth, _, _, *heads_and_dim = prefix_k.shape
-    shape = (rows, outputs, dim) if outputs else (depth, rows, suffix, 2, *heads_and_dim)
+    shape = (rows, outputs, sizes[-1]) if outputs else (depth, rows, suffix, 2, *heads_and_dim)
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
@@ -499,35 +587,23 @@ def _fit_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner
 
 
 def _run_blocks(
-    x, tensors, prefix_k, prefix_v, outputs, heads, scale, cos, sin, cosine, bias, mask, activation, eps
+    x, table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps
 ):  # fmt: skip
-    rows, suffix, dim = x.shape
-    depth, prompts, prefix, kv_heads, dim_head = prefix_k.shape
-    kept, numbers, library = [], [], _library()
+    rows, suffix, _ = x.shape
+    depth, dim, inner, heads, kv_heads, dim_head, head, columns = sizes
+    prompts, prefix = prefix_k.shape[1:3]
+    kept, library = [], _library()
     _fit_rows(rows * suffix)
-    if len(tensors) != depth * len(Block._fields):
-        raise ValueError(f"prefix_k has {depth} layers; it must have {len(tensors) // len(Block._fields)}, one a block")
-    own, shared, inner = heads * dim_head, kv_heads * dim_head, tensors[MATRICES - 1].shape[1]
-    shapes = {
-        "q": (own, dim), "k": (shared, dim), "v": (shared, dim), "out": (dim, own),
-        "expand": (inner * 2 if activation == "swiglu" else inner, dim), "contract": (dim, inner),
-    }  # fmt: skip
-    for first in range(0, len(tensors), len(Block._fields)):
-        block = Block(*tensors[first : first + len(Block._fields)])
-        _fit_block(block, shapes if block.v is not None else shapes | {"k": (2 * shared, dim)}, dim, inner)
-        for at in range(MATRICES):
-            numbers += _weight(block[at], block[MATRICES + at], kept)
-        for at in range(2 * MATRICES, len(block)):
-            numbers += _vector(block[at], kept)
-    blocks = struct.pack(f"={len(numbers)}q", *numbers)
+    _fit("x", x, rows, suffix, dim)
+    _fit("prefix_k", prefix_k, depth, prompts, prefix, kv_heads, dim_head)
     _fit("prefix_v", prefix_v, *prefix_k.shape)
     _fit_attention(rows, heads, outputs or suffix, suffix, dim_head, prefix_k[0], cos, sin, bias, mask)
     bias = None if bias is None else bias.expand(-1, heads, -1)
     (first_k, layer_k, *of_k), (first_v, layer_v, *of_v) = _cache(prefix_k, kept), _cache(prefix_v, kept)
-    out = _fake_blocks(x, tensors, prefix_k, prefix_v, outputs, *(None,) * 9)
+    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
     call = BLOCKS.pack(
-        _address(x, kept), out.data_ptr(), ctypes.cast(blocks, ctypes.c_void_p).value,
-        depth, dim, inner, outputs, ACTIVATIONS[activation], layer_k, layer_v,
+        _address(x, kept), out.data_ptr(), table.data_ptr(),
+        depth, dim, inner, outputs, head, columns, ACTIVATIONS[activation], layer_k, layer_v,
         *(0,) * 12, first_k, *of_k, first_v, *of_v,
         _address(bias, kept), _address(mask, kept), _address(cos, kept), _address(sin, kept),
         0, 0, rows, 0, suffix, heads, kv_heads, dim_head, prompts, prefix, 0 if cos is None else cos.shape[-1], cosine,
@@ -543,36 +619,28 @@ torch.library.register_fake("fastprior::cpu_blocks", _fake_blocks, lib=_operatio
 
 def run_blocks(
     x: Tensor,
-    blocks: Sequence[Block],
+    blocks: Blocks,
     prefix_k: Tensor,
     prefix_v: Tensor,
     *,
     outputs: int,
-    heads: int,
-    scale: float,
     rotary: tuple[Tensor, Tensor] | None = None,
-    cosine: bool = False,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    activation: str = "swiglu",
-    eps: float = 1e-5,
 ) -> Tensor:
     """All blocks of a step, in one call and in fp32, for what `takes_blocks` says.
 
     Args:
         x: (rows, suffix, dim) fp32, the residual stream of the suffix tokens.
-        blocks: the weights.
+        blocks: from `prepare_blocks`.
         prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head) fp32, see `reference.decode_attention`.
-        outputs: of how many of the last tokens the result is wanted. 0 asks for keys and values instead.
-        heads, scale, rotary, cosine, bias, mask: see `reference.decode_attention`.
-        activation: of the feed-forwards, "gelu" or "swiglu".
-        eps: of all norms.
+        outputs: of how many of the last tokens the result is wanted, that of the head where there is one. 0 asks for
+            keys and values instead.
+        rotary, bias, mask: see `reference.decode_attention`.
     Returns:
-        (rows, outputs, dim) fp32; without outputs keys and values of all tokens and blocks, neither rotated nor
-        normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
+        (rows, outputs, dim) fp32, with a head its columns; without outputs keys and values of all tokens and blocks,
+        neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
     """
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
-    tensors, tables = [tensor for block in blocks for tensor in block], rotary or (None, None)
-    return run(
-        x, tensors, prefix_k, prefix_v, outputs, heads, scale, *tables, cosine, bias, mask, activation, eps
-    )  # fmt: skip
+    given, tables = (blocks.table, prefix_k, prefix_v, outputs, blocks.sizes, blocks.scale), rotary or (None, None)
+    return run(x, *given, *tables, blocks.cosine, bias, mask, blocks.activation, blocks.eps)

@@ -99,9 +99,19 @@ def linear(x: Tensor, *args, **kwargs) -> Tensor:
     return run(x, *args, **kwargs)
 
 
-def takes_blocks(*args) -> bool:
-    """Whether `run_blocks` computes this, see `kernels.cpu`."""
-    return _forced is None and cpu.takes_blocks(*args)
+Block, Blocks = cpu.Block, cpu.Blocks
 
 
-Block, run_blocks = cpu.Block, cpu.run_blocks
+def prepare_blocks(*args, **kwargs) -> Blocks | None:
+    """See `kernels.cpu`."""
+    return cpu.prepare_blocks(*args, **kwargs) if _forced is None else None
+
+
+def most_tokens(blocks: Blocks) -> int:
+    """That one call of `run_blocks` takes."""
+    return cpu.most_tokens(blocks.dtype)
+
+
+def run_blocks(*args, **kwargs) -> Tensor | None:
+    """See `kernels.cpu`; None for what it does not take."""
+    return cpu.run_blocks(*args, **kwargs) if _forced is None and cpu.takes_blocks(*args, **kwargs) else None

@@ -226,8 +226,12 @@ def count_calls(monkeypatch):
             return run(*args, **kwargs)
 
         monkeypatch.setattr(cpu, name, counted)
-    monkeypatch.setattr(ops, "run_blocks", cpu.run_blocks)
     return counts
+
+
+@torch.no_grad()
+def prefill(transformer, prefix, suffix=2):
+    return transformer.prefill(prefix, suffix)
 
 
 @torch.no_grad()
@@ -273,12 +277,18 @@ def prior_step(blocks, prefix, x, outputs=1):
     return prior_blocks.step(blocks, x, prior_blocks.prefill(blocks, prefix, mask, dtype=dtype), outputs, dtype)
 
 
+def prepare(transformer, heads=3, scale=1.0, **changes):
+    """What `run_blocks` takes of a transformer, of which layer 0 has changes."""
+    blocks = [ops.Block(*(None if t is None else t.detach() for t in block)) for block in transformer._blocks()]
+    blocks[0] = blocks[0]._replace(**changes)
+    how = dict(owner=transformer, scale=scale, cosine=True, activation="swiglu", eps=1e-5)
+    return ops.prepare_blocks(blocks, heads=heads, kv_heads=1, dim_head=12, **how)
+
+
 def block_arguments(suffix=3, **changes):
-    """The arguments of `run_blocks` for two layers, of which layer 0 has changes."""
+    """The arguments of `run_blocks` for two layers; changes: see `prepare`."""
     transformer, (prefix, x) = make_transformer(depth=2, normformer=True), make_tokens(suffix=suffix)
     with torch.no_grad():
         cache = transformer.prefill(prefix, suffix)
-        blocks = [ops.Block(*(None if t is None else t.detach() for t in block)) for block in transformer._blocks()]
-    blocks[0] = blocks[0]._replace(**changes)
-    given = dict(outputs=1, heads=3, scale=1.0, rotary=cache.rotary, cosine=True, bias=cache.bias)
-    return dict(x=x, blocks=blocks, prefix_k=cache.k, prefix_v=cache.v, **given)
+    given = dict(outputs=1, rotary=cache.rotary, bias=cache.bias)
+    return dict(x=x, blocks=prepare(transformer, **changes), prefix_k=cache.k, prefix_v=cache.v, **given)

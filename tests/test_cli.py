@@ -389,7 +389,7 @@ def test_bench(tmp_path, capsys, options):
     for row in one, three:
         p50, p99, step, modelled, megabytes = map(float, row[1:6])
         steps = 30 if "30" in options else 7  # DDIM makes one evaluation less
-        assert 0 < p50 <= p99 and step == pytest.approx(p50 / steps, rel=0.02, abs=0.01)
+        assert 0 < p50 <= p99 and step == pytest.approx(p50 / steps, rel=0.02, abs=0.015)  # both are rounded
         assert float(row[-1].removesuffix("x")) > 0 and row[-2] == "none"
         weights = numbers * (2 if "bfloat16" in options else 4)
         assert weights - 5e3 < megabytes * 1e6 < weights * 1.5 and 0 < modelled < step

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import relative_error
 from cpu_cases import (
     BF16,
     CONFIGS,
@@ -38,6 +39,9 @@ from cpu_cases import (
     make_decode,
     make_tokens,
     make_transformer,
+    mask_of,
+    prefill,
+    prepare,
     prior_step,
     random,
     step,
@@ -46,6 +50,7 @@ from cpu_cases import (
 )
 from torch import nn
 
+from fastprior import prior_blocks
 from fastprior.kernels import cpu, reference
 
 HASWELL = tuple("-march=haswell" if flag == "-march=native" else flag for flag in cpu.FLAGS)
@@ -347,7 +352,7 @@ def test_decode_does_not_overflow(build):
 
 def some_samples(dtype, suffix):
     """Of two prompts each: every number for few rows, and those around where the forms change."""
-    return [n for n in (*range(1, 17), 24, 25, 32, 33) if 2 * n * suffix <= cpu.most_rows(dtype)]
+    return [n for n in (*range(1, 17), 24, 25, 32, 33) if 2 * n * suffix <= cpu.most_tokens(dtype)]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -358,13 +363,12 @@ def test_blocks_of_the_causal_transformer(build, calls, config, dtype):
     for suffix in (1, 3):
         for samples in some_samples(dtype, suffix):
             prefix, x = make_tokens(samples=samples, suffix=suffix, dim=transformer.norm.g.shape[0])
-            before = dict(calls)
+            calls.update(run_blocks=0, linear=0)
             got = step(transformer, prefix, x)
-            assert calls["run_blocks"] == before["run_blocks"] + 1
+            assert calls["run_blocks"] == 2 and not calls["linear"], "a prefill and a step"
             true, plain = through_reference(step, exact, prefix.double(), x.double()), through_reference(
                 step, transformer, prefix, x
             )  # fmt: skip
-            assert got.dtype == plain.dtype
             check(got, true, plain, 32 * EPS if got.dtype == FP32 else 4 * torch.finfo(BF16).eps)
 
 
@@ -410,8 +414,8 @@ def test_defaults_of_the_program_change_nothing(dtype):
     inputs, transformer, tokens = make(3, 40, 52, options=("stream", "residual")), make_transformer(), make_tokens()
     with torch.no_grad():
         cache, x = transformer.prefill(tokens[0], 3), tokens[1]
-        given = dict(outputs=1, heads=3, scale=1.0, rotary=cache.rotary, bias=cache.bias)
-        blocks = transformer._blocks()
+        given = dict(outputs=1, rotary=cache.rotary, bias=cache.bias)
+        blocks = prepare(transformer)
         expected = *cpu.linear(**inputs), cpu.run_blocks(x, blocks, cache.k, cache.v, **given)
         torch.set_default_dtype(dtype)
         try:
@@ -420,6 +424,74 @@ def test_defaults_of_the_program_change_nothing(dtype):
         finally:
             torch.set_default_dtype(FP32)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_prefill(build, calls, monkeypatch, config, dtype):
+    """In one call, and in parts of some prompts where all tokens are too many for one."""
+    transformer = make_transformer(dtype, **CONFIGS[config])
+    exact = copy.deepcopy(transformer).double()
+    for prompts, prefix, most in (3, 5, 16), (5, 6, 13), (1, 1, 1):
+        monkeypatch.setattr(cpu, "most_tokens", lambda _, most=most: most)
+        x = random(prompts, prefix, transformer.norm.g.shape[0])
+        calls.update(run_blocks=0, linear=0)
+        got = prefill(transformer, x)
+        assert calls["run_blocks"] == math.ceil(prompts / (most // prefix)) and not calls["linear"]
+        plain, true = through_reference(prefill, transformer, x), through_reference(prefill, exact, x.double())
+        for name in "k", "v":
+            check(getattr(got, name), getattr(true, name), getattr(plain, name))
+        for name in "bias", "rotary":
+            torch.testing.assert_close(getattr(got, name), getattr(plain, name), rtol=0, atol=0)
+
+
+def test_the_head_divides_by_the_signed_maximum():
+    """Of rows below zero it changes the sign; and rows much smaller than eps are normalised as others."""
+    transformer, (prefix, x) = make_transformer(), make_tokens()
+    with torch.no_grad():
+        for _, ff in transformer.layers:
+            ff[5].weight.zero_()
+        for attn, _ in transformer.layers:
+            attn.to_out[1].g.zero_()
+        x = torch.stack((x[0] - 9, x[1] * 1e-3 + 0.01, x[2], x[3] * 1e-4))
+        expected = transformer.double()._head(x[:, -1].double())
+        assert relative_error(step(transformer.float(), prefix, x), expected) < 1e-5
+        for row, wanted in zip(step(transformer, prefix, x), expected):
+            assert relative_error(row, wanted) < 1e-5
+
+
+def test_steps_see_weights_that_change_in_place():
+    transformer, (prefix, x) = make_transformer(), make_tokens()
+    cache = prefill(transformer, prefix, 3)
+    with torch.no_grad():
+        before = transformer.step(x, cache)
+        transformer.layers[1][1][5].weight.mul_(2)
+        after = transformer.step(x, cache)
+        assert relative_error(after, before) > 1e-3
+        assert torch.equal(after, transformer.step(x, cache._replace(blocks=None)))
+
+
+def test_steps_of_another_model_have_its_weights():
+    transformer, (prefix, x) = make_transformer(), make_tokens()
+    other, cache = make_transformer(normformer=True), prefill(transformer, prefix, 3)
+    with torch.no_grad():
+        assert torch.equal(other.step(x, cache), other.step(x, cache._replace(blocks=None)))
+        blocks = make_blocks()
+        twin, behind = copy.deepcopy(blocks).requires_grad_(False), prior_blocks.prefill(blocks, prefix, mask_of())
+        twin[1].attn1.to_q.weight.mul_(2)
+        alone = prior_blocks.step(twin, x, behind._replace(blocks=None), 1)
+        assert torch.equal(prior_blocks.step(twin, x, behind, 1), alone)
+        assert relative_error(prior_blocks.step(blocks, x, behind, 1), alone) > 1e-3
+
+
+def test_weights_that_are_replaced_lie_where_they_were():
+    transformer, (prefix, x) = make_transformer(), make_tokens()
+    cache = prefill(transformer, prefix, 3)
+    with torch.no_grad():
+        before = transformer.step(x, cache)
+        transformer.to(BF16)
+        held = [torch.full((40, 160), 7.0) for _ in range(200)]  # in memory that was given back
+        assert torch.equal(transformer.step(x, cache), before) and held
 
 
 def test_blocks_of_a_cache_that_lies_otherwise():

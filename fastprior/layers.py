@@ -521,8 +521,8 @@ class CausalTransformer(nn.Module):
             kv = torch.stack(first.prepared(*(t.flatten(0, 1) for t in kv.unbind(3)), rotary))
             parts.append(kv.unflatten(1, (-1, prompts, len(part))).permute(3, 0, 1, 2, 4, 5, 6))
         k, v = (F.pad(t, (0, 0, 0, 0, 0, tokens)) for t in (cache.k, cache.v))
-        rest = KVCache(k, v, cache.bias[tokens:], cache.rotary and tuple(t[tokens:] for t in cache.rotary))
-        return rest, LeadCache(torch.cat(parts))
+        rotary = cache.rotary and tuple(t[tokens:] for t in cache.rotary)
+        return cache._replace(k=k, v=v, bias=cache.bias[tokens:], rotary=rotary), LeadCache(torch.cat(parts))
 
     def _keys_values(self, x: Tensor, cache: KVCache) -> Tensor:
         """Raw ones of tokens x (rows, tokens, dim) behind the prefix: (depth, rows, tokens, 2, 1, dim_head)."""

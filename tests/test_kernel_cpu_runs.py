@@ -1,0 +1,114 @@
+"""In runs of every kind all layers of a step are one call of C, also where a trace or a twin stands between."""
+
+import pytest
+import torch
+from conftest import make_prior, make_text
+from cpu_cases import NEEDS_KERNELS
+
+from fastprior import PriorPipeline, PriorSampler, PriorTransformer, quantise
+from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.kernels import cpu
+from fastprior.pipeline_parts import TextEncoding
+
+pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(torch.float32) < 12, reason="these runs have 12 tokens")]
+STEPS = 5
+
+
+class Counted:
+    """The library, with the calls that reach it."""
+
+    def __init__(self, library):
+        self.library, self.calls = library, []
+
+    def __getattr__(self, name):
+        function = getattr(self.library, name)
+
+        def call(*args):
+            self.calls.append(name)
+            return function(*args)
+
+        return call
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """How often something calls blocks in C; it must call nothing else there but linears outside of them."""
+    counted = Counted(cpu._library())
+    monkeypatch.setattr(cpu, "_loaded", counted)
+
+    def count(run) -> int:
+        run()  # compiles
+        counted.calls.clear()
+        run()
+        assert "decode_attention" not in counted.calls
+        return counted.calls.count("run_blocks")
+
+    return count
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    monkeypatch.setattr(quantise, "WORST", -1.0)
+    monkeypatch.setattr(quantise, "MEDIAN", -1.0)
+
+
+KINDS = pytest.mark.parametrize("quantised", [None, "int8"])
+WAYS = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+SAMPLES = pytest.mark.parametrize("samples", [1, 4])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@KINDS
+@WAYS
+@SAMPLES
+@DTYPES
+def test_sampler(count, lenient, dtype, samples, compile, quantised):
+    torch._dynamo.reset()
+    prior, text = make_prior(), make_text(1, 32)
+    options = dict(dtype=dtype, compile=compile, quantise=quantised, timesteps=STEPS, solver="dpm++")
+    sampler = PriorSampler(prior, batch_sizes=(1,), samples_per_prompt=samples, **options)
+    led = samples == 4  # the time tokens of all steps
+    assert count(lambda: sampler(**text, cond_scale=2.0)) == 1 + led + STEPS
+
+
+@SAMPLES
+def test_drop_in(count, samples):
+    prior, text = make_prior(), make_text(1, 32)
+    options = dict(timesteps=STEPS, solver="dpm++", cond_scale=2.0, num_samples_per_batch=samples, progress=False)
+    assert count(lambda: prior.sample(**text, **options)) == 1 + (samples == 4) + STEPS
+
+
+def make_transformer():
+    torch.manual_seed(0)
+    sizes = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3, embedding_dim=32, num_embeddings=6)
+    return PriorTransformer(**sizes).eval().requires_grad_(False)
+
+
+@KINDS
+@WAYS
+@SAMPLES
+@DTYPES
+def test_pipeline(count, lenient, dtype, samples, compile, quantised):
+    torch._dynamo.reset()
+    schedule = DiffusersSchedule("UnCLIPScheduler", clip_sample_range=5.0, prediction_type="sample")
+    options = dict(quantise=quantised, compile=compile, batch_sizes=(1,))
+    pipeline = PriorPipeline(make_transformer().to(dtype), schedule, **options)
+    shown = torch.ones(1, 6, dtype=torch.bool)
+    text, other = (TextEncoding(torch.randn(1, 32), torch.randn(1, 6, 32), shown) for _ in range(2))
+
+    def run():
+        pipeline(text, negative_prompt=other, num_images_per_prompt=samples, num_inference_steps=STEPS)
+
+    assert count(run) == STEPS + (samples == 4)
+
+
+def test_loop_of_forwards(count):
+    prior = make_transformer()
+    embeds, encodings, mask = torch.randn(1, 32), torch.randn(1, 6, 32), torch.ones(1, 6)
+
+    @torch.no_grad()
+    def run():
+        for time in range(STEPS):
+            prior(torch.randn(1, 32), time, embeds, encodings, mask)
+
+    assert count(run) == STEPS

@@ -333,6 +333,8 @@ def takes_blocks(
         return False
     if prefix_k.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[2] + x.shape[1] > MAX_KEYS:
         return False
+    if x.shape[1] * prefix_k.shape[-1] > MAX_OWN:
+        return False
     return _are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not _is_watched()
 
 

@@ -137,6 +137,12 @@ def run_step(dtype=FP32, samples=2, grad=False, training=False, frozen=False, **
         return transformer.step(x.to(dtype), transformer.prefill(prefix.to(dtype), 3))
 
 
+@torch.no_grad()
+def run_wide_prefill(tokens):
+    """Of heads whose own keys take 1 KiB each on a thread's stack."""
+    return make_transformer(dim_head=256, heads=1, depth=1).prefill(random(1, tokens, 40), 3).k
+
+
 INT8 = random(5, 8).to(torch.int8)
 
 
@@ -162,6 +168,7 @@ LEFT = {  # to PyTorch: which kernel, and a call
     "gradient-of-the-bias": ("run_blocks", lambda: run_step(grad=True, frozen=True)),
     "step-in-training": ("run_blocks", lambda: run_step(training=True)),
     "step-of-many-rows": ("run_blocks", lambda: run_step(samples=cpu.most_tokens(FP32) // 6 + 1, prefix=600)),
+    "step-of-many-own-keys": ("run_blocks", lambda: run_wide_prefill(257)),
     "step-in-fp64": ("run_blocks", lambda: run_step(torch.float64)),
 }  # fmt: skip
 
@@ -188,6 +195,12 @@ def test_the_door(calls, kernel):
         with torch.autocast("cpu", BF16):
             TAKEN[kernel]()
         assert calls[kernel] == count
+
+
+def test_the_most_own_keys(calls):
+    tokens = min(256, cpu.most_tokens(FP32))
+    got = run_wide_prefill(tokens)
+    assert calls["run_blocks"] == 1 and relative_error(got, through_reference(run_wide_prefill, tokens)) < 1e-5
 
 
 def test_the_environment_forbids_them():

@@ -470,11 +470,11 @@ class CausalTransformer(nn.Module):
         """Run the prefix x (prompts, prefix, dim) and return what `suffix` tokens after it need."""
         prefix, blocks = x.shape[1], self.prepared() if x.is_cpu else None
         x, end = self.init_norm(x), prefix + suffix
-        k, v = self._cache_by_blocks(x, blocks) or self._cache(x)
+        k, v = (torch.stack(t) for t in zip(*(self._cache_by_blocks(x, blocks) or self._cache(x))))
         return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end), blocks)
 
-    def _cache(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all layers for a prefix."""
+    def _cache(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer for a prefix, see `Attention.cached`."""
         bias, rotary, cache = self._attention_bias(x.shape[1], x), self._rotary(0, x.shape[1]), []
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
@@ -483,27 +483,23 @@ class CausalTransformer(nn.Module):
             if index < len(self.layers) - 1:
                 x = attn.attend(attn.queries(h), *kv, rotary, bias, residual=x)
                 x = ff(x) + x
-        k, v = (torch.stack(t) for t in zip(*cache))
-        return k, v
+        return cache
 
-    def _cache_by_blocks(self, x: Tensor, blocks: ops.Blocks | None) -> tuple[Tensor, Tensor] | None:
+    def _cache_by_blocks(self, x: Tensor, blocks: ops.Blocks | None) -> list[tuple[Tensor, Tensor]] | None:
         """The same by `ops.run_blocks`, for which the null keys are the prefix; None where it does not compute this."""
         if blocks is None:
             return None
-        seq, first = x.shape[1], self.layers[0][0]
-        null = torch.stack([torch.stack(attn.prepared(*attn.null_kv[:, None, None], None)) for attn, _ in self.layers])
-        null_k, null_v = null[:, :, None].unbind(1)  # (depth, 1, 1, 1, dim_head)
-        bias, rotary, found = self._bias(0, seq, x.device), self._rotary(0, seq), []
+        seq, rotary, found = x.shape[1], self._rotary(0, x.shape[1]), []
+        null = zip(*(attn.prepared(*attn.null_kv[:, None, None], None) for attn, _ in self.layers))
+        null = [torch.stack(t)[:, None] for t in null]  # (depth, 1, 1, 1, dim_head)
+        around = dict(outputs=0, rotary=rotary, bias=self._bias(0, seq, x.device))
         for part in x.split(max(1, ops.most_tokens(blocks) // seq)):
-            behind = (t.expand(-1, len(part), -1, -1, -1) for t in (null_k, null_v))
-            kv = ops.run_blocks(part, blocks, *behind, outputs=0, rotary=rotary, bias=bias)
+            kv = ops.run_blocks(part, blocks, *(t.expand(-1, len(part), -1, -1, -1) for t in null), **around)
             if kv is None:
                 return None
             found.append(kv)
-        k, v = first.prepared(*(t.flatten(0, 1) for t in torch.cat(found, dim=1).unbind(3)), rotary)
-        k, v = (t.unflatten(0, (len(self.layers), -1)) for t in (k, v))
-        pairs = (null_k, k), (null_v, v)
-        return tuple(torch.cat((null.expand(-1, len(x), -1, -1, -1), t), dim=2) for null, t in pairs)
+        kv = torch.cat(found, dim=1)  # (depth, prompts, seq, 2, 1, dim_head)
+        return [attn.cached(*pair.unbind(2), rotary) for (attn, _), pair in zip(self.layers, kv)]
 
     def lead(self, x: Tensor, cache: KVCache) -> tuple[KVCache, LeadCache]:
         """Run the first tokens of the suffixes of all steps, x (steps, tokens, dim), behind each prompt's prefix.
@@ -554,8 +550,6 @@ class CausalTransformer(nn.Module):
         blocks = cache.blocks
         if blocks is None or blocks.owner is not self:
             blocks = self.prepared()
-            if blocks is None:
-                return None
         found = ops.run_blocks(x, blocks, cache.k, cache.v, outputs=outputs, rotary=cache.rotary, bias=cache.bias)
         return found if found is None or not outputs or blocks.has_head else self._head(found)
 

@@ -292,8 +292,6 @@ def _by_blocks(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: 
     found = prefix.blocks
     if found is None or found.owner is not blocks:
         found = prepared(blocks)
-        if found is None:
-            return None
     k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
     return ops.run_blocks(x, found, k, v, outputs=outputs, mask=prefix.mask)
 

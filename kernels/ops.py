@@ -112,6 +112,8 @@ def most_tokens(blocks: Blocks) -> int:
     return cpu.most_tokens(blocks.dtype)
 
 
-def run_blocks(*args, **kwargs) -> Tensor | None:
-    """See `kernels.cpu`; None for what it does not take."""
-    return cpu.run_blocks(*args, **kwargs) if _forced is None and cpu.takes_blocks(*args, **kwargs) else None
+def run_blocks(x: Tensor, blocks: Blocks | None, *args, **kwargs) -> Tensor | None:
+    """See `kernels.cpu`; None for what it does not take, and without blocks."""
+    if blocks is None or _forced is not None or not cpu.takes_blocks(x, blocks, *args, **kwargs):
+        return None
+    return cpu.run_blocks(x, blocks, *args, **kwargs)

@@ -25,13 +25,6 @@ def build(prior, kind="int8", **kwargs):
     return PriorSampler(prior, **dict(batch_sizes=(2,), timesteps=6, compile=False, quantise=kind) | kwargs)
 
 
-@pytest.fixture
-def lenient(monkeypatch):
-    """float8 rounds to 6 %, which random weights do not forgive."""
-    monkeypatch.setattr(quantise, "MEDIAN", 0.9)
-    monkeypatch.setattr(quantise, "WORST", 0.9)
-
-
 @KINDS
 def test_weights_are_rounded_over_the_range_of_their_row(kind):
     linear = Linear(50, 30, bias=True)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fastprior.kernels import ops, reference
 from fastprior.kernels.reference import Rotary
-
-LEAD_ROWS = 512  # tokens that `CausalTransformer.lead` runs at once: what fp32 kernels of the CPU take
+from fastprior.row_layout import RowLayout
 
 
 def l2norm(t: Tensor) -> Tensor:
@@ -352,34 +351,22 @@ class Attention(nn.Module):
 
 class KVCache(NamedTuple):
     """What steps share: of the prefix keys and values (depth, prompts, prefix + 1, 1, dim_head), the null ones first,
-    of the suffix the attention bias (suffix, heads, prefix + 1 + suffix) and rotary table (suffix, width), and of the
-    layers what `CausalTransformer.prepared` gives; without it each step asks."""
+    of the suffix the attention bias (suffix, heads, prefix + 1 + suffix) and rotary table (suffix, width), of the
+    layers what `CausalTransformer.prepared` gives; without it each step asks; and how many samples a row holds."""
 
     k: Tensor
     v: Tensor
     bias: Tensor
     rotary: Rotary | None
     blocks: ops.Blocks | None = None
-
-
-class LeadCache(NamedTuple):
-    """Keys and values of the first tokens of each step's suffix: (steps, 2, depth, prompts, tokens, 1, dim_head)."""
-
-    kv: Tensor
-
-    def place(self, cache: KVCache, index: Tensor) -> None:
-        """Write those of a step (1,) into the room that the cache has for them: its last tokens."""
-        k, v = self.kv.index_select(0, index)[0]
-        cache.k[:, :, -k.shape[2] :] = k
-        cache.v[:, :, -v.shape[2] :] = v
+    samples: int = 1
 
 
 class CausalTransformer(nn.Module):
     """Causal transformer with one relative position bias for all layers, and a prefix cache.
 
     `forward` runs a whole sequence. `prefill` runs a prefix once and `step` any number of suffixes after it: because
-    attention is causal, the prefix's keys and values do not depend on what follows. `lead` runs the first tokens of
-    suffixes that are known beforehand.
+    attention is causal, the prefix's keys and values do not depend on what follows.
     """
 
     def __init__(
@@ -501,41 +488,14 @@ class CausalTransformer(nn.Module):
         kv = torch.cat(found, dim=1)  # (depth, prompts, seq, 2, 1, dim_head)
         return [attn.cached(*pair.unbind(2), rotary) for (attn, _), pair in zip(self.layers, kv)]
 
-    def lead(self, x: Tensor, cache: KVCache) -> tuple[KVCache, LeadCache]:
-        """Run the first tokens of the suffixes of all steps, x (steps, tokens, dim), behind each prompt's prefix.
-
-        Returns:
-            the cache with room for one step's, as `step` takes it for the rest of the suffix after `LeadCache.place`.
-            their keys and values.
-        """
-        tokens, prompts, first = x.shape[1], cache.k.shape[1], self.layers[0][0]
-        rotary = cache.rotary and tuple(t[:tokens] for t in cache.rotary)
-        front = cache._replace(bias=cache.bias[:tokens, :, : cache.k.shape[2] + tokens], rotary=rotary)
-        parts = []
-        for part in self.init_norm(x).split(max(1, LEAD_ROWS // (prompts * tokens))):
-            kv = self._keys_values(part.expand(prompts, *part.shape).flatten(0, 1), front)
-            kv = torch.stack(first.prepared(*(t.flatten(0, 1) for t in kv.unbind(3)), rotary))
-            parts.append(kv.unflatten(1, (-1, prompts, len(part))).permute(3, 0, 1, 2, 4, 5, 6))
-        k, v = (F.pad(t, (0, 0, 0, 0, 0, tokens)) for t in (cache.k, cache.v))
-        rotary = cache.rotary and tuple(t[tokens:] for t in cache.rotary)
-        return cache._replace(k=k, v=v, bias=cache.bias[tokens:], rotary=rotary), LeadCache(torch.cat(parts))
-
-    def _keys_values(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Raw ones of tokens x (rows, tokens, dim) behind the prefix: (depth, rows, tokens, 2, 1, dim_head)."""
-        if (found := self._by_blocks(x, cache, outputs=0)) is not None:
-            return found
-        found = []
-        for index, (attn, ff) in enumerate(self.layers):
-            q, k, v = attn.projections(x)
-            found.append(torch.stack((k, v), dim=2))
-            if index < len(self.layers) - 1:
-                out = ops.decode_attention(
-                    q, k, v, cache.k[index], cache.v[index], scale=attn.scale, rotary=cache.rotary,
-                    cosine=attn.cosine_sim, bias=cache.bias,
-                )  # fmt: skip
-                x = attn.to_out(out, after=x)
-                x = ff(x) + x
-        return torch.stack(found)
+    def share(self, cache: KVCache, layout: RowLayout) -> KVCache:
+        """The cache for steps whose rows hold several samples of a prompt."""
+        tokens, prefix = layout.tokens, cache.k.shape[2]
+        bias = cache.bias[tokens]
+        own = bias[..., prefix + tokens].masked_fill(layout.hidden[:, None], -math.inf)
+        rotary = cache.rotary and tuple(t[tokens] for t in cache.rotary)
+        bias = torch.cat((bias[..., :prefix], own), dim=-1)
+        return cache._replace(bias=bias, rotary=rotary, samples=layout.samples)
 
     def _is_plain(self) -> bool:
         """Whether kernels that compute several modules at once compute what these do."""
@@ -584,19 +544,22 @@ class CausalTransformer(nn.Module):
         return found
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
-        """The output of the last of the suffix tokens x (rows, suffix, dim) behind the cached prefix: (rows, dim), in
-        the weights' dtype or fp32.
+        """The output of the last suffix token of each sample behind the cached prefix.
 
-        `rows` is a multiple of the cache's prompts; the rows of one prompt lie together.
+        Args:
+            x: (rows, suffix, dim); rows is a multiple of the cache's prompts, and those of one prompt lie together.
+            cache: from `prefill`, or `share` where rows hold several samples.
+        Returns:
+            (rows * samples, dim), in the weights' dtype or fp32.
         """
-        x = self.init_norm(x)
-        if (out := self._by_blocks(x, cache, outputs=1)) is not None:
-            return out[:, -1]
+        x, outputs = self.init_norm(x), cache.samples
+        if (out := self._by_blocks(x, cache, outputs)) is not None:
+            return out.flatten(0, 1)
         fused = ops.on_triton(x) and self._is_plain() and not torch.is_autocast_enabled(x.device.type)
         for index, (attn, ff) in enumerate(self.layers):
             q, k, v = attn.fused_projections(x) if fused else attn.projections(x)
             if index == len(self.layers) - 1:
-                x, q = x[:, -1:], q[:, -1:]
+                x, q = x[:, -outputs:], q[:, -outputs:]
             out = ops.decode_attention(
                 q, k, v, cache.k[index], cache.v[index], scale=attn.scale, rotary=cache.rotary,
                 cosine=attn.cosine_sim, bias=cache.bias, dropout=attn.dropout.p if self.training else 0.0,
@@ -606,4 +569,4 @@ class CausalTransformer(nn.Module):
             else:
                 x = attn.to_out(out, after=x)
                 x = ff(x) + x
-        return self._head(x[:, -1])
+        return self._head(x.flatten(0, 1))

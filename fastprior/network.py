@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastprior import model_state
 from fastprior.conditions import Conditions, find
-from fastprior.layers import MLP, CausalTransformer, KVCache, LeadCache, Linear, SinusoidalPosEmb
+from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
+from fastprior.row_layout import row_layout
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
 
@@ -36,13 +37,11 @@ class Conditioning(NamedTuple):
         time_tokens: (steps, num_time_embeds, dim).
         null_rows: how many of the prompts, counted from the last, are the unconditional branch; their rows see the
             null image embedding.
-        lead: keys and values of the time tokens, see `DiffusionPriorNetwork.lead`; None where each step runs these.
     """
 
     cache: KVCache
     time_tokens: Tensor
     null_rows: int
-    lead: LeadCache | None = None
 
 
 class DiffusionPriorNetwork(nn.Module):
@@ -167,14 +166,16 @@ class DiffusionPriorNetwork(nn.Module):
             return torch.cat((null_encodings, text_tokens), dim=1)
         return torch.cat((self.conditions(conditions, keep[:, 0]).to(dtype), null_encodings, text_tokens), dim=1)
 
-    def _suffix(self, *tokens: Tensor, self_cond: Tensor | None) -> Tensor:
-        """Tokens (batch, any, dim), and those that stand behind them."""
-        query = self.learned_query.to(self.stream_dtype).expand(len(tokens[0]), 1, -1)
-        if not self.self_cond:
-            return torch.cat((*tokens, query), dim=1)
-        if self_cond is None:
-            self_cond = torch.zeros_like(query[:, 0])
-        return torch.cat((*tokens, self_cond[:, None].to(query.dtype), query), dim=1)
+    def _suffix(self, time_tokens: Tensor, image_tokens: Tensor, self_cond: Tensor | None, samples: int = 1) -> Tensor:
+        """What rows of some samples hold, see `RowLayout`, (rows, suffix, dim), of image tokens (samples, any, dim)."""
+        if self.self_cond:
+            if self_cond is None:
+                self_cond = torch.zeros_like(image_tokens[:, 0])
+            image_tokens = torch.cat((image_tokens, self_cond[:, None].to(image_tokens.dtype)), dim=1)
+        rows = len(image_tokens) // samples
+        query = self.learned_query.to(image_tokens.dtype).expand(rows, samples, -1)
+        image_tokens = image_tokens.reshape(rows, -1, self.dim)
+        return torch.cat((time_tokens.expand(rows, -1, -1), image_tokens, query), dim=1)
 
     def _check(
         self,
@@ -245,7 +246,7 @@ class DiffusionPriorNetwork(nn.Module):
         image_tokens = self._embed(self.to_image_embeds, image_embed)
         image_tokens = torch.where(keep_image, image_tokens, self.null_image_embed.to(image_tokens.dtype))
         prefix = self._prefix(text_embed, text_encodings, conditions, keep_text)
-        suffix = self._suffix(self._time_tokens(diffusion_timesteps), image_tokens, self_cond=self_cond)
+        suffix = self._suffix(self._time_tokens(diffusion_timesteps), image_tokens, self_cond)
         transformer = self.causal_transformer
         if rows > prompts:
             return transformer.step(suffix, transformer.prefill(prefix, suffix.shape[1]))
@@ -291,13 +292,13 @@ class DiffusionPriorNetwork(nn.Module):
             cache = cache._replace(k=k, v=v)
         return Conditioning(cache, self._time_tokens(times), null_rows)
 
-    def lead(self, cond: Conditioning) -> Conditioning:
-        """Run the time tokens of all steps once a prompt too, which they share with it: `step` then runs the rest.
+    def share(self, cond: Conditioning, samples: int) -> Conditioning:
+        """The same for steps of `samples` rows of each prompt, which run its time tokens once for several of them.
 
-        `step` takes one index for all rows then, and writes into the cache, so no two of a condition may run at once.
+        `step` takes one index for all rows then.
         """
-        cache, lead = self.causal_transformer.lead(cond.time_tokens, cond.cache)
-        return cond._replace(cache=cache, lead=lead)
+        layout = row_layout(samples, self.suffix_tokens, self.num_time_embeds, cond.cache.k.device)
+        return cond if layout is None else cond._replace(cache=self.causal_transformer.share(cond.cache, layout))
 
     def prepare(self, cond: Conditioning) -> Conditioning:
         """The same for steps of this network, where another one ran the prefill."""
@@ -315,23 +316,19 @@ class DiffusionPriorNetwork(nn.Module):
         Args:
             x: (rows, dim), noisy embeddings; the rows of one prompt lie together.
             index: 0-d or (rows,) int64, into the times given to `prefill`.
-            cond: from `prefill`.
+            cond: from `prefill` or `share`.
             self_cond: (rows, dim), see `forward`.
         Returns:
             (rows, dim) in fp32 or wider.
         """
-        rows, index, time_tokens = len(x), index.reshape(-1), []
-        if cond.lead is None:
-            time_tokens = [cond.time_tokens.index_select(0, index).expand(rows, -1, -1)]
-        else:
-            cond.lead.place(cond.cache, index)
+        rows, time_tokens = len(x), cond.time_tokens.index_select(0, index.reshape(-1))
         image_tokens = self._embed(self.to_image_embeds, x)
         if cond.null_rows:
             null_image = self.null_image_embed.to(image_tokens.dtype).expand_as(image_tokens)
             first_null = rows - rows * cond.null_rows // cond.cache.k.shape[1]
             image_tokens = torch.cat((image_tokens[:first_null], null_image[first_null:]))
-        pred = self.causal_transformer.step(self._suffix(*time_tokens, image_tokens, self_cond=self_cond), cond.cache)
-        return pred.to(self.stream_dtype)
+        suffix = self._suffix(time_tokens, image_tokens, self_cond, cond.cache.samples)
+        return self.causal_transformer.step(suffix, cond.cache).to(self.stream_dtype)
 
     def null_table(self, times: Tensor) -> Tensor:
         """The unconditional prediction at each of the times (steps,): (steps, dim), in fp32 or wider.

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
-from fastprior.layers import LEAD_ROWS, QuantisedLinear, scale_of
+from fastprior.layers import QuantisedLinear, scale_of
+from fastprior.row_layout import RowLayout
 
 HIDDEN = -10000.0  # added to the logit of a key that must not be seen: what the weights were trained with
 PLAIN = nn.Linear, QuantisedLinear
@@ -119,6 +120,8 @@ class Prefix(NamedTuple):
         mask: (prompts, prefix) fp32, added to the logits; None where nothing is hidden.
         texts: (prompts,) int64, which of the texts that ran each is; None where they are the prompts.
         blocks: what `prepared` gives of the blocks that run behind it; without it each step asks.
+        layout: of rows that hold several samples of a prompt; None where they hold one.
+        bias: (tokens, heads, prefix + tokens) fp32, added to the logits of such rows.
     """
 
     k: Tensor
@@ -126,24 +129,8 @@ class Prefix(NamedTuple):
     mask: Tensor | None
     texts: Tensor | None = None
     blocks: ops.Blocks | None = None
-
-
-class Lead(NamedTuple):
-    """Keys and values of the first tokens of each step's suffix.
-
-    Attributes:
-        kv: (steps, 2, depth, texts, heads, tokens, dim_head).
-        texts: see `Prefix`.
-    """
-
-    kv: Tensor
-    texts: Tensor | None = None
-
-    def place(self, prefix: Prefix, index: Tensor) -> None:
-        """Write those of a step (1,) into the room that a prefix has for them: its last tokens."""
-        kv = self.kv.index_select(0, index)[0]
-        for room, t in zip(prefix, kv if self.texts is None else kv[:, :, self.texts]):
-            room[:, :, :, -t.shape[3] :] = t
+    layout: RowLayout | None = None
+    bias: Tensor | None = None
 
 
 def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -242,47 +229,18 @@ def prefill(
     return Prefix(*cache, logits, prompts, prepared(blocks) if x.is_cpu else None)
 
 
-def lead(
-    blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, dtype: torch.dtype | None = None
-) -> tuple[Prefix, Lead]:
-    """Run the first tokens of the suffixes of all steps, x (steps, tokens, dim), once behind the prefix of each text.
-
-    Returns:
-        the prefix with room for those of a step, as `step` takes it for the rest of the suffix after `Lead.place`.
-        their keys and values.
-    """
-    tokens, texts, (k, v, mask) = x.shape[1], prefix.texts, prefix[:3]
-    seen = prefix
-    if texts is not None:  # one prompt of each
-        first = (texts == torch.arange(int(texts.max()) + 1, device=texts.device)[:, None]).int().argmax(dim=1)
-        seen = Prefix(k[:, first], v[:, first], None if mask is None else mask[first], blocks=prefix.blocks)
-    count, parts = seen.k.shape[1], []
-    for part in x.split(max(1, LEAD_ROWS // (count * tokens))):
-        kv = _keys_values(blocks, part.expand(count, *part.shape).flatten(0, 1), seen, dtype or x.dtype)
-        parts.append(kv.to(k.dtype).unflatten(1, (count, -1)).permute(2, 4, 0, 1, 5, 3, 6))
-    k, v = (F.pad(t, (0, 0, 0, tokens)) for t in (k, v))
-    room = prefix._replace(k=k, v=v, mask=None if mask is None else F.pad(mask, (0, tokens)))
-    return room, Lead(torch.cat(parts), texts)
-
-
-def _keys_values(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, dtype: torch.dtype) -> Tensor:
-    """Those of tokens x (rows, tokens, dim) behind the prefix: (depth, rows, tokens, 2, heads, dim_head)."""
-    if (found := _by_blocks(blocks, x, prefix, outputs=0)) is not None:
-        return found
-    found = []
-    for index, block in enumerate(blocks):
-        attn, h = block.attn1, normed(block.norm1, x, dtype)
-        q, *kv = (projected(linear, h).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-        found.append(torch.stack(kv, dim=2))
-        if index < len(blocks) - 1:
-            x = _after_attention(block, _decode(prefix, index, attn, q, *kv), x, dtype)
-    return torch.stack(found)
+def share(prefix: Prefix, layout: RowLayout) -> Prefix:
+    """The prefix for steps whose rows hold several samples of a prompt."""
+    heads, tokens = prefix.k.shape[2:4]
+    bias = torch.zeros(layout.hidden.shape, device=prefix.k.device).masked_fill(layout.hidden, -math.inf)
+    bias = F.pad(bias, (tokens, 0))[:, None].repeat(1, heads, 1)
+    return prefix._replace(layout=layout, bias=bias)
 
 
 def _decode(prefix: Prefix, index: int, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of suffix tokens in one block."""
     cache = (t[index].transpose(1, 2) for t in (prefix.k, prefix.v))
-    return ops.decode_attention(q, k, v, *cache, scale=attn.scale, mask=prefix.mask)
+    return ops.decode_attention(q, k, v, *cache, scale=attn.scale, bias=prefix.bias, mask=prefix.mask)
 
 
 def _by_blocks(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int) -> Tensor | None:
@@ -293,7 +251,7 @@ def _by_blocks(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: 
     if found is None or found.owner is not blocks:
         found = prepared(blocks)
     k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
-    return ops.run_blocks(x, found, k, v, outputs=outputs, mask=prefix.mask)
+    return ops.run_blocks(x, found, k, v, outputs=outputs, bias=prefix.bias, mask=prefix.mask)
 
 
 def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior import prefix_reuse, prior_blocks
-from fastprior.prior_blocks import HIDDEN, Lead, Prefix, normed, projected
+from fastprior.prior_blocks import HIDDEN, Prefix, normed, projected
+from fastprior.row_layout import row_layout
 
 
 class Conditioning(NamedTuple):
@@ -18,12 +19,10 @@ class Conditioning(NamedTuple):
     Attributes:
         prefix: keys and values of the prefix, per prompt.
         time_tokens: (steps, 1, dim).
-        lead: keys and values of the time tokens, see `PriorForward.lead`; None where each step runs these.
     """
 
     prefix: Prefix
     time_tokens: Tensor
-    lead: Lead | None = None
 
 
 class PriorTransformerOutput(NamedTuple):
@@ -150,12 +149,10 @@ class PriorForward:
         """The same for steps of this prior, where another one ran the prefill."""
         return cond._replace(prefix=cond.prefix._replace(blocks=prior_blocks.prepared(self.transformer_blocks)))
 
-    def lead(self, cond: Conditioning) -> Conditioning:
-        """Run the time tokens of all steps once a text too, see `DiffusionPriorNetwork.lead`."""
-        suffix = 2 + (self.prd_embedding is not None)
-        x = self._placed(cond.time_tokens, self.positional_embedding[:, -suffix : 1 - suffix])
-        prefix, lead = prior_blocks.lead(self.transformer_blocks, x, cond.prefix, self._weight_dtype)
-        return cond._replace(prefix=prefix, lead=lead)
+    def share(self, cond: Conditioning, samples: int) -> Conditioning:
+        """The same for steps of `samples` rows of each prompt, see `DiffusionPriorNetwork.share`."""
+        layout = row_layout(samples, 2 + (self.prd_embedding is not None), 1, cond.prefix.k.device)
+        return cond if layout is None else cond._replace(prefix=prior_blocks.share(cond.prefix, layout))
 
     def step(self, x: Tensor, index: Tensor, cond: Conditioning) -> Tensor:
         """One evaluation behind the cached prefix.
@@ -163,15 +160,11 @@ class PriorForward:
         Args:
             x: (rows, embedding_dim), noisy embeddings; rows is a multiple of prompts, those of one prompt together.
             index: 0-d or (rows,) int64, into the times given to `prefill`.
-            cond: from `prefill` or `lead`.
+            cond: from `prefill` or `share`.
         Returns:
             (rows, clip_embed_dim) in fp32 or wider.
         """
-        index, time_tokens = index.reshape(-1), None
-        if cond.lead is None:
-            time_tokens = cond.time_tokens.index_select(0, index)
-        else:
-            cond.lead.place(cond.prefix, index)
+        time_tokens = cond.time_tokens.index_select(0, index.reshape(-1))
         pred = self._behind(x.to(self._weight_dtype), time_tokens, cond.prefix)
         return pred if pred.dim() == 2 else pred.squeeze(1)
 
@@ -243,12 +236,12 @@ class PriorForward:
             encoder_hidden_states = self.encoder_hidden_states_proj(encoder_hidden_states)
         return torch.cat((encoder_hidden_states, tokens), dim=1)
 
-    def _suffix_tokens(self, hidden_states: Tensor, time_tokens: Tensor | None) -> Tensor:
-        rows, hidden = len(hidden_states), self.proj_in(hidden_states)
-        tokens = [] if time_tokens is None else [time_tokens.expand(rows, -1, -1)]
-        tokens.append(hidden[:, None] if hidden.dim() == 2 else hidden)
+    def _suffix_tokens(self, hidden_states: Tensor, time_tokens: Tensor, samples: int = 1) -> Tensor:
+        """What rows of some samples hold, see `RowLayout`."""
+        hidden, rows = self.proj_in(hidden_states), len(hidden_states) // samples
+        tokens = [time_tokens.expand(rows, -1, -1), hidden.reshape(rows, -1, hidden.shape[-1])]
         if self.prd_embedding is not None:
-            tokens.append(self.prd_embedding.to(hidden.dtype).expand(rows, -1, -1))
+            tokens.append(self.prd_embedding.to(hidden.dtype).expand(rows, samples, -1))
         return torch.cat(tokens, dim=1)
 
     def _whole(self, hidden_states, time, proj_embedding, encoder_hidden_states, attention_mask) -> Tensor:
@@ -302,12 +295,13 @@ class PriorForward:
         x = tokens.to(stream) + positions.to(stream)
         return x if self.norm_in is None else normed(self.norm_in, x)
 
-    def _behind(self, hidden_states: Tensor, time_tokens: Tensor | None, prefix: Prefix) -> Tensor:
-        """The prediction for (rows, …) noisy embeddings behind a prefix, which may hold the time; in fp32 or wider."""
-        tokens = self._suffix_tokens(hidden_states, time_tokens)
-        suffix = tokens.shape[1]
-        outputs = 1 if self.prd_embedding is not None else suffix - (time_tokens is not None)
-        x = self._placed(tokens, self.positional_embedding[:, -suffix:])
+    def _behind(self, hidden_states: Tensor, time_tokens: Tensor, prefix: Prefix) -> Tensor:
+        """The prediction for (all samples, …) noisy embeddings behind a prefix, in fp32 or wider."""
+        layout, samples = prefix.layout, 1 if prefix.layout is None else prefix.layout.samples
+        tokens = self._suffix_tokens(hidden_states, time_tokens, samples)
+        positions = self.positional_embedding[:, -self._count_suffix(hidden_states) :]
+        x = self._placed(tokens, positions if layout is None else positions[:, layout.tokens])
+        outputs = samples if self.prd_embedding is not None else tokens.shape[1] - 1
         x = prior_blocks.step(self.transformer_blocks, x, prefix, outputs, self._weight_dtype)
         pred = projected(self.proj_to_clip_embeddings, normed(self.norm_out, x, self._weight_dtype)).to(x.dtype)
-        return pred if self.prd_embedding is None else pred[:, -1]
+        return pred.flatten(0, 1) if layout is not None or self.prd_embedding is not None else pred

@@ -17,9 +17,9 @@ from fastprior import quantise as quantisation
 from fastprior.graphs import Clock, GraphCache, StepGraph
 from fastprior.kernels import ops
 from fastprior.pipeline_parts import PipelineParts, TextEncoding
-from fastprior.prior_blocks import HIDDEN, Lead, Prefix
+from fastprior.prior_blocks import HIDDEN, Prefix
 from fastprior.prior_forward import Conditioning
-from fastprior.sampler import Step, leads, run_table
+from fastprior.sampler import Step, run_table
 from fastprior.solvers import StepTable
 from fastprior.step_cost import CountLaunches, StepReads, step_seconds, transformer_reads
 
@@ -292,7 +292,8 @@ class PriorRuns(PipelineParts):
 
             def prefill(given):
                 text = given["embeds"], given["encodings"], given["mask"]
-                return prior.padded_prefill(*text, given["times"], given["prompts"]), given["rows"]
+                cond = prior.padded_prefill(*text, given["times"], given["prompts"])
+                return prior.share(cond, run.samples), given["rows"]
 
             def step(cond, scale, x, x0, noise, index):
                 return call(net, *cond, scale, x, x0, noise, index, guided, *fixed)
@@ -366,20 +367,10 @@ class PriorRuns(PipelineParts):
         times, rows, scale, indices, fixed = self._inputs(run, dtype)
         index = torch.tensor(run.prefixes, device=self.device)
         cond = self.prior.prefill(*(tensor[index] for tensor in run.text), times)  # runs the same prompts once
-        cond = self._led(cond, run)
+        cond = self.prior.share(cond, run.samples)
         cond = cond if prior is self.prior else prior.prepare(cond)
         step = partial(guided_step, prior, cond, rows, scale)
         return lambda x, x0, noise, index: step(x, x0, noise(), indices[index], run.guided, *fixed), [cond]
-
-    def _led(self, cond: Conditioning, run: Run) -> Conditioning:
-        """With the time tokens of all steps, where that pays; as in graphs, on no GPU."""
-        k, texts = cond.prefix.k, cond.prefix.texts
-        if not k.is_cpu:
-            return cond
-        different = k.shape[1] if texts is None else int(texts.max()) + 1
-        held = k[:, :1, :, 0].nbytes * 2 * different * len(cond.time_tokens)
-        rows = run.samples * len(run.prefixes)
-        return self.prior.lead(cond) if leads(rows, different, 3, held, k.device) else cond
 
     def _compiled_step(self, prior: PriorTransformer, run: Run, dtype: torch.dtype) -> tuple[Step, list[Conditioning]]:
         """The same in parts of few shapes: each group of prompts is padded to a batch size, each text to a length."""
@@ -387,17 +378,15 @@ class PriorRuns(PipelineParts):
         cond = self.prior.prefill(*run.text, times)
         share = len(run.text.embeds) // cond.prefix.k.shape[1]  # texts of one prefix
         cond = cond._replace(prefix=_padded(cond.prefix, run.text.encodings.shape[1] + 1))
-        cond = self._led(cond, run)
+        cond = self.prior.share(cond, run.samples)
         cond = cond if prior is self.prior else prior.prepare(cond)
-        (k, v, mask, texts, blocks), lead = cond.prefix, cond.lead
+        k, v, mask = cond.prefix[:3]
         groups = torch.tensor(run.groups, device=self.device) // share
         parts = []
         for part, batch in buckets.parts(self.batch_sizes, run.prompts):
             missing = batch - (part.stop - part.start)
             chosen = F.pad(groups[:, part], (0, missing)).flatten()
-            own = Prefix(k[:, chosen], v[:, chosen], mask[chosen], blocks=blocks)
-            if lead is not None:
-                cond = cond._replace(lead=Lead(lead.kv[:, :, :, chosen if texts is None else texts[chosen]]))
+            own = cond.prefix._replace(k=k[:, chosen], v=v[:, chosen], mask=mask[chosen], texts=None)
             parts.append((part, batch, missing, cond._replace(prefix=own)))
 
         def all_parts(x, x0, noise, index):
@@ -405,7 +394,7 @@ class PriorRuns(PipelineParts):
             results = []
             for part, batch, missing, cond in parts:
                 given = F.pad(state[:, :, part], (0, 0, 0, missing)).view(3, -1, x.shape[1])
-                step = self._compiled_for(cond.prefix.k.shape, rows.shape, run.samples, run.guidance, cond.lead is None)
+                step = self._compiled_for(cond.prefix.k.shape, rows.shape, run.samples, run.guidance)
                 guided = batch * run.samples * run.guidance
                 result = torch.stack(step(prior, cond, rows, scale, *given, indices[index], guided, *fixed))
                 results.append(result.view(2, -1, batch, state.shape[-1])[:, :, : batch - missing])

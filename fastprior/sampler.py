@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 NETWORK_METHODS = ("forward", "forward_with_cond_scale", "prefill", "step", "null_table")
 PRIOR_METHODS = ("p_mean_variance", "p_sample", "l2norm_clamp_embed")
 SCHEDULE_METHODS = ("q_posterior", "predict_start_from_v", "predict_start_from_noise", "predict_noise_from_start")
-FEW_TOKENS = 64  # which a step on a GPU runs in the time that it reads its weights
-SHARED_BY = 3  # rows of a prompt; for 2 it costs as much as it saves
-LEAD_BYTES = 2**28  # that keys and values of the time tokens of a run may take
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 Step = Callable[[Tensor, Tensor, Callable[[], Tensor], int], tuple[Tensor, Tensor]]  # x, x0, noise, index -> x, x0
 
@@ -38,7 +35,7 @@ class SamplingPlan:
 
     Attributes:
         path: "cached" (one prefill, then `suffix_tokens` tokens a step; fewer for several samples of a prompt, see
-            `DiffusionPriorNetwork.lead`) or "plain" (the whole network each step).
+            `DiffusionPriorNetwork.share`) or "plain" (the whole network each step).
         reasons: why not "cached"; empty when it is.
         guidance: "none", "null table" (free: no second pass), "second branch" (both in one batch) or "two passes".
         table: the solver's coefficients.
@@ -242,20 +239,7 @@ def prefill(
     text_embed = text_cond["text_embed"]
     second_branch = len(text_embed) if plan.guidance == "second branch" else 0
     given = text_cond.get("text_encodings"), times, second_branch, text_cond.get("conditions")
-    cond = net.prefill(text_embed, *given)
-    if not isinstance(net, DiffusionPriorNetwork):
-        return cond
-    k, times = cond.cache.k, cond.time_tokens
-    held = k[:, :, 0].nbytes * 2 * times.shape[:2].numel()
-    return net.lead(cond) if leads(samples * k.shape[1], k.shape[1], net.suffix_tokens, held, k.device) else cond
-
-
-def leads(rows: int, prompts: int, tokens: int, held: int, device: torch.device) -> bool:
-    """Whether the time tokens of a run should join the prefill: where several rows share them, and there is memory to
-    hold their keys and values; not where a GPU is done with `tokens` of each row before it has read its weights.
-    """
-    few = device.type == "cuda" and rows * tokens <= FEW_TOKENS
-    return rows >= SHARED_BY * prompts and held <= LEAD_BYTES and not few
+    return net.share(net.prefill(text_embed, *given), samples)
 
 
 def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step:

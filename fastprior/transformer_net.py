@@ -178,6 +178,10 @@ class PriorTransformerNet(nn.Module):
         prior = self.prior
         return Conditioning(prior._prefix(*text, self.suffix_tokens), prior._time_tokens(times, prior.dtype), null_rows)
 
+    def share(self, cond: Conditioning, samples: int) -> Conditioning:
+        """See `DiffusionPriorNetwork.share`."""
+        return cond._replace(prefix=self.prior.share(cond, samples).prefix)
+
     def step(self, x: Tensor, index: Tensor, cond: Conditioning, self_cond: None = None) -> Tensor:
         """One evaluation behind the cached prefix: see `DiffusionPriorNetwork.step`."""
         x = x.to(self.prior.dtype)

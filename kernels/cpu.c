@@ -26,7 +26,7 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define SUMS 24 /* vectors that fit in registers beside the operands */
+#define SUMS 27 /* vectors that fit in registers beside the operands */
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LANES 8
 #define SUMS 12
@@ -542,7 +542,7 @@ static void product_amx(long kind, const uint16_t *x, const struct linear *a, co
                         long count, long begin, long end, float *tile) {}
 #endif
 
-enum { MOST_DOTS = LANES != 16 ? 6 : READS_NEXT ? 8 : 12, ROWS_OF_PASS = 8 };
+enum { MOST_DOTS = LANES != 16 ? 6 : READS_NEXT ? 9 : 12, ROWS_OF_PASS = 8 };
 
 /* Whether x is rounded to bf16, where the form is "dot". */
 INLINE int rounds(long kind, long rows) { return HAS_PAIRS && kind == BFLOAT16 && rows > 6; }

@@ -10,7 +10,7 @@ import torch
 from conftest import make_prior, make_text, relative_error
 
 import fastprior
-from fastprior import graphs, model_state, sampler
+from fastprior import graphs, model_state
 from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
 from fastprior.pipeline_parts import TextEncoding
@@ -146,9 +146,8 @@ def test_other_dtypes(dtype, guidance_scale, captured):
         assert torch.cosine_similarity(got, wanted).min() > (0.999 if dtype == torch.bfloat16 else 1 - 1e-6)
 
 
-def test_the_same_bits_where_shapes_are_the_same(captured, monkeypatch):
+def test_the_same_bits_where_shapes_are_the_same(captured):
     """Texts of full length, as many as the batch size, and as many steps as the tables of graphs have."""
-    monkeypatch.setattr(sampler, "LEAD_BYTES", 0)  # as on a GPU, time tokens stay in the steps
     prior = make_transformer()
     ours, plain = with_graphs(prior, batch_sizes=(1, 3)), with_plain(prior)
     for count in (1, 3):

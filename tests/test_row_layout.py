@@ -1,4 +1,4 @@
-"""Time tokens of all steps that join the prefill: the same predictions as where each step runs its own."""
+"""Rows of several samples, which share time tokens: the same predictions as where each sample has its own."""
 
 import captures
 import pytest
@@ -10,11 +10,10 @@ from fastprior import (
     PriorSampler,
     PriorTransformer,
     graphs,
-    layers,
-    prior_blocks,
-    sampler,
+    row_layout,
 )
 from fastprior.kernels import ops
+from fastprior.transformer_net import PriorTransformerNet
 
 NETWORKS = {
     "plain": {},
@@ -49,48 +48,85 @@ def transformer(dtype=torch.float64, **kwargs) -> PriorTransformer:
     return prior
 
 
-def check_steps(model, cond, x, tolerance: float, others: tuple = ()) -> None:
-    """Every step with and without `lead`, last one first: what a step writes is not what the next one reads."""
-    led = model.lead(cond)
-    for number in reversed(range(STEPS)):
+def check_steps(model, cond, x, samples: int, tolerance: float, others: tuple = ()) -> None:
+    """Every step with and without `share`."""
+    shared = model.share(cond, samples)
+    for number in range(STEPS):
         index = torch.tensor(number)
         wanted = model.step(x, index, cond, *others)
-        got = model.step(x, index, led, *others)
+        got = model.step(x, index, shared, *others)
+        assert got.shape == wanted.shape
         assert (got - wanted).abs().max() <= tolerance * wanted.abs().max(), number
-        other = model.step(x, (index + 1) % STEPS, led, *others)
+        other = model.step(x, (index + 1) % STEPS, shared, *others)
         assert (other - wanted).abs().max() > 100 * tolerance * wanted.abs().max(), number
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 7, 512], ids="{}-at-once".format)
+@pytest.mark.parametrize(
+    "samples, suffix, shared, in_a_row",
+    [
+        (1, 3, 1, 1),
+        (2, 3, 1, 2),
+        (4, 3, 1, 4),
+        (7, 3, 1, 7),  # 15 tokens
+        (8, 3, 1, 4),  # 17 would be too many
+        (11, 3, 1, 1),
+        (4, 4, 1, 4),
+        (4, 6, 2, 2),
+        (15, 2, 1, 15),
+        (3, 12, 1, 1),  # one sample may be of any length
+        (3, 20, 1, 1),
+    ],
+)
+def test_layout(samples, suffix, shared, in_a_row):
+    found = row_layout.row_layout(samples, suffix, shared, torch.device("cpu"))
+    if in_a_row == 1:
+        assert found is None
+        return
+    own = suffix - shared
+    assert found.samples == in_a_row and len(found.tokens) == shared + in_a_row * own <= row_layout.MAX_TOKENS
+    middle = [(sample, shared + at) for sample in range(in_a_row) for at in range(own - 1)]
+    last = [(sample, suffix - 1) for sample in range(in_a_row)]
+    tokens = [(None, at) for at in range(shared)] + middle + last
+    assert found.tokens.tolist() == [at for _, at in tokens]
+    for row, (sample, at) in zip(found.hidden.tolist(), tokens):
+        assert row == [other > at or of not in (None, sample) for of, other in tokens]
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4, 6])
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
 @torch.no_grad()
-def test_steps_of_a_network(options, rows_at_once, monkeypatch):
-    monkeypatch.setattr(layers, "LEAD_ROWS", rows_at_once)
+def test_steps_of_a_network(options, samples):
     net = network(**options)
     times = torch.arange(STEPS) if net.num_timesteps else torch.rand(STEPS)
-    prompts, x = torch.randn(2, 32).double(), torch.randn(6, 32).double()
+    prompts, x = torch.randn(2, 32).double(), torch.randn(2 * samples, 32).double()
     encodings = torch.randn(2, 4, 32).double()
-    others = (torch.randn(6, 32).double(),) if net.self_cond else ()
-    check_steps(net, net.prefill(prompts, encodings, times), x, 1e-12, others)
+    others = (torch.randn(2 * samples, 32).double(),) if net.self_cond else ()
+    check_steps(net, net.prefill(prompts, encodings, times), x, samples, 1e-12, others)
     null = net.prefill(prompts, encodings, times, null_rows=2)
     twice = tuple(t.repeat(2, 1) for t in (x, *others))
-    check_steps(net, null, twice[0], 1e-12, twice[1:])
+    check_steps(net, null, twice[0], samples, 1e-12, twice[1:])
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 7, 512], ids="{}-at-once".format)
+@pytest.mark.parametrize("samples", [2, 4])
 @pytest.mark.parametrize("texts", [(0, 1), (1, 0, 1, 1), (1, 1, 0, 0)], ids=str)
 @pytest.mark.parametrize("options", TRANSFORMERS.values(), ids=TRANSFORMERS)
 @torch.no_grad()
-def test_steps_of_a_transformer(options, texts, rows_at_once, monkeypatch):
-    """Texts that several prompts share run once."""
-    monkeypatch.setattr(prior_blocks, "LEAD_ROWS", rows_at_once)
+def test_steps_of_a_transformer(options, texts, samples):
     prior, texts = transformer(**options), torch.tensor(texts)
     embeds, encodings = torch.randn(2, 32).double(), torch.randn(2, 6, 32).double()
     mask = torch.ones(2, 6).double()
     mask[1, 3:] = 0
     cond = prior.prefill(embeds[texts], encodings[texts], mask[texts], TIMES)
-    assert prior.lead(cond).lead.kv.shape[3] == 2
-    check_steps(prior, cond, torch.randn(2 * len(texts), 32).double(), 1e-12)
+    check_steps(prior, cond, torch.randn(samples * len(texts), 32).double(), samples, 1e-12)
+
+
+@torch.no_grad()
+def test_steps_of_a_transformer_in_a_prior():
+    net = PriorTransformerNet(transformer())
+    text = torch.randn(2, 32).double(), torch.randn(2, 6, 32).double()
+    for null_rows in (0, 2):
+        cond = net.prefill(*text, TIMES, null_rows)
+        check_steps(net, cond, torch.randn(3 * (2 + null_rows), 32).double(), 3, 1e-12)
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "triton"])
@@ -104,37 +140,27 @@ def test_steps_in_fp32(make, backend):
     text = torch.randn(2, 32), torch.randn(2, 6, 32)
     with ops.using(backend):
         given = (*text, times) if make is network else (*text, torch.tensor([[1.0] * 6, [1.0] * 2 + [0.0] * 4]), times)
-        check_steps(model, model.prefill(*given), x, 2e-6)
-
-
-@pytest.mark.parametrize(
-    "rows, prompts, held, device, wanted",
-    [
-        (4, 1, 100, "cpu", True),
-        (6, 2, 100, "cpu", True),
-        (4, 2, 100, "cpu", False),
-        (4, 1, sampler.LEAD_BYTES + 1, "cpu", False),
-        (21, 1, 100, "cuda", False),  # 63 tokens
-        (22, 1, 100, "cuda", True),
-        (64, 64, 100, "cuda", False),
-    ],
-)
-def test_when_it_pays(rows, prompts, held, device, wanted):
-    assert sampler.leads(rows, prompts, 3, held, torch.device(device)) is wanted
+        check_steps(model, model.prefill(*given), x, 3, 2e-6)
 
 
 @pytest.fixture
-def led(monkeypatch) -> list[int]:
-    """One entry for each run whose time tokens joined the prefill."""
-    runs, lead = [], DiffusionPriorNetwork.lead
-    monkeypatch.setattr(DiffusionPriorNetwork, "lead", lambda net, cond: runs.append(1) or lead(net, cond))
+def shared(monkeypatch) -> list[int]:
+    """Samples of a row, one entry for each run in which it holds several."""
+    runs, share = [], DiffusionPriorNetwork.share
+
+    def watch(net, cond, samples):
+        cond = share(net, cond, samples)
+        runs.extend([cond.cache.samples] * (cond.cache.samples > 1))
+        return cond
+
+    monkeypatch.setattr(DiffusionPriorNetwork, "share", watch)
     return runs
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
 @pytest.mark.parametrize("self_cond", [False, True], ids=["", "self-cond"])
-def test_runs(solver, self_cond, led, monkeypatch):
-    """Several samples of a prompt: the embeddings of runs that keep time tokens in the steps, guided ones too."""
+def test_runs(solver, self_cond, shared, monkeypatch):
+    """Several samples of a prompt: the embeddings of runs where each has its own time tokens, guided ones too."""
     prior = DiffusionPrior(
         net=network(torch.float32, self_cond=self_cond), image_embed_dim=32, timesteps=STEPS, cond_drop_prob=0.1,
         condition_on_text_encodings=False,
@@ -148,26 +174,26 @@ def test_runs(solver, self_cond, led, monkeypatch):
 
     for scale in (1.0, 3.0):
         got = run(6, scale)
-        assert len(led) == 1
+        assert shared == [3]
         with monkeypatch.context() as without:
-            without.setattr(sampler, "LEAD_BYTES", 0)
+            without.setattr(row_layout, "MAX_TOKENS", 0)
             wanted = run(6, scale)
-        assert len(led) == 1
-        led.clear()
+        assert shared == [3]
+        shared.clear()
         assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    run(4, 1.0)
-    assert not led
+    run(2, 1.0)
+    assert not shared
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_best_of_4_by_a_sampler(compile, led):
+def test_best_of_4_by_a_sampler(compile, shared):
     net = network(torch.float32)
     prior = DiffusionPrior(net=net, image_embed_dim=32, timesteps=STEPS, condition_on_text_encodings=False).eval()
     text = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
     options = dict(timesteps=STEPS - 1, solver="ddim")
     fast = PriorSampler(prior, batch_sizes=(1, 4), samples_per_prompt=4, compile=compile, **options)
     got = fast(text, generator=torch.Generator().manual_seed(0))
-    assert len(led) == 1
+    assert shared == [4]
     noise = torch.Generator().manual_seed(0)
     rows = prior.p_sample_loop((12, 32), dict(text_embed=text), generator=noise, progress=False, **options)
     wanted = prior.best_of(rows.view(3, 4, 32), text)
@@ -175,8 +201,8 @@ def test_best_of_4_by_a_sampler(compile, led):
     assert torch.equal(got, fast(text, generator=torch.Generator().manual_seed(0)))
 
 
-def test_by_graphs(led, monkeypatch):
-    """What is recorded of a prefill runs time tokens too, and a step writes its own."""
+def test_by_graphs(shared, monkeypatch):
+    """What is recorded of a prefill lays rows out, too."""
     monkeypatch.setattr(graphs, "capture", captures.capture)
     prior = DiffusionPrior(
         net=network(torch.float32), image_embed_dim=32, timesteps=STEPS, condition_on_text_encodings=False
@@ -189,4 +215,4 @@ def test_by_graphs(led, monkeypatch):
             text = torch.nn.functional.normalize(torch.randn(2, 32), dim=-1)
             got, wanted = (s(text, generator=torch.Generator().manual_seed(seed)) for s in (ours, plain))
             assert torch.equal(got, wanted)
-    assert ours.graphs and ours.stats()["graphs"] == 1 and len(led) > 3
+    assert ours.graphs and ours.stats()["graphs"] == 1 and len(shared) > 3

@@ -48,7 +48,7 @@
 enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
 enum { NONE, GELU, SWIGLU };
 enum { WIDTH = 64 /* rows of a tile */, GROUP = 24 /* columns that several passes of rows share in a cache */ };
-enum { OUTER_ROWS = LANES == 16 ? 0 : 2 * LANES, FLUSH = 512 /* numbers */ };
+enum { BESIDE = LANES == 8 ? 2 : 0 /* rows, few enough for "dot" beside a whole vector of others */, FLUSH = 512 /* numbers */ };
 enum { AHEAD_OUTER = 256, AHEAD_AMX = 512, AHEAD_ROWS = 128, CACHED = 5 << 18 }; /* bytes */
 #if defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
 enum { AHEAD_DOT = 512, READS_NEXT = 1 }; /* these processors read faster from one place than from several */
@@ -338,7 +338,7 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
     float wide[SUMS][4 * LANES] __attribute__((aligned(64)));
     const int columns = SUMS / vectors;
     const long block = LANES * SPAN(kind);
-    for (int n = 0; n < columns; n++) memset(tile + n * WIDTH, 0, WIDTH * sizeof *tile);
+    for (int n = 0; n < columns; n++) memset(tile + n * WIDTH, 0, vectors * LANES * sizeof *tile);
     for (long flush = 0; flush < a->dim; flush += FLUSH) { /* short sums: fp32 keeps them exact enough */
         const long end = flush + FLUSH < a->dim ? flush + FLUSH : a->dim;
         UNROLLED for (int i = 0; i < SUMS; i++) sums[i] = (vec){0};
@@ -593,8 +593,14 @@ static __attribute__((noinline)) void pass_words(long rows, const float *scale, 
 }
 
 #define OUTER(KIND) \
-    if (a->rows <= LANES) outer(KIND, 1, x, a, weight, stride, count, tile); \
-    else outer(KIND, 2, x, a, weight, stride, count, tile);
+    if (rows <= LANES) outer(KIND, 1, x, a, weight + n * stride * BYTES[kind], stride, count - n, tile + n * WIDTH); \
+    else outer(KIND, 2, x, a, weight + n * stride * BYTES[kind], stride, count - n, tile + n * WIDTH);
+
+/* Of the rows that are left, how many the next pass of "outer" takes: those that fill a vector or two. */
+static long rows_of_outer(long left) {
+    if (left > BESIDE && left <= LANES + BESIDE) return left < LANES ? left : LANES;
+    return left < 2 * LANES ? left : 2 * LANES;
+}
 
 /* Rows of a pass: all, or as many as share their columns in registers best. */
 static long rows_of_pass(long rows) {
@@ -607,7 +613,15 @@ static void product(long kind, const float *x, const struct linear *a, const cha
                     long group, float *tile) {
     const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block, each = rows_of_pass(a->rows);
     if (is_outer(a->rows)) {
-        if (kind == FLOAT32) { OUTER(FLOAT32) } else if (kind == BFLOAT16) { OUTER(BFLOAT16) } else { OUTER(INT8) }
+        for (long left = a->rows, rows; left; left -= rows, x += rows * padded, tile += rows) {
+            rows = rows_of_outer(left);
+            if (rows > BESIDE) {
+                for (long n = 0; n < count; n += SUMS / (rows > LANES ? 2 : 1))
+                    if (kind == FLOAT32) { OUTER(FLOAT32) } else if (kind == BFLOAT16) { OUTER(BFLOAT16) } else { OUTER(INT8) }
+            } else if (kind == FLOAT32) pass_float32(rows, x, a, weight, stride, count, group, tile);
+            else if (kind == BFLOAT16) pass_bfloat16(rows, x, a, weight, stride, count, group, tile);
+            else pass_int8(rows, x, a, weight, stride, count, group, tile);
+        }
         return;
     }
     for (long m = 0; m < a->rows; m += each, tile += each) {
@@ -683,13 +697,13 @@ static void normalise(float *x, long dim, double eps, struct vector gain, struct
 
 /* The most rows that a linear has here; beyond them PyTorch is as fast. */
 long most_rows(long kind) {
-    if (OUTER_ROWS) return OUTER_ROWS;
+    if (LANES != 16) return 4 * LANES;
     return kind == FLOAT32 ? 8 * WIDTH : has_tiles(kind, WIDTH) ? WIDTH : 4 * WIDTH;
 }
 
 /* Of `rows` rows, how many are computed at a time. */
 static long rows_at_once(long rows) {
-    const long most = OUTER_ROWS ? OUTER_ROWS : WIDTH, times = (rows + most - 1) / most;
+    const long times = (rows + WIDTH - 1) / WIDTH;
     return ((rows + times - 1) / times + 15) / 16 * 16;
 }
 
@@ -715,7 +729,7 @@ static void rows_of_team(const struct linear *a, float *x) {
     const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
     const long stride = padded + LANES; /* rows that a cache keeps in different places */
     const long unit = tiles ? TILE_COLUMNS(kind) : alone ? DOT_COLUMNS(rows)
-                    : dots ? GROUP : rows > LANES ? SUMS / 2 : SUMS;
+                    : dots || rows > 2 * LANES ? GROUP : rows > LANES + BESIDE ? SUMS / 2 : SUMS;
     if (alone) x += thread * room_of_thread(rows, dim);
     float *laid = dots && (span == 1 || rounded) ? x : x + rows * stride;
 
@@ -739,14 +753,18 @@ static void rows_of_team(const struct linear *a, float *x) {
 #pragma omp barrier
     }
     if (!dots) {
-        const long width = rows <= LANES ? LANES : OUTER_ROWS;
         for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block) {
             if (tiles) lay_rows(kind, x, rows, stride, k, (uint16_t *)laid + k / DEPTH * ((rows + 15) / 16) * PARTS(kind) * PART);
-            else for (long m = 0; m < width; m++)
-                for (long i = 0; i < block; i++) {
-                    const long to = k + i % span * LANES + i / span;
-                    laid[to * width + m] = m < rows ? x[m * stride + k + i] : 0;
-                }
+            else for (long m = 0, some; m < rows; m += some) {
+                some = rows_of_outer(rows - m);
+                const int dot = some <= BESIDE;
+                const long width = dot ? some : some <= LANES ? LANES : 2 * LANES;
+                for (long n = 0; n < width; n++)
+                    for (long i = 0; i < block; i++) {
+                        const long at = k + i % span * LANES + i / span, to = dot ? n * stride + at : at * width + n;
+                        laid[m * padded + to] = n < some ? x[(m + n) * stride + k + i] : 0;
+                    }
+            }
         }
 #pragma omp barrier
     }

@@ -62,7 +62,7 @@ pytestmark = NEEDS_KERNELS
 @pytest.fixture(scope="session")
 def haswell(tmp_path_factory):
     with built(HASWELL, FASTPRIOR_CACHE=tmp_path_factory.mktemp("haswell")):
-        assert cpu.unavailable() is None and cpu.most_rows(FP32) == 16
+        assert cpu.unavailable() is None and cpu.most_rows(FP32) == 32
         return cpu._loaded, cpu._most_rows
 
 

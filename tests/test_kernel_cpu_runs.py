@@ -10,7 +10,7 @@ from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import cpu
 from fastprior.pipeline_parts import TextEncoding
 
-pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(torch.float32) < 12, reason="these runs have 12 tokens")]
+pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(torch.float32) < 18, reason="these runs have 18 tokens")]
 STEPS = 5
 
 

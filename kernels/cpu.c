@@ -728,8 +728,6 @@ static void rows_of_team(const struct linear *a, float *x) {
     const int alone = dots && rows <= MOST_DOTS, words = HAS_WORDS && dots && kind == INT8;
     const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
     const long stride = padded + LANES; /* rows that a cache keeps in different places */
-    const long unit = tiles ? TILE_COLUMNS(kind) : alone ? DOT_COLUMNS(rows)
-                    : dots || rows > 2 * LANES ? GROUP : rows > LANES + BESIDE ? SUMS / 2 : SUMS;
     if (alone) x += thread * room_of_thread(rows, dim);
     float *laid = dots && (span == 1 || rounded) ? x : x + rows * stride;
 
@@ -773,7 +771,11 @@ static void rows_of_team(const struct linear *a, float *x) {
     if (tiles) begin_amx();
     for (long which = 0, before = 0; which < MATRICES; before += a->columns[which++]) {
         const struct matrix *w = &a->weight[which].matrix;
-        const long columns = a->columns[which], units = (columns + unit - 1) / unit, row = w->stride * BYTES[kind];
+        const long columns = a->columns[which], row = w->stride * BYTES[kind];
+        const int together = !alone || (columns >= 8 * GROUP * threads && (rows > 4 || words)); /* `finish` costs less of more */
+        const long unit = tiles ? TILE_COLUMNS(kind) : !together ? DOT_COLUMNS(rows)
+                        : dots || rows > 2 * LANES ? GROUP : rows > LANES + BESIDE ? SUMS / 2 : SUMS;
+        const long units = (columns + unit - 1) / unit;
         const long first = units * thread / threads * unit, last = units * (thread + 1) / threads * unit;
         const long stop = columns < last ? columns : last;
         float *own = laid + (rows + 15) / 16 * 24 * padded + 2 * first * WIDTH; /* all sums, behind the tiles of x */

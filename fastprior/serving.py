@@ -14,7 +14,7 @@ from torch import Tensor
 from fastprior import buckets, model_state
 from fastprior import quantise as quantisation
 from fastprior.graphs import Clock, GraphCache, StepGraph
-from fastprior.kernels import ops
+from fastprior.kernels import huge_pages, ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.sampler import denoise_step, map_rows, network_obstacles, prefill, run_steps, step_inputs
@@ -136,6 +136,8 @@ class PriorSampler:
             if self.quantise:
                 quantisation.update(self._step_net)
                 self._judge()
+            weights = *self._net.parameters(), *self._step_net.buffers()  # those that are quantised
+            huge_pages.collapse(weights)  # now, not in the second call
             self._state = state
         except BaseException:
             self._modules = self._state = None  # nothing is served that was not built to its end, or not found good

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from . import huge_pages
+
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -254,7 +256,7 @@ class Blocks(NamedTuple):
 
     table: Tensor
     kept: object
-    owner: object
+    owner: nn.Module
     dtype: torch.dtype
     sizes: tuple[int, ...]
     scale: float
@@ -271,7 +273,7 @@ class Blocks(NamedTuple):
 def prepare_blocks(
     blocks: Sequence[Block],
     *,
-    owner: object,
+    owner: nn.Module,
     heads: int,
     kv_heads: int,
     dim_head: int,
@@ -285,7 +287,7 @@ def prepare_blocks(
 
     Args:
         blocks: the weights.
-        owner: for callers to compare with.
+        owner: whose weights they are, for callers to compare with.
         heads, kv_heads, dim_head, scale, cosine: see `reference.decode_attention`.
         activation: of the feed-forwards, "gelu" or "swiglu".
         eps: of all norms.
@@ -318,6 +320,7 @@ def prepare_blocks(
     table = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(len(everything), -1)
     sizes = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
     requires_grad = any(t.requires_grad for t in weights)
+    huge_pages.settle(owner, matrices)
     return Blocks(table, kept, owner, first.q.dtype, sizes, scale, cosine, activation, eps, requires_grad)
 
 

@@ -1,0 +1,119 @@
+"""Huge pages for weights: what is moved, when, and that nothing but its place changes."""
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastprior.kernels import huge_pages
+
+SIZE = 2**21
+NEEDS_THEM = pytest.mark.skipif(huge_pages._system() is None, reason="this system has no huge pages for us")
+
+
+def in_huge_pages() -> int:
+    """Bytes of this process's anonymous memory."""
+    found = re.search(r"^AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    return int(found[1]) * 1024
+
+
+@NEEDS_THEM
+def test_memory_moves_and_nothing_else_changes():
+    t = torch.randn(16 * SIZE // 4 + 5)
+    view, copy, address = t[7:], t.clone(), t.data_ptr()
+    before = in_huge_pages()
+    moved = huge_pages.collapse([view])
+    if not moved:
+        pytest.skip("this kernel moves no memory to huge pages (Linux 6.1 does), or has none left")
+    assert 15 * SIZE <= moved <= 16 * SIZE and in_huge_pages() - before >= moved // 2
+    assert t.data_ptr() == address and torch.equal(t, copy) and torch.equal(view, copy[7:])
+    t.add_(1)
+    assert torch.equal(t, copy + 1)
+    assert huge_pages.collapse([view]) == moved  # where it is already
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """The pages that a system is asked for, of which it has every second."""
+    pages = []
+
+    def madvise(page, size, advice):
+        assert size == SIZE and page % SIZE == 0 and advice == 25
+        pages.append(page)
+        return len(pages) % 2 - 1
+
+    monkeypatch.setattr(huge_pages, "_system", lambda: (madvise, SIZE))
+    return pages
+
+
+def test_only_whole_pages_of_weights(asked):
+    big, small = torch.empty(5 * SIZE + 100, dtype=torch.uint8), torch.empty(100)
+    assert huge_pages.collapse([small]) == 0 and not asked
+    huge_pages.collapse([big[3:], small])
+    assert len(asked) in (4, 5)
+    assert all(big.data_ptr() <= page and page + SIZE <= big.data_ptr() + big.nbytes for page in asked)
+    asked.clear()
+    moved = huge_pages.collapse([big, big[: big.numel() // 2]])  # a view's storage is all of it
+    assert moved == SIZE * ((len(asked) + 1) // 2)
+
+
+def test_weights_side_by_side_share_a_page(asked):
+    class Piece:
+        is_cpu = True
+
+        def __init__(self, start: int, end: int):
+            self.start, self.end = start, end
+
+        def untyped_storage(self):
+            return self
+
+        def data_ptr(self) -> int:
+            return self.start
+
+        def nbytes(self) -> int:
+            return self.end - self.start
+
+    near, far = 10 * SIZE + 100, 10 * SIZE + 100 + huge_pages.GAP + 1
+    huge_pages.collapse([Piece(near, 12 * SIZE), Piece(9 * SIZE, 10 * SIZE + 90)])
+    assert asked == [9 * SIZE, 10 * SIZE, 11 * SIZE]
+    asked.clear()
+    huge_pages.collapse([Piece(9 * SIZE, 10 * SIZE + 100), Piece(far, 12 * SIZE)])
+    assert asked == [9 * SIZE, 11 * SIZE]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"enabled": "always madvise [never]", "hpage_pmd_size": str(SIZE)},
+        {"enabled": "[always] madvise never", "hpage_pmd_size": str(2**29)},
+        {"enabled": "[always] madvise never", "hpage_pmd_size": "unknown"},
+    ],
+    ids=["another-system", "never", "too-large", "unreadable"],
+)
+def test_systems_without(files, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(huge_pages, "SYSTEM", tmp_path)
+    monkeypatch.setattr(huge_pages, "_system", huge_pages._system.__wrapped__)
+    assert huge_pages.collapse([torch.empty(4 * SIZE)]) == 0
+
+
+def test_when_weights_settle(monkeypatch):
+    gc.collect()
+    calls, known = [], len(huge_pages._seen)
+    monkeypatch.setattr(huge_pages, "collapse", calls.append)
+    module, weights = torch.nn.Linear(3, 3), [torch.empty(3), torch.empty(4)]
+    for before in (0, 1, 1, 1):
+        huge_pages.settle(module, weights)
+        assert len(calls) == before
+    other = [*weights[:1], torch.empty(4)]
+    huge_pages.settle(module, other)
+    assert len(calls) == 1
+    huge_pages.settle(module, other)
+    assert len(calls) == 2 and calls[1] is other
+    del module
+    gc.collect()
+    assert len(huge_pages._seen) == known

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 COLLAPSE = 25  # MADV_COLLAPSE, Linux 6.1
@@ -39,7 +40,7 @@ def collapse(tensors: Iterable[Tensor]) -> int:
     if _system() is None:
         return 0
     madvise, size = _system()
-    storages = [t.untyped_storage() for t in tensors if t.is_cpu]
+    storages = [t.untyped_storage() for t in tensors if t.is_cpu and not is_traceable_wrapper_subclass(t)]
     spans: list[list[int]] = []
     for start, end in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
         if spans and start <= spans[-1][1] + GAP:

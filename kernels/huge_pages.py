@@ -32,7 +32,7 @@ def _system() -> tuple[Callable[[int, int, int], int], int] | None:
 def collapse(tensors: Iterable[Tensor]) -> int:
     """Move the memory of tensors on the CPU to huge pages, where whole ones fit; addresses and values stay.
 
-    It takes a second for 400 MB at worst, and next to nothing where it was done.
+    It took up to a second for 400 MB on a virtual machine; where it was done it takes a millisecond.
 
     Returns:
         bytes that lie in huge pages now; 0 where the system has none, or is older than Linux 6.1.

@@ -134,6 +134,10 @@ def test_samplers_settle(monkeypatch, lenient):
         prior.sample(**text, timesteps=3, progress=False)
         assert len(moved) == runs
     assert weight in moved.pop()
+    sampler = PriorSampler(make_prior(), timesteps=3, compile=False, guidance=False)  # without null tables
+    sampler(**text)
+    weight = sampler._net.causal_transformer.layers[0][0].to_q.weight
+    assert len(moved) == 1 and weight.data_ptr() in moved.pop()
     sampler = PriorSampler(make_prior(), timesteps=3, compile=False, quantise="int8")
     quantised = sampler._step_net.causal_transformer.layers[0][0].to_q.weight
     assert quantised.dtype == torch.int8 and quantised.data_ptr() in moved[-1]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastprior import model_state
 from fastprior.conditions import Conditions, find
+from fastprior.kernels import ops
 from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
 from fastprior.row_layout import row_layout
 
@@ -329,6 +330,24 @@ class DiffusionPriorNetwork(nn.Module):
             image_tokens = torch.cat((image_tokens[:first_null], null_image[first_null:]))
         suffix = self._suffix(time_tokens, image_tokens, self_cond, cond.cache.samples)
         return self.causal_transformer.step(suffix, cond.cache).to(self.stream_dtype)
+
+    def prepare_run(self, cond: Conditioning, samples: int, **solver) -> ops.cpu.Run | None:
+        """A run whose steps are one kernel each; None where there is none for them.
+
+        Args:
+            cond: see `step`.
+            samples: of all prompts.
+            **solver: what `kernels.cpu.prepare_run` takes of the solver.
+        """
+        around, cache = (self.to_image_embeds, *self.to_image_embeds, self.causal_transformer.init_norm), cond.cache
+        as_it_is = type(around[1]) is type(around[-1]) is nn.Identity and self.num_image_embeds == 1
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in around)
+        own = cache.blocks is not None and cache.blocks.owner is self.causal_transformer
+        if not as_it_is or hooked or self.self_cond or cond.null_rows or not own:
+            return None
+        tokens = dict(time_tokens=cond.time_tokens, query=self.learned_query, rotary=cache.rotary, bias=cache.bias)
+        sizes = dict(rows=samples // cache.samples, samples=cache.samples)
+        return ops.prepare_run(cache.blocks, cache.k, cache.v, **sizes, **tokens, **solver)
 
     def null_table(self, times: Tensor) -> Tensor:
         """The unconditional prediction at each of the times (steps,): (steps, dim), in fp32 or wider.

@@ -26,6 +26,7 @@ NETWORK_METHODS = ("forward", "forward_with_cond_scale", "prefill", "step", "nul
 PRIOR_METHODS = ("p_mean_variance", "p_sample", "l2norm_clamp_embed")
 SCHEDULE_METHODS = ("q_posterior", "predict_start_from_v", "predict_start_from_noise", "predict_noise_from_start")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+STEPS_AT_ONCE = 8  # of a run on the CPU: between them Python runs, which is slow to wake, and sees an interruption
 Step = Callable[[Tensor, Tensor, Callable[[], Tensor], int], tuple[Tensor, Tensor]]  # x, x0, noise, index -> x, x0
 
 
@@ -168,6 +169,25 @@ def denoise_step(
     return ops.diffusion_step(x, pred, null, cond_scale, x0, noise, rows, index, clamp, radius, null_table=null_preds)
 
 
+def prepare_run(
+    net: nn.Module,
+    plan: SamplingPlan,
+    cond: Conditioning,
+    null_preds: Tensor,
+    rows: Tensor,
+    cond_scale: float,
+    samples: int,
+) -> ops.cpu.Run | None:
+    """A run for `samples` rows whose steps are each one kernel of the CPU; None where there is none for them.
+
+    What it takes: see `denoise_step`. Noise must be fp32.
+    """
+    if not isinstance(net, DiffusionPriorNetwork) or torch.get_default_dtype() != torch.float32:
+        return None
+    solver = dict(coefficients=rows, null_table=null_preds, cond_scale=cond_scale)
+    return net.prepare_run(cond, samples, **solver, clamp=plan.clamp, radius=plan.radius)
+
+
 def map_rows(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change the tensors of a text condition, those of its extra conditions too; what else it holds stays."""
     if isinstance(value, dict):
@@ -201,7 +221,7 @@ def sample_loop(
 
 
 def run_steps(
-    prior: DiffusionPrior, table: StepTable, step: Step, draw: Callable[[], Tensor], progress: bool = False
+    prior: DiffusionPrior, table: StepTable, step: Step | ops.cpu.Run, draw: Callable[[], Tensor], progress: bool = False
 ) -> Tensor:
     """A whole run. Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one."""
     x = draw()
@@ -213,12 +233,28 @@ def run_steps(
     return x
 
 
-def run_table(table: StepTable, step: Step, x: Tensor, draw: Callable[[], Tensor], progress: bool = False) -> Tensor:
+def run_table(
+    table: StepTable, step: Step | ops.cpu.Run, x: Tensor, draw: Callable[[], Tensor], progress: bool = False
+) -> Tensor:
     """Every step of a table from x (rows, dim), with noise drawn at those that have some."""
+    bar = dict(desc="sampling loop time step", disable=not progress)
+    if isinstance(step, ops.cpu.Run):
+        return _run_several(table, step, x, draw, bar)
     x0 = no_noise = torch.zeros_like(x)
-    for index in tqdm(range(len(table)), desc="sampling loop time step", disable=not progress):
+    for index in tqdm(range(len(table)), **bar):
         x, x0 = step(x, x0, draw if table.draws_noise[index] else lambda: no_noise, index)
     return x
+
+
+def _run_several(table: StepTable, run: ops.cpu.Run, x: Tensor, draw: Callable[[], Tensor], bar: dict) -> Tensor:
+    """The same by calls of several steps, whose noise is drawn before, in the same order."""
+    run.start(x)
+    with tqdm(total=len(table), **bar) as shown:
+        for first in range(0, len(table), STEPS_AT_ONCE):
+            drawn = table.draws_noise[first : first + STEPS_AT_ONCE]
+            run(first, [draw() if noisy else None for noisy in drawn])
+            shown.update(len(drawn))
+    return run.x
 
 
 def step_inputs(net: DiffusionPriorNetwork, plan: SamplingPlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,9 +278,11 @@ def prefill(
     return net.share(net.prefill(text_embed, *given), samples)
 
 
-def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step:
+def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step | ops.cpu.Run:
     times, null_preds, rows = step_inputs(prior.net, plan)
     cond = prefill(prior.net, plan, text_cond, times, shape[0] // max(len(text_cond["text_embed"]), 1))
+    if (run := prepare_run(prior.net, plan, cond, null_preds, rows, cond_scale, shape[0])) is not None:
+        return run
     scale = torch.tensor(cond_scale, dtype=torch.float32, device=prior.device)
     indices = torch.arange(len(rows), device=prior.device)
     fixed = prior.net, cond, null_preds, rows, scale

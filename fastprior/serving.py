@@ -17,7 +17,7 @@ from fastprior.graphs import Clock, GraphCache, StepGraph
 from fastprior.kernels import huge_pages, ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
-from fastprior.sampler import denoise_step, map_rows, network_obstacles, prefill, run_steps, step_inputs
+from fastprior.sampler import denoise_step, map_rows, network_obstacles, prefill, prepare_run, run_steps, step_inputs
 from fastprior.step_cost import CountLaunches, StepReads, step_reads, step_seconds
 
 
@@ -41,7 +41,7 @@ class PriorSampler:
             differ too much from those of the prior as it is: over 16 prompts, without guidance and (where prepared for)
             with a scale of 3, their cosine must be 0.999 in the median and 0.995 at worst.
         quality_prompts: `text_embed` and `text_encodings` of other prompts to judge that by, better than random ones.
-        compile: use torch.compile; off, the same steps run eagerly.
+        compile: use torch.compile; off, the same steps run eagerly. Steps that are calls of C need neither.
         graphs: capture prefill and step of each batch size as CUDA graphs, by default on CUDA. Where a capture fails, a
             warning says why, and all runs go on without.
         graph_memory: bytes that graphs may hold; without limit by default. A capture that takes them over it drops
@@ -359,10 +359,13 @@ class PriorSampler:
         else:
             cond = prefill(self._net, self.plan, padded, self._times, self.samples_per_prompt)
             cond = self._step_net.prepare(cond) if self.quantise else cond
-            compiled = self._step(batch)
+            tables = self._null_preds, self._rows
+            step = prepare_run(self._step_net, self.plan, cond, *tables, scale.item(), batch * self.samples_per_prompt)
+            if step is None:
+                compiled = self._step(batch)
 
-            def step(x, x0, noise, index):
-                return compiled(cond, self._null_preds, self._rows, scale, x, x0, noise(), self._indices[index])
+                def step(x, x0, noise, index):
+                    return compiled(cond, *tables, scale, x, x0, noise(), self._indices[index])
 
         if batch not in self._reads:
             self._reads[batch] = step_reads(self._step_net, cond, self._null_preds, self._rows)

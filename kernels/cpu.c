@@ -1012,3 +1012,60 @@ int run_blocks(const struct blocks *a, long threads) {
     free(scratch);
     return 0;
 }
+
+enum { AS_IT_IS, RANGE, LENGTH }; /* of a clean estimate: limited to a radius, or scaled to it */
+
+struct run {
+    struct blocks blocks; /* of rows that hold as many samples as there are outputs; x and out are found here */
+    const float *time, *null, *coefficients; /* of each step: a row's first tokens; predictions; six numbers */
+    struct vector query;
+    float *x, *x0; /* (samples, dim), in place */
+    long clamp;
+    double cond_scale, radius;
+};
+
+/* Guidance, prediction to clean estimate, its clamp and the solver's update of a sample; rounded as PyTorch rounds it. */
+static __attribute__((optimize("fp-contract=off"))) void update(const struct run *a, const float *noise, long index, long sample, float *pred) {
+    const long dim = a->blocks.dim, first = sample * dim;
+    const float scale = a->cond_scale, radius = a->radius, *null = a->null + index * dim, *of = a->coefficients + index * 6;
+    float *x = a->x + first, *x0 = a->x0 + first, square = 0;
+    for (long k = 0; k < dim; k++) {
+        const float clean = of[0] * x[k] + of[1] * (null[k] + (pred[k] - null[k]) * scale);
+        pred[k] = a->clamp != RANGE ? clean : clean > radius ? radius : clean < -radius ? -radius : clean; /* NaN stays */
+    }
+    if (a->clamp == LENGTH) {
+        for (long k = 0; k < dim; k++) square += pred[k] * pred[k];
+        const float length = sqrtf(square), fit = radius / (length < 1e-12f ? 1e-12f : length);
+        for (long k = 0; k < dim; k++) pred[k] *= fit;
+    }
+    for (long k = 0; k < dim; k++) {
+        x[k] = of[2] * x[k] + of[3] * pred[k] + of[4] * x0[k] + (noise ? of[5] * noise[first + k] : 0);
+        x0[k] = pred[k];
+    }
+}
+
+/* Some steps of a run from the first on, each with noise or NULL: tokens, all blocks, and what the solver makes of them. */
+int run_steps(const struct run *a, const float *const *noise, long first, long count, long threads) {
+    const long dim = a->blocks.dim, rows = a->blocks.attention.rows, suffix = a->blocks.attention.suffix;
+    const long samples = a->blocks.outputs, times = suffix - 2 * samples;
+    float *tokens = aligned_alloc(64, (rows * (suffix + samples) * dim * sizeof *tokens + 63) / 64 * 64);
+    int failed = !tokens;
+    for (long index = first; index < first + count && !failed; index++) {
+        float *to = tokens;
+        for (long row = 0; row < rows; row++) { /* times, samples, as many queries */
+            memcpy(to, a->time + index * times * dim, times * dim * sizeof *to);
+            memcpy(to += times * dim, a->x + row * samples * dim, samples * dim * sizeof *to);
+            to += samples * dim;
+            for (long sample = 0; sample < samples; sample++, to += dim)
+                for (long k = 0; k < dim; k++) to[k] = at(a->query, k);
+        }
+        struct blocks blocks = a->blocks;
+        blocks.x = tokens, blocks.out = to;
+        if ((failed = run_blocks(&blocks, threads))) break;
+#pragma omp parallel for num_threads(threads)
+        for (long sample = 0; sample < rows * samples; sample++)
+            update(a, noise[index - first], index, sample, to + sample * dim);
+    }
+    free(tokens);
+    return failed;
+}

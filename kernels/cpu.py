@@ -15,7 +15,7 @@ import shlex
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,9 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
 FLOATS = torch.float32, torch.bfloat16
 OMP_PAUSE_SOFT = 1
+CLAMPS = {None: 0, "range": 1, "l2": 2}
 LINEAR, DECODE, BLOCKS = struct.Struct("=42qd"), struct.Struct("=36qd"), struct.Struct("=48qdd")  # of the source
+RUN = struct.Struct(f"{BLOCKS.format}8qdd")
 MAX_DIM_HEAD, MAX_KEYS, MAX_OWN = 256, 4096, 2**16  # of attention: its threads keep keys, own ones in full, on stacks
 
 
@@ -103,6 +105,7 @@ def _load() -> None:
     else:
         for function in (_loaded.linear, _loaded.decode_attention, _loaded.run_blocks):
             function.argtypes = ctypes.c_char_p, ctypes.c_long
+        _loaded.run_steps.argtypes = ctypes.c_char_p, ctypes.c_char_p, *(ctypes.c_long,) * 3
         _loaded.most_rows.restype = ctypes.c_long
         # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
         os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
@@ -324,19 +327,22 @@ def prepare_blocks(
     return Blocks(table, kept, owner, first.q.dtype, sizes, scale, cosine, activation, eps, requires_grad)
 
 
+def _takes_tokens(rows: int, suffix: int, blocks: Blocks, prefix_k: Tensor) -> bool:
+    """Whether there are few enough tokens, and keys."""
+    prefix, dim_head = prefix_k.shape[2], prefix_k.shape[-1]
+    few = 0 < rows * suffix <= most_tokens(blocks.dtype) and dim_head <= MAX_DIM_HEAD
+    return few and prefix + suffix <= MAX_KEYS and suffix * dim_head <= MAX_OWN
+
+
 def takes_blocks(
     x: Tensor, blocks: Blocks, prefix_k: Tensor, prefix_v: Tensor, *, rotary=None, bias=None, mask=None, **_
 ) -> bool:
     """Whether `run_blocks` computes this: few rows in fp32 on the CPU, no gradient."""
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    if not 0 < x.shape[0] * x.shape[1] <= most_tokens(blocks.dtype):
-        return False
     if not prefix_k.dtype == prefix_v.dtype == torch.float32 or (blocks.requires_grad and torch.is_grad_enabled()):
         return False
-    if prefix_k.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[2] + x.shape[1] > MAX_KEYS:
-        return False
-    if x.shape[1] * prefix_k.shape[-1] > MAX_OWN:
+    if not _takes_tokens(*x.shape[:2], blocks, prefix_k):
         return False
     return _are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not _is_watched()
 
@@ -594,28 +600,34 @@ def _fit_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner
 def _run_blocks(
     x, table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps
 ):  # fmt: skip
-    rows, suffix, _ = x.shape
+    kept = []
+    _fit("x", x, *x.shape[:2], sizes[1])
+    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
+    given = table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps
+    call = BLOCKS.pack(_address(x, kept), out.data_ptr(), *_numbers_of_blocks(*x.shape[:2], *given, kept))
+    _check(_library().run_blocks(call, torch.get_num_threads()), x)
+    return out
+
+
+def _numbers_of_blocks(
+    rows, suffix, table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps, kept
+):  # fmt: skip
+    """`struct blocks` behind x and out, of shapes that fit."""
     depth, dim, inner, heads, kv_heads, dim_head, head, columns = sizes
     prompts, prefix = prefix_k.shape[1:3]
-    kept, library = [], _library()
     _fit_rows(rows * suffix)
-    _fit("x", x, rows, suffix, dim)
     _fit("prefix_k", prefix_k, depth, prompts, prefix, kv_heads, dim_head)
     _fit("prefix_v", prefix_v, *prefix_k.shape)
     _fit_attention(rows, heads, outputs or suffix, suffix, dim_head, prefix_k[0], cos, sin, bias, mask)
     bias = None if bias is None else bias.expand(-1, heads, -1)
     (first_k, layer_k, *of_k), (first_v, layer_v, *of_v) = _cache(prefix_k, kept), _cache(prefix_v, kept)
-    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
-    call = BLOCKS.pack(
-        _address(x, kept), out.data_ptr(), table.data_ptr(),
-        depth, dim, inner, outputs, head, columns, ACTIVATIONS[activation], layer_k, layer_v,
+    return (
+        table.data_ptr(), depth, dim, inner, outputs, head, columns, ACTIVATIONS[activation], layer_k, layer_v,
         *(0,) * 12, first_k, *of_k, first_v, *of_v,
         _address(bias, kept), _address(mask, kept), _address(cos, kept), _address(sin, kept),
         0, 0, rows, 0, suffix, heads, kv_heads, dim_head, prompts, prefix, 0 if cos is None else cos.shape[-1], cosine,
         scale, eps,
     )  # fmt: skip
-    _check(library.run_blocks(call, torch.get_num_threads()), x)
-    return out
 
 
 _operations.impl("cpu_blocks", _run_blocks, "CPU")
@@ -649,3 +661,92 @@ def run_blocks(
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
     given, tables = (blocks.table, prefix_k, prefix_v, outputs, blocks.sizes, blocks.scale), rotary or (None, None)
     return run(x, *given, *tables, blocks.cosine, bias, mask, blocks.activation, blocks.eps)
+
+
+class Run:
+    """A run whose steps are calls of C; from `prepare_run`.
+
+    Attributes:
+        x: the state, (samples, dim) fp32, which a call overwrites.
+        steps: how many there are.
+    """
+
+    def __init__(self, call: bytes, x: Tensor, x0: Tensor, kept: object, steps: int):
+        self.x, self.steps = x, steps
+        self._x0, self._call, self._kept, self._run = x0, call, kept, _library().run_steps
+
+    def start(self, x: Tensor) -> None:
+        """Begin at x (samples, dim)."""
+        _fit("x", x, *self.x.shape)
+        self.x.copy_(x)
+        self._x0.zero_()
+
+    def __call__(self, first: int, noise: Sequence[Tensor | None]) -> None:
+        """Some steps that follow each other.
+
+        Args:
+            first: the number of the first.
+            noise: that of each step, (samples, dim), or None.
+        Raises:
+            IndexError: there are not so many steps.
+        """
+        kept, count = [], len(noise)
+        if not 0 <= first <= first + count <= self.steps:
+            raise IndexError(f"steps {first} to {first + count - 1}; there are {self.steps}")
+        for drawn in noise:
+            _fit("noise", drawn, *self.x.shape)
+        pointers = struct.pack(f"={count}q", *(_address(drawn, kept) for drawn in noise))
+        _check(self._run(self._call, pointers, first, count, torch.get_num_threads()), self.x)
+
+
+def prepare_run(
+    blocks: Blocks,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    rows: int,
+    samples: int,
+    time_tokens: Tensor,
+    query: Tensor,
+    coefficients: Tensor,
+    null_table: Tensor,
+    cond_scale: float,
+    clamp: str | None = None,
+    radius: float = 1.0,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> Run | None:
+    """A run, each step of which makes its tokens, runs all blocks, and does `reference.diffusion_step`.
+
+    A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None where `run_blocks` does
+    not take this, or what the head gives is no embedding.
+
+    Args:
+        blocks, prefix_k, prefix_v, rotary, bias: see `run_blocks`.
+        rows, samples: how many rows, and samples in each; those of one prompt lie together.
+        time_tokens: (steps, tokens, dim) fp32.
+        query: (dim,).
+        coefficients: (steps, 6) fp32, the table of `reference.diffusion_step`, as are the next.
+        null_table: (steps, dim) fp32; zeros leave predictions as they are.
+        cond_scale, clamp, radius: see there.
+    """
+    steps, times, dim = time_tokens.shape
+    x = torch.empty(rows * samples, dim, dtype=torch.float32, device="cpu")
+    x0, suffix = torch.empty_like(x), times + 2 * samples
+    given = prefix_k, prefix_v, time_tokens, coefficients, null_table
+    kept = [blocks, query, rotary, bias, *given]
+    if not blocks.has_head or blocks.sizes[-1] != dim or not _are_plain(query, *given):
+        return None
+    row = x.new_empty(rows, suffix, 0)
+    if any(t.dtype != torch.float32 for t in given) or not takes_blocks(row, blocks, *given[:2], rotary=rotary, bias=bias):
+        return None
+    _fit("query", query, dim)
+    _fit("coefficients", coefficients, steps, 6)
+    _fit("null_table", null_table, steps, dim)
+    around = prefix_k, prefix_v, samples, blocks.sizes, blocks.scale, *(rotary or (None, None)), blocks.cosine, bias, None
+    numbers = _numbers_of_blocks(rows, suffix, blocks.table, *around, blocks.activation, blocks.eps, kept)
+    tables = (_address(t, kept) for t in (time_tokens, null_table, coefficients))
+    call = RUN.pack(
+        0, 0, *numbers, *tables, *_vector(query, kept), x.data_ptr(), x0.data_ptr(), CLAMPS[clamp], cond_scale, radius
+    )
+    return Run(call, x, x0, kept, steps)

@@ -112,6 +112,11 @@ def most_tokens(blocks: Blocks) -> int:
     return cpu.most_tokens(blocks.dtype)
 
 
+def prepare_run(blocks: Blocks | None, *args, **kwargs) -> cpu.Run | None:
+    """See `kernels.cpu`; None without blocks, too."""
+    return None if blocks is None or _forced is not None else cpu.prepare_run(blocks, *args, **kwargs)
+
+
 def run_blocks(x: Tensor, blocks: Blocks | None, *args, **kwargs) -> Tensor | None:
     """See `kernels.cpu`; None for what it does not take, and without blocks."""
     if blocks is None or _forced is not None or not cpu.takes_blocks(x, blocks, *args, **kwargs):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import make_prior, make_text, relative_error
 from cpu_cases import (
     CONFIGS,
     DECODE_OPTIONS,
@@ -210,6 +210,8 @@ def sanitized():
             tokens = make_tokens(samples=samples, dim=transformer.norm.g.shape[0])
             with threads(count):
                 step(transformer, *tokens)
+    prior, text = make_prior(), make_text(2, 32)
+    prior.sample(**text, timesteps=9, num_samples_per_batch=2, progress=False)
     for count in 2, 32:
         with threads(count):
             prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)

@@ -1,4 +1,4 @@
-"""In runs of every kind all layers of a step are one call of C, also where a trace or a twin stands between."""
+"""In runs of every kind all layers of a step, or steps, are one call of C, also where a trace or a twin is between."""
 
 import pytest
 import torch
@@ -32,16 +32,16 @@ class Counted:
 
 @pytest.fixture
 def count(monkeypatch):
-    """How often something calls blocks in C; it must call nothing else there but linears outside of them."""
+    """How often something calls blocks and steps in C; it must call nothing else there but linears outside of them."""
     counted = Counted(cpu._library())
     monkeypatch.setattr(cpu, "_loaded", counted)
 
-    def count(run) -> int:
+    def count(run) -> tuple[int, int]:
         run()  # compiles
         counted.calls.clear()
         run()
         assert "decode_attention" not in counted.calls
-        return counted.calls.count("run_blocks")
+        return tuple(map(counted.calls.count, ("run_blocks", "run_steps")))
 
     return count
 
@@ -54,19 +54,20 @@ SAMPLES = pytest.mark.parametrize("samples", [1, 4])
 @KINDS
 @WAYS
 @SAMPLES
-def test_sampler(count, lenient, samples, compile, quantised):
+@pytest.mark.parametrize("self_cond", [False, True])
+def test_sampler(count, lenient, self_cond, samples, compile, quantised):
     torch._dynamo.reset()
-    prior, text = make_prior(), make_text(1, 32)
+    prior, text = make_prior(dict(self_cond=self_cond)), make_text(1, 32)
     options = dict(dtype=torch.bfloat16, compile=compile, quantise=quantised, timesteps=STEPS, solver="dpm++")
     sampler = PriorSampler(prior, batch_sizes=(1,), samples_per_prompt=samples, **options)
-    assert count(lambda: sampler(**text, cond_scale=2.0)) == 1 + STEPS
+    assert count(lambda: sampler(**text, cond_scale=2.0)) == ((2 + STEPS, 0) if self_cond else (1, 1))  # two prefills
 
 
 @SAMPLES
 def test_drop_in(count, samples):
     prior, text = make_prior(), make_text(1, 32)
     options = dict(timesteps=STEPS, solver="dpm++", cond_scale=2.0, num_samples_per_batch=samples, progress=False)
-    assert count(lambda: prior.sample(**text, **options)) == 1 + STEPS
+    assert count(lambda: prior.sample(**text, **options)) == (1, 1)
 
 
 def make_transformer():
@@ -91,7 +92,7 @@ def test_pipeline(count, lenient, samples, compile, quantised):
     def run():
         pipeline(text, negative_prompt=other, num_images_per_prompt=samples, num_inference_steps=STEPS)
 
-    assert count(run) == STEPS
+    assert count(run) == (STEPS, 0)
 
 
 def test_loop_of_forwards(count):
@@ -103,4 +104,4 @@ def test_loop_of_forwards(count):
         for time in range(STEPS):
             prior(torch.randn(1, 32), time, embeds, encodings, mask)
 
-    assert count(run) == STEPS
+    assert count(run) == (STEPS, 0)

@@ -9,6 +9,7 @@ from conftest import make_prior, make_text, relative_error, sample
 from soak import BATCH_SIZES, OPTIONS, soak
 
 from fastprior import graphs, serving
+from fastprior.kernels import cpu
 from fastprior.serving import PriorSampler
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
@@ -46,13 +47,17 @@ def test_best_of_n_as_the_prior_takes_it():
     assert relative_error(call(sampler, text), wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("self_cond", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_once_for_all_scales_prompts_and_seeds(dtype):
+def test_compiled_once_for_all_scales_prompts_and_seeds(dtype, self_cond):
+    """Or never, where steps are calls of C."""
     from torch._dynamo.utils import counters
 
-    prior, text = make_prior(dict(dim=64, depth=1)), make_text(4, 64)
+    prior, text = make_prior(dict(dim=64, depth=1, self_cond=self_cond)), make_text(4, 64)
+    counters.clear()
     sampler = PriorSampler(prior, batch_sizes=(2, 4), timesteps=8, dtype=dtype)
     assert list(sampler.warmup()) == [2, 4]
+    assert bool(counters["stats"].get("unique_graphs")) == (self_cond or cpu.unavailable() is not None)
     counters.clear()
     for prompts, scale, seed in ((1, 1.0, 1), (2, 3.0, 2), (3, 1.5, 3), (4, 7.0, 4)):
         got = call(sampler, text, slice(prompts), cond_scale=scale, seed=seed)
@@ -66,10 +71,10 @@ def test_compiled_once_for_all_scales_prompts_and_seeds(dtype):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_change_of_weights_or_modules_is_served(dtype):
+@pytest.mark.parametrize("dtype, self_cond", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_a_change_of_weights_or_modules_is_served(dtype, self_cond):
     """Guards are not checked at every step, and a 16-bit sampler runs on a copy: both must still notice."""
-    prior, text = make_prior(dict(depth=1)), make_text(2, 32)
+    prior, text = make_prior(dict(depth=1, self_cond=self_cond)), make_text(2, 32)
     feed_forward = prior.net.causal_transformer.layers[0][1]
     sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=4, dtype=dtype)
 

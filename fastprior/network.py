@@ -331,7 +331,7 @@ class DiffusionPriorNetwork(nn.Module):
         suffix = self._suffix(time_tokens, image_tokens, self_cond, cond.cache.samples)
         return self.causal_transformer.step(suffix, cond.cache).to(self.stream_dtype)
 
-    def prepare_run(self, cond: Conditioning, samples: int, **solver) -> ops.cpu.Run | None:
+    def prepare_run(self, cond: Conditioning, samples: int, **solver) -> ops.Run | None:
         """A run whose steps are one kernel each; None where there is none for them.
 
         Args:

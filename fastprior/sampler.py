@@ -177,7 +177,7 @@ def prepare_run(
     rows: Tensor,
     cond_scale: float,
     samples: int,
-) -> ops.cpu.Run | None:
+) -> ops.Run | None:
     """A run for `samples` rows whose steps are each one kernel of the CPU; None where there is none for them.
 
     What it takes: see `denoise_step`. Noise must be fp32.
@@ -221,7 +221,7 @@ def sample_loop(
 
 
 def run_steps(
-    prior: DiffusionPrior, table: StepTable, step: Step | ops.cpu.Run, draw: Callable[[], Tensor], progress: bool = False
+    prior: DiffusionPrior, table: StepTable, step: Step | ops.Run, draw: Callable[[], Tensor], progress: bool = False
 ) -> Tensor:
     """A whole run. Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one."""
     x = draw()
@@ -234,11 +234,11 @@ def run_steps(
 
 
 def run_table(
-    table: StepTable, step: Step | ops.cpu.Run, x: Tensor, draw: Callable[[], Tensor], progress: bool = False
+    table: StepTable, step: Step | ops.Run, x: Tensor, draw: Callable[[], Tensor], progress: bool = False
 ) -> Tensor:
     """Every step of a table from x (rows, dim), with noise drawn at those that have some."""
     bar = dict(desc="sampling loop time step", disable=not progress)
-    if isinstance(step, ops.cpu.Run):
+    if isinstance(step, ops.Run):
         return _run_several(table, step, x, draw, bar)
     x0 = no_noise = torch.zeros_like(x)
     for index in tqdm(range(len(table)), **bar):
@@ -246,7 +246,7 @@ def run_table(
     return x
 
 
-def _run_several(table: StepTable, run: ops.cpu.Run, x: Tensor, draw: Callable[[], Tensor], bar: dict) -> Tensor:
+def _run_several(table: StepTable, run: ops.Run, x: Tensor, draw: Callable[[], Tensor], bar: dict) -> Tensor:
     """The same by calls of several steps, whose noise is drawn before, in the same order."""
     run.start(x)
     with tqdm(total=len(table), **bar) as shown:
@@ -278,7 +278,7 @@ def prefill(
     return net.share(net.prefill(text_embed, *given), samples)
 
 
-def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step | ops.cpu.Run:
+def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step | ops.Run:
     times, null_preds, rows = step_inputs(prior.net, plan)
     cond = prefill(prior.net, plan, text_cond, times, shape[0] // max(len(text_cond["text_embed"]), 1))
     if (run := prepare_run(prior.net, plan, cond, null_preds, rows, cond_scale, shape[0])) is not None:

@@ -15,7 +15,7 @@ import shlex
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -718,8 +718,8 @@ def prepare_run(
 ) -> Run | None:
     """A run, each step of which makes its tokens, runs all blocks, and does `reference.diffusion_step`.
 
-    A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None where `run_blocks` does
-    not take this, or what the head gives is no embedding.
+    A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None where `run_blocks`
+    does not take this, or what the head gives is no embedding.
 
     Args:
         blocks, prefix_k, prefix_v, rotary, bias: see `run_blocks`.
@@ -733,18 +733,21 @@ def prepare_run(
     steps, times, dim = time_tokens.shape
     x = torch.empty(rows * samples, dim, dtype=torch.float32, device="cpu")
     x0, suffix = torch.empty_like(x), times + 2 * samples
-    given = prefix_k, prefix_v, time_tokens, coefficients, null_table
-    kept = [blocks, query, rotary, bias, *given]
+    given, (cos, sin) = (prefix_k, prefix_v, time_tokens, coefficients, null_table), rotary or (None, None)
+    kept = [blocks, query, cos, sin, bias, *given]
     if not blocks.has_head or blocks.sizes[-1] != dim or not _are_plain(query, *given):
         return None
-    row = x.new_empty(rows, suffix, 0)
-    if any(t.dtype != torch.float32 for t in given) or not takes_blocks(row, blocks, *given[:2], rotary=rotary, bias=bias):
+    tokens = x.new_empty(rows, suffix, 0)
+    taken = takes_blocks(tokens, blocks, prefix_k, prefix_v, rotary=rotary, bias=bias)
+    if not taken or any(t.dtype != torch.float32 for t in given):
         return None
     _fit("query", query, dim)
     _fit("coefficients", coefficients, steps, 6)
     _fit("null_table", null_table, steps, dim)
-    around = prefix_k, prefix_v, samples, blocks.sizes, blocks.scale, *(rotary or (None, None)), blocks.cosine, bias, None
-    numbers = _numbers_of_blocks(rows, suffix, blocks.table, *around, blocks.activation, blocks.eps, kept)
+    numbers = _numbers_of_blocks(
+        rows, suffix, blocks.table, prefix_k, prefix_v, samples, blocks.sizes, blocks.scale, cos, sin, blocks.cosine,
+        bias, None, blocks.activation, blocks.eps, kept,
+    )  # fmt: skip
     tables = (_address(t, kept) for t in (time_tokens, null_table, coefficients))
     call = RUN.pack(
         0, 0, *numbers, *tables, *_vector(query, kept), x.data_ptr(), x0.data_ptr(), CLAMPS[clamp], cond_scale, radius

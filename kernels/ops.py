@@ -99,7 +99,7 @@ def linear(x: Tensor, *args, **kwargs) -> Tensor:
     return run(x, *args, **kwargs)
 
 
-Block, Blocks = cpu.Block, cpu.Blocks
+Block, Blocks, Run = cpu.Block, cpu.Blocks, cpu.Run
 
 
 def prepare_blocks(*args, **kwargs) -> Blocks | None:
@@ -112,7 +112,7 @@ def most_tokens(blocks: Blocks) -> int:
     return cpu.most_tokens(blocks.dtype)
 
 
-def prepare_run(blocks: Blocks | None, *args, **kwargs) -> cpu.Run | None:
+def prepare_run(blocks: Blocks | None, *args, **kwargs) -> Run | None:
     """See `kernels.cpu`; None without blocks, too."""
     return None if blocks is None or _forced is not None else cpu.prepare_run(blocks, *args, **kwargs)
 

@@ -49,7 +49,7 @@ enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
 enum { NONE, GELU, SWIGLU };
 enum { WIDTH = 64 /* rows of a tile */, GROUP = 24 /* columns that several passes of rows share in a cache */ };
 enum { BESIDE = LANES == 8 ? 2 : 0 /* rows, few enough for "dot" beside a whole vector of others */, FLUSH = 512 /* numbers */ };
-enum { AHEAD_OUTER = 256, AHEAD_AMX = 512, AHEAD_ROWS = 128, CACHED = 5 << 18 }; /* bytes */
+enum { AHEAD_OUTER = 256, AHEAD_AMX = 512, AHEAD_ROWS = 128, AHEAD_NEXT = 12 << 10, CACHED = 5 << 18 }; /* bytes */
 #if defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
 enum { AHEAD_DOT = 512, READS_NEXT = 1 }; /* these processors read faster from one place than from several */
 #else
@@ -215,15 +215,15 @@ enum { HAS_PAIRS = 0 };
 static void round_row(float *x, long padded) {}
 #endif
 
-/* Read line n of the columns after a group of them while these are computed, as if in one place. */
-INLINE void read_next(int kind, const char *weight, long stride, long group, long k, int columns, int n) {
-    if (READS_NEXT) __builtin_prefetch(weight + (group * stride + columns * k) * BYTES[kind] + n * 64, 0, 2);
+/* Read line n of columns that stand so many after some while these are computed, as if in one place. */
+INLINE void read_next(int kind, const char *weight, long stride, long after, long k, int columns, int n) {
+    if (READS_NEXT) __builtin_prefetch(weight + (after * stride + columns * k) * BYTES[kind] + n * 64, 0, 2);
 }
 
 /* tile[column][row] = x @ weight.T of some columns of the weight, of which there are `count`: the last repeats. Rows of
    `x` are `padded + LANES` apart; with `rounded` they are bf16. */
 INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, const struct linear *a, const char *weight,
-                long stride, long count, long group, float *tile) {
+                long stride, long count, long after, float *tile) {
     vec sums[SUMS];
     const char *column[4];
     const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block;
@@ -235,7 +235,7 @@ INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, co
         UNROLLED for (int n = 0; n < columns; n++) {
             own[n] = load(kind, column[n] + k * BYTES[kind], a->dim - k);
             __builtin_prefetch(column[n] + ahead, 0, 3);
-            read_next(kind, weight, stride, group, k, columns, n);
+            read_next(kind, weight, stride, after, k, columns, n);
         }
         for (int j = 0; j < (rounded ? 1 : SPAN(kind)); j++) {
             vec parts[4];
@@ -290,12 +290,12 @@ static float to_words(const float *x, long padded, int16_t *to) {
 
 #ifdef ADD_PAIRS
 INLINE void dot_words(int rows, int columns, const float *scale, const int16_t *x, const struct linear *a,
-                      const char *weight, long stride, long count, long group, float *tile) {
+                      const char *weight, long stride, long count, long after, float *tile) {
     const long block = 4 * LANES, padded = (a->dim + block - 1) / block * block;
     const char *column[4];
-    words sums[SUMS];
+    ivec sums[SUMS]; /* of `words`, GCC would copy them back and forth */
     UNROLLED for (int n = 0; n < columns; n++) column[n] = weight + (n < count ? n : count - 1) * stride;
-    UNROLLED for (int i = 0; i < columns * rows; i++) sums[i] = (words){0};
+    UNROLLED for (int i = 0; i < columns * rows; i++) sums[i] = (ivec){0};
     for (long k = 0; k < padded; k += block) {
         const long ahead = look_ahead(a, INT8, k, columns, stride, AHEAD_DOT);
         char last[4][4 * LANES] = {{0}};
@@ -304,7 +304,7 @@ INLINE void dot_words(int rows, int columns, const float *scale, const int16_t *
             from[n] = column[n] + k;
             if (a->dim - k < block) from[n] = memcpy(last[n], from[n], a->dim - k);
             __builtin_prefetch(column[n] + ahead, 0, 3);
-            read_next(INT8, weight, stride, group, k, columns, n);
+            read_next(INT8, weight, stride, after, k, columns, n);
         }
         UNROLLED for (int half = 0; half < 2; half++) {
             words own[4];
@@ -313,20 +313,20 @@ INLINE void dot_words(int rows, int columns, const float *scale, const int16_t *
                 words some = LOAD_WORDS(x + m * padded + k + half * 2 * LANES);
                 HOLD(some);
                 UNROLLED for (int n = 0; n < columns; n++)
-                    sums[n * rows + m] = ADD_PAIRS(sums[n * rows + m], own[n], some);
+                    sums[n * rows + m] = (ivec)ADD_PAIRS((words)sums[n * rows + m], own[n], some);
             }
         }
     }
     vec wide[SUMS];
     UNROLLED for (int n = 0; n < columns; n++)
         UNROLLED for (int m = 0; m < rows; m++)
-            wide[n * rows + m] = __builtin_convertvector((ivec)sums[n * rows + m], vec) * scale[m];
+            wide[n * rows + m] = __builtin_convertvector(sums[n * rows + m], vec) * scale[m];
     sum_all(rows, columns, wide, tile);
 }
 enum { HAS_WORDS = 1 };
 #else
 INLINE void dot_words(int rows, int columns, const float *scale, const int16_t *x, const struct linear *a,
-                      const char *weight, long stride, long count, long group, float *tile) {}
+                      const char *weight, long stride, long count, long after, float *tile) {}
 enum { HAS_WORDS = 0 };
 #endif
 
@@ -564,7 +564,7 @@ long form(long kind, long rows) {
 #define PASS(ROWS, CALL, ...) \
     case ROWS: \
         for (long n = 0; n < count; n += DOT_COLUMNS(ROWS)) \
-            CALL(__VA_ARGS__, a, weight + n * stride * BYTES[kind], stride, count - n, group, tile + n * WIDTH); \
+            CALL(__VA_ARGS__, a, weight + n * stride * BYTES[kind], stride, count - n, after, tile + n * WIDTH); \
         return;
 #define DOT(ROWS) PASS(ROWS, dot, kind, rounded, ROWS, DOT_COLUMNS(ROWS), x)
 #define DOT_WORDS(ROWS) PASS(ROWS, dot_words, ROWS, DOT_COLUMNS(ROWS), scale, x)
@@ -577,7 +577,7 @@ long form(long kind, long rows) {
 /* A function each: of one with all these loops GCC keeps less in registers. */
 #define PASSES(NAME, KIND, ROUNDED) \
     static __attribute__((noinline)) void NAME(long rows, const float *x, const struct linear *a, const char *weight, \
-                                               long stride, long count, long group, float *tile) { \
+                                               long stride, long count, long after, float *tile) { \
         const int kind = KIND, rounded = ROUNDED; \
         switch (rows) { ALL(DOT) } \
     }
@@ -587,7 +587,7 @@ PASSES(pass_rounded, BFLOAT16, 1)
 PASSES(pass_int8, INT8, 0)
 
 static __attribute__((noinline)) void pass_words(long rows, const float *scale, const int16_t *x, const struct linear *a,
-                                                 const char *weight, long stride, long count, long group, float *tile) {
+                                                 const char *weight, long stride, long count, long after, float *tile) {
     const int kind = INT8;
     switch (rows) { ALL(DOT_WORDS) }
 }
@@ -610,7 +610,7 @@ static long rows_of_pass(long rows) {
 
 /* tile[column][row] of `count` columns of a group, some rows at a time: see `rows_of_team` for how x is laid out. */
 static void product(long kind, const float *x, const struct linear *a, const char *weight, long stride, long count,
-                    long group, float *tile) {
+                    long after, float *tile) {
     const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block, each = rows_of_pass(a->rows);
     if (is_outer(a->rows)) {
         for (long left = a->rows, rows; left; left -= rows, x += rows * padded, tile += rows) {
@@ -618,20 +618,20 @@ static void product(long kind, const float *x, const struct linear *a, const cha
             if (rows > BESIDE) {
                 for (long n = 0; n < count; n += SUMS / (rows > LANES ? 2 : 1))
                     if (kind == FLOAT32) { OUTER(FLOAT32) } else if (kind == BFLOAT16) { OUTER(BFLOAT16) } else { OUTER(INT8) }
-            } else if (kind == FLOAT32) pass_float32(rows, x, a, weight, stride, count, group, tile);
-            else if (kind == BFLOAT16) pass_bfloat16(rows, x, a, weight, stride, count, group, tile);
-            else pass_int8(rows, x, a, weight, stride, count, group, tile);
+            } else if (kind == FLOAT32) pass_float32(rows, x, a, weight, stride, count, after, tile);
+            else if (kind == BFLOAT16) pass_bfloat16(rows, x, a, weight, stride, count, after, tile);
+            else pass_int8(rows, x, a, weight, stride, count, after, tile);
         }
         return;
     }
     for (long m = 0; m < a->rows; m += each, tile += each) {
         const long rows = a->rows - m < each ? a->rows - m : each;
         const float *own = x + m * (padded + LANES);
-        if (kind == FLOAT32) pass_float32(rows, own, a, weight, stride, count, group, tile);
-        else if (rounds(kind, a->rows)) pass_rounded(rows, own, a, weight, stride, count, group, tile);
-        else if (kind == BFLOAT16) pass_bfloat16(rows, own, a, weight, stride, count, group, tile);
-        else if (!HAS_WORDS) pass_int8(rows, own, a, weight, stride, count, group, tile);
-        else pass_words(rows, x + m, (const int16_t *)(x + WIDTH) + m * padded, a, weight, stride, count, group, tile);
+        if (kind == FLOAT32) pass_float32(rows, own, a, weight, stride, count, after, tile);
+        else if (rounds(kind, a->rows)) pass_rounded(rows, own, a, weight, stride, count, after, tile);
+        else if (kind == BFLOAT16) pass_bfloat16(rows, own, a, weight, stride, count, after, tile);
+        else if (!HAS_WORDS) pass_int8(rows, own, a, weight, stride, count, after, tile);
+        else pass_words(rows, x + m, (const int16_t *)(x + WIDTH) + m * padded, a, weight, stride, count, after, tile);
     }
 }
 
@@ -775,6 +775,7 @@ static void rows_of_team(const struct linear *a, float *x) {
         const int together = !alone || (columns >= 8 * GROUP * threads && (rows > 4 || words)); /* `finish` costs less of more */
         const long unit = tiles ? TILE_COLUMNS(kind) : !together ? DOT_COLUMNS(rows)
                         : dots || rows > 2 * LANES ? GROUP : rows > LANES + BESIDE ? SUMS / 2 : SUMS;
+        const long after = row ? unit * ((AHEAD_NEXT - 1) / (unit * row) + 1) : 0; /* columns, whose lines are read next */
         const long units = (columns + unit - 1) / unit;
         const long first = units * thread / threads * unit, last = units * (thread + 1) / threads * unit;
         const long stop = columns < last ? columns : last;
@@ -787,7 +788,7 @@ static void rows_of_team(const struct linear *a, float *x) {
                 for (int gates = 0; gates < (a->activation == SWIGLU ? 2 : 1); gates++) {
                     const char *weight = w->data + (n + gates * columns) * row;
                     if (tiles) product_amx(kind, (uint16_t *)laid, a, weight, w->stride, count, k, to, sums[gates]);
-                    else product(kind, laid, a, weight, w->stride, count, unit, sums[gates]);
+                    else product(kind, laid, a, weight, w->stride, count, after, sums[gates]);
                 }
                 if (to == padded) finish(a, which, before + n, n, count, sums[0], sums[1]);
             }

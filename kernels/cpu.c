@@ -37,6 +37,12 @@
 #error "neither AVX2 nor NEON"
 #endif
 
+#if LANES == 16 /* "dot" gives some columns of a row together; else, as the other forms, all rows of a column */
+enum { ROW_STEP = 32, COLUMN_STEP = 1 };
+#else
+enum { ROW_STEP = 1, COLUMN_STEP = 64 };
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 24")
 #if LANES == 16
@@ -128,36 +134,33 @@ INLINE float sum(vec v) {
     return parts[0];
 }
 
-/* tile[column][row] = the sum of the numbers of each of columns * rows vectors, of which those of a column lie together. */
+/* The sum of the numbers of each of columns * rows vectors, of which those of a column lie together, at their places. */
 INLINE void sum_all(int rows, int columns, const vec *sums, float *tile) {
 #if LANES == 16
-    /* 16 sums at once: quarters, then numbers, of several vectors side by side, and their sums. */
+    /* 16 sums at once, of four rows: quarters, then numbers, of several vectors side by side, and their sums. */
 #define ADD_SIDES(kind, a, b, low, high) \
     ((__m512)_mm512_shuffle_##kind(a, b, low) + (__m512)_mm512_shuffle_##kind(a, b, high))
 #define ADD_PAIRED(a, b) (_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b))
-    const int each = rows <= 4 ? 4 : rows <= 8 ? 8 : 16; /* lanes of a column */
-    UNROLLED for (int n = 0; n < columns; n += 16 / each) {
+    UNROLLED for (int m = 0; m < rows; m += 4) {
         __m512 quarters[4];
-        UNROLLED for (int j = 0; j < 4; j++) {
-            __m512 own[4]; /* of lanes j, j + 4, … of the result */
-            UNROLLED for (int i = 0; i < 4; i++) {
-                const int m = (4 * i + j) % each, column = n + (4 * i + j) / each;
-                own[i] = m < rows && column < columns ? (__m512)sums[column * rows + m] : _mm512_setzero_ps();
-            }
+        UNROLLED for (int n = 0; n < 4; n++) {
+            __m512 own[4]; /* of lanes n, n + 4, … of the result */
+            UNROLLED for (int i = 0; i < 4; i++)
+                own[i] = m + i < rows && n < columns ? (__m512)sums[n * rows + m + i] : _mm512_setzero_ps();
             const __m512 front = ADD_SIDES(f32x4, own[0], own[1], 0x44, 0xee);
             const __m512 back = ADD_SIDES(f32x4, own[2], own[3], 0x44, 0xee);
-            quarters[j] = ADD_SIDES(f32x4, front, back, 0x88, 0xdd);
+            quarters[n] = ADD_SIDES(f32x4, front, back, 0x88, 0xdd);
         }
         const __m512 front = ADD_PAIRED(quarters[0], quarters[1]), back = ADD_PAIRED(quarters[2], quarters[3]);
         const __m512 all = ADD_SIDES(pd, (__m512d)front, (__m512d)back, 0x00, 0xff);
         float lanes[16];
         memcpy(lanes, &all, sizeof lanes);
-        for (int i = 0; i < 16 / each && n + i < columns; i++)
-            memcpy(tile + (n + i) * WIDTH, lanes + i * each, each * sizeof *lanes);
+        UNROLLED for (int i = 0; i < 4; i++) /* what is beyond the last column is overwritten, or nobody reads it */
+            if (m + i < rows) memcpy(tile + (m + i) * ROW_STEP, lanes + 4 * i, 4 * sizeof *lanes);
     }
 #else
     UNROLLED for (int n = 0; n < columns; n++)
-        UNROLLED for (int m = 0; m < rows; m++) tile[n * WIDTH + m] = sum(sums[n * rows + m]);
+        UNROLLED for (int m = 0; m < rows; m++) tile[n * COLUMN_STEP + m * ROW_STEP] = sum(sums[n * rows + m]);
 #endif
 }
 
@@ -220,7 +223,7 @@ INLINE void read_next(int kind, const char *weight, long stride, long after, lon
     if (READS_NEXT) __builtin_prefetch(weight + (after * stride + columns * k) * BYTES[kind] + n * 64, 0, 2);
 }
 
-/* tile[column][row] = x @ weight.T of some columns of the weight, of which there are `count`: the last repeats. Rows of
+/* x @ weight.T of some columns of the weight, of which there are `count`: the last repeats. Rows of
    `x` are `padded + LANES` apart; with `rounded` they are bf16. */
 INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, const struct linear *a, const char *weight,
                 long stride, long count, long after, float *tile) {
@@ -564,7 +567,7 @@ long form(long kind, long rows) {
 #define PASS(ROWS, CALL, ...) \
     case ROWS: \
         for (long n = 0; n < count; n += DOT_COLUMNS(ROWS)) \
-            CALL(__VA_ARGS__, a, weight + n * stride * BYTES[kind], stride, count - n, after, tile + n * WIDTH); \
+            CALL(__VA_ARGS__, a, weight + n * stride * BYTES[kind], stride, count - n, after, tile + n * COLUMN_STEP); \
         return;
 #define DOT(ROWS) PASS(ROWS, dot, kind, rounded, ROWS, DOT_COLUMNS(ROWS), x)
 #define DOT_WORDS(ROWS) PASS(ROWS, dot_words, ROWS, DOT_COLUMNS(ROWS), scale, x)
@@ -608,7 +611,7 @@ static long rows_of_pass(long rows) {
     return (rows + passes - 1) / passes;
 }
 
-/* tile[column][row] of `count` columns of a group, some rows at a time: see `rows_of_team` for how x is laid out. */
+/* `count` columns of a group, some rows at a time: see `rows_of_team` for how x is laid out. */
 static void product(long kind, const float *x, const struct linear *a, const char *weight, long stride, long count,
                     long after, float *tile) {
     const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block, each = rows_of_pass(a->rows);
@@ -624,7 +627,7 @@ static void product(long kind, const float *x, const struct linear *a, const cha
         }
         return;
     }
-    for (long m = 0; m < a->rows; m += each, tile += each) {
+    for (long m = 0; m < a->rows; m += each, tile += each * ROW_STEP) {
         const long rows = a->rows - m < each ? a->rows - m : each;
         const float *own = x + m * (padded + LANES);
         if (kind == FLOAT32) pass_float32(rows, own, a, weight, stride, count, after, tile);
@@ -635,7 +638,52 @@ static void product(long kind, const float *x, const struct linear *a, const cha
     }
 }
 
-/* Scale, bias, activation and residual of `count` results of one matrix from row `n` of it on, and their place. */
+INLINE vec activated(long activation, vec y, vec gate) {
+    if (activation == GELU) return gelu(y);
+    return activation == SWIGLU ? (vec)(y * (gate / (1 + exponential(-gate)))) : y;
+}
+
+#if LANES == 16
+#define MASK(left) ((left) >= 16 ? 0xffff : (1 << (left)) - 1)
+
+/* Some numbers, of which `left` are there. */
+INLINE vec some_of(struct vector v, long i, long left) {
+    if (v.kind == FLOAT32) return (vec)_mm512_maskz_loadu_ps(MASK(left), (const float *)v.data + i);
+    vec found = {0};
+    for (long lane = 0; lane < LANES && lane < left; lane++) found[lane] = at(v, i + lane);
+    return found;
+}
+
+/* Scale, bias, activation and residual of `count` results of one matrix from row `n` of it on, and their place; of "dot"
+   on AVX-512, which has them row by row. */
+static void finish_rows(const struct linear *a, int which, long column, long n, long count, float *tile,
+                        const float *gates) {
+    const struct vector scale = a->weight[which].scale, bias = a->bias[which];
+    const long all = a->columns[0] + a->columns[1] + a->columns[2], gate = a->columns[which];
+    for (long i = 0; i < count; i += LANES) {
+        const long left = count - i;
+        vec of[4] = {(vec){0} + 1, {0}, (vec){0} + 1, {0}};
+        if (scale.data) of[0] = some_of(scale, n + i, left);
+        if (bias.data) of[1] = some_of(bias, n + i, left);
+        if (a->activation == SWIGLU && scale.data) of[2] = some_of(scale, gate + n + i, left);
+        if (a->activation == SWIGLU && bias.data) of[3] = some_of(bias, gate + n + i, left);
+        for (long m = 0; m < a->rows; m++) {
+            vec y = *(const vec *)(tile + m * ROW_STEP + i) * of[0] + of[1];
+            if (a->activation) y = activated(a->activation, y, *(const vec *)(gates + m * ROW_STEP + i) * of[2] + of[3]);
+            if (a->residual) y += some_of((struct vector){(const char *)(a->residual + m * all + column), FLOAT32}, i, left);
+            if (a->out.kind == FLOAT32)
+                _mm512_mask_storeu_ps((float *)a->out.data + m * a->out.stride + column + i, MASK(left), (__m512)y);
+            else
+                for (long lane = 0; lane < LANES && lane < left; lane++) put(a->out, m, column + i + lane, y[lane]);
+        }
+    }
+}
+
+#else
+#define finish_rows finish
+#endif
+
+/* The same of the other forms, which have them column by column. */
 static void finish(const struct linear *a, int which, long column, long n, long count, float *tile, const float *gates) {
     const struct vector scale = a->weight[which].scale, bias = a->bias[which];
     const long all = a->columns[0] + a->columns[1] + a->columns[2], gate = a->columns[which];
@@ -644,14 +692,13 @@ static void finish(const struct linear *a, int which, long column, long n, long 
             vec y = *(const vec *)(tile + m);
             if (scale.data) y *= at(scale, n);
             if (bias.data) y += at(bias, n);
-            if (a->activation == GELU) y = gelu(y);
+            vec z = {0};
             if (a->activation == SWIGLU) {
-                vec z = *(const vec *)(gates + m);
+                z = *(const vec *)(gates + m);
                 if (scale.data) z *= at(scale, gate + n);
                 if (bias.data) z += at(bias, gate + n);
-                y *= z / (1 + exponential(-z));
             }
-            *(vec *)(tile + m) = y;
+            *(vec *)(tile + m) = activated(a->activation, y, z);
         }
     for (long m = 0; m < a->rows; m++) {
         long i = 0;
@@ -790,7 +837,7 @@ static void rows_of_team(const struct linear *a, float *x) {
                     if (tiles) product_amx(kind, (uint16_t *)laid, a, weight, w->stride, count, k, to, sums[gates]);
                     else product(kind, laid, a, weight, w->stride, count, after, sums[gates]);
                 }
-                if (to == padded) finish(a, which, before + n, n, count, sums[0], sums[1]);
+                if (to == padded) (dots && LANES == 16 ? finish_rows : finish)(a, which, before + n, n, count, sums[0], sums[1]);
             }
     }
     if (tiles) end_amx();

@@ -44,7 +44,11 @@ enum { ROW_STEP = 1, COLUMN_STEP = 64 };
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
 #define UNROLLED _Pragma("GCC unroll 24")
+#endif
 #if LANES == 16
 #define HOLD(some) __asm__("" : "+v"(some)) /* in a register: GCC would read it again for each column */
 #else
@@ -893,19 +897,22 @@ static void prepare(const struct decode *a, struct matrix t, long from, long tok
         to[d + 1] = y * cos[d + 1] + x * sin[d + 1];
     }
     if (a->cosine) {
+        vec squares = {0};
         float square = 0;
-        for (long d = 0; d < dim; d++) square += to[d] * to[d];
-        scale /= fmaxf(sqrtf(square), 1e-12f);
+        long d = 0;
+        for (; d + LANES <= dim; d += LANES) squares += *(vec *)(to + d) * *(vec *)(to + d);
+        for (; d < dim; d++) square += to[d] * to[d];
+        scale /= fmaxf(sqrtf(square + sum(squares)), 1e-12f);
     }
     for (long d = 0; d < dim; d++) to[d] *= scale;
 }
 
-/* Attention of up to LANES queries that share their keys, a lane for each. */
-static void attend(const struct decode *a, long row, long kv_head, long first) {
+/* Attention of up to LANES queries that share their keys, a lane for each; own keys and values are prepared. */
+static void attend(const struct decode *a, long row, long kv_head, long first, const float *own_keys, const float *own_values) {
     const long group = a->heads / a->kv_heads, count = group * a->seq - first < LANES ? group * a->seq - first : LANES;
     const long dim = a->dim_head, prompt = row / (a->rows / a->prompts), keys = a->prefix + a->suffix;
     const float *of_bias[LANES], *key[keys + 3], *value[keys];
-    float own[3][a->suffix][dim]; /* a query, keys, values */
+    float query[dim];
     vec laid[dim], weight[keys + 3], most = {0}, total = {0};
     long token[LANES];
 
@@ -914,30 +921,27 @@ static void attend(const struct decode *a, long row, long kv_head, long first) {
         const long s = (first + lane) / group, head = kv_head * group + (first + lane) % group;
         token[lane] = a->suffix - a->seq + s;
         of_bias[lane] = a->bias + (token[lane] * a->heads + head) * keys;
-        prepare(a, a->q, row * a->q_row + s * a->q.stride + head * dim, token[lane], a->scale, own[0][0]);
-        for (long d = 0; d < dim; d++) laid[d][lane] = own[0][0][d];
+        prepare(a, a->q, row * a->q_row + s * a->q.stride + head * dim, token[lane], a->scale, query);
+        for (long d = 0; d < dim; d++) laid[d][lane] = query[d];
     }
     for (long j = 0; j < a->prefix; j++) {
         key[j] = a->prefix_k.data + prompt * a->prefix_k.prompt + j * a->prefix_k.token + kv_head * a->prefix_k.head;
         value[j] = a->prefix_v.data + prompt * a->prefix_v.prompt + j * a->prefix_v.token + kv_head * a->prefix_v.head;
     }
-    for (long j = 0; j < a->suffix; j++) {
-        const long from = row * a->kv_row + kv_head * dim;
-        prepare(a, a->k, from + j * a->k.stride, j, 1, own[1][j]);
-        for (long d = 0; d < dim; d++) own[2][j][d] = at((struct vector){a->v.data, a->v.kind}, from + j * a->v.stride + d);
-        key[a->prefix + j] = own[1][j], value[a->prefix + j] = own[2][j];
-    }
+    for (long j = 0; j < a->suffix; j++)
+        key[a->prefix + j] = own_keys + j * dim, value[a->prefix + j] = own_values + j * dim;
     key[keys] = key[keys + 1] = key[keys + 2] = key[0]; /* four at a time */
+    memset(weight, 0, sizeof weight);
+    for (long lane = 0; lane < count; lane++) {
+        if (a->bias) for (long j = 0; j < keys; j++) weight[j][lane] = of_bias[lane][j];
+        else for (long j = a->prefix + token[lane] + 1; j < keys; j++) weight[j][lane] = -INFINITY;
+    }
     for (long j = 0; j < keys; j += 4) {
         vec sums[4] = {{0}};
         for (long d = 0; d < dim; d++) UNROLLED for (int i = 0; i < 4; i++) sums[i] += key[j + i][d] * laid[d];
-        UNROLLED for (int i = 0; i < 4; i++) weight[j + i] = sums[i];
+        UNROLLED for (int i = 0; i < 4; i++) weight[j + i] += sums[i];
     }
     for (long j = 0; j < keys; j++) {
-        float extra[LANES] = {0};
-        if (a->bias) for (long lane = 0; lane < count; lane++) extra[lane] = of_bias[lane][j];
-        else for (long lane = 0; lane < count; lane++) extra[lane] = j - a->prefix > token[lane] ? -INFINITY : 0;
-        weight[j] += *(vec *)extra;
         if (a->mask && j < a->prefix) weight[j] += a->mask[prompt * a->prefix + j];
         most = j ? choose(weight[j] > most, weight[j], most) : weight[0];
     }
@@ -960,10 +964,20 @@ static void attend(const struct decode *a, long row, long kv_head, long first) {
 
 /* Attention of suffix tokens over a prefix and themselves, by all threads of a team. */
 static void decode_of_team(const struct decode *a) {
-    const long parts = (a->heads / a->kv_heads * a->seq + LANES - 1) / LANES;
-#pragma omp for
-    for (long i = 0; i < a->rows * a->kv_heads * parts; i++)
-        attend(a, i / parts / a->kv_heads, i / parts % a->kv_heads, i % parts * LANES);
+    const long parts = (a->heads / a->kv_heads * a->seq + LANES - 1) / LANES, all = a->rows * a->kv_heads * parts;
+    const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), dim = a->dim_head;
+    float keys[a->suffix][dim], values[a->suffix][dim];
+    for (long i = all * thread / threads, known = -1; i < all * (thread + 1) / threads; i++) {
+        const long row = i / parts / a->kv_heads, kv_head = i / parts % a->kv_heads;
+        const long from = row * a->kv_row + kv_head * dim;
+        for (long j = 0; j < a->suffix && known != i / parts; j++) {
+            prepare(a, a->k, from + j * a->k.stride, j, 1, keys[j]);
+            for (long d = 0; d < dim; d++) values[j][d] = at((struct vector){a->v.data, a->v.kind}, from + j * a->v.stride + d);
+        }
+        known = i / parts;
+        attend(a, row, kv_head, i % parts * LANES, keys[0], values[0]);
+    }
+#pragma omp barrier
 }
 
 void decode_attention(const struct decode *a, long threads) {
@@ -1072,8 +1086,18 @@ struct run {
     double cond_scale, radius;
 };
 
-/* Guidance, prediction to clean estimate, its clamp and the solver's update of a sample; rounded as PyTorch rounds it. */
-static __attribute__((optimize("fp-contract=off"))) void update(const struct run *a, const float *noise, long index, long sample, float *pred) {
+/* Products and sums apart, as PyTorch rounds them. */
+#ifdef __clang__
+#define UNFUSED
+#define UNFUSED_HERE _Pragma("clang fp contract(off)")
+#else
+#define UNFUSED __attribute__((optimize("fp-contract=off")))
+#define UNFUSED_HERE
+#endif
+
+/* Guidance, prediction to clean estimate, its clamp and the solver's update of a sample. */
+static UNFUSED void update(const struct run *a, const float *noise, long index, long sample, float *pred) {
+    UNFUSED_HERE
     const long dim = a->blocks.dim, first = sample * dim;
     const float scale = a->cond_scale, radius = a->radius, *null = a->null + index * dim, *of = a->coefficients + index * 6;
     float *x = a->x + first, *x0 = a->x0 + first, square = 0;

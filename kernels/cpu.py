@@ -602,9 +602,10 @@ def _run_blocks(
 ):  # fmt: skip
     kept = []
     _fit("x", x, *x.shape[:2], sizes[1])
-    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
     given = table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps
-    call = BLOCKS.pack(_address(x, kept), out.data_ptr(), *_numbers_of_blocks(*x.shape[:2], *given, kept))
+    numbers = _numbers_of_blocks(*x.shape[:2], *given, kept)
+    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
+    call = BLOCKS.pack(_address(x, kept), out.data_ptr(), *numbers)
     _check(_library().run_blocks(call, torch.get_num_threads()), x)
     return out
 

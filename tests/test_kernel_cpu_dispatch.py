@@ -282,7 +282,7 @@ def test_compiled(backend):
                 return graph
 
         got = torch.compile(all_of_it, fullgraph=True, backend=backend)(inputs, decode, x, cache)
-        torch.testing.assert_close(got, all_of_it(inputs, decode, x, cache), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, all_of_it(inputs, decode, x, cache), rtol=1e-5, atol=5e-6)
     for graph in graphs:
         names = {str(node.target) for node in graph.graph.nodes}
         assert {"fastprior.cpu_linear.default", "fastprior.cpu_decode.default", "fastprior.cpu_blocks.default"} <= names

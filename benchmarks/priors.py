@@ -14,7 +14,7 @@ from fastprior.layers import l2norm
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_runs import guided_step
 from fastprior.prior_transformer import PriorTransformer
-from fastprior.sampler import denoise_step, prefill, step_inputs
+from fastprior.sampler import denoise_step, prefill, prepare_run, step_inputs
 
 D2_SMALL = dict(dim=768, depth=12, dim_head=64, heads=12, max_text_len=77, normformer=True, num_timesteps=1000)
 D2_LARGE = D2_SMALL | dict(depth=24, heads=32, max_text_len=256)  # LAION's prior for ViT-L/14
@@ -115,8 +115,12 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
     with torch.no_grad():
         times, null_preds, rows = step_inputs(net, plan)
         cond = prefill(net, plan, text(1, device), times)
-    run = buckets.compiled(denoise_step) if compile else denoise_step
+        by_calls = prepare_run(net, plan, cond, null_preds, rows, 1.0, 1)
     x, x0, noise = torch.randn(3, 1, net.dim, device=device)
+    if by_calls is not None:  # which is then what runs of this network consist of
+        by_calls.start(x)
+        return lambda: by_calls(2, [noise]), step_weights(net), plan.suffix_tokens
+    run = buckets.compiled(denoise_step) if compile else denoise_step
     scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
     given = net, cond, null_preds, rows, scale, x, x0, noise, index, plan.clamp, plan.radius
     return torch.no_grad()(lambda: run(*given)[0]), step_weights(net), plan.suffix_tokens

@@ -64,7 +64,7 @@ def _fast_paths() -> list[tuple[str, str]]:
     import torch
 
     from fastprior import DiffusionPrior, DiffusionPriorNetwork
-    from fastprior.kernels import ops
+    from fastprior.kernels import cpu_library, ops
 
     net = DiffusionPriorNetwork(dim=8, depth=1, dim_head=8, heads=1, max_text_len=2)
     plan = DiffusionPrior(net, image_embed_dim=8, timesteps=8, cond_drop_prob=0.1).eval().sampling_plan(8, 2.0)
@@ -81,7 +81,7 @@ def _fast_paths() -> list[tuple[str, str]]:
     rows.append(("torch.compile", f"{found}; {serving}"))
 
     forced = f"off, FASTPRIOR_KERNELS={ops.forced()}" if ops.forced() else None
-    why = forced or (ops.cpu.unavailable() and f"off, {ops.cpu.unavailable()}")
+    why = forced or (cpu_library.unavailable() and f"off, {cpu_library.unavailable()}")
     most = (f"{ops.cpu.most_tokens(dtype)} in {str(dtype).removeprefix('torch.')}" for dtype in ops.cpu.KINDS)
     rows.append(("CPU kernels", why or f"on, for as many tokens at once: {', '.join(most)}"))
 

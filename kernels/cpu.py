@@ -1,22 +1,10 @@
-"""Linears of few rows, their attention, and whole blocks of both on the CPU: `cpu.c`, compiled at first use.
-
-It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
-"""
+"""Linears of few rows, their attention, whole blocks of both, and whole steps of a run on the CPU: calls of `cpu.c`."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
 import itertools
-import os
-import platform
-import shlex
 import struct
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,115 +13,14 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import huge_pages
+from .cpu_library import KINDS, library, most_rows
 
-SOURCE = Path(__file__).with_name("cpu.c")
-FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
 FLOATS = torch.float32, torch.bfloat16
-OMP_PAUSE_SOFT = 1
 CLAMPS = {None: 0, "range": 1, "l2": 2}
 LINEAR, DECODE, BLOCKS = struct.Struct("=42qd"), struct.Struct("=36qd"), struct.Struct("=48qdd")  # of the source
 RUN = struct.Struct(f"{BLOCKS.format}8qdd")
 MAX_DIM_HEAD, MAX_KEYS, MAX_OWN = 256, 4096, 2**16  # of attention: its threads keep keys, own ones in full, on stacks
-
-
-def _cache_dir() -> Path:
-    given = os.environ.get("FASTPRIOR_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
-
-
-def _machine() -> str:
-    """What native code depends on: a home directory may be shared by machines that differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
-
-
-def build() -> Path:
-    """Compile the source unless it was: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
-
-    Its hash stands behind it in the file, so that what a crash or a full disk left of one is made again.
-
-    Raises:
-        OSError, RuntimeError: there is no compiler, or no place to write to.
-        subprocess.CalledProcessError: the compiler refuses.
-    """
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
-    parts = SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _machine().encode()
-    path = _cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
-    if not _is_whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
-        os.close(handle)
-        try:
-            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", part, "-lm"], check=True, capture_output=True)
-            digest = hashlib.sha256(Path(part).read_bytes()).digest()
-            with open(part, "ab") as file:
-                file.write(digest)
-            os.replace(part, path)  # whole or not at all, whoever else compiles
-        except BaseException:
-            os.unlink(part)
-            raise
-    return path
-
-
-_loaded: ctypes.CDLL | str | None = None
-_most_rows: dict[torch.dtype, int] = {}
-
-
-def _load() -> None:
-    """Make the library, or why there is none, and how many rows it takes, known."""
-    global _loaded
-    try:
-        _loaded = ctypes.CDLL(str(build()))
-    except subprocess.CalledProcessError as error:
-        _loaded = f"{error.cmd[0]} failed: {error.stderr.decode(errors='replace').strip()[:300]}"
-    except (OSError, RuntimeError) as error:  # a user without a home directory is a RuntimeError
-        _loaded = f"no C compiler, or no place for what it makes: {error}"
-    else:
-        for function in (_loaded.linear, _loaded.decode_attention, _loaded.run_blocks):
-            function.argtypes = ctypes.c_char_p, ctypes.c_long
-        _loaded.run_steps.argtypes = ctypes.c_char_p, ctypes.c_char_p, *(ctypes.c_long,) * 3
-        _loaded.most_rows.restype = ctypes.c_long
-        # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
-        os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
-        _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())
-
-
-def unavailable() -> str | None:
-    """Why PyTorch computes in place of these kernels; None where it does not."""
-    if _loaded is None:
-        _load()
-    return _loaded if isinstance(_loaded, str) else None
-
-
-def _library() -> ctypes.CDLL:
-    if unavailable():
-        raise RuntimeError(f"the CPU kernels cannot be compiled: {_loaded}")
-    return _loaded
-
-
-def most_rows(dtype: torch.dtype) -> int:
-    """The most rows that are computed with weights of this dtype here; 0 for none."""
-    if _loaded is None:
-        _load()
-    return _most_rows.get(dtype, 0)
-
-
-# what torch.compiler.assume_constant_result marks; it would import all of torch.compile, which takes 1.5 s
-most_rows._dynamo_marked_constant = True
 
 
 def most_tokens(dtype: torch.dtype) -> int:
@@ -443,7 +330,7 @@ def _run(
         raise ValueError(f"weight has {len(weight)} rows, beside {more}; 'swiglu' needs one weight of an even number")
     if (stream is None) != (stream_gain is None):
         raise ValueError("stream and stream_gain must be given together")
-    library = _library()
+    run = library().linear
     _fit_rows(len(of_x))
     _fit("weight", weight, len(weight), dim)
     _fit("beside", beside, more, dim)
@@ -462,7 +349,7 @@ def _run(
         _address(stream, kept), _address(residual, kept), total.data_ptr(),
         columns - more, more, 0, *of_x.shape, ACTIVATIONS[activation], eps,
     )  # fmt: skip
-    _check(library.linear(call, torch.get_num_threads()), x)
+    _check(run(call, torch.get_num_threads()), x)
     return out, total
 
 
@@ -537,7 +424,7 @@ def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask
     _fit("prefix_v", prefix_v, *prefix_k.shape)
     _fit_attention(rows, heads, seq, k.shape[1], dim_head, prefix_k, cos, sin, bias, mask)
     bias = None if bias is None else bias.expand(-1, heads, -1)
-    _library().decode_attention(
+    library().decode_attention(
         DECODE.pack(
             q.data_ptr(), kind, q.stride(1), k.data_ptr(), kind, k.stride(1), v.data_ptr(), kind, v.stride(1),
             out.data_ptr(), kind, out.shape[-1], *_cache(prefix_k, kept), *_cache(prefix_v, kept),
@@ -606,7 +493,7 @@ def _run_blocks(
     numbers = _numbers_of_blocks(*x.shape[:2], *given, kept)
     out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
     call = BLOCKS.pack(_address(x, kept), out.data_ptr(), *numbers)
-    _check(_library().run_blocks(call, torch.get_num_threads()), x)
+    _check(library().run_blocks(call, torch.get_num_threads()), x)
     return out
 
 
@@ -674,7 +561,7 @@ class Run:
 
     def __init__(self, call: bytes, x: Tensor, x0: Tensor, kept: object, steps: int):
         self.x, self.steps = x, steps
-        self._x0, self._call, self._kept, self._run = x0, call, kept, _library().run_steps
+        self._x0, self._call, self._kept, self._run = x0, call, kept, library().run_steps
 
     def start(self, x: Tensor) -> None:
         """Begin at x (samples, dim)."""

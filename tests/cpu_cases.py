@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastprior import layers, prior_blocks
-from fastprior.kernels import cpu, ops, reference
+from fastprior.kernels import cpu, cpu_library, ops, reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EPS = torch.finfo(FP32).eps
@@ -27,20 +27,22 @@ DOT, ROUNDED, OUTER, TILES = range(4)
 
 def form(dtype, rows):
     """How a linear of so many rows of weights of a dtype is computed here."""
-    return DOT if cpu.unavailable() else cpu._library().form(cpu.KINDS[dtype], rows)
+    return DOT if cpu_library.unavailable() else cpu_library.library().form(cpu.KINDS[dtype], rows)
 
 
 HAS_TILES = form(FP32, 64) == TILES
-NEEDS_KERNELS = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no CPU kernels: {cpu.unavailable()}")
+NEEDS_KERNELS = pytest.mark.skipif(
+    cpu_library.unavailable() is not None, reason=f"no CPU kernels: {cpu_library.unavailable()}"
+)
 
 
 @contextlib.contextmanager
 def built(flags=None, **environment):
     """The kernels as a process finds them that has not asked for them yet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_loaded", None)
-        patch.setattr(cpu, "_most_rows", {})
-        patch.setattr(cpu, "FLAGS", flags or cpu.FLAGS)
+        patch.setattr(cpu_library, "_loaded", None)
+        patch.setattr(cpu_library, "_most_rows", {})
+        patch.setattr(cpu_library, "FLAGS", flags or cpu_library.FLAGS)
         for name, value in environment.items():
             patch.setenv(name, str(value))
         yield

@@ -51,10 +51,10 @@ from cpu_cases import (
 from torch import nn
 
 from fastprior import prior_blocks
-from fastprior.kernels import cpu, reference
+from fastprior.kernels import cpu, cpu_library, reference
 
-HASWELL = tuple("-march=haswell" if flag == "-march=native" else flag for flag in cpu.FLAGS)
-WITHOUT_TILES = *cpu.FLAGS, "-mno-amx-tile", "-mno-amx-bf16"
+HASWELL = tuple("-march=haswell" if flag == "-march=native" else flag for flag in cpu_library.FLAGS)
+WITHOUT_TILES = *cpu_library.FLAGS, "-mno-amx-tile", "-mno-amx-bf16"
 
 pytestmark = NEEDS_KERNELS
 
@@ -62,8 +62,8 @@ pytestmark = NEEDS_KERNELS
 @pytest.fixture(scope="session")
 def haswell(tmp_path_factory):
     with built(HASWELL, FASTPRIOR_CACHE=tmp_path_factory.mktemp("haswell")):
-        assert cpu.unavailable() is None and cpu.most_rows(FP32) == 32
-        return cpu._loaded, cpu._most_rows
+        assert cpu_library.unavailable() is None and cpu.most_rows(FP32) == 32
+        return cpu_library._loaded, cpu_library._most_rows
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +71,8 @@ def without_tiles(tmp_path_factory):
     if not HAS_TILES:
         pytest.skip("as native: this processor multiplies no tiles")
     with built(WITHOUT_TILES, FASTPRIOR_CACHE=tmp_path_factory.mktemp("without_tiles")):
-        assert cpu.unavailable() is None and form(FP32, 64) == DOT
-        return cpu._loaded, cpu._most_rows
+        assert cpu_library.unavailable() is None and form(FP32, 64) == DOT
+        return cpu_library._loaded, cpu_library._most_rows
 
 
 @pytest.fixture(params=["native", *(pytest.param(name, marks=ON_X86) for name in ("haswell", "without_tiles"))])
@@ -80,8 +80,8 @@ def build(request, monkeypatch):
     """The instruction sets of x86, where this machine has them."""
     if request.param != "native":
         loaded, most_rows = request.getfixturevalue(request.param)
-        monkeypatch.setattr(cpu, "_loaded", loaded)
-        monkeypatch.setattr(cpu, "_most_rows", most_rows)
+        monkeypatch.setattr(cpu_library, "_loaded", loaded)
+        monkeypatch.setattr(cpu_library, "_most_rows", most_rows)
 
 
 @pytest.fixture

@@ -36,9 +36,9 @@ from cpu_cases import (
     through_reference,
 )
 
-from fastprior.kernels import cpu, ops, reference
+from fastprior.kernels import cpu, cpu_library, ops, reference
 
-QUICK = *(flag for flag in cpu.FLAGS if flag != "-O3"), "-O0"  # to compile
+QUICK = *(flag for flag in cpu_library.FLAGS if flag != "-O3"), "-O0"  # to compile
 
 pytestmark = NEEDS_KERNELS
 
@@ -118,7 +118,7 @@ def goes_on(words):
     assert (
         relative_error(step(make_transformer(), *tokens), through_reference(step, make_transformer(), *tokens)) < 1e-5
     )
-    assert words in cpu.unavailable()
+    assert words in cpu_library.unavailable()
     with pytest.raises(RuntimeError, match="the CPU kernels cannot be compiled"):
         cpu.linear(**inputs)
 
@@ -146,12 +146,12 @@ def test_a_compiler_that_refuses(tmp_path):
 
 def test_a_compiler_with_arguments(tmp_path):
     with built(QUICK, CC="env cc -g0", FASTPRIOR_CACHE=tmp_path):
-        assert cpu.unavailable() is None
+        assert cpu_library.unavailable() is None
 
 
 @ON_X86
 def test_a_machine_without_vectors(tmp_path):
-    flags = tuple(flag.replace("native", "x86-64") for flag in cpu.FLAGS)
+    flags = tuple(flag.replace("native", "x86-64") for flag in cpu_library.FLAGS)
     with built(flags, FASTPRIOR_CACHE=tmp_path):
         goes_on("neither AVX2 nor NEON")
 
@@ -174,20 +174,20 @@ def test_no_place_to_write_to(tmp_path, monkeypatch):
 
 def test_a_cache_that_was_filled_is_only_read(tmp_path):
     with built(QUICK, FASTPRIOR_CACHE=tmp_path):
-        path = cpu.build()
+        path = cpu_library.build()
         refuses = refusing(tmp_path, '[ "$1" = --version ] && exec cc --version\nexit 1\n')
         with built(QUICK, CC=refuses):
-            assert cpu.build() == path and cpu.unavailable() is None
+            assert cpu_library.build() == path and cpu_library.unavailable() is None
 
 
 def test_a_broken_library_is_made_again(tmp_path):
     """As a crash or a full disk leaves it: a loader that maps half of one would die at its first page."""
     with built(QUICK, FASTPRIOR_CACHE=tmp_path):
-        path = cpu.build()
+        path = cpu_library.build()
         whole = path.read_bytes()
         for left in b"", b"no", whole[: len(whole) // 2], whole[:4096] + bytes(len(whole) - 4096):
             path.write_bytes(left)
-            assert cpu.build() == path and len(path.read_bytes()) == len(whole)
+            assert cpu_library.build() == path and len(path.read_bytes()) == len(whole)
         check_linear(make(3, 23, 77))
 
 
@@ -196,7 +196,7 @@ def test_a_broken_library_is_made_again(tmp_path):
 
 def sanitized():
     """For a process that has the sanitizer: shapes at every border, and at last a weight that is shorter than said."""
-    assert cpu.unavailable() is None, cpu.unavailable()
+    assert cpu_library.unavailable() is None, cpu_library.unavailable()
     for dtypes, rows, shape in itertools.product(("fp32", "bf16", "int8"), (1, 3, 6, 7, 17, 32, 64, 67), SHAPES[::2]):
         if rows <= cpu.most_rows(FP32):
             for options in "all-swiglu", "all-gelu":

@@ -206,9 +206,9 @@ def test_the_most_own_keys(calls):
 def test_the_environment_forbids_them():
     program = """
 import torch
-from fastprior.kernels import cpu, ops
+from fastprior.kernels import cpu_library, ops
 ops.linear(torch.ones(2, 8), torch.ones(3, 8))
-assert cpu._loaded is None
+assert cpu_library._loaded is None
 """
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | dict(FASTPRIOR_KERNELS="reference"))
 

@@ -7,7 +7,7 @@ from cpu_cases import NEEDS_KERNELS
 
 from fastprior import PriorPipeline, PriorSampler, PriorTransformer
 from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.kernels import cpu
+from fastprior.kernels import cpu, cpu_library
 from fastprior.pipeline_parts import TextEncoding
 
 pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(torch.float32) < 18, reason="these runs have 18 tokens")]
@@ -33,8 +33,8 @@ class Counted:
 @pytest.fixture
 def count(monkeypatch):
     """How often something calls blocks and steps in C; it must call nothing else there but linears outside of them."""
-    counted = Counted(cpu._library())
-    monkeypatch.setattr(cpu, "_loaded", counted)
+    counted = Counted(cpu_library.library())
+    monkeypatch.setattr(cpu_library, "_loaded", counted)
 
     def count(run) -> tuple[int, int]:
         run()  # compiles

@@ -9,7 +9,7 @@ from conftest import make_prior, make_text, relative_error, sample
 from soak import BATCH_SIZES, OPTIONS, soak
 
 from fastprior import graphs, serving
-from fastprior.kernels import cpu
+from fastprior.kernels import cpu_library
 from fastprior.serving import PriorSampler
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
@@ -57,7 +57,7 @@ def test_compiled_once_for_all_scales_prompts_and_seeds(dtype, self_cond):
     counters.clear()
     sampler = PriorSampler(prior, batch_sizes=(2, 4), timesteps=8, dtype=dtype)
     assert list(sampler.warmup()) == [2, 4]
-    assert bool(counters["stats"].get("unique_graphs")) == (self_cond or cpu.unavailable() is not None)
+    assert bool(counters["stats"].get("unique_graphs")) == (self_cond or cpu_library.unavailable() is not None)
     counters.clear()
     for prompts, scale, seed in ((1, 1.0, 1), (2, 3.0, 2), (3, 1.5, 3), (4, 7.0, 4)):
         got = call(sampler, text, slice(prompts), cond_scale=scale, seed=seed)

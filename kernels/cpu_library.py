@@ -1,0 +1,126 @@
+"""`cpu.c` as a library: compiled at first use and kept.
+
+It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as the source counts them
+OMP_PAUSE_SOFT = 1
+
+
+def _cache_dir() -> Path:
+    given = os.environ.get("FASTPRIOR_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
+
+
+def _machine() -> str:
+    """What native code depends on: a home directory may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def build() -> Path:
+    """Compile the source unless it was: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
+
+    Its hash stands behind it in the file, so that what a crash or a full disk left of one is made again.
+
+    Raises:
+        OSError, RuntimeError: there is no compiler, or no place to write to.
+        subprocess.CalledProcessError: the compiler refuses.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
+    parts = SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _machine().encode()
+    path = _cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    if not _is_whole(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
+        os.close(handle)
+        try:
+            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", part, "-lm"], check=True, capture_output=True)
+            digest = hashlib.sha256(Path(part).read_bytes()).digest()
+            with open(part, "ab") as file:
+                file.write(digest)
+            os.replace(part, path)  # whole or not at all, whoever else compiles
+        except BaseException:
+            os.unlink(part)
+            raise
+    return path
+
+
+_loaded: ctypes.CDLL | str | None = None
+_most_rows: dict[torch.dtype, int] = {}
+
+
+def _load() -> None:
+    """Make the library, or why there is none, and how many rows it takes, known."""
+    global _loaded
+    try:
+        _loaded = ctypes.CDLL(str(build()))
+    except subprocess.CalledProcessError as error:
+        _loaded = f"{error.cmd[0]} failed: {error.stderr.decode(errors='replace').strip()[:300]}"
+    except (OSError, RuntimeError) as error:  # a user without a home directory is a RuntimeError
+        _loaded = f"no C compiler, or no place for what it makes: {error}"
+    else:
+        for function in (_loaded.linear, _loaded.decode_attention, _loaded.run_blocks):
+            function.argtypes = ctypes.c_char_p, ctypes.c_long
+        _loaded.run_steps.argtypes = ctypes.c_char_p, ctypes.c_char_p, *(ctypes.c_long,) * 3
+        _loaded.most_rows.restype = ctypes.c_long
+        # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
+        os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
+        _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())
+
+
+def unavailable() -> str | None:
+    """Why PyTorch computes in place of these kernels; None where it does not."""
+    if _loaded is None:
+        _load()
+    return _loaded if isinstance(_loaded, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """Its functions.
+
+    Raises:
+        RuntimeError: it cannot be compiled.
+    """
+    if unavailable():
+        raise RuntimeError(f"the CPU kernels cannot be compiled: {_loaded}")
+    return _loaded
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """The most rows that are computed with weights of this dtype here; 0 for none."""
+    if _loaded is None:
+        _load()
+    return _most_rows.get(dtype, 0)
+
+
+# what torch.compiler.assume_constant_result marks; it would import all of torch.compile, which takes 1.5 s
+most_rows._dynamo_marked_constant = True

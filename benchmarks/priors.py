@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import dalle2_pytorch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastprior
 from fastprior import buckets
@@ -14,7 +15,7 @@ from fastprior.layers import l2norm
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_runs import guided_step
 from fastprior.prior_transformer import PriorTransformer
-from fastprior.sampler import denoise_step, prefill, prepare_run, step_inputs
+from fastprior.sampler import STEPS_AT_ONCE, denoise_step, prefill, prepare_run, step_inputs
 
 D2_SMALL = dict(dim=768, depth=12, dim_head=64, heads=12, max_text_len=77, normformer=True, num_timesteps=1000)
 D2_LARGE = D2_SMALL | dict(depth=24, heads=32, max_text_len=256)  # LAION's prior for ViT-L/14
@@ -101,11 +102,12 @@ def step_weights(net: nn.Module) -> int:
     return sum(p.numel() for module in read for p in module.parameters() if p.ndim == 2)
 
 
-def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tuple[Callable[[], Tensor], int, int]:
-    """One step at batch 1, without guidance (that of D2 reads one row of a table more).
+def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tuple[Callable[[], Any], int, int, int]:
+    """Steps at batch 1, without guidance (which reads one row of a table more of D2).
 
     Returns:
-        what runs it, for as often as wanted; its weights, each read once; the tokens that go through them.
+        what runs them, for as often as wanted; how many: one, or where runs make several in a call as many; the weights
+        that each reads once; the tokens that go through them.
     """
     if model == "PT-1B":
         return _pt_step(dtype, device, compile)
@@ -117,16 +119,17 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
         cond = prefill(net, plan, text(1, device), times)
         by_calls = prepare_run(net, plan, cond, null_preds, rows, 1.0, 1)
     x, x0, noise = torch.randn(3, 1, net.dim, device=device)
-    if by_calls is not None:  # which is then what runs of this network consist of
+    if by_calls is not None:
         by_calls.start(x)
-        return lambda: by_calls(2, [noise]), step_weights(net), plan.suffix_tokens
+        several = [None] * STEPS_AT_ONCE
+        return lambda: by_calls(0, several), len(several), step_weights(net), plan.suffix_tokens
     run = buckets.compiled(denoise_step) if compile else denoise_step
     scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
     given = net, cond, null_preds, rows, scale, x, x0, noise, index, plan.clamp, plan.radius
-    return torch.no_grad()(lambda: run(*given)[0]), step_weights(net), plan.suffix_tokens
+    return torch.no_grad()(lambda: run(*given)), 1, step_weights(net), plan.suffix_tokens
 
 
-def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], Tensor], int, int]:
+def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], Any], int, int, int]:
     prior = pt_prior(device).to(dtype)
     schedule = DiffusersSchedule("UnCLIPScheduler", **UNCLIP)
     table = schedule.table(25)
@@ -139,4 +142,4 @@ def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], Te
     scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
     rows = table.rows.to(device, torch.float32)
     given = prior, cond, rows, scale, x, x0, noise, index, 0, schedule.clamp, schedule.radius, table.uses_prediction
-    return torch.no_grad()(lambda: run(*given)[0]), step_weights(prior), 3
+    return torch.no_grad()(lambda: run(*given)), 1, step_weights(prior), 3

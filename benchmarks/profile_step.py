@@ -22,7 +22,7 @@ def table(model: str, device: torch.device) -> str:
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float16
     with ops.using("triton"):
-        step, weights, _ = priors.step_of(model, dtype, device, compile=on_gpu)
+        step, _, weights, _ = priors.step_of(model, dtype, device, compile=on_gpu)
         for _ in range(3):
             step()
         with profile(

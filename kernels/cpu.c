@@ -58,6 +58,7 @@ enum { ROW_STEP = 1, COLUMN_STEP = 64 };
 enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
 enum { NONE, GELU, SWIGLU };
 enum { WIDTH = 64 /* rows of a tile */, GROUP = 24 /* columns that several passes of rows share in a cache */ };
+enum { BETWEEN = 5 * LANES /* numbers between rows of x, which a cache keeps in different places then */ };
 enum { BESIDE = LANES == 8 ? 2 : 0 /* rows, few enough for "dot" beside a whole vector of others */, FLUSH = 512 /* numbers */ };
 enum { AHEAD_OUTER = 256, AHEAD_AMX = 512, AHEAD_ROWS = 128, AHEAD_NEXT = 12 << 10, CACHED = 5 << 18 }; /* bytes */
 #if defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
@@ -228,7 +229,7 @@ INLINE void read_next(int kind, const char *weight, long stride, long after, lon
 }
 
 /* x @ weight.T of some columns of the weight, of which there are `count`: the last repeats. Rows of
-   `x` are `padded + LANES` apart; with `rounded` they are bf16. */
+   `x` are `padded + BETWEEN` apart; with `rounded` they are bf16. */
 INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, const struct linear *a, const char *weight,
                 long stride, long count, long after, float *tile) {
     vec sums[SUMS];
@@ -248,7 +249,7 @@ INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, co
             vec parts[4];
             UNROLLED for (int n = 0; n < columns; n++) parts[n] = rounded ? (vec)own[n] : part(kind, own[n], j);
             UNROLLED for (int m = 0; m < rows; m++) {
-                vec some = *(const vec *)(x + m * (padded + LANES) + (rounded ? k / 2 : k + j * LANES));
+                vec some = *(const vec *)(x + m * (padded + BETWEEN) + (rounded ? k / 2 : k + j * LANES));
                 HOLD(some);
                 UNROLLED for (int n = 0; n < columns; n++) {
                     vec *to = &sums[n * rows + m];
@@ -633,7 +634,7 @@ static void product(long kind, const float *x, const struct linear *a, const cha
     }
     for (long m = 0; m < a->rows; m += each, tile += each * ROW_STEP) {
         const long rows = a->rows - m < each ? a->rows - m : each;
-        const float *own = x + m * (padded + LANES);
+        const float *own = x + m * (padded + BETWEEN);
         if (kind == FLOAT32) pass_float32(rows, own, a, weight, stride, count, after, tile);
         else if (rounds(kind, a->rows)) pass_rounded(rows, own, a, weight, stride, count, after, tile);
         else if (kind == BFLOAT16) pass_bfloat16(rows, own, a, weight, stride, count, after, tile);
@@ -762,12 +763,12 @@ static long rows_at_once(long rows) {
 static long parts_of_sum(long rows, long padded) { return ((rows + 15) / 16 * 16 * padded * 6 - 1) / CACHED + 1; }
 
 /* Numbers of room that a linear needs: for the fewest rows each thread lays them out for itself, without a meeting. */
-static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 5 * LANES) + WIDTH; }
+static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 4 * LANES + BETWEEN) + WIDTH; }
 static long room(long rows, long dim, long columns, long threads) {
     const long few = rows < MOST_DOTS ? rows : MOST_DOTS, own = threads * room_of_thread(few, dim); /* a last layer's */
     const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
     const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 32 * threads) * 2 * WIDTH : 0;
-    const long shared = amx ? once * (padded + LANES + 3 * padded / 2) + sums : room_of_thread(once, dim);
+    const long shared = amx ? once * (padded + BETWEEN + 3 * padded / 2) + sums : room_of_thread(once, dim);
     return shared > own ? shared : own;
 }
 
@@ -778,7 +779,7 @@ static void rows_of_team(const struct linear *a, float *x) {
     const int tiles = the_form == IS_AMX, dots = !tiles && the_form != IS_OUTER, rounded = the_form == IS_ROUNDED_DOT;
     const int alone = dots && rows <= MOST_DOTS, words = HAS_WORDS && dots && kind == INT8;
     const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
-    const long stride = padded + LANES; /* rows that a cache keeps in different places */
+    const long stride = padded + BETWEEN;
     if (alone) x += thread * room_of_thread(rows, dim);
     float *laid = dots && (span == 1 || rounded) ? x : x + rows * stride;
 

@@ -301,16 +301,6 @@ class Attention(nn.Module):
         y = ops.linear(x, self.to_q.weight, **weights, **norm)
         return y.unflatten(-1, (-1, dim_head)).split((self.heads, 1, 1), dim=-2)
 
-    def prepared(self, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Keys and values as `decode_attention` takes those of a prefix: at least fp32, rotated, normalised."""
-        k, v = map(reference.at_least_fp32, (k, v))
-        return reference.prepare_heads(k, rotary, self.cosine_sim), v
-
-    def cached(self, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """The same with the null ones in front."""
-        pairs = zip(self.prepared(*self.null_kv[:, None, None], None), self.prepared(k, v, rotary))
-        return tuple(torch.cat((null.expand(len(t), 1, 1, -1), t), dim=1) for null, t in pairs)
-
     def forward(self, x: Tensor, mask: Tensor | None = None, attn_bias: Tensor | None = None) -> Tensor:
         """Attend.
 
@@ -456,37 +446,51 @@ class CausalTransformer(nn.Module):
     def prefill(self, x: Tensor, suffix: int) -> KVCache:
         """Run the prefix x (prompts, prefix, dim) and return what `suffix` tokens after it need."""
         prefix, blocks = x.shape[1], self.prepared() if x.is_cpu else None
-        x, end = self.init_norm(x), prefix + suffix
-        k, v = (torch.stack(t) for t in zip(*(self._cache_by_blocks(x, blocks) or self._cache(x))))
+        x, end, rotary = self.init_norm(x), prefix + suffix, self._rotary(0, prefix)
+        null = reference.at_least_fp32(torch.stack([attn.null_kv for attn, _ in self.layers]))  # (depth, 2, dim_head)
+        null = self._as_prefix(null[:, None, None, :, None], None)
+        found = self._keys_values_by_blocks(x, blocks, null, rotary)
+        own = self._as_prefix(self._keys_values(x, rotary) if found is None else found, rotary)
+        k, v = (torch.cat((n.expand(-1, len(x), -1, -1, -1), t), dim=2) for n, t in zip(null, own))
         return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end), blocks)
 
-    def _cache(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer for a prefix, see `Attention.cached`."""
-        bias, rotary, cache = self._attention_bias(x.shape[1], x), self._rotary(0, x.shape[1]), []
+    def _as_prefix(self, kv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Keys and values as `decode_attention` takes those of a prefix, rotated and normalised.
+
+        Args:
+            kv: (depth, prompts, seq, 2, 1, dim_head), at least fp32.
+        Returns:
+            Both (depth, prompts, seq, 1, dim_head).
+        """
+        k, v = kv.unbind(3)
+        return reference.prepare_heads(k, rotary, self.layers[0][0].cosine_sim), v
+
+    def _keys_values(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        """Keys and values of all layers for a prefix, (depth, prompts, seq, 2, 1, dim_head), at least fp32."""
+        bias, found = self._attention_bias(x.shape[1], x), []
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
             kv = attn.keys_values(h)
-            cache.append(attn.cached(*kv, rotary))
+            found.append(torch.stack(kv, dim=2))
             if index < len(self.layers) - 1:
                 x = attn.attend(attn.queries(h), *kv, rotary, bias, residual=x)
                 x = ff(x) + x
-        return cache
+        return reference.at_least_fp32(torch.stack(found))
 
-    def _cache_by_blocks(self, x: Tensor, blocks: ops.Blocks | None) -> list[tuple[Tensor, Tensor]] | None:
+    def _keys_values_by_blocks(
+        self, x: Tensor, blocks: ops.Blocks | None, null: tuple[Tensor, Tensor], rotary: Rotary | None
+    ) -> Tensor | None:
         """The same by `ops.run_blocks`, for which the null keys are the prefix; None where it does not compute this."""
         if blocks is None:
             return None
-        seq, rotary, found = x.shape[1], self._rotary(0, x.shape[1]), []
-        null = zip(*(attn.prepared(*attn.null_kv[:, None, None], None) for attn, _ in self.layers))
-        null = [torch.stack(t)[:, None] for t in null]  # (depth, 1, 1, 1, dim_head)
+        seq, found = x.shape[1], []
         around = dict(outputs=0, rotary=rotary, bias=self._bias(0, seq, x.device))
         for part in x.split(max(1, ops.most_tokens(blocks) // seq)):
             kv = ops.run_blocks(part, blocks, *(t.expand(-1, len(part), -1, -1, -1) for t in null), **around)
             if kv is None:
                 return None
             found.append(kv)
-        kv = torch.cat(found, dim=1)  # (depth, prompts, seq, 2, 1, dim_head)
-        return [attn.cached(*pair.unbind(2), rotary) for (attn, _), pair in zip(self.layers, kv)]
+        return torch.cat(found, dim=1)
 
     def share(self, cache: KVCache, layout: RowLayout) -> KVCache:
         """The cache for steps whose rows hold several samples of a prompt."""

@@ -347,11 +347,11 @@ class PriorSampler:
         rows = len(text_cond["text_embed"]) * self.samples_per_prompt
         graph = self._graph(batch) if self.graphs else None
         padded = self._padded(text_cond, batch)
-        numbers = iter(range(len(self.plan.table) + 1))
+        numbers, padding = iter(range(len(self.plan.table) + 1)), batch * self.samples_per_prompt - rows
 
         def draw() -> Tensor:
             noise = draws(next(numbers))[first_row : first_row + rows]
-            return F.pad(noise, (0, 0, 0, batch * self.samples_per_prompt - rows))
+            return F.pad(noise, (0, 0, 0, padding)) if padding else noise
 
         if graph is not None:
             graph.begin(padded, scale)

@@ -198,10 +198,10 @@ INLINE vec gelu(vec x) {
     return x * choose(x < 0, tail, 1 - tail);
 }
 
-/* What to prefetch while at k of some columns: what is read some bytes later, perhaps of the columns after these. */
-INLINE long look_ahead(const struct linear *a, int kind, long k, long columns, long stride, long bytes) {
-    const long at = k * BYTES[kind] + bytes, length = a->dim * BYTES[kind];
-    return at < length ? at : at - length + columns * stride * BYTES[kind];
+/* What to prefetch while at some byte of columns: what is read some bytes later, perhaps of the columns after these. */
+INLINE long look_ahead(long at, long bytes, long length, long columns, long stride) {
+    at += bytes;
+    return at < length ? at : at - length + columns * stride;
 }
 
 /* Products of bf16 and their sums in pairs are the fastest where there are instructions for them; x is rounded to bf16
@@ -223,9 +223,19 @@ enum { HAS_PAIRS = 0 };
 static void round_row(float *x, long padded) {}
 #endif
 
-/* Read line n of columns that stand so many after some while these are computed, as if in one place. */
-INLINE void read_next(int kind, const char *weight, long stride, long after, long k, int columns, int n) {
-    if (READS_NEXT) __builtin_prefetch(weight + (after * stride + columns * k) * BYTES[kind] + n * 64, 0, 2);
+/* What the numbers behind the last whole block add to `dot`, of `left` numbers. */
+static __attribute__((noinline)) void rest_of_dot(int kind, int rounded, int rows, int columns, const float *x, long apart,
+                                                  const char *const *column, long left, float *tile) {
+    for (int n = 0; n < columns; n++) {
+        const ivec own = load(kind, column[n], left);
+        for (int m = 0; m < rows; m++) {
+            const float *row = x + m * apart;
+            vec some = {0};
+            if (rounded) some = ADD_PRODUCTS(some, own, *(const vec *)row);
+            else for (int j = 0; j < SPAN(kind); j++) some += part(kind, own, j) * *(const vec *)(row + j * LANES);
+            tile[n * COLUMN_STEP + m * ROW_STEP] += sum(some);
+        }
+    }
 }
 
 /* x @ weight.T of some columns of the weight, of which there are `count`: the last repeats. Rows of
@@ -234,22 +244,24 @@ INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, co
                 long stride, long count, long after, float *tile) {
     vec sums[SUMS];
     const char *column[4];
-    const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block;
+    const long block = LANES * SPAN(kind), left = a->dim % block, whole = a->dim - left;
+    const long apart = whole + (left ? block : 0) + BETWEEN, length = whole * BYTES[kind], line = LANES * 4;
+    const char *next = weight + after * stride * BYTES[kind]; /* line by line, as if they stood in one place */
     UNROLLED for (int n = 0; n < columns; n++) column[n] = weight + (n < count ? n : count - 1) * stride * BYTES[kind];
     UNROLLED for (int i = 0; i < columns * rows; i++) sums[i] = (vec){0};
-    for (long k = 0; k < padded; k += block) {
-        const long ahead = look_ahead(a, kind, k, columns, stride, AHEAD_DOT);
+    for (long at = 0; at < length; at += line, x += rounded ? block / 2 : block, next += columns * line) {
+        const long ahead = look_ahead(at, AHEAD_DOT, length, columns, stride * BYTES[kind]);
         ivec own[4];
         UNROLLED for (int n = 0; n < columns; n++) {
-            own[n] = load(kind, column[n] + k * BYTES[kind], a->dim - k);
+            own[n] = *(const ivec *)(column[n] + at);
             __builtin_prefetch(column[n] + ahead, 0, 3);
-            read_next(kind, weight, stride, after, k, columns, n);
+            if (READS_NEXT) __builtin_prefetch(next + n * line, 0, 2);
         }
         for (int j = 0; j < (rounded ? 1 : SPAN(kind)); j++) {
             vec parts[4];
             UNROLLED for (int n = 0; n < columns; n++) parts[n] = rounded ? (vec)own[n] : part(kind, own[n], j);
             UNROLLED for (int m = 0; m < rows; m++) {
-                vec some = *(const vec *)(x + m * (padded + BETWEEN) + (rounded ? k / 2 : k + j * LANES));
+                vec some = *(const vec *)(x + m * apart + j * LANES);
                 HOLD(some);
                 UNROLLED for (int n = 0; n < columns; n++) {
                     vec *to = &sums[n * rows + m];
@@ -260,6 +272,10 @@ INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, co
         }
     }
     sum_all(rows, columns, sums, tile);
+    if (left) {
+        UNROLLED for (int n = 0; n < columns; n++) column[n] += length;
+        rest_of_dot(kind, rounded, rows, columns, x, apart, column, left, tile);
+    }
 }
 
 /* Products of 16 bits and their sums in pairs are the fastest for int8 where there are instructions for it; x is rounded
@@ -297,28 +313,35 @@ static float to_words(const float *x, long padded, int16_t *to) {
 }
 
 #ifdef ADD_PAIRS
+/* What the numbers behind the last whole block add to `dot_words`, of `left` numbers. */
+static __attribute__((noinline)) void rest_of_dot_words(int rows, int columns, const float *scale, const int16_t *x,
+                                                        long padded, const char *const *column, long left, float *tile) {
+    for (int n = 0; n < columns; n++)
+        for (int m = 0; m < rows; m++) {
+            int32_t total = 0;
+            for (long k = 0; k < left; k++) total += (int8_t)column[n][k] * x[m * padded + k];
+            tile[n * COLUMN_STEP + m * ROW_STEP] += total * scale[m];
+        }
+}
+
 INLINE void dot_words(int rows, int columns, const float *scale, const int16_t *x, const struct linear *a,
                       const char *weight, long stride, long count, long after, float *tile) {
-    const long block = 4 * LANES, padded = (a->dim + block - 1) / block * block;
-    const char *column[4];
+    const long block = 4 * LANES, left = a->dim % block, length = a->dim - left, padded = length + (left ? block : 0);
+    const char *column[4], *next = weight + after * stride;
     ivec sums[SUMS]; /* of `words`, GCC would copy them back and forth */
     UNROLLED for (int n = 0; n < columns; n++) column[n] = weight + (n < count ? n : count - 1) * stride;
     UNROLLED for (int i = 0; i < columns * rows; i++) sums[i] = (ivec){0};
-    for (long k = 0; k < padded; k += block) {
-        const long ahead = look_ahead(a, INT8, k, columns, stride, AHEAD_DOT);
-        char last[4][4 * LANES] = {{0}};
-        const char *from[4];
+    for (long k = 0; k < length; k += block, x += block, next += columns * block) {
+        const long ahead = look_ahead(k, AHEAD_DOT, length, columns, stride);
         UNROLLED for (int n = 0; n < columns; n++) {
-            from[n] = column[n] + k;
-            if (a->dim - k < block) from[n] = memcpy(last[n], from[n], a->dim - k);
             __builtin_prefetch(column[n] + ahead, 0, 3);
-            read_next(INT8, weight, stride, after, k, columns, n);
+            if (READS_NEXT) __builtin_prefetch(next + n * block, 0, 2);
         }
         UNROLLED for (int half = 0; half < 2; half++) {
             words own[4];
-            UNROLLED for (int n = 0; n < columns; n++) own[n] = WORDS(from[n] + half * 2 * LANES);
+            UNROLLED for (int n = 0; n < columns; n++) own[n] = WORDS(column[n] + k + half * 2 * LANES);
             UNROLLED for (int m = 0; m < rows; m++) {
-                words some = LOAD_WORDS(x + m * padded + k + half * 2 * LANES);
+                words some = LOAD_WORDS(x + m * padded + half * 2 * LANES);
                 HOLD(some);
                 UNROLLED for (int n = 0; n < columns; n++)
                     sums[n * rows + m] = (ivec)ADD_PAIRS((words)sums[n * rows + m], own[n], some);
@@ -330,6 +353,10 @@ INLINE void dot_words(int rows, int columns, const float *scale, const int16_t *
         UNROLLED for (int m = 0; m < rows; m++)
             wide[n * rows + m] = __builtin_convertvector(sums[n * rows + m], vec) * scale[m];
     sum_all(rows, columns, wide, tile);
+    if (left) {
+        UNROLLED for (int n = 0; n < columns; n++) column[n] += length;
+        rest_of_dot_words(rows, columns, scale, x, padded, column, left, tile);
+    }
 }
 enum { HAS_WORDS = 1 };
 #else
@@ -351,7 +378,7 @@ INLINE void outer(int kind, int vectors, const float *x, const struct linear *a,
         const long end = flush + FLUSH < a->dim ? flush + FLUSH : a->dim;
         UNROLLED for (int i = 0; i < SUMS; i++) sums[i] = (vec){0};
         for (long k = flush; k < end; k += block) {
-            const long ahead = look_ahead(a, kind, k, columns, stride, AHEAD_OUTER);
+            const long bytes = BYTES[kind], ahead = look_ahead(k * bytes, AHEAD_OUTER, a->dim * bytes, columns, stride * bytes);
             for (int n = 0; n < columns; n++) { /* a copy: columns may share one set of the cache, which holds fewer */
                 const char *column = weight + (n < count ? n : count - 1) * stride * BYTES[kind];
                 const ivec own = load(kind, column + k * BYTES[kind], a->dim - k);
@@ -417,7 +444,8 @@ INLINE void split(int parts, __m512 a, __m512 b, uint16_t *to) {
 
 /* Numbers k to k + DEPTH of 16 columns of a weight, of which there are `count`, as tiles. */
 INLINE void lay(int kind, const struct linear *a, const char *weight, long stride, long count, long k, uint16_t *to) {
-    const long left = a->dim - k, bytes = BYTES[kind], ahead = look_ahead(a, kind, k, 16, stride, AHEAD_AMX);
+    const long left = a->dim - k, bytes = BYTES[kind];
+    const long ahead = look_ahead(k * bytes, AHEAD_AMX, a->dim * bytes, 16, stride * bytes);
     char some[16][DEPTH * 4] __attribute__((aligned(64)));
     long step = stride * bytes;
     const char *p = weight + k * bytes;
@@ -496,7 +524,7 @@ INLINE void multiply_two(int groups, long all, const uint16_t *x, const struct l
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     x += begin / DEPTH * all * 2 * PART;
     for (long k = begin; k < end; k += DEPTH, x += all * 2 * PART) {
-        const long ahead = look_ahead(a, BFLOAT16, k, 32, stride, AHEAD_ROWS);
+        const long ahead = look_ahead(2 * k, AHEAD_ROWS, 2 * a->dim, 32, 2 * stride);
         UNROLLED for (int i = 0; i < 32; i++) __builtin_prefetch(weight + i * stride * 2 + ahead, 0, 3);
         LOAD_ROWS(4, weight + k * 2, stride * 2);
         LOAD_ROWS(5, weight + k * 2 + 32 * stride, stride * 2);

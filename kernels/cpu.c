@@ -855,7 +855,8 @@ static void rows_of_team(const struct linear *a, float *x) {
         const int together = !alone || (columns >= 8 * GROUP * threads && (rows > 4 || words)); /* `finish` costs less of more */
         const long unit = tiles ? TILE_COLUMNS(kind) : !together ? DOT_COLUMNS(rows)
                         : dots || rows > 2 * LANES ? GROUP : rows > LANES + BESIDE ? SUMS / 2 : SUMS;
-        const long after = row ? unit * ((AHEAD_NEXT - 1) / (unit * row) + 1) : 0; /* columns, whose lines are read next */
+        const long pass = alone ? DOT_COLUMNS(rows) : unit; /* columns whose lines are read while others are computed */
+        const long after = row ? pass * ((AHEAD_NEXT - 1) / (pass * row) + 1) : 0;
         const long units = (columns + unit - 1) / unit;
         const long first = units * thread / threads * unit, last = units * (thread + 1) / threads * unit;
         const long stop = columns < last ? columns : last;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import math
 import os
 import platform
@@ -64,7 +63,7 @@ def _fast_paths() -> list[tuple[str, str]]:
     import torch
 
     from fastprior import DiffusionPrior, DiffusionPriorNetwork
-    from fastprior.kernels import cpu_library, ops
+    from fastprior.kernels import cpu_blocks, cpu_library, ops
 
     net = DiffusionPriorNetwork(dim=8, depth=1, dim_head=8, heads=1, max_text_len=2)
     plan = DiffusionPrior(net, image_embed_dim=8, timesteps=8, cond_drop_prob=0.1).eval().sampling_plan(8, 2.0)
@@ -77,12 +76,11 @@ def _fast_paths() -> list[tuple[str, str]]:
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     where = shutil.which(compiler)
     found = f"available on the CPU, C++ compiler {where}" if where else f"not on the CPU, no C++ compiler {compiler}"
-    serving = "PriorSampler compiles its step" if importlib.util.find_spec("fastprior.serving") else "not used"
-    rows.append(("torch.compile", f"{found}; {serving}"))
+    rows.append(("torch.compile", f"{found}; PriorSampler compiles steps that are no calls of C"))
 
     forced = f"off, FASTPRIOR_KERNELS={ops.forced()}" if ops.forced() else None
     why = forced or (cpu_library.unavailable() and f"off, {cpu_library.unavailable()}")
-    most = (f"{ops.cpu.most_tokens(dtype)} in {str(dtype).removeprefix('torch.')}" for dtype in ops.cpu.KINDS)
+    most = (f"{cpu_blocks.most_tokens(d)} in {str(d).removeprefix('torch.')}" for d in cpu_library.KINDS)
     rows.append(("CPU kernels", why or f"on, for as many tokens at once: {', '.join(most)}"))
 
     cuda = torch.cuda.is_available()

@@ -1,5 +1,5 @@
-/* Linear layers of few rows, attention behind a cached prefix, and whole blocks of both, on the CPU, as fast as memory
-   gives the weights. `cpu_library.py` compiles this, `cpu.py` calls it.
+/* Linear layers of few rows, attention behind a cached prefix, whole blocks of both, and steps of a run, on the CPU, as
+   fast as memory gives the weights. `cpu_library.py` compiles this, `cpu.py` and `cpu_blocks.py` call it.
 
    A linear lays its rows out once, normalised and in fp32. Then each thread computes columns of the result, some columns
    and all rows at a time, in one of three forms. "dot": vectors run along the dimension that is summed, for a few rows at

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cpu_blocks, reference
 
 BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
@@ -99,26 +99,26 @@ def linear(x: Tensor, *args, **kwargs) -> Tensor:
     return run(x, *args, **kwargs)
 
 
-Block, Blocks, Run = cpu.Block, cpu.Blocks, cpu.Run
+Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_blocks.Run
 
 
 def prepare_blocks(*args, **kwargs) -> Blocks | None:
-    """See `kernels.cpu`."""
-    return cpu.prepare_blocks(*args, **kwargs) if _forced is None else None
+    """See `kernels.cpu_blocks`."""
+    return cpu_blocks.prepare_blocks(*args, **kwargs) if _forced is None else None
 
 
 def most_tokens(blocks: Blocks) -> int:
     """That one call of `run_blocks` takes."""
-    return cpu.most_tokens(blocks.dtype)
+    return cpu_blocks.most_tokens(blocks.dtype)
 
 
 def prepare_run(blocks: Blocks | None, *args, **kwargs) -> Run | None:
-    """See `kernels.cpu`; None without blocks, too."""
-    return None if blocks is None or _forced is not None else cpu.prepare_run(blocks, *args, **kwargs)
+    """See `kernels.cpu_blocks`; None without blocks, too."""
+    return None if blocks is None or _forced is not None else cpu_blocks.prepare_run(blocks, *args, **kwargs)
 
 
 def run_blocks(x: Tensor, blocks: Blocks | None, *args, **kwargs) -> Tensor | None:
-    """See `kernels.cpu`; None for what it does not take, and without blocks."""
-    if blocks is None or _forced is not None or not cpu.takes_blocks(x, blocks, *args, **kwargs):
+    """See `kernels.cpu_blocks`; None for what it does not take, and without blocks."""
+    if blocks is None or _forced is not None or not cpu_blocks.takes_blocks(x, blocks, *args, **kwargs):
         return None
-    return cpu.run_blocks(x, blocks, *args, **kwargs)
+    return cpu_blocks.run_blocks(x, blocks, *args, **kwargs)

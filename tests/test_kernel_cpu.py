@@ -51,7 +51,7 @@ from cpu_cases import (
 from torch import nn
 
 from fastprior import prior_blocks
-from fastprior.kernels import cpu, cpu_library, reference
+from fastprior.kernels import cpu, cpu_blocks, cpu_library, reference
 
 HASWELL = tuple("-march=haswell" if flag == "-march=native" else flag for flag in cpu_library.FLAGS)
 WITHOUT_TILES = *cpu_library.FLAGS, "-mno-amx-tile", "-mno-amx-bf16"
@@ -352,7 +352,7 @@ def test_decode_does_not_overflow(build):
 
 def some_samples(dtype, suffix):
     """Of two prompts each: every number for few rows, and those around where the forms change."""
-    return [n for n in (*range(1, 17), 24, 25, 32, 33) if 2 * n * suffix <= cpu.most_tokens(dtype)]
+    return [n for n in (*range(1, 17), 24, 25, 32, 33) if 2 * n * suffix <= cpu_blocks.most_tokens(dtype)]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -416,11 +416,11 @@ def test_defaults_of_the_program_change_nothing(dtype):
         cache, x = transformer.prefill(tokens[0], 3), tokens[1]
         given = dict(outputs=1, rotary=cache.rotary, bias=cache.bias)
         blocks = prepare(transformer)
-        expected = *cpu.linear(**inputs), cpu.run_blocks(x, blocks, cache.k, cache.v, **given)
+        expected = *cpu.linear(**inputs), cpu_blocks.run_blocks(x, blocks, cache.k, cache.v, **given)
         torch.set_default_dtype(dtype)
         try:
             with torch.device("meta"):
-                got = *cpu.linear(**inputs), cpu.run_blocks(x, blocks, cache.k, cache.v, **given)
+                got = *cpu.linear(**inputs), cpu_blocks.run_blocks(x, blocks, cache.k, cache.v, **given)
         finally:
             torch.set_default_dtype(FP32)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -433,7 +433,7 @@ def test_prefill(build, calls, monkeypatch, config, dtype):
     transformer = make_transformer(dtype, **CONFIGS[config])
     exact = copy.deepcopy(transformer).double()
     for prompts, prefix, most in (3, 5, 16), (5, 6, 13), (1, 1, 1):
-        monkeypatch.setattr(cpu, "most_tokens", lambda _, most=most: most)
+        monkeypatch.setattr(cpu_blocks, "most_tokens", lambda _, most=most: most)
         x = random(prompts, prefix, transformer.norm.g.shape[0])
         calls.update(run_blocks=0, linear=0)
         got = prefill(transformer, x)
@@ -496,7 +496,7 @@ def test_weights_that_are_replaced_lie_where_they_were():
 
 def test_blocks_of_a_cache_that_lies_otherwise():
     given = block_arguments()
-    expected = cpu.run_blocks(**given)
+    expected = cpu_blocks.run_blocks(**given)
     for name in ("prefix_k", "prefix_v"):
         given[name] = given[name].transpose(0, 4).contiguous().transpose(0, 4)
-    assert torch.equal(cpu.run_blocks(**given), expected)
+    assert torch.equal(cpu_blocks.run_blocks(**given), expected)

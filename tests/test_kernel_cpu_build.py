@@ -36,7 +36,7 @@ from cpu_cases import (
     through_reference,
 )
 
-from fastprior.kernels import cpu, cpu_library, ops, reference
+from fastprior.kernels import cpu, cpu_blocks, cpu_library, ops, reference
 
 QUICK = *(flag for flag in cpu_library.FLAGS if flag != "-O3"), "-O0"  # to compile
 
@@ -51,7 +51,7 @@ def test_threads_of_a_program_call_at_once():
     cases = [make(rows, 97, 300, dtypes, OPTIONS["all-swiglu"]) for rows in (2, 9) for dtypes in ("fp32", "bf16")]
     expected, wrong = [cpu.linear(**inputs) for inputs in cases], []
     given = block_arguments()
-    whole = cpu.run_blocks(**given)
+    whole = cpu_blocks.run_blocks(**given)
 
     def work(index):
         torch.set_num_threads(1 + index % 3)
@@ -59,7 +59,7 @@ def test_threads_of_a_program_call_at_once():
             for got, wanted in zip(cpu.linear(**cases[index]), expected[index]):
                 if not torch.equal(got, wanted):
                     wrong.append(index)
-            if not torch.equal(cpu.run_blocks(**given), whole):
+            if not torch.equal(cpu_blocks.run_blocks(**given), whole):
                 wrong.append("blocks")
 
     with threads(1):

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastprior import layers
-from fastprior.kernels import cpu, ops
+from fastprior.kernels import cpu, cpu_blocks, ops
 
 pytestmark = NEEDS_KERNELS
 
@@ -167,7 +167,7 @@ LEFT = {  # to PyTorch: which kernel, and a call
     "gradient-of-a-step": ("run_blocks", lambda: run_step(grad=True)),
     "gradient-of-the-bias": ("run_blocks", lambda: run_step(grad=True, frozen=True)),
     "step-in-training": ("run_blocks", lambda: run_step(training=True)),
-    "step-of-many-rows": ("run_blocks", lambda: run_step(samples=cpu.most_tokens(FP32) // 6 + 1, prefix=600)),
+    "step-of-many-rows": ("run_blocks", lambda: run_step(samples=cpu_blocks.most_tokens(FP32) // 6 + 1, prefix=600)),
     "step-of-many-own-keys": ("run_blocks", lambda: run_wide_prefill(257)),
     "step-in-fp64": ("run_blocks", lambda: run_step(torch.float64)),
 }  # fmt: skip
@@ -198,7 +198,7 @@ def test_the_door(calls, kernel):
 
 
 def test_the_most_own_keys(calls):
-    tokens = min(256, cpu.most_tokens(FP32))
+    tokens = min(256, cpu_blocks.most_tokens(FP32))
     got = run_wide_prefill(tokens)
     assert calls["run_blocks"] == 1 and relative_error(got, through_reference(run_wide_prefill, tokens)) < 1e-5
 
@@ -396,5 +396,5 @@ def test_messages_of_decode(change, message):
 )  # fmt: skip
 def test_messages_of_blocks(change, of_block, message):
     with pytest.raises(ValueError) as raised:
-        cpu.run_blocks(**block_arguments(**of_block) | change)
+        cpu_blocks.run_blocks(**block_arguments(**of_block) | change)
     assert message in str(raised.value)

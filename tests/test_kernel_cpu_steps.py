@@ -10,7 +10,7 @@ from cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, th
 from torch import nn
 
 from fastprior import DiffusionPriorNetwork, PriorSampler, sampler
-from fastprior.kernels import cpu, ops
+from fastprior.kernels import cpu, cpu_blocks, ops
 
 pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(FP32) < 32, reason="these steps have 32 tokens")]
 STEPS = 5
@@ -194,7 +194,7 @@ def test_no_run_where_something_forbids_it(monkeypatch):
     assert prepare(net, cond=cond._replace(null_rows=1)) is None
     assert prepare(net, null_table=random(STEPS, 40).double()) is None
     assert prepare(net, coefficients=random(STEPS, 6).requires_grad_()) is None
-    samples = cpu.most_tokens(FP32) // 3 // 2 + 1
+    samples = cpu_blocks.most_tokens(FP32) // 3 // 2 + 1
     table = dict(coefficients=random(STEPS, 6), null_table=random(STEPS, 40), cond_scale=1.0)
     assert net.prepare_run(many, 2 * samples, **table) is None, "too many tokens"
 
@@ -251,7 +251,7 @@ def test_runs_of_a_prior(monkeypatch, solver, eta):
 
     def noted(step, make=sampler.run_table):
         def run_table(table, step, *args):
-            kinds.append(type(step) is cpu.Run)
+            kinds.append(type(step) is cpu_blocks.Run)
             return make(table, step, *args)
 
         return run_table

@@ -93,7 +93,7 @@ def test_all_paths_give_the_same(monkeypatch):
     for path in "blocks", "linears", "reference", "compiled":
         with monkeypatch.context() as patch:
             if path == "linears":
-                patch.setattr(ops.cpu, "takes_blocks", lambda *args, **kwargs: False)
+                patch.setattr(ops.cpu_blocks, "takes_blocks", lambda *args, **kwargs: False)
             with ops.using("reference" if path == "reference" else None):
                 sampler = build(prior, compile=path == "compiled")
                 runs[path] = sampler(**text, generator=torch.Generator().manual_seed(3))
@@ -190,7 +190,7 @@ def test_prior_pipelines_take_quantised_steps(monkeypatch):
         pipeline = PriorPipeline(prior, schedule, quantise="int8", compile=path == "compiled", batch_sizes=(2,))
         with monkeypatch.context() as patch, ops.using("reference" if path == "reference" else None):
             if path == "modules":
-                patch.setattr(ops.cpu, "takes_blocks", lambda *args, **kwargs: False)
+                patch.setattr(ops.cpu_blocks, "takes_blocks", lambda *args, **kwargs: False)
             runs[path] = run(pipeline)
         assert relative_error(runs[path], runs["blocks"]) < 1e-3, path
         assert 1e-4 < relative_error(runs[path], wanted) < 0.1, path

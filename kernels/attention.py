@@ -72,7 +72,8 @@ def _shared(
     """
     seq, heads, dim = q.shape[1:]
     keys, kv_heads = v.shape[1:3]
-    block_d = max(64, launch.power_of_2(dim))
+    # the gradient of bias keeps no features and takes them in turns: a line of the cache at a time
+    block_d = 32 if kernel == "dbias" else max(64, launch.power_of_2(dim))
     config = attention_config(kernel, dim, q.element_size(), plain=bias is None and seed is None)
     bias_strides = (0, 0, 0) if bias is None else (*bias.stride(), 0) if relative else bias.stride()
     if mask is not None and mask.dtype == torch.bool:

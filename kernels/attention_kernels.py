@@ -35,8 +35,8 @@ def _key_tile(ptr, null_ptr, key, stride, head, NULL: tl.constexpr, DIM: tl.cons
 
 
 @triton.jit
-def _load(ptr, DIM: tl.constexpr):
-    return tl.load(ptr, mask=tl.arange(0, ptr.shape[1])[None, :] < DIM, other=0.0)
+def _load(ptr, features):
+    return tl.load(ptr, mask=tl.arange(0, ptr.shape[1])[None, :] < features, other=0.0)
 
 
 @triton.jit
@@ -411,11 +411,21 @@ def _attention_bwd_dbias_kernel(
         end = tl.where(start <= tl.max(query) + shift + NULL, batches, 0)
     for number in range(chunk, end, chunks):
         pair, batch = number * kv_heads + kv_head, tl.cast(number, tl.int64)
-        q = _load(_tile(q_ptr + batch * stride_q_batch + query.to(tl.int64) * stride_q_seq, BLOCK_D), DIM)
-        k = _load(_tile(k_ptr + batch * stride_k_batch + (key + NULL).to(tl.int64) * stride_k_seq, BLOCK_D), DIM)
-        v_tile = _key_tile(v_ptr + batch * stride_v_batch, null_v_ptr, key, stride_v_seq, kv_head, NULL, DIM, BLOCK_D)
-        v = _load(v_tile, DIM)
-        do = _load(_tile(grad_ptr + ((batch * seq + query) * (kv_heads * group) + head) * DIM, BLOCK_D), DIM)
+        q_row = q_ptr + batch * stride_q_batch + query.to(tl.int64) * stride_q_seq
+        k_row = k_ptr + batch * stride_k_batch + (key + NULL).to(tl.int64) * stride_k_seq
+        do_row = grad_ptr + ((batch * seq + query) * (kv_heads * group) + head) * DIM
+        products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # some features at a time: an operand of a product stands in registers whole, in fp32 twice
+        for start_d in range(0, DIM, BLOCK_D):
+            features = DIM - start_d
+            q, k = _load(_tile(q_row + start_d, BLOCK_D), features), _load(_tile(k_row + start_d, BLOCK_D), features)
+            products = tl.dot(q, tl.trans(k), products, input_precision="tf32x3")
+            v_at = v_ptr + batch * stride_v_batch
+            v_tile = _key_tile(v_at, null_v_ptr, key, stride_v_seq, kv_head, NULL, DIM, BLOCK_D)
+            v = _load(v_tile + start_d, features)
+            do = _load(_tile(do_row + start_d, BLOCK_D), features)
+            dp = tl.dot(do, tl.trans(v), dp, input_precision="tf32x3")
         row = pair.to(tl.int64) * rows + query * group + member
         top, delta = tl.load(top_ptr + row), tl.load(delta_ptr + row)
         inverse = tl.load(inverse_ptr + row, mask=inside, other=0.0)
@@ -423,13 +433,11 @@ def _attention_bwd_dbias_kernel(
         if mask_ptr is not None:
             mask_rows_ptr += batch * keys
         logits = _logits(
-            tl.dot(q, tl.trans(k), input_precision="tf32x3"),
-            query[:, None], member, column[None, :], bias_ptr, mask_rows_ptr, scale, fill,
+            products, query[:, None], member, column[None, :], bias_ptr, mask_rows_ptr, scale, fill,
             stride_bias_row, stride_bias_head, stride_bias_column, seq, keys, NULL, RELATIVE, CAUSAL,
         )  # fmt: skip
         _, dlogits = _weights_bwd(
-            logits, tl.dot(do, tl.trans(v), input_precision="tf32x3"),
-            top[:, None], inverse[:, None], delta[:, None],
+            logits, dp, top[:, None], inverse[:, None], delta[:, None],
             mask_ptr, seed_ptr, dropout, query[:, None], column[None, :], columns, pair * group + member,
         )  # fmt: skip
         dbias += dlogits

@@ -1,51 +1,75 @@
 """Compile every kernel ahead of time, on a machine that needs no GPU, and say what each takes of the chip.
 
-    python -m fastprior.kernels.resources [--arch 80 90 100] [--record FILE] [--only NAME]
+    python -m fastprior.kernels.resources [--arch 80 90 100] [--only NAME] [--full] [--limits FILE] [--record [FILE]]
 
 prints a table of registers, shared memory, spills and tensor-core use, and fails where a kernel does not compile, does
-not fit, spills, or leaves out the tensor cores that it should use. `cases` reach every launch configuration that the
-launchers can choose; `tests/test_resources.py` holds them to that.
+not fit, leaves out the tensor cores that it should use, or takes more than its limits. `cases` reach every launch
+configuration that the launchers can choose; `tests/test_resources.py` holds them to that.
+
+Registers and spills are those of one version of Triton. Their limits are what a record of that version says,
+benchmarks/records/resources/ in a checkout; an installed package has none, and `--limits` names one. Without a record
+of the version at hand they are not judged. A record admits no spill that `SPILLS_KNOWN` does not name.
+
+What was compiled before is not compiled again: `compilations.key` tells whether anything changed. Results are kept in
+`$FASTPRIOR_CACHE` or ~/.cache/fastprior. A line of the record with the same key counts too, but every day some others
+of them, a twenty-fifth, are compiled all the same, and have to agree. `--full` compiles everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from .cases import cases
+from .compilations import MEASURED, MISSED, Kept, compile_variant, key, measure
+from .cpu_library import _cache_dir
 from .launch import Variant, interpreted, recording
 
 ARCHITECTURES = 80, 90, 100
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
-TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-UNTRIED = "no tile that was tried is clean on all chips"
+VERSION = re.match(r"\d+\.\d+\.\d+", triton.__version__)[0]
+RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "records" / "resources"
+DEFAULT_RECORD = RECORDS / f"triton-{VERSION}.jsonl"
+IDENTITY = "kernel", "arch", "pointers", "constants", "num_warps", "num_stages"
+SAMPLED = 25  # one of so many lines of a record is compiled each day
+OWN_ACCORD = 32  # bytes that the assembler keeps on the stack to use fewer registers than it may: all kernels may
 UNALIGNED = "heads of 65 to 127 features that are no multiple of 16: every element takes an address of its own"
-OWN_ACCORD = 16  # bytes that the assembler puts on the stack with registers to spare: all may
-# (kernel, type of its first input, words of its description): (bytes that it may spill, why)
-SPILLS_ALLOWED = {
-    ("_attention_bwd_dbias_kernel", "fp32", "DIM=128"): (16, UNTRIED),
-    ("_attention_bwd_dbias_kernel", "fp32", "DIM=100"): (272, UNALIGNED),
-    ("_attention_bwd_dbias_kernel", "bf16", "DIM=100"): (40, UNALIGNED),
-    ("_attention_bwd_dbias_kernel", "fp16", "DIM=100"): (40, UNALIGNED),
-    ("_attention_bwd_dq_kernel", "fp32", "DIM=100"): (16, UNALIGNED),
-    ("_decode_attention_fwd_kernel", "fp32", "unaligned BLOCK_D=128"): (176, UNALIGNED),
-    ("_decode_attention_fwd_kernel", "bf16", "unaligned BLOCK_D=128"): (192, UNALIGNED + "; over a cache of fp32"),
-}
+
+
+@dataclass(frozen=True)
+class Spill:
+    """A spill that is known, and put up with.
+
+    Attributes:
+        kernel, dtype, words: its name, the type of its first argument, and words of its description.
+        limits: bytes, by version of Triton.
+        why: the reason, and what it costs.
+    """
+
+    kernel: str
+    dtype: str
+    words: str
+    limits: dict[str, int]
+    why: str
+
+    def is_of(self, line: dict) -> bool:
+        first = re.split(r"[ *]", line["pointers"])[0]
+        return (self.kernel, self.dtype) == (line["kernel"], first) and self.words in line["constants"]
+
+
+SPILLS_KNOWN = ()
 
 
 def variants(arch: int) -> list[Variant]:
@@ -56,47 +80,29 @@ def variants(arch: int) -> list[Variant]:
     return list(dict.fromkeys(recorded))
 
 
-def compile_variant(variant: Variant, arch: int) -> dict:
-    """What one variant takes on one architecture: a record, with `problem` set where it breaks a rule."""
-    names = list(variant.kernel.arg_names)
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
-    source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
-    options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages)
-    start = time.perf_counter()
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    ptx = compiled.asm["ptx"]
-    instruction = TENSOR_CORES.search(ptx)
-    record = dict(
+def identify(variant: Variant, arch: int) -> dict:
+    """What tells a variant from the others of all kernels, whatever its compilation gives."""
+    return dict(
         kernel=variant.kernel.__name__,
         arch=arch,
-        dtypes="/".join(dict.fromkeys(kind[1:] for _, kind in variant.signature if kind.startswith("*"))),
+        pointers=pointers(variant),
         constants=describe(variant),
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
-        registers=registers,
-        shared=compiled.metadata.shared,
-        spilled=stack + local,
-        tensor_cores=instruction[1] if instruction else "",
-        seconds=round(time.perf_counter() - start, 1),
-        problem="",
     )
-    allowed = OWN_ACCORD if registers < 240 else 0
-    for (kernel, dtype, words), (limit, _) in SPILLS_ALLOWED.items():
-        if (kernel, dtype) == (record["kernel"], record["dtypes"].split("/")[0]) and words in record["constants"]:
-            allowed = limit
-    if record["shared"] > SHARED_LIMIT[arch]:
-        record["problem"] = f"shared memory beyond {SHARED_LIMIT[arch]}"
-    elif record["spilled"] > allowed:
-        record["problem"] = "spills registers"
-    elif not instruction and "tt.dot" in compiled.asm["ttir"]:
-        record["problem"] = "has a dot product and does not use the tensor cores"
-    return record
+
+
+def pointers(variant: Variant) -> str:
+    """The types of the arguments that are pointers, in order: `fp32 bf16*3 -`; - for one that is absent."""
+    kinds = []
+    for name, kind in variant.signature:
+        if kind.startswith("*") or name.endswith("_ptr"):
+            kind = kind[1:] if kind.startswith("*") else "-"
+            if kinds and kinds[-1][0] == kind:
+                kinds[-1][1] += 1
+            else:
+                kinds.append([kind, 1])
+    return " ".join(kind if count == 1 else f"{kind}*{count}" for kind, count in kinds)
 
 
 def describe(variant: Variant) -> str:
@@ -114,53 +120,177 @@ def describe(variant: Variant) -> str:
     return " ".join(words)
 
 
+def read_record(path: Path) -> dict[tuple, dict]:
+    """The lines of a record, by what identifies a variant."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {_identity(line): line for line in lines}
+
+
+def write_record(path: Path, lines: list[dict]) -> None:
+    """One line a variant, sorted, so that two records of one state are the same file."""
+    lines = sorted(lines, key=lambda line: tuple(map(str, _identity(line))))
+    texts = [json.dumps({name: line[name] for name in (*IDENTITY, *MEASURED, "key")}) for line in lines]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(texts) + "\n")
+
+
+def _identity(line: dict) -> tuple:
+    return tuple(line[name] for name in IDENTITY)
+
+
+def known_spill(line: dict, version: str = VERSION) -> int:
+    """Bytes that this variant may spill with a version of Triton, by `SPILLS_KNOWN`."""
+    return max((spill.limits.get(version, 0) for spill in SPILLS_KNOWN if spill.is_of(line)), default=0)
+
+
+def problem(line: dict, record: dict[tuple, dict] | None, judged: bool = True) -> str:
+    """Which rule a variant breaks, or "".
+
+    Args:
+        line: what identifies it and what was measured.
+        record: the limits of registers and spills, by what identifies a variant; None without any.
+        judged: whether spills are; without a record only those of what is recorded now.
+    """
+    recorded = None if record is None else record.get(_identity(line))
+    if recorded is not None and recorded["key"] == line["key"]:
+        for name in MEASURED:
+            if recorded[name] != line[name]:
+                return f"the record is wrong: {name} {line[name]}, recorded {recorded[name]}"
+    if line["shared"] > SHARED_LIMIT[line["arch"]]:
+        return f"shared memory beyond {SHARED_LIMIT[line['arch']]}"
+    if line["tensor_cores"] == MISSED:
+        return "has a dot product and does not use the tensor cores"
+    if not judged:
+        return ""
+    own_accord = OWN_ACCORD if line["registers"] < 240 else 0
+    known = max(own_accord, known_spill(line))
+    if line["spilled"] > known:
+        return f"spills registers: {line['spilled']} bytes; SPILLS_KNOWN and OWN_ACCORD let it spill {known}"
+    if record is None:
+        return ""
+    if line["spilled"] > (own_accord if recorded is None else recorded["spilled"]):
+        return f"spills registers: {line['spilled']} bytes, recorded {'none' if not recorded else recorded['spilled']}"
+    if recorded is not None and _programs(line) < _programs(recorded):
+        return f"takes registers for {_programs(line)} programs a multiprocessor, recorded {_programs(recorded)}"
+    return ""
+
+
+def _programs(line: dict) -> int:
+    """How many programs the registers of a multiprocessor hold: 65536, given to warps by 256."""
+    return 65536 // (-(-line["registers"] * 32 // 256) * 256 * line["num_warps"])
+
+
 _jobs: list[tuple[Variant, int]] = []
 
 
-def _compile_job(number: int) -> dict:
+def _compile_all(jobs: list[tuple[Variant, int]]) -> Iterator[dict | str]:
+    """What was measured of each, or why it does not compile, in order."""
+    if jobs:
+        _jobs[:] = jobs
+        context = multiprocessing.get_context("fork")  # the jobs are handed over by memory
+        with ProcessPoolExecutor(min(os.cpu_count(), len(jobs)), context) as pool:
+            yield from pool.map(_compile_job, range(len(jobs)))
+
+
+def _compile_job(number: int) -> dict | str:
     variant, arch = _jobs[number]
     try:
-        return compile_variant(variant, arch)
+        return measure(compile_variant(variant, arch))
     except Exception as error:  # reported in the table; the others are still compiled
         text = str(error).strip().splitlines()
-        return dict(
-            kernel=variant.kernel.__name__,
-            arch=arch,
-            constants=describe(variant),
-            problem=f"does not compile: {type(error).__name__}: {text[-1] if text else ''}",
-        )
+        return f"does not compile: {type(error).__name__}: {text[-1] if text else ''}"
 
 
-def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> Iterator[dict]:
-    """Records of all variants, compiled on all cores, in order."""
+def check(
+    jobs: list[tuple[Variant, int]],
+    record: dict[tuple, dict] | None = None,
+    kept: Kept | None = None,
+    *,
+    judged: bool | None = None,
+    full: bool = False,
+    day: int | None = None,
+) -> Iterator[dict]:
+    """What each variant takes, in order: compiled, on all cores, where nothing says so already.
+
+    Args:
+        jobs: variants and the architectures to compile them for.
+        record: see `problem`. A line with the key of now is taken as it stands, unless it is in the sample of the day.
+        kept: results of before; those that are compiled are added.
+        judged: see `problem`; by default with a record.
+        full: compile everything.
+        day: number of the day, 0 or more; today by default.
+    Yields:
+        `identify`, what was measured, `key`, `origin` ("compiled", "cache" or "record") and `problem`.
+    """
     if interpreted():
         raise RuntimeError("kernels cannot be compiled in a process that interprets them: unset TRITON_INTERPRET")
-    _jobs[:] = [(v, arch) for arch in architectures for v in variants(arch) if only in v.kernel.__name__]
-    context = multiprocessing.get_context("fork")  # the jobs are handed over by memory
-    with context.Pool(os.cpu_count()) as pool:
-        yield from pool.imap(_compile_job, range(len(_jobs)))
+    day = int(time.time() // 86400) if day is None else day
+    judged = record is not None if judged is None else judged
+    lines = [identify(*job) | dict(key=key(*job), origin="compiled") for job in jobs]
+    for line in () if full else lines:
+        recorded = (record or {}).get(_identity(line), {})
+        if kept is not None and line["key"] in kept.measured:
+            line |= kept.measured[line["key"]] | dict(origin="cache")
+        elif recorded.get("key") == line["key"] and not sampled(line["key"], day):
+            line |= {name: recorded[name] for name in MEASURED} | dict(origin="record")
+    results = _compile_all([job for job, line in zip(jobs, lines) if line["origin"] == "compiled"])
+    compiled = {}
+    try:
+        for line in lines:
+            if line["origin"] == "compiled":
+                measured = next(results)
+                if isinstance(measured, str):
+                    yield line | dict(problem=measured)
+                    continue
+                line |= measured
+                compiled[line["key"]] = measured
+            yield line | dict(problem=problem(line, record, judged))
+    finally:
+        if kept is not None and compiled:
+            kept.add(compiled)
+
+
+def sampled(key: str, day: int) -> bool:
+    return hashlib.sha256(f"{day} {key}".encode()).digest()[0] * SAMPLED < 256
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastprior.kernels.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", metavar="NAME", help="kernels with this in their name")
-    parser.add_argument("--record", metavar="FILE", help="write the records as JSON lines")
+    parser.add_argument("--full", action="store_true", help="compile what was compiled before too")
+    parser.add_argument("--limits", metavar="FILE", type=Path, help=f"the record to judge by; {DEFAULT_RECORD}")
+    parser.add_argument(
+        "--record", metavar="FILE", type=Path, nargs="?", const=DEFAULT_RECORD, help="write a record, judged by none"
+    )
     options = parser.parse_args(arguments)
-    columns = "kernel", "arch", "dtypes", "num_warps", "num_stages", "registers", "shared", "spilled", "tensor_cores"
+    if options.record and (options.only or set(options.arch) != set(ARCHITECTURES)):
+        parser.error("--record takes all kernels and architectures: without --only and --arch")
+    path = options.limits or DEFAULT_RECORD
+    if options.limits and not path.exists():
+        parser.error(f"--limits {path}: no such file")
+    record = read_record(path) if path.exists() and not options.record else None
+    jobs = [(v, arch) for arch in options.arch for v in variants(arch) if options.only in v.kernel.__name__]
+    kept = Kept(_cache_dir() / f"resources-triton-{VERSION}.json")
+    judged = record is not None or options.record is not None
+    columns = "kernel", "arch", "pointers", "num_warps", "num_stages", *MEASURED
     print(*columns, "constants", sep="\t")
-    records = []
-    for record in compile_all(tuple(options.arch), options.only):
-        records.append(record)
-        print(*(record.get(name, "") for name in columns), record["constants"], sep="\t", flush=True)
-        if record["problem"]:
-            print(f"  PROBLEM: {record['problem']}", flush=True)
+    lines = []
+    for line in check(jobs, record, kept, judged=judged, full=options.full):
+        lines.append(line)
+        print(*(line.get(name, "") for name in columns), line["constants"], sep="\t", flush=True)
+        if line["problem"]:
+            print(f"  PROBLEM: {line['problem']}", flush=True)
+    problems = sum(bool(line["problem"]) for line in lines)
+    origins = [line["origin"] for line in lines]
+    print(f"{len(lines)} variants: {origins.count('compiled')} compiled, {origins.count('cache')} from the cache,"
+          f" {origins.count('record')} from the record; {problems} problems")  # fmt: skip
+    if not judged:
+        print(f"Registers and spills were not judged: there is no {path}.")
+        print("`python -m fastprior.kernels.resources --record` makes it, in a checkout.")
     if options.record:
-        versions = dict(triton=triton.__version__, torch=torch.__version__)
-        lines = [json.dumps(record | versions) + "\n" for record in records]
-        Path(options.record).write_text("".join(lines))
-    problems = sum(bool(record["problem"]) for record in records)
-    print(f"{len(records)} compilations, {problems} problems")
+        measured = [line for line in lines if "registers" in line]
+        write_record(options.record, measured)
     return int(problems > 0)
 
 

@@ -1,5 +1,6 @@
-"""Every configuration that the wrappers can choose compiles, fits its chip and does not spill: without a GPU."""
+"""Every configuration that the wrappers can choose compiles, fits its chip and keeps its limits: without a GPU."""
 
+import functools
 import json
 import os
 import random
@@ -10,24 +11,238 @@ import pytest
 import torch
 from fastprior.kernels.cases import meta
 
-from fastprior.kernels import attention, barrier, decode, launch, linear, norm, resources, step
+from fastprior.kernels import attention, barrier, compilations, decode, launch, linear, norm, resources, step
+
+RECORDS = sorted(resources.RECORDS.glob("*.jsonl"))
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+def run(*command: str) -> subprocess.CompletedProcess:
+    """Python, where kernels are compiled: not in the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastprior.kernels.resources", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 
 
-def test_every_launch_compiles_and_fits(tmp_path):
-    done = run("--record", str(tmp_path / "records.jsonl"))
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
-    assert {record["arch"] for record in records} == set(resources.ARCHITECTURES)
-    kernels = {record["kernel"] for record in records}
+@pytest.fixture(scope="module")
+def checked() -> subprocess.CompletedProcess:
+    return run("-m", "fastprior.kernels.resources")
+
+
+def test_every_launch_compiles_and_fits(checked):
+    assert checked.returncode == 0, checked.stdout[-5000:] + checked.stderr[-2000:]
+    columns, *rows = (line.split("\t") for line in checked.stdout.splitlines() if "\t" in line)
+    lines = [dict(zip(columns, row)) for row in rows]
+    assert {int(line["arch"]) for line in lines} == set(resources.ARCHITECTURES)
+    kernels = {line["kernel"] for line in lines}
     for module in (attention, barrier, decode, linear, norm, step):
         own = {name for name in vars(module) if name.endswith("_kernel")}
         assert own and own <= kernels, f"{own - kernels} is never compiled"
+
+
+def test_every_launch_keeps_its_limits(checked):
+    if not resources.DEFAULT_RECORD.exists():
+        pytest.skip(" ".join(checked.stdout.splitlines()[-2:]))  # names the file, and the command that makes it
+    assert "PROBLEM" not in checked.stdout
+    assert "not judged" not in checked.stdout
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_spills_what_is_known_and_nothing_else_is_known(path):
+    version, record = path.stem.removeprefix("triton-"), resources.read_record(path)
+    assert len(record) == len(path.read_text().splitlines()), "two lines are of one variant"
+    for line in record.values():
+        limit = max(resources.known_spill(line, version), resources.OWN_ACCORD if line["registers"] < 240 else 0)
+        assert line["spilled"] <= limit, line
+    for spill in resources.SPILLS_KNOWN:
+        spilled = [line["spilled"] for line in record.values() if spill.is_of(line)]
+        assert max(spilled, default="no kernel") == spill.limits.get(version, 0), spill
+
+
+def measured(**changes) -> dict:
+    line = dict(kernel="_some_kernel", arch=90, pointers="fp32*2", constants="BLOCK=64", num_warps=4, num_stages=1)
+    return line | dict(registers=100, shared=1024, spilled=0, tensor_cores="", key="now") | changes
+
+
+def record_of(**changes) -> dict:
+    line = measured(**changes)
+    return {tuple(line[name] for name in resources.IDENTITY): line}
+
+
+SPILLING = dict(registers=255, spilled=64)
+REPORTED = {  # what was measured, what the record says, and the problem
+    "clean": ({}, record_of(), ""),
+    "better than the record": ({}, record_of(registers=120, spilled=16, key="before"), ""),
+    "spill": (SPILLING, record_of(key="before"), "spills registers: 64 bytes"),
+    "spill that was recorded": (SPILLING, record_of(**SPILLING), "SPILLS_KNOWN and OWN_ACCORD let it spill 0"),
+    "spill without a record": (SPILLING, None, ""),
+    "little spilled where little was": (dict(spilled=16), record_of(spilled=16, key="before"), ""),
+    "little spilled where nothing was": (dict(spilled=16), record_of(key="before"), "16 bytes, recorded 0"),
+    "little spilled by a new kernel": (dict(spilled=16), {}, ""),
+    "spill by a new kernel": (SPILLING, {}, "spills registers"),
+    "fewer programs": (dict(registers=160), record_of(key="before"), "for 3 programs a multiprocessor, recorded 4"),
+    "more registers, no fewer programs": (dict(registers=104), record_of(registers=97, key="before"), ""),
+    "wrong record": ({}, record_of(registers=99), "the record is wrong: registers 100, recorded 99"),
+    "too large": (dict(shared=2**18), None, "shared memory beyond"),
+    "no tensor cores": (dict(tensor_cores=compilations.MISSED), None, "does not use the tensor cores"),
+}
+
+
+@pytest.mark.parametrize("changes, record, text", REPORTED.values(), ids=REPORTED)
+def test_what_is_reported(changes, record, text):
+    found = resources.problem(measured(**changes), record, judged=record is not None)
+    assert text in found and bool(text) == bool(found)
+
+
+def test_a_kernel_that_spills_or_misses_the_tensor_cores_is_reported(tmp_path):
+    (tmp_path / "bad.py").write_text("""
+import json, sys
+import triton, triton.language as tl
+from fastprior.kernels import launch, resources
+from fastprior.kernels.cases import meta
+
+@triton.jit
+def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):  # 512 numbers a thread, all of them needed after the last is there
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, x * tl.sum(x, axis=0))
+
+@triton.jit
+def large(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, tl.dot(x, tl.trans(x), input_precision="ieee"))
+
+with launch.recording() as recorded:
+    for kernel, block in ((greedy, 16384), (large, 32)):
+        launch.launch(kernel, (1,), meta(block), meta(block), num_warps=1, num_stages=1, BLOCK=block)
+lines = resources.check([(variant, 90) for variant in recorded], judged=True)
+print(json.dumps([line["problem"] for line in lines]))
+""")
+    done = run(str(tmp_path / "bad.py"))
+    spills, misses = json.loads(done.stdout or done.stderr)
+    assert spills.startswith("spills registers: ")
+    assert misses == "has a dot product and does not use the tensor cores"
+
+
+KERNEL = '''
+import triton, triton.language as tl
+
+NUMBER = tl.constexpr(2)
+
+@triton.jit
+def _twice(x):
+    return x * NUMBER
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """A copy."""
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, _twice(tl.load(x_ptr + at)))
+'''
+CHECK = """
+import importlib, json, sys
+from pathlib import Path
+from fastprior.kernels import compilations, launch, resources
+from fastprior.kernels.cases import meta
+
+def job(source, block=64, x=1024):
+    Path(folder, "copied.py").write_text(source)
+    sys.modules.pop("copied", None)
+    importlib.invalidate_caches()
+    import linecache
+    linecache.clearcache()
+    with launch.recording() as recorded:
+        kernel = importlib.import_module("copied")._copy_kernel
+        launch.launch(kernel, (1,), meta(x), meta(x), num_warps=1, num_stages=1, BLOCK=block)
+    return recorded[0], 90
+
+def check(*arguments, **options):
+    (line,) = resources.check(*arguments, **options)
+    return line
+
+folder = sys.argv[1]
+sys.path.insert(0, folder)
+sys.dont_write_bytecode = True
+source = Path(folder, "source.py").read_text()
+path = Path(folder, "kept.json")
+plain = job(source)
+keys = dict(
+    plain=resources.key(*plain),
+    again=resources.key(*job(source)),
+    comments=resources.key(*job(source.replace("A copy", "Copies").replace("NUMBER =", "# of times\\nNUMBER ="))),
+    callee=resources.key(*job(source.replace("x * NUMBER", "NUMBER * x"))),
+    value=resources.key(*job(source.replace("constexpr(2)", "constexpr(3)"))),
+    constant=resources.key(*job(source, block=128)),
+    arch=resources.key(plain[0], 80),
+)
+origins = []
+first = check([plain], None, compilations.Kept(path))
+again = check([job(source)], None, compilations.Kept(path))
+changed = check([job(source.replace("x * NUMBER", "x * x"))], None, compilations.Kept(path))
+full = check([job(source)], None, compilations.Kept(path), full=True)
+origins = dict(first=first["origin"], again=again["origin"], changed=changed["origin"], full=full["origin"])
+
+def record(**changes):
+    line = {name: first[name] for name in (*resources.IDENTITY, *resources.MEASURED, "key")} | changes
+    resources.write_record(Path(folder, "record.jsonl"), [line])
+    return resources.read_record(Path(folder, "record.jsonl"))
+
+in_sample = next(day for day in range(1000) if resources.sampled(first["key"], day))
+beside = next(day for day in range(1000) if not resources.sampled(first["key"], day))
+wrong = record(registers=first["registers"] + 1)
+found = {}
+for name, lines, day, kept in (
+    ("right", record(), beside, None), ("right, in the sample", record(), in_sample, None),
+    ("wrong, in the sample", wrong, in_sample, None), ("wrong, kept", wrong, beside, compilations.Kept(path)),
+    ("of before", record(key="before"), beside, None),
+):
+    line = check([plain], lines, kept, day=day)
+    found[name] = line["origin"], line["problem"].split(":")[0]
+print(json.dumps([keys, origins, found]))
+"""
+
+
+def test_what_did_not_change_is_not_compiled_again(tmp_path):
+    (tmp_path / "source.py").write_text(KERNEL)
+    done = run("-c", CHECK, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    keys, origins, found = json.loads(done.stdout)
+    plain = keys.pop("plain")
+    assert {name for name, key in keys.items() if key == plain} == {"again", "comments"}
+    assert origins == dict(first="compiled", again="cache", changed="compiled", full="compiled")
+    assert found == {
+        "right": ["record", ""],
+        "right, in the sample": ["compiled", ""],
+        "wrong, in the sample": ["compiled", "the record is wrong"],
+        "wrong, kept": ["cache", "the record is wrong"],
+        "of before": ["compiled", ""],
+    }
+
+
+def test_the_sample_takes_each_line_in_its_turn():
+    keys = [f"{number:016x}" for number in range(1000)]
+    assert all(0.02 < sum(resources.sampled(key, day) for key in keys) / len(keys) < 0.08 for day in range(10))
+    assert all(any(resources.sampled(key, day) for day in range(365)) for key in keys)
+
+
+KEPT = {"a": dict(zip(compilations.MEASURED, (32, 0, 0, ""))), "b": dict(zip(compilations.MEASURED, (64, 8, 0, "")))}
+
+
+@pytest.mark.parametrize("content", ["", '{"a": [32, 0, 0', "[]", '{"a": [1]}', '{"a": 1}', "\xff"], ids=repr)
+def test_a_file_of_results_that_is_not_whole_is_made_again(tmp_path, content):
+    path = tmp_path / "kept.json"
+    path.write_bytes(content.encode("latin1"))
+    kept = compilations.Kept(path)
+    assert kept.measured == {}
+    kept.add(KEPT)
+    assert compilations.Kept(path).measured == KEPT
+    assert os.listdir(tmp_path) == ["kept.json"]
+
+
+def test_processes_that_write_at_once_leave_the_results_of_both(tmp_path):
+    one, other = compilations.Kept(tmp_path / "new" / "kept.json"), compilations.Kept(tmp_path / "new" / "kept.json")
+    one.add({"a": KEPT["a"]})
+    other.add({"b": KEPT["b"]})
+    assert compilations.Kept(tmp_path / "new" / "kept.json").measured == KEPT
 
 
 def configuration(variant: launch.Variant) -> tuple:
@@ -76,58 +291,26 @@ def any_launch(draw: random.Random) -> None:
         attention.attention_bwd(out, out, stats, bias is not None, *given)
 
 
+@functools.cache
+def reached(arch: int) -> set[tuple]:
+    return {configuration(variant) for variant in resources.variants(arch)}
+
+
 def test_the_cases_reach_every_configuration_that_a_call_can_choose():
-    covered = {configuration(variant) for variant in resources.variants(90)}
     draw = random.Random(0)
     for number in range(1500):
         with launch.recording() as recorded:
             any_launch(draw)
-        missing = {configuration(variant) for variant in recorded} - covered
+        missing = {configuration(variant) for variant in recorded} - reached(90)
         assert not missing, f"call {number} launches what no case compiles: {missing}"
 
 
 @pytest.mark.parametrize("arch", [80, 100])
 def test_the_other_architectures_get_the_same_configurations(arch):
-    wanted = {configuration(variant) for variant in resources.variants(90)}
-    assert {configuration(variant) for variant in resources.variants(arch)} == wanted
-
-
-def test_a_kernel_that_spills_or_misses_the_tensor_cores_is_reported(tmp_path):
-    (tmp_path / "bad.py").write_text("""
-import json, sys
-import triton, triton.language as tl
-from fastprior.kernels import launch, resources
-from fastprior.kernels.cases import meta
-
-@triton.jit
-def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at)
-    total = x
-    for i in range(4):
-        total += tl.sort(x * i) + tl.flip(x)
-    tl.store(y_ptr + at, total * x)
-
-@triton.jit
-def large(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(x_ptr + at)
-    tl.store(y_ptr + at, tl.dot(x, tl.trans(x), input_precision="ieee"))
-
-problems = []
-for kernel, block in ((greedy, 2048), (large, 32)):
-    with launch.recording() as recorded:
-        launch.launch(kernel, (1,), meta(block), meta(block), num_warps=1, num_stages=1, BLOCK=block)
-    problems.append(resources.compile_variant(recorded[0], 90)["problem"])
-print(json.dumps(problems))
-""")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(tmp_path / "bad.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(done.stdout) == ["spills registers", "has a dot product and does not use the tensor cores"]
+    assert reached(arch) == reached(90)
 
 
 @pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")
 def test_an_interpreting_process_says_that_it_cannot_compile():
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        next(resources.compile_all())
+        next(resources.check([]))

@@ -140,7 +140,7 @@ for arch in resources.ARCHITECTURES:
     with launch.recording() as recorded:
         for case in barrier_cases(arch):
             case()
-    for variant in recorded:
+    for variant in dict.fromkeys(recorded):
         compiled = compilations.compile_variant(variant, arch)
         given = dict(variant.constants, arch=arch, num_warps=variant.num_warps, ptx=compiled.asm["ptx"])
         found.append(compilations.measure(compiled) | given)

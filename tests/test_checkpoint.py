@@ -10,7 +10,12 @@ import types
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_cases import (
+from safetensors import safe_open
+from torch import nn
+
+from fastprior.checkpoint import convert, load, save, save_peer
+from fastprior.clip import BaseClipAdapter
+from helpers.checkpoint_cases import (
     DIM,
     NETS,
     NULLS,
@@ -25,11 +30,6 @@ from checkpoint_cases import (
     prefixed,
     sample,
 )
-from safetensors import safe_open
-from torch import nn
-
-from fastprior.checkpoint import convert, load, save, save_peer
-from fastprior.clip import BaseClipAdapter
 
 # shapes of files
 

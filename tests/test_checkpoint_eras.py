@@ -5,7 +5,9 @@ import warnings
 
 import pytest
 import torch
-from checkpoint_cases import (
+
+from fastprior.checkpoint import load
+from helpers.checkpoint_cases import (
     BIAS,
     DIM,
     NULLS,
@@ -20,8 +22,6 @@ from checkpoint_cases import (
     sample,
     single_null,
 )
-
-from fastprior.checkpoint import load
 
 
 @pytest.mark.parametrize("version", ["0.6.0", "0.15.4", None])

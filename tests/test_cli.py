@@ -6,9 +6,7 @@ import shlex
 import subprocess
 import sys
 
-import conftest
 import numpy as np
-import pt_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 import fastprior
 from fastprior import DiffusionPrior, DiffusionPriorNetwork, cli, digits
 from fastprior.kernels import ops
+from helpers import priors, pt_cases
 
 
 def make_prior(dim=64, length=8, **options):
@@ -365,7 +364,7 @@ def test_reader_that_leaves(tmp_path):
 
 
 def bench(tmp_path, capsys, net=None, *options: str) -> list[list[str]]:
-    fastprior.save(conftest.make_prior(net, timesteps=30), tmp_path / "prior.safetensors")
+    fastprior.save(priors.make_prior(net, timesteps=30), tmp_path / "prior.safetensors")
     command = [
         "bench",
         "--checkpoint",
@@ -384,7 +383,7 @@ def bench(tmp_path, capsys, net=None, *options: str) -> list[list[str]]:
 def test_bench(tmp_path, capsys, options):
     """A row for each batch size, with the peer's time over ours."""
     *_, title, one, three = bench(tmp_path, capsys, None, *options)
-    numbers = sum(p.numel() for p in conftest.make_prior().net.causal_transformer.parameters())
+    numbers = sum(p.numel() for p in priors.make_prior().net.causal_transformer.parameters())
     assert title[:1] == ["batch"] and [one[0], three[0]] == ["1", "3"]
     for row in one, three:
         p50, p99, step, modelled, megabytes = map(float, row[1:6])

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_prior, make_text, relative_error, sample
 
 from fastprior import checkpoint, cli, train_diffusion_prior
 from fastprior.conditions import Conditions
@@ -20,6 +19,7 @@ from fastprior.shards import EmbeddingShards
 from fastprior.trackers import read_metrics
 from fastprior.train_configs import DiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer
+from helpers.priors import make_prior, make_text, relative_error, sample
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
 SPECS = dict(

@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_prior, relative_error
 
 import fastprior
 from fastprior.cli import main
 from fastprior.convert_prior import convert, load
 from fastprior.prior_transformer import PriorTransformer
+from helpers.priors import make_prior, relative_error
 
 TOLERANCE = 1e-5  # of scale, what an fp32 forward may differ by
 WIDTH, DIM, LENGTH, LAYERS = 128, 24, 7, 2

@@ -5,11 +5,10 @@ import threading
 
 import pytest
 import torch
-from conftest import make_prior, make_text, relative_error, sample
-from soak import BATCH_SIZES, OPTIONS, soak
-from test_sampler import plain
 
 from fastprior.serving import PriorSampler
+from helpers.priors import make_prior, make_text, plain, relative_error, sample
+from helpers.soak import BATCH_SIZES, OPTIONS, soak
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda"

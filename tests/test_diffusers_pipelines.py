@@ -5,16 +5,16 @@ import json
 
 import pytest
 import torch
-from conftest import relative_error
-from pt_cases import MAKES, kept, make_inputs, make_stock, within_diffusers
 
 import fastprior
 from fastprior import prior_blocks
+from helpers.priors import relative_error
+from helpers.pt_cases import MAKES, kept, make_inputs, make_stock, within_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
-from test_prior_pipeline import CLIP, DIM, KARLO, LENGTH, make_tokenizer  # noqa: E402
+from helpers.pipeline_cases import CLIP, DIM, KARLO, LENGTH, make_tokenizer  # noqa: E402
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by
 STEPS = 5

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import relative_error
 
 from fastprior.diffusers_schedules import DEFAULTS, DiffusersSchedule
 from fastprior.kernels import reference
+from helpers.priors import relative_error
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by
 

@@ -10,9 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from conftest import relative_error
-from processes import MODES, SEVERAL, run_ranks, start_ranks
-from test_trainer import (
+
+from fastprior.evaluate import evaluate
+from fastprior.optimizer import learning_rate_factor
+from fastprior.sharding import local, without_clip
+from helpers.priors import relative_error
+from helpers.processes import MODES, SEVERAL, run_ranks, start_ranks
+from helpers.trainer_cases import (
     BATCH,
     ToyClip,
     batch,
@@ -25,10 +29,6 @@ from test_trainer import (
     small_prior,
     tensors,
 )  # fmt: skip
-
-from fastprior.evaluate import evaluate
-from fastprior.optimizer import learning_rate_factor
-from fastprior.sharding import local, without_clip
 
 RANDOM = dict(attn_dropout=0.1, ff_dropout=0.1, self_cond=True)
 

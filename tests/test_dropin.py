@@ -12,14 +12,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import relative_error
-from dropin_clients import CLIENTS, PREAMBLE
-from processes import run_python
 
 import fastprior
 from fastprior import dropin, train_configs
 from fastprior.optimizer import get_optimizer
 from fastprior.utils import Timer, import_or_print_error, print_ribbon
+from helpers.dropin_clients import CLIENTS, PREAMBLE
+from helpers.priors import relative_error
+from helpers.processes import run_python
 
 FORWARD_TOLERANCE, RUN_TOLERANCE = 1e-5, 1e-4  # of the scale of the peer's result: the drop-in contract
 

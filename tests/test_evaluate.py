@@ -4,14 +4,10 @@ import argparse
 import json
 import random
 import re
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_prior, make_text
+from accelerate import Accelerator
 
 import fastprior
 from fastprior import DiffusionPrior, checkpoint, digits
@@ -19,6 +15,8 @@ from fastprior import evaluate as module
 from fastprior.evaluate import METRICS, RECALL_AT, evaluate, plot_curves, retrieval_ranks
 from fastprior.layers import l2norm
 from fastprior.training_commands import add_evaluate_parser
+from helpers.priors import make_prior, make_text
+from helpers.processes import run_ranks
 
 DIM = 32
 STEPS = "[steps=4]"
@@ -208,35 +206,20 @@ def test_two_ranks_give_what_one_process_gives(sizes):
         assert evaluate(prior, [shares[index]], timesteps=[4, 2], accelerator=rank) == pytest.approx(single, abs=1e-6)
 
 
+def measure(folder):
+    """Uneven shares, a rank without any pairs among them."""
+    prior, accelerator = known(lambda text: l2norm(text + 0.3 * text.flip(-1))), Accelerator(cpu=True)
+    results = []
+    for shares in ([[0, 1], [2]], [[0, 1, 2], []]):
+        batches = split(pairs(16), 5, 4, 7)
+        mine = [batches[i] for i in shares[accelerator.process_index]]
+        results.append(evaluate(prior, mine, timesteps=[4], accelerator=accelerator))
+    (folder / f"{accelerator.process_index}.json").write_text(json.dumps(results))
+
+
 def test_two_real_processes(tmp_path):
-    """Uneven shares under gloo, a rank without any pairs among them: both get one process's result."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        textwrap.dedent("""
-        import json, sys
-        import torch
-        from accelerate import Accelerator, debug_launcher
-        sys.path.insert(0, sys.argv[1])
-        from test_evaluate import evaluate, known, l2norm, pairs, split
-
-        def measure(folder):
-            torch.set_num_threads(1)
-            prior, accelerator = known(lambda text: l2norm(text + 0.3 * text.flip(-1))), Accelerator(cpu=True)
-            results = []
-            for shares in ([[0, 1], [2]], [[0, 1, 2], []]):
-                batches = split(pairs(16), 5, 4, 7)
-                mine = [batches[i] for i in shares[accelerator.process_index]]
-                results.append(evaluate(prior, mine, timesteps=[4], accelerator=accelerator))
-            with open(f"{folder}/{accelerator.process_index}.json", "w") as file:
-                json.dump(results, file)
-
-        if __name__ == "__main__":
-            debug_launcher(measure, (sys.argv[2],), num_processes=2)
-    """)
-    )
-    command = [sys.executable, script, Path(__file__).parent, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    """Both get one process's result, under gloo."""
+    run_ranks(2, measure, (tmp_path,), tmp_path)
     prior = known(lambda text: l2norm(text + 0.3 * text.flip(-1)))
     single = evaluate(prior, split(pairs(16), 5, 4, 7), timesteps=[4])
     for index in range(2):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_prior, make_text
-from cpu_cases import NEEDS_KERNELS
 
 from fastprior import PriorSampler
 from fastprior.kernels import huge_pages
+from helpers.cpu_cases import NEEDS_KERNELS
+from helpers.priors import make_prior, make_text
 
 SIZE = 2**21
 LINUX = re.match(r"(\d+)\.(\d+)", platform.release())

@@ -10,10 +10,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fastprior.kernels.attention import attention
-from kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 
 from fastprior.kernels import attention as module
 from fastprior.kernels import launch, ops, reference
+from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 
 # batch, queries, keys, heads, heads of keys, dim_head: one row; multi-query; grouped and queries at the end of more
 # keys; every query its own keys; several tiles of rows and of columns

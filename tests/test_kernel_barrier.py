@@ -28,9 +28,9 @@ from fastprior.kernels.barrier import (
     resident_programs,
     wait,
 )
-from kernel_checks import DEVICE, DTYPES, check, guarded, random
 
 from fastprior.kernels import launch, reference
+from helpers.kernel_checks import DEVICE, DTYPES, check, guarded, random
 
 NEEDS_DEVICE = pytest.mark.skipif(DEVICE == "cpu", reason="needs a device")
 NEEDS_90 = pytest.mark.skipif(

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
-from conftest import relative_error
-from cpu_cases import (
+from torch import nn
+
+from fastprior import prior_blocks
+from fastprior.kernels import cpu, cpu_blocks, cpu_library, reference
+from helpers.cpu_cases import (
     BF16,
     CONFIGS,
     DECODE_OPTIONS,
@@ -48,10 +51,7 @@ from cpu_cases import (
     threads,
     through_reference,
 )
-from torch import nn
-
-from fastprior import prior_blocks
-from fastprior.kernels import cpu, cpu_blocks, cpu_library, reference
+from helpers.priors import relative_error
 
 HASWELL = tuple("-march=haswell" if flag == "-march=native" else flag for flag in cpu_library.FLAGS)
 WITHOUT_TILES = *cpu_library.FLAGS, "-mno-amx-tile", "-mno-amx-bf16"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_prior, make_text, relative_error
-from cpu_cases import (
+
+from fastprior.kernels import cpu, cpu_blocks, cpu_library, ops, reference
+from helpers.cpu_cases import (
     CONFIGS,
     DECODE_OPTIONS,
     FP32,
@@ -35,8 +36,7 @@ from cpu_cases import (
     threads,
     through_reference,
 )
-
-from fastprior.kernels import cpu, cpu_blocks, cpu_library, ops, reference
+from helpers.priors import make_prior, make_text, relative_error
 
 QUICK = *(flag for flag in cpu_library.FLAGS if flag != "-O3"), "-O0"  # to compile
 

@@ -6,8 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error
-from cpu_cases import (
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastprior import layers
+from fastprior.kernels import cpu, cpu_blocks, ops
+from helpers.cpu_cases import (
     BF16,
     FP32,
     NEEDS_KERNELS,
@@ -24,12 +29,7 @@ from cpu_cases import (
     step,
     through_reference,
 )
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-
-from fastprior import layers
-from fastprior.kernels import cpu, cpu_blocks, ops
+from helpers.priors import relative_error
 
 pytestmark = NEEDS_KERNELS
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_prior, make_text
-from cpu_cases import NEEDS_KERNELS
 
 from fastprior import PriorPipeline, PriorSampler, PriorTransformer
 from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import cpu, cpu_library
 from fastprior.pipeline_parts import TextEncoding
+from helpers.cpu_cases import NEEDS_KERNELS
+from helpers.priors import make_prior, make_text
 
 pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(torch.float32) < 18, reason="these runs have 18 tokens")]
 STEPS = 5

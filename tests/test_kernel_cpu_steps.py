@@ -5,12 +5,12 @@ import functools
 
 import pytest
 import torch
-from conftest import make_prior, make_text, relative_error, sample
-from cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, through_reference
 from torch import nn
 
 from fastprior import DiffusionPriorNetwork, PriorSampler, sampler
 from fastprior.kernels import cpu, cpu_blocks, ops
+from helpers.cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, through_reference
+from helpers.priors import make_prior, make_text, relative_error, sample
 
 pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(FP32) < 32, reason="these steps have 32 tokens")]
 STEPS = 5

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import relative_error
-from kernel_checks import DEVICE, DTYPES, check_gradients, guarded, random, sliced
 
 from fastprior.kernels import decode, launch, ops, reference
+from helpers.kernel_checks import DEVICE, DTYPES, check_gradients, guarded, random, sliced
+from helpers.priors import relative_error
 
 HALF = torch.float16
 TENSORS = "q", "k", "v", "prefix_k", "prefix_v"

@@ -7,10 +7,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fastprior.kernels.linear import linear, linear_config, linear_fwd, linear_workspace
-from kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 
 from fastprior.kernels import linear as module
 from fastprior.kernels import ops, reference
+from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 
 FLOAT8 = pytest.param(
     torch.float8_e4m3fn,

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import DTYPES, check_gradients, guarded, random
 
 from fastprior.kernels import launch, norm, ops, reference
+from helpers.kernel_checks import DTYPES, check_gradients, guarded, random
 
 OPTIONS = {
     "plain": {},

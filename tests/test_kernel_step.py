@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 
 from fastprior.kernels import launch, ops, reference, step
+from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 
 STEPS = 7
 SHAPES = [(1, 1), (3, 2), (2, 257), (5, 100), (2, 4096)]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_prior, relative_error
 
 import fastprior
 from fastprior.synthetic import SyntheticPairs, mean_length
+from helpers.priors import make_prior, relative_error
 
 pytest.importorskip("accelerate")
 pytest.importorskip("scipy")

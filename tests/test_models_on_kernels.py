@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from conftest import make_prior, make_text, relative_error, sample
-from kernel_checks import DEVICE
 
 from fastprior.kernels import ops
 from fastprior.layers import Attention, Linear, RelPosBias, RotaryEmbedding
 from fastprior.serving import PriorSampler
+from helpers.kernel_checks import DEVICE
+from helpers.priors import make_prior, make_text, relative_error, sample
 
 NETS = [
     dict(),

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from conftest import make_prior, make_text, relative_error, sample
 
 import fastprior
 from fastprior.layers import Attention, FeedForward, LayerNorm, RelPosBias, RotaryEmbedding, l2norm
+from helpers.priors import make_prior, make_text, relative_error, sample
 
 FORWARD_TOLERANCE = 1e-5  # of the output's scale
 RUN_TOLERANCE = 1e-4

@@ -8,13 +8,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import relative_error
-from pt_cases import MAKES, TOLERANCE, kept, make_inputs, make_stock, within_diffusers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprior import model_state, prefix_reuse, prior_blocks
 from fastprior.diffusers_interop import StockPrior
+from helpers.priors import relative_error
+from helpers.pt_cases import MAKES, TOLERANCE, kept, make_inputs, make_stock, within_diffusers
 
 pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")

@@ -1,8 +1,6 @@
 """PriorPipeline gives what diffusers' prior pipelines give, from the same folder and the same generator."""
 
 import copy
-import json
-import string
 import subprocess
 import sys
 import warnings
@@ -12,64 +10,27 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 
 import fastprior
 from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_pipeline import PriorPipeline
 from fastprior.shap_e import ShapEPrior
+from helpers.priors import relative_error
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 from PIL import Image  # noqa: E402
 
+from helpers.pipeline_cases import DIM, LENGTH, make_parts  # noqa: E402
+
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by
-DIM, LENGTH, STEPS = 16, 9, 6
-KARLO = dict(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
-CLIP = dict(
-    hidden_size=DIM, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, projection_dim=DIM,
-    hidden_act="quick_gelu",
-)  # fmt: skip
-
-
-def make_tokenizer(folder):
-    """A byte-level tokenizer of single letters, in CLIP's files."""
-    letters = string.ascii_lowercase
-    tokens = ["!", *letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    ends = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    config = dict(tokenizer_class="CLIPTokenizer", model_max_length=LENGTH, unk_token="<|endoftext|>", **ends)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return transformers.CLIPTokenizer.from_pretrained(folder), len(tokens)
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """The components of a tiny pipeline, with random weights."""
-    torch.manual_seed(0)
-    tokenizer, vocabulary = make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "files")
-    ends = dict(bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1)
-    text = transformers.CLIPTextConfig(**CLIP, **ends, vocab_size=vocabulary, max_position_embeddings=LENGTH)
-    vision = transformers.CLIPVisionConfig(**CLIP, image_size=8, patch_size=4)
-    size = dict(height=8, width=8)
-    prior = diffusers.PriorTransformer(
-        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=LENGTH
-    ).eval()
-    for name, weights in prior.named_parameters():
-        if weights.ndim == 1 and not name.endswith("bias"):
-            continue
-        torch.nn.init.normal_(weights, std=0.2)
-    return dict(
-        prior=prior,
-        text_encoder=transformers.CLIPTextModelWithProjection(text).eval(),
-        tokenizer=tokenizer,
-        image_encoder=transformers.CLIPVisionModelWithProjection(vision).eval(),
-        image_processor=transformers.CLIPImageProcessor(size=size, crop_size=size),
-        scheduler=diffusers.UnCLIPScheduler(**KARLO),
-    )
+    return make_parts(tmp_path_factory.mktemp("tokenizer") / "files")
 
 
 @pytest.fixture(scope="module")

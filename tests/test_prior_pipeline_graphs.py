@@ -4,10 +4,8 @@ import copy
 import random
 import threading
 
-import captures
 import pytest
 import torch
-from conftest import make_prior, make_text, relative_error
 
 import fastprior
 from fastprior import graphs, model_state
@@ -16,6 +14,8 @@ from fastprior.kernels import ops
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_pipeline import PriorPipeline
 from fastprior.prior_transformer import PriorTransformer
+from helpers import captures
+from helpers.priors import make_prior, make_text, relative_error
 
 DIM, LENGTH, DEPTH = 16, 40, 2
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: hidden tokens run too, so sums have other orders

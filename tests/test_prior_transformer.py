@@ -9,12 +9,21 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error
-from pt_cases import CONFIG, MAKES, TOLERANCE, kept, make_inputs, make_stock, within_diffusers, without_diffusers
 
 import fastprior
 from fastprior import prior_blocks, prior_transformer
 from fastprior.kernels import ops
+from helpers.priors import relative_error
+from helpers.pt_cases import (
+    CONFIG,
+    MAKES,
+    TOLERANCE,
+    kept,
+    make_inputs,
+    make_stock,
+    within_diffusers,
+    without_diffusers,
+)
 
 diffusers = pytest.importorskip("diffusers")
 

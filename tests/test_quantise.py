@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_prior, make_text, relative_error
-from pt_cases import make_stock, without_diffusers
 from torch import nn
 
 from fastprior import PriorPipeline, PriorSampler, quantise
@@ -14,6 +12,8 @@ from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
 from fastprior.layers import Linear, QuantisedLinear
 from fastprior.pipeline_parts import TextEncoding
+from helpers.priors import make_prior, make_text, relative_error
+from helpers.pt_cases import make_stock, without_diffusers
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "float8"])
 NET = dict(dim=64, depth=2, dim_head=32, heads=2, normformer=True)

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_prior
-from test_sampler import WordClip
 
 import fastprior
 from fastprior import cli
@@ -20,19 +18,24 @@ from fastprior.train_configs import (
     TrainDiffusionPriorConfig,
     TrainSplitConfig,
 )
+from helpers.priors import WordClip, make_prior
 
 diffusers = pytest.importorskip("diffusers")
-from test_prior_pipeline import folder, parts  # noqa: E402, F401
+from helpers.pipeline_cases import make_parts  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_snippets(tmp_path, monkeypatch, capsys, folder):  # noqa: F811
+def test_snippets(
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.chdir(tmp_path)
-    Path("kandinsky-2-2-prior").symlink_to(folder)
-    pipe = diffusers.KandinskyV22PriorPipeline.from_pretrained(folder)
+    diffusers.KandinskyV22PriorPipeline(**make_parts(tmp_path / "tokenizer")).save_pretrained("kandinsky-2-2-prior")
+    pipe = diffusers.KandinskyV22PriorPipeline.from_pretrained("kandinsky-2-2-prior")
     net = dict(dim=32, depth=1, dim_head=16, heads=2, max_text_len=7, num_timesteps=100)
     given = make_prior(net, timesteps=100)
     torch.save({"model": given.state_dict(), "step": torch.tensor([3])}, "latest.pth")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
 
 from fastprior.kernels import reference as ops
+from helpers.priors import relative_error
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 24, 64, 65, 300])

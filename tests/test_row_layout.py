@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import captures
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from fastprior import (
 )
 from fastprior.kernels import decode, ops
 from fastprior.transformer_net import PriorTransformerNet
+from helpers import captures
 
 NETWORKS = {
     "plain": {},

@@ -1,42 +1,16 @@
 """Which path a run takes, that every path gives the same result, and that nothing a user overrides is skipped."""
 
-import copy
 import warnings
 
 import pytest
 import torch
-from conftest import make_prior, make_text, relative_error, sample
 from torch import nn
 
 import fastprior
-from fastprior.clip import BaseClipAdapter, EmbeddedImage, EmbeddedText
 from fastprior.layers import Attention, l2norm
+from helpers.priors import WordClip, make_prior, make_text, plain, relative_error, sample
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
-
-
-class Foreign(nn.Module):
-    """A user's own network: it has only what the peer asks of one, so it takes the plain path."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.inner, self.dim, self.self_cond = net, net.dim, net.self_cond
-        self.calls = 0
-
-    def forward(self, *args, **kwargs):
-        self.calls += 1
-        return self.inner(*args, **kwargs)
-
-    def forward_with_cond_scale(self, *args, **kwargs):
-        self.calls += 1
-        return self.inner.forward_with_cond_scale(*args, **kwargs)
-
-
-def plain(prior):
-    """The same prior on the plain path."""
-    other = copy.deepcopy(prior)
-    other.net = Foreign(other.net)
-    return other
 
 
 NETWORKS = {
@@ -244,27 +218,6 @@ def test_embeddings_with_more_dimensions_through_a_foreign_net():
     torch.manual_seed(1)
     out = prior.p_sample_loop((2, 5, 16), text_cond=text, timesteps=10, progress=False)
     assert out.shape == (2, 5, 16) and out.isfinite().all() and out.std() > 0.01
-
-
-class WordClip(BaseClipAdapter):
-    """A stand-in CLIP: tokens are letters, embeddings are fixed random vectors."""
-
-    dim_latent, image_size, image_channels, max_text_len = 32, 4, 3, 7
-
-    def __init__(self):
-        super().__init__(nn.Embedding(128, 32))
-        self.calls = 0
-
-    def tokenize(self, texts):
-        return torch.tensor([[ord(c) for c in text[:7].ljust(7, chr(0))] for text in texts])
-
-    def embed_text(self, text):
-        self.calls += 1
-        encodings = self.clip(text).masked_fill((text == 0)[..., None], 0)
-        return EmbeddedText(l2norm(encodings.sum(dim=1)), encodings)
-
-    def embed_image(self, image):
-        return EmbeddedImage(l2norm(image.flatten(1)[:, :32]), None)
 
 
 def clip_prior():

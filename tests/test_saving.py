@@ -7,7 +7,12 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_cases import (
+from safetensors import safe_open
+from torch import nn
+
+from fastprior import checkpoint
+from fastprior.checkpoint import convert, load, save, save_peer
+from helpers.checkpoint_cases import (
     BIAS,
     DIM,
     NETS,
@@ -20,11 +25,6 @@ from checkpoint_cases import (
     sample,
     single_null,
 )
-from safetensors import safe_open
-from torch import nn
-
-from fastprior import checkpoint
-from fastprior.checkpoint import convert, load, save, save_peer
 
 
 @pytest.mark.parametrize("net", [*NETS, "dot product", "self-conditioned"])

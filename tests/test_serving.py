@@ -5,12 +5,12 @@ import threading
 
 import pytest
 import torch
-from conftest import make_prior, make_text, relative_error, sample
-from soak import BATCH_SIZES, OPTIONS, soak
 
 from fastprior import graphs, serving
 from fastprior.kernels import cpu_library
 from fastprior.serving import PriorSampler
+from helpers.priors import make_prior, make_text, relative_error, sample
+from helpers.soak import BATCH_SIZES, OPTIONS, soak
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
 

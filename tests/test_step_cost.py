@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from pt_cases import make_stock, without_diffusers
 
 from fastprior import PriorPipeline
 from fastprior.diffusers_schedules import DiffusersSchedule
@@ -10,6 +9,7 @@ from fastprior.kernels import launch, ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.step_cost import CountLaunches, step_reads, step_seconds
+from helpers.pt_cases import make_stock, without_diffusers
 
 BANDWIDTH = 4.3e12  # bytes per second, of an H200
 # options, parameters that a step reads in millions, and the microseconds that reading them takes in 16 bits

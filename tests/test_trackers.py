@@ -15,7 +15,6 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from conftest import make_prior
 from pydantic import ValidationError
 
 import fastprior
@@ -25,6 +24,7 @@ from fastprior.storage import LocalSaver
 from fastprior.trackers import Tracker, create_loader, create_logger, create_saver, read_metrics
 from fastprior.train_configs import TrackerConfig
 from fastprior.trainer import DiffusionPriorTrainer
+from helpers.priors import make_prior
 
 
 class Trainer:

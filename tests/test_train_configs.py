@@ -6,10 +6,10 @@ import inspect
 import json
 
 import pytest
-from processes import run_python
 
 import fastprior
 from fastprior import train_configs
+from helpers.processes import run_python
 
 CONFIG = {
     "prior": {

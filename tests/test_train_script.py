@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import numpy as np
-import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from fastprior.evaluate import evaluate
 from fastprior.trackers import LOADERS, LOGGERS, SAVERS, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import Run, make_accelerator, split_edges
+from helpers import processes
 
 ROOT = Path(__file__).parent.parent
 DIM, SHARDS, ROWS = 16, 3, 120

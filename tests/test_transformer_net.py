@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import relative_error
 
 from fastprior import DiffusionPrior, DiffusionPriorTrainer, PriorTransformer, prior_blocks, train_diffusion_prior
 from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.prior_pipeline import PriorPipeline, TextEncoding
 from fastprior.serving import PriorSampler
 from fastprior.transformer_net import PriorTransformerNet
+from helpers.priors import relative_error
 
 ARCHITECTURE = dict(
     num_attention_heads=2, attention_head_dim=16, num_layers=3, embedding_dim=24, num_embeddings=9,

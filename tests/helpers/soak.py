@@ -9,9 +9,9 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from conftest import make_prior, make_text
 
 from fastprior.serving import PriorSampler
+from helpers.priors import make_prior, make_text
 
 PHASES = 12  # between changes of the weights
 CASES = 8  # different ones, of each phase

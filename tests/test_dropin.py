@@ -9,12 +9,13 @@ import random
 import sys
 import textwrap
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastprior
-from fastprior import dropin, train_configs
+from fastprior import dropin, train_configs, utils
 from fastprior.optimizer import get_optimizer
 from fastprior.utils import Timer, import_or_print_error, print_ribbon
 from helpers.dropin_clients import CLIENTS, PREAMBLE
@@ -285,12 +286,9 @@ def test_import_is_light():
     run_python(
         "-c",
         textwrap.dedent(f"""
-        import sys, time
-        import torch
-        start = time.perf_counter()
+        import sys
         import fastprior
         from fastprior import *
-        assert time.perf_counter() - start < 2
         import fastprior.dalle2_pytorch, fastprior.dropin
         heavy = [name for name in {(*HEAVY, *others)!r} if name in sys.modules]
         assert not heavy, heavy
@@ -328,9 +326,11 @@ def test_get_optimizer_refuses_unknown_arguments():
         get_optimizer([torch.nn.Parameter(torch.ones(2))], amsgrad=True)
 
 
-def test_utils():
+def test_utils(monkeypatch):
+    times = iter([1.0, 3.5, 4.0])
+    monkeypatch.setattr(utils, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     timer = Timer()
-    assert 0 <= timer.elapsed() < 60
+    assert timer.elapsed() == 2.5 and timer.elapsed() == 3.0
     assert print_ribbon("x", "-", 2) == "-- x --"
     assert import_or_print_error("json") is json
     with pytest.raises(ImportError, match="install the package nothing"):

@@ -3,7 +3,6 @@
 import importlib.util
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -42,19 +41,24 @@ def start(function, *arguments, errors, environment=None):
 
 def start_ranks(world, function, arguments, folder, fsdp=False, zero=None):
     """As many processes as will find each other through accelerate."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {} if world == 1 else dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    shared = {}
+    if world > 1:
+        # the store is here, as torchrun has it in its agent: no port is chosen before something listens there
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+        shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if fsdp:
         shared |= dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     if zero:
         shared |= dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(zero), DS_ACCELERATOR="cpu")
     own = [{} if world == 1 else dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
-    return [
+    processes = [
         start(function, *arguments, errors=folder / f"errors-{rank}.txt", environment=shared | own[rank])
         for rank in range(world)
     ]
+    if world > 1:
+        processes[0].store = store  # while there are processes
+    return processes
 
 
 def run_ranks(world, function, arguments, folder, fsdp=False, zero=None, timeout=120):

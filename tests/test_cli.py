@@ -1,5 +1,6 @@
 """The command line: what it prints, writes and returns."""
 
+import functools
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 import fastprior
 from fastprior import DiffusionPrior, DiffusionPriorNetwork, cli, digits
+from fastprior import bench as bench_module
 from fastprior.kernels import ops
 from helpers import priors, pt_cases
 
@@ -361,6 +363,14 @@ def test_reader_that_leaves(tmp_path):
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert result.returncode == 141 and "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_bandwidth():
+    """`bench` reads a tensor of 1 GiB to measure it; here once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_module, "read_bandwidth", functools.cache(bench_module.read_bandwidth))
+        yield
 
 
 def bench(tmp_path, capsys, net=None, *options: str) -> list[list[str]]:

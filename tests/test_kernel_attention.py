@@ -14,6 +14,7 @@ from fastprior.kernels.attention import attention
 from fastprior.kernels import attention as module
 from fastprior.kernels import launch, ops, reference
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
+from helpers.pairwise import pairwise
 
 # batch, queries, keys, heads, heads of keys, dim_head: one row; multi-query; grouped and queries at the end of more
 # keys; every query its own keys; several tiles of rows and of columns
@@ -76,12 +77,12 @@ def compare(inputs: dict, others: dict) -> None:
     check_gradients(partial(attention, **others), partial(reference.attention, **others), inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [(), ALL], ids=["plain", "all"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, options, dtype", pairwise(shape=SHAPES, options=["plain", "all"], dtype=DTYPES), ids=str
+)
 def test_shapes(shape, options, dtype):
     with guarded():
-        compare(*make(shape, dtype, options))
+        compare(*make(shape, dtype, ALL if options == "all" else ()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

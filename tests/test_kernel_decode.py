@@ -7,6 +7,7 @@ import torch
 
 from fastprior.kernels import decode, launch, ops, reference
 from helpers.kernel_checks import DEVICE, DTYPES, check_gradients, guarded, random, sliced
+from helpers.pairwise import pairwise
 from helpers.priors import relative_error
 
 HALF = torch.float16
@@ -127,10 +128,11 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(
+    "shape, options, dtype", pairwise(shape=SHAPES, options=["plain", "all-options"], dtype=DTYPES), ids=str
+)
 def test_forward_and_gradients(shape, options, dtype):
+    shape, options = SHAPES[shape], options == "all-options"
     width = shape.get("dim_head", 16) // 4 * 2
     inputs = make(**shape, dtype=dtype, **(dict(width=width, bias=True, mask=True) if options else {}))
     check_call(inputs, cosine=options, scale=8.0 if options else 0.3)

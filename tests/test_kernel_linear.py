@@ -11,6 +11,7 @@ from fastprior.kernels.linear import linear, linear_config, linear_fwd, linear_w
 from fastprior.kernels import linear as module
 from fastprior.kernels import ops, reference
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
+from helpers.pairwise import pairwise
 
 FLOAT8 = pytest.param(
     torch.float8_e4m3fn,
@@ -92,21 +93,27 @@ def test_shapes(shape, dtype):
         check_gradients(*runs(), inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, outputs, dim", [(5, 36, 77), (16, 50, 300), (20, 36, 300)])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options(options, rows, outputs, dim, dtype):
-    inputs, activation = make(rows, outputs, dim, dtype, options, grad=True)
+@pytest.mark.parametrize(
+    "options, shape, dtype",
+    pairwise(options=OPTIONS, shape=[(5, 36, 77), (16, 50, 300), (20, 36, 300)], dtype=DTYPES),
+    ids=str,
+)
+def test_options(options, shape, dtype):
+    inputs, activation = make(*shape, dtype, OPTIONS[options], grad=True)
     with guarded():
         check_gradients(*runs(activation), inputs)
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, outputs, dim", [(1, 40, 52), (16, 36, 300), (40, 36, 300)])
-@pytest.mark.parametrize("options", [(), OPTIONS["all-gelu"], OPTIONS["all-swiglu"]], ids=["plain", "gelu", "swiglu"])
-def test_quantised_weights(options, rows, outputs, dim, dtype, stored):
-    inputs, activation = make(rows, outputs, dim, dtype, options, grad=True, stored=stored)
+@pytest.mark.parametrize(
+    "options, shape, dtype",
+    pairwise(
+        options=["plain", "all-gelu", "all-swiglu"], shape=[(1, 40, 52), (16, 36, 300), (40, 36, 300)], dtype=DTYPES
+    ),
+    ids=str,
+)
+def test_quantised_weights(options, shape, dtype, stored):
+    inputs, activation = make(*shape, dtype, OPTIONS[options], grad=True, stored=stored)
     with guarded():
         check_gradients(*runs(activation), inputs)
 

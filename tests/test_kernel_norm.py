@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastprior.kernels import launch, norm, ops, reference
 from helpers.kernel_checks import DTYPES, check_gradients, guarded, random
+from helpers.pairwise import pairwise
 
 OPTIONS = {
     "plain": {},
@@ -50,9 +51,11 @@ def test_shapes(shape, dtype, name):
     compare(pick(inputs, *names), **OPTIONS[name])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vectors", [(), ("gain",), ("bias",), ("gain", "bias")], ids="+".join)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name, vectors, dtype",
+    pairwise(name=OPTIONS, vectors=[(), ("gain",), ("bias",), ("gain", "bias")], dtype=DTYPES),
+    ids=str,
+)
 def test_options(name, vectors, dtype):
     inputs = pick(make_inputs(19, 72, dtype=dtype), "x", *vectors)
     compare(inputs, eps=1e-3, **OPTIONS[name])

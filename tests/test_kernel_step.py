@@ -7,6 +7,7 @@ import torch
 
 from fastprior.kernels import launch, ops, reference, step
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
+from helpers.pairwise import pairwise
 
 STEPS = 7
 SHAPES = [(1, 1), (3, 2), (2, 257), (5, 100), (2, 4096)]
@@ -41,12 +42,12 @@ def test_shapes(shape, dtype):
     compare(make_inputs(*shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("noise", [True, False], ids=["noise", "seed"])
-@pytest.mark.parametrize("per_row", [False, True], ids=["one step", "step by row"])
-@pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize("clamp", step.CLAMPS)
-def test_options(clamp, guidance, per_row, noise):
-    inputs = make_inputs(5, 72, guidance=guidance, per_row=per_row, noise=noise)
+@pytest.mark.parametrize(
+    "clamp, guidance, steps, noise",
+    pairwise(clamp=step.CLAMPS, guidance=GUIDANCE, steps=["one step", "step by row"], noise=["noise", "seed"]),
+)
+def test_options(clamp, guidance, steps, noise):
+    inputs = make_inputs(5, 72, guidance=guidance, per_row=steps == "step by row", noise=noise == "noise")
     compare(inputs, clamp=clamp, radius=0.7)
 
 

@@ -7,6 +7,7 @@ import torch
 
 import fastprior
 from fastprior.layers import Attention, FeedForward, LayerNorm, RelPosBias, RotaryEmbedding, l2norm
+from helpers.pairwise import pairwise
 from helpers.priors import make_prior, make_text, relative_error, sample
 
 FORWARD_TOLERANCE = 1e-5  # of the output's scale
@@ -111,9 +112,9 @@ def test_loss_and_gradients(peer, seed):
         assert (given - wanted).abs().max() < 1e-4 * wanted.abs().max() + 1e-6 * largest, name
 
 
-@SEEDS
-@pytest.mark.parametrize("cond_scale", [1.0, 3.0])
-@pytest.mark.parametrize("timesteps", [None, 8, 29, 2])
+@pytest.mark.parametrize(
+    "seed, timesteps, cond_scale", pairwise(seed=range(24), timesteps=[None, 8, 29, 2], cond_scale=[1.0, 3.0])
+)
 def test_sampling(peer, seed, cond_scale, timesteps):
     ours, theirs, text = pair(peer, seed)
     kwargs = dict(cond_scale=cond_scale, timesteps=timesteps)

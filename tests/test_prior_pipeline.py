@@ -16,6 +16,7 @@ from fastprior.diffusers_schedules import DiffusersSchedule
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_pipeline import PriorPipeline
 from fastprior.shap_e import ShapEPrior
+from helpers.pairwise import pairwise
 from helpers.priors import relative_error
 
 diffusers = pytest.importorskip("diffusers")
@@ -93,9 +94,12 @@ def test_initial_noise_and_generators_by_row(given, ours, parts):
     assert_same(ours(prompt, num_inference_steps=STEPS, **kwargs()), wanted)
 
 
-@pytest.mark.parametrize("image", ["embeddings", "pixels", "picture", "pictures"])
-@pytest.mark.parametrize("strength", [0.3, 1.0])
-@pytest.mark.parametrize("name", ["one", "many", "negatives"])
+@pytest.mark.parametrize(
+    "image, strength, name",
+    pairwise(
+        image=["embeddings", "pixels", "picture", "pictures"], strength=[0.3, 1.0], name=["one", "many", "negatives"]
+    ),
+)
 def test_from_images(image, strength, name, ours, parts):
     kwargs = CALLS[name] | dict(num_inference_steps=STEPS, strength=strength)
     draw = torch.Generator().manual_seed(3)
@@ -114,11 +118,18 @@ def picture(seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (12, 10, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("kind, images", [("KandinskyPriorPipeline", 1), ("KandinskyV22PriorPipeline", 2)])
-@pytest.mark.parametrize("negative", ["", "low"])
-@pytest.mark.parametrize("negative_prior", [None, "bad"])
-@pytest.mark.parametrize("texts", [[], ["red fox", "cat"]], ids=["images", "both"])
-def test_interpolation(kind, images, negative, negative_prior, texts, ours, parts):
+@pytest.mark.parametrize(
+    "kind, negative, negative_prior, texts",
+    pairwise(
+        kind=["KandinskyPriorPipeline", "KandinskyV22PriorPipeline"],
+        negative=["", "low"],
+        negative_prior=[None, "bad"],
+        texts=[(), ("red fox", "cat")],
+    ),
+    ids=str,
+)
+def test_interpolation(kind, negative, negative_prior, texts, ours, parts):
+    images = {"KandinskyPriorPipeline": 1, "KandinskyV22PriorPipeline": 2}[kind]
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     given = [picture(), pixels, *texts], [0.3, 0.2, 0.1, 0.4][: 2 + len(texts)]
     kwargs = dict(num_images_per_prompt=images, num_inference_steps=STEPS, guidance_scale=3.0)

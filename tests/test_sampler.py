@@ -8,6 +8,7 @@ from torch import nn
 
 import fastprior
 from fastprior.layers import Attention, l2norm
+from helpers.pairwise import pairwise
 from helpers.priors import WordClip, make_prior, make_text, plain, relative_error, sample
 
 TOLERANCE = 1e-4  # of scale, what a whole fp32 run may differ by: two orders of summation, amplified by the solver
@@ -30,10 +31,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v"])
-@pytest.mark.parametrize("cond_scale", [1.0, 4.0])
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("net", NETWORKS)
+@pytest.mark.parametrize(
+    "net, run, cond_scale, prediction",
+    pairwise(net=NETWORKS, run=RUNS, cond_scale=[1.0, 4.0], prediction=["x0", "v"]),
+)
 def test_cached_equals_plain(net, run, cond_scale, prediction):
     prior = make_prior(NETWORKS[net], predict_v=prediction == "v", clamp=None if run == "ddpm" else "l2")
     text, kwargs = make_text(3, 32), dict(RUNS[run], cond_scale=cond_scale)

@@ -9,6 +9,7 @@ import torch
 from fastprior import graphs, serving
 from fastprior.kernels import cpu_library
 from fastprior.serving import PriorSampler
+from helpers.pairwise import pairwise
 from helpers.priors import make_prior, make_text, relative_error, sample
 from helpers.soak import BATCH_SIZES, OPTIONS, soak
 
@@ -336,9 +337,15 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.
 DEVICE_LOST = torch.AcceleratorError("CUDA error: unspecified launch failure")
 
 
-@pytest.mark.parametrize("error", [OUT_OF_MEMORY, DEVICE_LOST, RuntimeError("device lost")], ids=repr)
-@pytest.mark.parametrize("where", ["prefill", "first step", "last step", "tables"])
-@pytest.mark.parametrize("with_graph", [False, True], ids=["plain", "graphs"])
+@pytest.mark.parametrize(
+    "error, where, with_graph",
+    pairwise(
+        error=[OUT_OF_MEMORY, DEVICE_LOST, RuntimeError("device lost")],
+        where=["prefill", "first step", "last step", "tables"],
+        with_graph=[False, True],
+    ),
+    ids=lambda value: value if isinstance(value, str) else repr(value),
+)
 def test_a_run_that_fails_is_told_and_the_next_is_right(error, where, with_graph, replayed, monkeypatch):
     """Nothing is left half done: neither in the buffers nor in the tables of new weights."""
     net = dict(self_cond=where != "tables")  # a state more, or a table

@@ -20,7 +20,7 @@ from fastprior.optimizer import get_optimizer
 from fastprior.utils import Timer, import_or_print_error, print_ribbon
 from helpers.dropin_clients import CLIENTS, PREAMBLE
 from helpers.priors import relative_error
-from helpers.processes import run_python
+from helpers.processes import run_python, run_ranks
 
 FORWARD_TOLERANCE, RUN_TOLERANCE = 1e-5, 1e-4  # of the scale of the peer's result: the drop-in contract
 
@@ -249,27 +249,35 @@ def test_runs_a_script_without_the_peer(tmp_path):
     assert run_python("-m", "fastprior.dropin", "-m", "client", "--name", "x", cwd=tmp_path) == wanted
 
 
-def test_the_training_modules_are_ours():
-    script = """
-    from fastprior import dropin
+def import_training_modules():
     dropin.install()
     from dalle2_pytorch import DiffusionPriorTrainer
-    from dalle2_pytorch.trainer import DiffusionPriorTrainer as same
-    from dalle2_pytorch.trackers import Tracker
     from dalle2_pytorch.dataloaders import get_reader, make_splits
+    from dalle2_pytorch.trackers import Tracker
+    from dalle2_pytorch.trainer import DiffusionPriorTrainer as same
+
     assert same is DiffusionPriorTrainer
-    print(*(part.__module__ for part in (DiffusionPriorTrainer, Tracker, get_reader, make_splits)))
-    """
-    wanted = "fastprior.trainer fastprior.trackers fastprior.dataloaders fastprior.dataloaders\n"
-    assert run_python("-c", textwrap.dedent(script)) == wanted
+    found = [part.__module__ for part in (DiffusionPriorTrainer, Tracker, get_reader, make_splits)]
+    assert found == ["fastprior.trainer", "fastprior.trackers", "fastprior.dataloaders", "fastprior.dataloaders"]
 
 
-def test_a_trainer_without_its_extra_says_so_on_use():
-    script = """
+def test_the_training_modules_are_ours(tmp_path):
+    run_ranks(1, import_training_modules, (), tmp_path)
+
+
+def test_import_is_light_and_a_trainer_without_its_extra_says_so_on_use():
+    others = "torch._dynamo", "dalle2_pytorch", "fastprior.dropin.peer"
+    script = f"""
     import sys
+    import fastprior
+    from fastprior import *
+    import fastprior.dalle2_pytorch, fastprior.dropin
+    heavy = [name for name in {(*HEAVY, *others)!r} if name in sys.modules]
+    assert not heavy, heavy
+    assert not hasattr(fastprior, "Nothing")
+
     sys.modules["accelerate"] = None
-    from fastprior import dropin
-    dropin.install()
+    fastprior.dropin.install()
     from dalle2_pytorch.trainer import DecoderTrainer, DiffusionPriorTrainer
     from fastprior import DiffusionPriorTrainer as same
     for trainer in (DiffusionPriorTrainer, same, DecoderTrainer):
@@ -279,26 +287,6 @@ def test_a_trainer_without_its_extra_says_so_on_use():
             print("fastprior[train]" in str(error))
     """
     assert run_python("-c", textwrap.dedent(script)) == "True\nTrue\nTrue\n"
-
-
-def test_import_is_light():
-    others = "torch._dynamo", "dalle2_pytorch", "fastprior.dropin.peer"
-    run_python(
-        "-c",
-        textwrap.dedent(f"""
-        import sys
-        import fastprior
-        from fastprior import *
-        import fastprior.dalle2_pytorch, fastprior.dropin
-        heavy = [name for name in {(*HEAVY, *others)!r} if name in sys.modules]
-        assert not heavy, heavy
-        trainer = fastprior.DiffusionPriorTrainer
-        try:
-            getattr(fastprior, "Nothing")
-        except AttributeError:
-            print("fine")
-    """),
-    )
 
 
 # optimizer, utils

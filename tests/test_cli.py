@@ -223,6 +223,7 @@ def test_bad_seeds_are_usage_errors(capsys, files, seed):
     assert status == 2 and "argument --seed" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, weights", [("no-such-model", "junk"), ("ViT-B-32", "no-such-weights")])
 def test_clip_that_cannot_be_loaded(capsys, files, name, weights):
     pytest.importorskip("open_clip")
@@ -304,6 +305,7 @@ def test_quickstart_judges_its_goal(capsys, monkeypatch, changes, status, messag
     assert given == [("a dir", dict(**defaults, seed=3, progress=False))]
 
 
+@pytest.mark.slow
 def test_quickstart_then_the_command_that_it_prints(capsys, tmp_path, monkeypatch):
     """A shortened run into a folder with a space in its name, and the printed command as a shell reads it."""
     for package in ("sklearn", "matplotlib", "embedding_reader"):
@@ -355,6 +357,7 @@ def test_interrupt_and_warnings(capsys, monkeypatch):
     assert err == "fastprior: warning: look out\nfastprior: interrupted: half way\n"
 
 
+@pytest.mark.slow
 def test_reader_that_leaves(tmp_path):
     """`fastprior info | true` ends without a traceback."""
     command = [sys.executable, "-m", "fastprior.cli", "info"]
@@ -389,6 +392,7 @@ def bench(tmp_path, capsys, net=None, *options: str) -> list[list[str]]:
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--cond-scale", "2"), ("--timesteps", "30")])
 def test_bench(tmp_path, capsys, options):
     """A row for each batch size, with the peer's time over ours."""
@@ -404,6 +408,7 @@ def test_bench(tmp_path, capsys, options):
         assert weights - 5e3 < megabytes * 1e6 < weights * 1.5 and 0 < modelled < step
 
 
+@pytest.mark.slow
 def test_bench_of_quantised_steps(tmp_path, capsys):
     plain, quantised = (bench(tmp_path, capsys, None, "--no-peer", *more) for more in ((), ("--quantise", "int8")))
     assert "float32, steps of int8, 8 steps" in " ".join(quantised[0])
@@ -411,6 +416,7 @@ def test_bench_of_quantised_steps(tmp_path, capsys):
     assert megabytes[1] < 0.6 * megabytes[0]
 
 
+@pytest.mark.slow
 def test_bench_of_what_the_peer_has_not(tmp_path, capsys):
     first, _, title, one, _ = bench(tmp_path, capsys, dict(text_dim=48))
     assert " ".join(first).startswith("dalle2-pytorch is left out: the network has text_dim=48")
@@ -418,6 +424,7 @@ def test_bench_of_what_the_peer_has_not(tmp_path, capsys):
     assert len(bench(tmp_path, capsys, None, "--no-peer")[-1]) == len(one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["prior", "pipeline"])
 @pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--cond-scale", "1"), ("--quantise", "int8")])
 def test_bench_of_a_folder_of_diffusers(tmp_path, capsys, whole, options):

@@ -470,6 +470,7 @@ def test_small_image_is_refused():
 # Imports
 
 
+@pytest.mark.slow
 def test_modules_import_nothing_heavy():
     code = (
         "import sys, importlib.util as u\n"

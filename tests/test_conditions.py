@@ -124,6 +124,7 @@ def test_served(net):
         assert relative_error(got, wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_compiled_once_whatever_is_given():
     from torch._dynamo.utils import counters
 
@@ -216,6 +217,7 @@ def test_other_dtypes(dtype):
     assert torch.cosine_similarity(got, wanted).median() > (0.999 if dtype == torch.bfloat16 else 1 - 1e-6)
 
 
+@pytest.mark.slow
 def test_the_prior_follows_a_condition_that_alone_tells():
     """One text for all; the image is of the category, turned by the scalar."""
     torch.manual_seed(0)
@@ -293,6 +295,7 @@ def test_trainer_splits_conditions_with_the_batch():
     assert torch.equal(torch.cat(seen[1:]).nan_to_num(), seen[0].nan_to_num())
 
 
+@pytest.mark.slow
 def test_compiled_training_is_one_graph():
     losses = []
     for compile in (False, dict(backend="eager", fullgraph=True)):
@@ -377,6 +380,7 @@ def train(folder, config) -> int:
     return train_diffusion_prior.main(["--config_file", str(folder / "config.json")])
 
 
+@pytest.mark.slow
 def test_a_run_on_metadata_columns_and_vectors(folder):
     assert train(folder, make_config(folder)) == 0
     records = read_metrics(folder / "run/metrics.jsonl")

@@ -179,6 +179,7 @@ def test_16_bit_pipeline(make, clip, prefills):
     assert torch.nn.functional.cosine_similarity(got.double(), wanted.double()).min() > 0.999
 
 
+@pytest.mark.slow
 def test_pipeline_with_a_compiled_prior(clip, prefills):
     pipe = make_pipe("2.2", clip, within_diffusers)
     wanted = call("2.2", pipe)

@@ -28,6 +28,7 @@ def test_equals_the_text_repeated(net):
         assert ours is None or not wanted.any() or relative_error(ours, wanted) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_the_loss_has_the_same_mean():
     prior, text = make_prior(cond_drop_prob=0.0), make_text(4, 32)
     image = torch.randn(4, 32)

@@ -192,6 +192,7 @@ def test_install_and_uninstall(peer):
 HEAVY = ("open_clip", "torchvision", "embedding_reader", "accelerate", "diffusers", "pydantic", "pandas", "kornia")
 
 
+@pytest.mark.slow
 def test_runs_a_script_without_the_peer(tmp_path):
     (tmp_path / "beside.py").write_text("from dalle2_pytorch.dalle2_pytorch import l2norm\n")
     (tmp_path / "client.py").write_text(
@@ -261,10 +262,12 @@ def import_training_modules():
     assert found == ["fastprior.trainer", "fastprior.trackers", "fastprior.dataloaders", "fastprior.dataloaders"]
 
 
+@pytest.mark.slow
 def test_the_training_modules_are_ours(tmp_path):
     run_ranks(1, import_training_modules, (), tmp_path)
 
 
+@pytest.mark.slow
 def test_import_is_light_and_a_trainer_without_its_extra_says_so_on_use():
     others = "torch._dynamo", "dalle2_pytorch", "fastprior.dropin.peer"
     script = f"""

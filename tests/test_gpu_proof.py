@@ -116,6 +116,7 @@ def test_without_a_gpu_nothing_is_recorded_among_the_records(proof, tmp_path):
     assert "--quick" in (logs / "training-benchmarks.log").read_text()
 
 
+@pytest.mark.slow
 @interpreted
 def test_sections_run_for_real(tmp_path):
     environment = os.environ | dict(DEVICE="cpu", PYTHON=sys.executable, TMPDIR=str(tmp_path))
@@ -129,6 +130,7 @@ def test_sections_run_for_real(tmp_path):
     assert (logs / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_nothing_quick_is_kept_as_a_record():
     command = [sys.executable, "-m", "pytest", "--quick", "--record", "benchmarks/records/x.jsonl"]
     command.append("benchmarks/test_environment.py")
@@ -216,6 +218,7 @@ def test_the_tables_of_a_gpu(tmp_path, monkeypatch):
     assert len(summary.splitlines()) == 4 and all("D2-large" in line for line in summary.splitlines())
 
 
+@pytest.mark.slow
 def test_roofline(tmp_path):
     records = [
         figure("copy bandwidth", "torch", 4000.0, "GB/s"),
@@ -348,6 +351,7 @@ def test_sweep_records(tiny, tmp_path):
     report.summary(path)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("model", ["D2-small", "PT-1B"])
 def test_profile(tiny, monkeypatch, model):

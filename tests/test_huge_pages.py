@@ -105,6 +105,7 @@ def test_systems_without(files, tmp_path, monkeypatch):
     assert huge_pages.collapse([torch.empty(4 * SIZE)]) == 0
 
 
+@pytest.mark.slow
 def test_when_weights_settle(monkeypatch):
     gc.collect()
     calls, known = [], len(huge_pages._seen)

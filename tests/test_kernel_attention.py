@@ -77,6 +77,7 @@ def compare(inputs: dict, others: dict) -> None:
     check_gradients(partial(attention, **others), partial(reference.attention, **others), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, options, dtype", pairwise(shape=SHAPES, options=["plain", "all"], dtype=DTYPES), ids=str
 )
@@ -100,6 +101,7 @@ def test_one_key():
     assert dq.abs().max() < 1e-5 and dk.abs().max() < 1e-5 and torch.equal(dv, torch.full_like(dv, 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("causal",), ("causal", "null", "relative")], ids="-".join)
 @pytest.mark.parametrize("shape", [(1, 67, 67, 1, 1, 16), (1, 31, 37, 2, 1, 16)], ids=str)
 def test_the_diagonal_at_the_edges_of_tiles(shape, options):
@@ -127,6 +129,7 @@ def test_a_gradient_alone(wanted):
     compare({name: t.detach().requires_grad_(name == wanted) for name, t in inputs.items()}, others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ALL], ids=["plain", "all"])
 def test_strides(options):
     inputs, others = make((2, 5, 5, 4, 2, 16), torch.float32, options)
@@ -166,6 +169,7 @@ def test_null_kv_and_bias_of_another_dtype():
     check_gradients(partial(run, attention), partial(run, reference.attention), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("programs", [1, 8])
 def test_sums_over_rows_and_batch(programs, monkeypatch):
     """In one program and in several: rows of a key, and elements of the batch for the bias."""
@@ -175,6 +179,7 @@ def test_sums_over_rows_and_batch(programs, monkeypatch):
         compare(*make((3, 9, 9, 4, 2, 16), torch.float32, ("dense", "mask")))
 
 
+@pytest.mark.slow
 def test_equal_bits_twice():
     inputs, others = make((2, 9, 9, 8, 1, 16), torch.float16, ALL)
 
@@ -195,6 +200,7 @@ def test_dropout_without_seed_draws_one():
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend):
     inputs, others = make((1, 5, 5, 4, 2, 16), torch.float32, ALL)
@@ -203,6 +209,7 @@ def test_compiled(backend):
         check_gradients(lambda **given: compiled(**given), partial(reference.attention, **others), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ALL], ids=["plain", "all"])
 def test_opcheck(options):
     inputs, others = make((1, 3, 5, 2, 1, 16), torch.float32, options)

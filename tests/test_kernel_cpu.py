@@ -372,6 +372,7 @@ def test_blocks_of_the_causal_transformer(build, calls, config, dtype):
             check(got, true, plain, 32 * EPS if got.dtype == FP32 else 4 * torch.finfo(BF16).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("config", [dict(), dict(heads=2, dim_head=7), dict(heads=3, dim_head=64, depth=1)], ids=str)
 def test_blocks_of_the_prior_transformer(build, calls, config, dtype):

@@ -203,6 +203,7 @@ def test_the_most_own_keys(calls):
     assert calls["run_blocks"] == 1 and relative_error(got, through_reference(run_wide_prefill, tokens)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_environment_forbids_them():
     program = """
 import torch
@@ -260,6 +261,7 @@ def test_what_follows_operations_sees_pytorchs(check_it):
     check_it(random(3, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend):
     torch._dynamo.reset()

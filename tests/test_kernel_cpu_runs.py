@@ -51,6 +51,7 @@ WAYS = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled
 SAMPLES = pytest.mark.parametrize("samples", [1, 4])
 
 
+@pytest.mark.slow
 @KINDS
 @WAYS
 @SAMPLES
@@ -78,6 +79,7 @@ def make_transformer():
     return prior
 
 
+@pytest.mark.slow
 @KINDS
 @WAYS
 @SAMPLES

@@ -128,6 +128,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, options, dtype", pairwise(shape=SHAPES, options=["plain", "all-options"], dtype=DTYPES), ids=str
 )
@@ -170,6 +171,7 @@ def test_strides(dtype):
     check_call(inputs, cosine=True)
 
 
+@pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")  # numpy's, of infinities that are meant
 @pytest.mark.parametrize("prefix", [70, 600])
 @pytest.mark.parametrize("by", ["bias", "mask"])
 def test_keys_that_are_not_seen(prefix, by):
@@ -193,12 +195,14 @@ def test_a_null_query_and_key_have_no_direction():
     check_call(inputs, cosine=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", [30, 700])
 def test_two_runs_give_equal_bits(prefix):
     inputs = make(rows=3, prompts=1, prefix=prefix, heads=6, width=8, bias=True)
     assert torch.equal(*(caller(decode.decode_attention, cosine=True)(**inputs) for _ in range(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend):
     run, wanted = (caller(f.decode_attention, cosine=True) for f in (decode, reference))
@@ -206,6 +210,7 @@ def test_compiled(backend):
     check_gradients(compiled, lambda **given: wanted(**given) * 2, make(rows=4, width=8, bias=True, mask=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, dict(width=8, bias=True, mask=True)], ids=["plain", "all-options"])
 def test_custom_op(options):
     arguments = *make(**options).values(), 0.3, True

@@ -195,6 +195,7 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(c, k) for c, k in zip(cotangents, kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend):
     options = dict(stable=True, l2=True)

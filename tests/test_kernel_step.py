@@ -164,6 +164,7 @@ def test_inputs_are_left_alone():
     assert all(t is None or torch.equal(before[name], t) for name, t in inputs.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, noise", [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
 def test_compiled(backend, noise):
     def between_other_operations(function, x, pred, **given):
@@ -174,6 +175,7 @@ def test_compiled(backend, noise):
     compare(make_inputs(3, 72, noise=noise), compiled, partial(between_other_operations, reference.diffusion_step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [True, False], ids=["noise", "seed"])
 def test_opcheck(noise):
     given = make_inputs(3, 72, guidance="null table", per_row=True, noise=noise)

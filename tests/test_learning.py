@@ -98,6 +98,7 @@ def test_bad_samples(shape):
 # learning it
 
 
+@pytest.mark.slow
 def test_reaches_the_bayes_optimum():
     """On captions that it never saw, and without collapsing onto the mean, where self-similarity would be 2 A²."""
     pairs, steps = SyntheticPairs(length=4), 500
@@ -125,6 +126,7 @@ def test_reaches_the_bayes_optimum():
 # the peer's trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(), dict(wd=0.1, max_grad_norm=0.1, warmup_steps=20)], ids=["default", "all"])
 def test_loss_curve_is_the_peers(peer, options):
     """200 steps from the same weights, on the same batches, with the same times and noises; dropout off."""

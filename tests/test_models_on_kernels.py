@@ -55,6 +55,7 @@ def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
     return relative_error(got.cpu(), wanted.cpu()) <= tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS)
 def test_loss_and_gradients(net):
     prior = make_prior(net).to(DEVICE)
@@ -76,6 +77,7 @@ def test_loss_and_gradients(net):
         assert close(grads[name], wanted, 1e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("cond_scale", [1.0, 3.0])
 def test_sampling(net, cond_scale):
@@ -86,6 +88,7 @@ def test_sampling(net, cond_scale):
     assert relative_error(got.cpu(), wanted.cpu()) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 8], ids="{}-rows".format)
 def test_launches_of_a_step(rows, dtype):
@@ -112,6 +115,7 @@ def test_launches_of_a_step(rows, dtype):
     assert relative_error(got.cpu(), wanted.cpu()) <= (1e-5 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS)
 def test_a_sampler_knows_its_launches(net):
     """Traced, not run, for as many rows as the batch size has; a branch of its own for guidance doubles them."""
@@ -126,6 +130,7 @@ def test_a_sampler_knows_its_launches(net):
     assert stats["modelled_step_ms"] == pytest.approx(read / 1e9 + stats["launches"] * 1.7e-3)
 
 
+@pytest.mark.slow
 def test_a_linear_that_was_replaced_is_called():
     """An adapter, or a hook, stands in the way of a kernel that reads the weights alone."""
 
@@ -144,6 +149,7 @@ def test_a_linear_that_was_replaced_is_called():
     assert relative_error(got.cpu(), wanted.cpu()) <= 1e-4
 
 
+@pytest.mark.slow
 def test_sampling_in_16_bits():
     prior = make_prior().to(DEVICE, torch.float16)
     text = {name: t.to(DEVICE) for name, t in make_text(2, 32).items()}
@@ -151,6 +157,7 @@ def test_sampling_in_16_bits():
     assert torch.cosine_similarity(got.float(), wanted.float()).min() > 0.9999
 
 
+@pytest.mark.slow
 def test_compiled_sampler():
     """The kernels are custom ops: they take their place in a graph that allows no break."""
     prior = make_prior().to(DEVICE)
@@ -187,6 +194,7 @@ def test_attention_block_alone(causal, masked):
         assert close(ours, reference, tolerance)
 
 
+@pytest.mark.slow
 def test_learned_rotary_frequencies_keep_their_gradient():
     torch.manual_seed(0)
     rotary = RotaryEmbedding(16, learned_freq=True)

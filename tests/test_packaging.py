@@ -37,6 +37,7 @@ def wheel(tmp_path_factory):
     return next(out.glob("fastprior-*.whl"))
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "fastprior/kernels/reference.py" in names and "fastprior/kernels/__init__.py" in names
@@ -46,12 +47,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert modules == {name.split("/")[1] for name in names if name.count("/") == 1 and name.startswith("fastprior/")}
 
 
+@pytest.mark.slow
 def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     found, _ = run(PROBE.format(root=str(tmp_path / "site")), tmp_path)
     assert found == str(tmp_path / "site" / "fastprior" / "kernels" / "reference.py")
 
 
+@pytest.mark.slow
 def test_checkout_works_without_installation_and_does_not_shadow_kernels(tmp_path):
     found, kernels = run(PROBE.format(root=str(ROOT)), tmp_path)
     assert Path(found).resolve() == (ROOT / "kernels" / "reference.py").resolve()

@@ -163,6 +163,7 @@ def test_ddim_eta(peer, eta):
     assert relative_error(*results) < RUN_TOLERANCE
 
 
+@pytest.mark.slow
 def test_full_size_forward_and_64_steps(peer):
     """D2-small: dim 768, depth 12, heads 12, 77 text tokens."""
     net = dict(dim=768, depth=12, dim_head=64, heads=12, max_text_len=77, normformer=True, num_timesteps=1000)

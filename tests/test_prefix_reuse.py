@@ -19,6 +19,8 @@ from helpers.pt_cases import MAKES, TOLERANCE, kept, make_inputs, make_stock, wi
 pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.filterwarnings("ignore:::peft.tuners.tuners_utils")  # adapters come and go here
+
 LORA = dict(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
 
 
@@ -284,6 +286,7 @@ def test_calls_that_reuse_nothing(mode, prefills, monkeypatch):
     assert prefills == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_compiled(grad, prefills):
     model = within_diffusers(make_stock())

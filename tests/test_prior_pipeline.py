@@ -322,6 +322,7 @@ def long_prior():
     return prior
 
 
+@pytest.mark.slow
 def test_graphs_are_few(monkeypatch, ours, long_prior):
     """Two batch sizes and three text lengths: six graphs, whatever the prompts, and none of them twice."""
     counter = counting(monkeypatch)
@@ -338,6 +339,7 @@ def test_graphs_are_few(monkeypatch, ours, long_prior):
     assert counter.frame_count == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_sizes", [(1,), (2, 8)])
 def test_rows_do_not_depend_on_batch_sizes(batch_sizes, monkeypatch, ours, long_prior):
     """Nor on the length of the other texts; of each row alone, from the same noise."""
@@ -353,6 +355,7 @@ def test_rows_do_not_depend_on_batch_sizes(batch_sizes, monkeypatch, ours, long_
         assert relative_error(got, together[row - 1 : row or None]) > 0.1
 
 
+@pytest.mark.slow
 def test_a_shared_pipeline_in_threads(ours, folder, monkeypatch):
     """Each thread gets what it gets alone."""
     counting(monkeypatch)
@@ -381,6 +384,7 @@ def test_texts_of_many_threads(ours):
     assert {mask.shape for mask in masks} == {(1, LENGTH)}
 
 
+@pytest.mark.slow
 def test_neither_diffusers_nor_transformers_is_needed(ours, folder, tmp_path):
     """With embeddings at hand: in a process where they cannot be imported, nor what else is heavy."""
     text, empty = ours.encode_text("red fox"), ours.encode_text("")

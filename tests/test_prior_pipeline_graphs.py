@@ -70,6 +70,7 @@ def captured(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
 def test_padded_prefill(backend):
@@ -120,6 +121,7 @@ def run(pipeline, args, kwargs):
     return torch.cat([t for t in result if t is not None]), torch.stack(states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_sizes", [(1, 4), (2,), (8,)], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_results_are_those_without_graphs(schedule, batch_sizes, captured):

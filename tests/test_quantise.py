@@ -171,6 +171,7 @@ def test_bad_arguments():
         build(prior)
 
 
+@pytest.mark.slow
 def test_prior_pipelines_take_quantised_steps(monkeypatch):
     prior = without_diffusers(make_stock())
     schedule = DiffusersSchedule("UnCLIPScheduler", prediction_type="sample", variance_type="fixed_small_log")

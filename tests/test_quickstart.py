@@ -54,6 +54,7 @@ def pairs(runs):
 # the tiny CLIP
 
 
+@pytest.mark.slow
 def test_text_encoding_is_the_same_in_every_process():
     code = (
         "from fastprior.digits import DigitsClip as C, PHRASINGS, NUMBERS; import hashlib; c = C();"

@@ -28,6 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:1 texts have more than 9 tokens")  # the tokenizer here is one of letters
 def test_snippets(
     tmp_path,
     monkeypatch,

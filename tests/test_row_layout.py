@@ -134,6 +134,7 @@ def test_steps_of_a_transformer_in_a_prior():
         check_steps(net, cond, torch.randn(3 * (2 + null_rows), 32).double(), 3, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "reference", "triton"])
 @pytest.mark.parametrize("make", [network, transformer])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")

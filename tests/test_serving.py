@@ -48,6 +48,7 @@ def test_best_of_n_as_the_prior_takes_it():
     assert relative_error(call(sampler, text), wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("self_cond", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_once_for_all_scales_prompts_and_seeds(dtype, self_cond):
@@ -72,6 +73,7 @@ def test_compiled_once_for_all_scales_prompts_and_seeds(dtype, self_cond):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, self_cond", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 def test_a_change_of_weights_or_modules_is_served(dtype, self_cond):
     """Guards are not checked at every step, and a 16-bit sampler runs on a copy: both must still notice."""
@@ -323,6 +325,7 @@ def test_rows_do_not_depend_on_their_batch():
         assert relative_error(call(sampler, others, cond_scale=2.0)[:1], wanted[:1]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_soak(monkeypatch):
     """With memory for the graphs of two batch sizes of three."""
     monkeypatch.setattr(graphs, "capture", lambda run, device, pool: (run, None, 1000))

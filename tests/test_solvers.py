@@ -109,6 +109,7 @@ def dpm_solver_pp(schedule, network, x, noises, steps, eta):
 TEXTBOOK = {"ddpm": ddpm, "ddim": ddim, "ddim_trailing": ddim_trailing, "dpm++": dpm_solver_pp}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @settings(max_examples=40, deadline=None)
 @given(schedule=SCHEDULES, fraction=st.floats(0.01, 1), eta=ETAS, prediction=st.sampled_from(["x0", "v", "noise"]))

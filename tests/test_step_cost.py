@@ -42,6 +42,7 @@ def traced(net, rows: int):
     return cond, launched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 5], ids="{}-rows".format)
 def test_launches_and_reads_of_a_step(network, rows):
     """At most five launches a layer, two of the head and the step of the solver: 63 for 12 layers."""
@@ -58,6 +59,7 @@ def test_launches_and_reads_of_a_step(network, rows):
     assert modelled == pytest.approx(microseconds + 1.7 * (5 * depth + 3), rel=0.02 if rows == 1 else 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 5, 8], ids="{}-rows".format)
 def test_a_trace_counts_what_is_launched(network, rows):
     """Operations are counted without a launcher, so that other threads' launches go on."""

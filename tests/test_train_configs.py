@@ -133,6 +133,7 @@ def test_config_knows_every_constructor_argument(config):
     assert fields == wanted - {"kwargs"}
 
 
+@pytest.mark.slow
 def test_config_without_pydantic():
     program = (
         "import sys; sys.modules['pydantic'] = None\ntry: import fastprior.train_configs\n"

@@ -88,6 +88,7 @@ def weights(path) -> dict:
     return torch.load(path, weights_only=True, map_location="cpu")["model"]
 
 
+@pytest.mark.slow
 def test_a_whole_run(data, tmp_path):
     out = tmp_path / "run"
     assert (
@@ -105,6 +106,7 @@ def test_a_whole_run(data, tmp_path):
     assert (out / "best.pth").exists() and (out / "config.json").exists() and (out / "curves.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -126,6 +128,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatc
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_online_weights_and_their_average_are_measured_each(data, tmp_path):
     out = tmp_path / "run"
     config = make_config(data, out, train=dict(epochs=1, ema_beta=0.99))
@@ -155,6 +158,7 @@ def test_options_of_a_config_arrive(data, tmp_path):
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.125
 
 
+@pytest.mark.slow
 def test_without_an_average(data, tmp_path):
     config = make_config(data, tmp_path / "run", train=dict(use_ema=False, epochs=2))
     assert run(config, tmp_path / "config.json") == 0
@@ -164,6 +168,7 @@ def test_without_an_average(data, tmp_path):
     assert "ema_model" not in state and make_run(config).best == state["progress"]["best"] < 2
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_change_the_training(data, tmp_path):
     for name, seconds in (("never", 10**6), ("always", 0)):
         options = dict(data_options=dict(eval_every_seconds=seconds), train=dict(epochs=1))
@@ -212,6 +217,7 @@ def interrupt(config, number, phase, after, delay, errors):
     return last, process.exitcode
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_moment(data, tmp_path):
     """Twenty times by SIGKILL: every checkpoint that is left can be read, and the run ends where it would have."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -282,6 +288,7 @@ def train_on_ranks(config, status, stop_at=None):
     assert train_diffusion_prior.train(TrainDiffusionPriorConfig.model_validate(config)) == status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", processes.SEVERAL)
 def test_interrupted_on_one_of_two_processes(data, tmp_path, mode):
     """All stop when they next look, every five steps, and together go on to where an uninterrupted run ends."""
@@ -300,6 +307,7 @@ def test_interrupted_on_one_of_two_processes(data, tmp_path, mode):
     assert_same(*(torch.load(tmp_path / name / "best.pth", weights_only=True) for name in ("whole", "parts")))
 
 
+@pytest.mark.slow
 def test_resumed_on_another_number_of_processes(data, tmp_path, capfd):
     config = make_config(data, tmp_path / "run", data_options=UNEVEN)
     options = dict(world=2, function=train_on_ranks, folder=tmp_path)
@@ -314,6 +322,7 @@ def test_resumed_on_another_number_of_processes(data, tmp_path, capfd):
     assert state["step"].item() == 15 + left and len(state["rng"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, key, world", [
     (["--cpu"], "--config_path", 1), (["--use_fsdp", "--fsdp_version", "2"], "--config_file", 2),
 ], ids=["cpu", "fsdp"])  # fmt: skip
@@ -334,6 +343,7 @@ def test_accelerate_launches(data, tmp_path, monkeypatch, capfd, options, key, w
     assert any("validation/ema l2-loss" in record for record in read_metrics(out / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_diverging_training_keeps_the_last_checkpoint(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     assert run(make_config(data, out, train=dict(epochs=1)), tmp_path / "config.json") == 0
@@ -452,6 +462,7 @@ def test_the_configs_that_come_along_are_valid(path):
     assert weights == pytest.approx(wanted.get(path.stem, 100.9e6), rel=0.002)
 
 
+@pytest.mark.slow
 def test_the_tiny_config_trains(data, tmp_path, monkeypatch):
     for name in ("images", "texts"):
         (tmp_path / name).symlink_to(data / name)
@@ -466,6 +477,7 @@ def test_splits_are_whole():
     assert split_edges((1.0, 0.0, 0.0), 3) == [0, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_mixed_precision_and_accumulation(data, tmp_path):
     train = dict(amp=True, gradient_accumulation_steps=2, epochs=1, draws=2)
     config = TrainDiffusionPriorConfig.model_validate(make_config(data, tmp_path / "run", train=train))

@@ -53,6 +53,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_parity(peer, schedule):
     from dalle2_pytorch.trainer import DiffusionPriorTrainer as Peers
@@ -91,6 +92,7 @@ def test_the_average_is_that_of_ema_pytorch():
     assert {key for key in theirs.state_dict() if not key.startswith("online_model.")} == set(ours.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_clip", [False, True], ids=["embeddings", "clip"])
 @pytest.mark.parametrize("schedule", ["warm-up", "adam"])
 def test_the_peers_checkpoint_goes_on(peer, tmp_path, monkeypatch, schedule, with_clip):
@@ -340,6 +342,7 @@ def test_fp16_overflow_is_a_skipped_step_of_a_scale_too_large(tmp_path):
     assert scaler.get_scale() == pytest.approx(5e29)
 
 
+@pytest.mark.slow
 def test_compiled_loss_is_the_same():
     curves = []
     for options in ({}, dict(compile=dict(backend="aot_eager"))):

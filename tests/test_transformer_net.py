@@ -133,6 +133,7 @@ def test_sampling_behind_the_prefix(monkeypatch, cond_scale, timesteps):
     assert relative_error(shifted, other + 7) <= 1e-5
 
 
+@pytest.mark.slow
 def test_equal_to_the_pipeline():
     """What is trained here is sampled by `PriorPipeline` as it is by `prior.sample`."""
     schedule = DiffusersSchedule("UnCLIPScheduler", clip_sample=False, prediction_type="sample")
@@ -151,6 +152,7 @@ def test_equal_to_the_pipeline():
     assert torch.cosine_similarity(got, wanted).min() > 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, dict(checkpoint_activations=True), dict(compile=dict(backend="aot_eager"))])
 def test_training(tmp_path, options):
     """Through the trainer, to a folder that PriorTransformer (and diffusers) reads."""
@@ -232,6 +234,7 @@ def run(config: dict, path) -> dict:
     return metrics
 
 
+@pytest.mark.slow
 def test_script(config, tmp_path):
     """From scratch, with statistics of the data; then further from a folder, with that folder's."""
     metrics = run(config, tmp_path)

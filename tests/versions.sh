@@ -8,8 +8,8 @@
 set -euo pipefail
 which=${1:-}
 case $which in
-    # torch's release brings its triton, whose interpreter numpy 2.5 breaks
-    oldest) versions=("torch==2.11.*" "triton==3.6.*" "numpy<2.5") ;;
+    # numpy 2.4 refuses to make a scalar of an array of one element, as the interpreter of triton 3.6 does
+    oldest) versions=("torch==2.11.*" "triton==3.6.*" "numpy<2.4") ;;
     newest) versions=(torch triton numpy) ;;
     *) echo "usage: tests/versions.sh oldest|newest [ARGUMENT OF PYTEST]..." >&2; exit 2 ;;
 esac
@@ -26,6 +26,6 @@ if [ ! -x "$VENV/bin/python" ]; then
     "$VENV/bin/pip" uninstall -q -y fastprior
 fi
 
-export PYTHONPATH=$PWD  # this checkout, whatever else the environment holds
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # this checkout, whatever else the environment holds
 "$VENV/bin/python" tests/versions.py
 "$VENV/bin/python" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

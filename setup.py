@@ -44,7 +44,7 @@ setup(
     python_requires=">=3.10",
     packages=["fastprior", "fastprior.kernels"],
     package_dir={"fastprior": "fastprior", "fastprior.kernels": "kernels"},
-    package_data={"fastprior": ["kernels/__init__.py"], "fastprior.kernels": ["cpu.c"]},
+    package_data={"fastprior": ["kernels/__init__.py"], "fastprior.kernels": ["cpu.c", "cpu_team.h"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

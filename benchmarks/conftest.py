@@ -65,7 +65,7 @@ def record(request, device):
     """record(op, provider, samples, unit=..., **details): note one measurement, and return its median.
 
     Details that are figures: `bytes` and `flops` of one call (not in GB or TFLOP), `share` of the floor, and `goals`,
-    {field: value}, such as dict(ratio=3.0); of "p50" and "ratio_to_one" at most, of all others at least.
+    {field: value}, such as dict(ratio=3.0); at most for those of `report.AT_MOST`, of all others at least.
     """
 
     def write(op: str, provider: str, samples: list[float], unit: str = "s", **details) -> float:

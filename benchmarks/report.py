@@ -22,11 +22,11 @@ MEASURED = {
     "p20", "p50", "p80", "runs", "ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy", "goal",
     "goals", "flops", "quick", "worst_cosine", "max_error", "floor_ms", "bytes", "peer_evaluations", "driver",
     "versions", "commit", "date", "lr", "reached", "curve", "open_s", "read_s", "before_mib", "config", "gain",
-    "tried", "wrong", "refused",
+    "tried", "wrong", "refused", "slowdown", "slowdown_p99", "quiet_ratio", "quiet_s", "quiet_p99_s",
 }  # fmt: skip
 
 
-AT_MOST = {"p50", "ratio_to_one"}  # what goals limit; of anything else they are the least
+AT_MOST = {"p50", "ratio_to_one", "slowdown", "slowdown_p99"}  # what goals limit; of anything else they are the least
 
 
 def read(path: Path) -> list[dict]:
@@ -214,6 +214,11 @@ def facts(records: list[dict]) -> list[str]:
             lines.append(
                 f"- Training to {r['aim']:.0%} of the optimum on pairs of a known distribution: {r['draws']} draws "
                 f"take {own}, one takes {other}: [curves](benchmarks/records/learning-cpu-2-cores.png)."
+            )
+        if r["op"] == "beside busy processes" and "ratio" in r:
+            lines.append(
+                f"- {r['steps']} steps beside a busy process per core, {PROVIDERS[r['provider']]}: "
+                f"{r['slowdown']:.2f}x the time without (p99 {r['slowdown_p99']:.2f}x), {r['ratio']:.3g}x the peer."
             )
         if r["op"] == "peak memory" and "ratio" in r:
             lines.append(f"- Peak memory, {r['dtype']}, batch {r['batch']}: {r['ratio']:.2f}x the peer's (fp32).")

@@ -63,7 +63,7 @@ def _fast_paths() -> list[tuple[str, str]]:
     import torch
 
     from fastprior import DiffusionPrior, DiffusionPriorNetwork
-    from fastprior.kernels import cpu_blocks, cpu_library, ops
+    from fastprior.kernels import cpu_blocks, cpu_library, cpu_threads, ops
 
     net = DiffusionPriorNetwork(dim=8, depth=1, dim_head=8, heads=1, max_text_len=2)
     plan = DiffusionPrior(net, image_embed_dim=8, timesteps=8, cond_drop_prob=0.1).eval().sampling_plan(8, 2.0)
@@ -81,7 +81,10 @@ def _fast_paths() -> list[tuple[str, str]]:
     forced = f"off, FASTPRIOR_KERNELS={ops.forced()}" if ops.forced() else None
     why = forced or (cpu_library.unavailable() and f"off, {cpu_library.unavailable()}")
     most = (f"{cpu_blocks.most_tokens(d)} in {str(d).removeprefix('torch.')}" for d in cpu_library.KINDS)
-    rows.append(("CPU kernels", why or f"on, for as many tokens at once: {', '.join(most)}"))
+    if not why:
+        paid = "" if cpu_threads.quota() is None else f" (a control group pays for {cpu_threads.quota():g} cores)"
+        why = f"on, threads: {cpu_threads.thread_count()}{paid}, for as many tokens at once: {', '.join(most)}"
+    rows.append(("CPU kernels", why))
 
     cuda = torch.cuda.is_available()
     if ops.forced() == "reference":

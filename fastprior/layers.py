@@ -446,13 +446,19 @@ class CausalTransformer(nn.Module):
     def prefill(self, x: Tensor, suffix: int) -> KVCache:
         """Run the prefix x (prompts, prefix, dim) and return what `suffix` tokens after it need."""
         prefix, blocks = x.shape[1], self.prepared() if x.is_cpu else None
-        x, end, rotary = self.init_norm(x), prefix + suffix, self._rotary(0, prefix)
-        null = reference.at_least_fp32(torch.stack([attn.null_kv for attn, _ in self.layers]))  # (depth, 2, dim_head)
-        null = self._as_prefix(null[:, None, None, :, None], None)
-        found = self._keys_values_by_blocks(x, blocks, null, rotary)
-        own = self._as_prefix(self._keys_values(x, rotary) if found is None else found, rotary)
-        k, v = (torch.cat((n.expand(-1, len(x), -1, -1, -1), t), dim=2) for n, t in zip(null, own))
-        return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end), blocks)
+        with ops.one_thread(x):
+            x, end, rotary = self.init_norm(x), prefix + suffix, self._rotary(0, prefix)
+            null = reference.at_least_fp32(
+                torch.stack([attn.null_kv for attn, _ in self.layers])
+            )  # (depth, 2, dim_head)
+            null = self._as_prefix(reference.at_least_fp32(null)[:, None, None, :, None], None)
+            found = self._keys_values_by_blocks(x, blocks, null, rotary)
+        if found is None:
+            found = self._keys_values(x, rotary)
+        with ops.one_thread(found):
+            own = self._as_prefix(found, rotary)
+            k, v = (torch.cat((n.expand(-1, len(x), -1, -1, -1), t), dim=2) for n, t in zip(null, own))
+            return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end), blocks)
 
     def _as_prefix(self, kv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Keys and values as `decode_attention` takes those of a prefix, rotated and normalised.

@@ -143,8 +143,10 @@ class DiffusionPriorNetwork(nn.Module):
         return to_tokens(x if weight is None else x.to(weight.dtype)).to(self.stream_dtype)
 
     def _time_tokens(self, times: Tensor) -> Tensor:
-        times = times.to(self.stream_dtype) if self.continuous_embedded_time else times.long()
-        return self.to_time_embeds(times).to(self.stream_dtype)
+        if self.continuous_embedded_time:  # a perceptron, which several threads compute
+            return self.to_time_embeds(times.to(self.stream_dtype)).to(self.stream_dtype)
+        with ops.one_thread(times):
+            return self.to_time_embeds(times.long()).to(self.stream_dtype)
 
     def _prefix(
         self,
@@ -284,7 +286,8 @@ class DiffusionPriorNetwork(nn.Module):
         """
         self._check(text_embed, text_encodings, conditions)
         keep = torch.ones(len(text_embed), 1, 1, dtype=torch.bool, device=text_embed.device)
-        prefix = self._prefix(text_embed, text_encodings, conditions, keep)
+        with ops.one_thread(text_embed if text_encodings is None else text_encodings):
+            prefix = self._prefix(text_embed, text_encodings, conditions, keep)
         cache = self.causal_transformer.prefill(prefix, self.suffix_tokens)
         if null_rows:
             null = self._null_cache(text_embed.device)

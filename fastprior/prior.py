@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprior.clip import as_clip_adapter, freeze_and_eval
+from fastprior.kernels import ops
 from fastprior.layers import l2norm
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.sampler import SamplingPlan, is_overridden, network_obstacles, obstacles, repeat_rows, sample_loop
@@ -287,8 +288,9 @@ class DiffusionPrior(nn.Module):
                 continue
             if len(t) != len(embed):
                 raise ValueError(f"text_cond[{name!r}] has {len(t)} rows and text_embed {len(embed)}; they must agree")
-            if t.is_floating_point() and not t.isfinite().all():
-                raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
+            with ops.one_thread(t):
+                if t.is_floating_point() and not t.isfinite().all():
+                    raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
         clip_like = embed.ndim == 2 and self.can_compare_text and not hasattr(self.net, "normalize")
         if clip_like and not self._warned_of_norm and (embed.float().norm(dim=-1) - 1).abs().max() > 0.05:
             self._warned_of_norm = True

@@ -180,7 +180,10 @@ class PriorSampler:
 
     def _padded(self, text_cond: dict, batch: int) -> dict:
         """A text condition with rows up to a batch size; for graphs also of full length, and with every condition."""
-        padded = map_rows(text_cond, lambda t: F.pad(t, (0, 0) * (t.ndim - 1) + (0, batch - len(t))))
+        padding = batch - len(text_cond["text_embed"])
+        if padding:
+            text_cond = map_rows(text_cond, lambda t: F.pad(t, (0, 0) * (t.ndim - 1) + (0, padding)))
+        padded = dict(text_cond)
         if not self.graphs:
             return padded
         if "text_encodings" in padded:

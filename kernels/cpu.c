@@ -8,10 +8,11 @@
    three of bf16. */
 
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "cpu_team.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -801,8 +802,8 @@ static long room(long rows, long dim, long columns, long threads) {
 }
 
 /* A linear of few rows by all threads of a team, in `x`, the room that it needs. */
-static void rows_of_team(const struct linear *a, float *x) {
-    const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), rows = a->rows, dim = a->dim;
+static void rows_of_team(const struct linear *a, float *x, const struct member *me) {
+    const long threads = me->threads, thread = me->thread, rows = a->rows, dim = a->dim;
     const long kind = a->weight[0].matrix.kind, span = SPAN(kind), the_form = form(kind, rows);
     const int tiles = the_form == IS_AMX, dots = !tiles && the_form != IS_OUTER, rounded = the_form == IS_ROUNDED_DOT;
     const int alone = dots && rows <= MOST_DOTS, words = HAS_WORDS && dots && kind == INT8;
@@ -827,9 +828,7 @@ static void rows_of_team(const struct linear *a, float *x) {
                 for (long j = 0; j < span; j++) /* see SPAN */
                     for (long i = 0; i < LANES; i++) laid[m * stride + k + j * LANES + i] = row[k + i * span + j];
     }
-    if (!alone) {
-#pragma omp barrier
-    }
+    if (!alone) meet(me);
     if (!dots) {
         for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block) {
             if (tiles) lay_rows(kind, x, rows, stride, k, (uint16_t *)laid + k / DEPTH * ((rows + 15) / 16) * PARTS(kind) * PART);
@@ -844,7 +843,7 @@ static void rows_of_team(const struct linear *a, float *x) {
                     }
             }
         }
-#pragma omp barrier
+        meet(me);
     }
     float some[2][32 * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
     const long parts = tiles ? parts_of_sum(rows, padded) : 1, part = (blocks + parts - 1) / parts * block;
@@ -875,11 +874,11 @@ static void rows_of_team(const struct linear *a, float *x) {
             }
     }
     if (tiles) end_amx();
-#pragma omp barrier
+    meet(me);
 }
 
 /* A linear by all threads of a team, which have finished when they meet again. */
-static void linear_of_team(const struct linear *a, float *x) {
+static void linear_of_team(const struct linear *a, float *x, const struct member *me) {
     const long once = rows_at_once(a->rows), all = a->columns[0] + a->columns[1] + a->columns[2];
     for (long m = 0; m < a->rows; m += once) {
         struct linear some = *a;
@@ -888,18 +887,27 @@ static void linear_of_team(const struct linear *a, float *x) {
         some.out.data += m * a->out.stride * BYTES[a->out.kind];
         if (a->stream) some.stream += m * a->dim, some.total += m * a->dim;
         if (a->residual) some.residual += m * all;
-        rows_of_team(&some, x);
+        rows_of_team(&some, x, me);
     }
 }
 
-/* Both return 0, or 1 where there is no memory. */
+struct linear_call {
+    const struct linear *linear;
+    float *x;
+};
+
+static void linear_by_member(const void *argument, const struct member *me) {
+    const struct linear_call *call = argument;
+    linear_of_team(call->linear, call->x, me);
+}
+
+/* This and what else returns a number: 0, or 1 where there is no memory. */
 int linear(const struct linear *a, long threads) {
     const long most = a->columns[0] > a->columns[1] ? a->columns[0] : a->columns[1];
-    float *x = aligned_alloc(64, (room(a->rows, a->dim, most, threads) * sizeof *x + 63) / 64 * 64);
-    if (!x) return 1;
-#pragma omp parallel num_threads(threads)
-    linear_of_team(a, x);
-    free(x);
+    const struct linear_call call = {a, aligned_alloc(64, (room(a->rows, a->dim, most, threads) * sizeof(float) + 63) / 64 * 64)};
+    if (!call.x) return 1;
+    in_team(linear_by_member, &call, threads);
+    free(call.x);
     return 0;
 }
 
@@ -993,9 +1001,9 @@ static void attend(const struct decode *a, long row, long kv_head, long first, c
 }
 
 /* Attention of suffix tokens over a prefix and themselves, by all threads of a team. */
-static void decode_of_team(const struct decode *a) {
+static void decode_of_team(const struct decode *a, const struct member *me) {
     const long parts = (a->heads / a->kv_heads * a->seq + LANES - 1) / LANES, all = a->rows * a->kv_heads * parts;
-    const long threads = omp_get_num_threads(), thread = omp_get_thread_num(), dim = a->dim_head;
+    const long threads = me->threads, thread = me->thread, dim = a->dim_head;
     float keys[a->suffix][dim], values[a->suffix][dim];
     for (long i = all * thread / threads, known = -1; i < all * (thread + 1) / threads; i++) {
         const long row = i / parts / a->kv_heads, kv_head = i / parts % a->kv_heads;
@@ -1007,13 +1015,12 @@ static void decode_of_team(const struct decode *a) {
         known = i / parts;
         attend(a, row, kv_head, i % parts * LANES, keys[0], values[0]);
     }
-#pragma omp barrier
+    meet(me);
 }
 
-void decode_attention(const struct decode *a, long threads) {
-#pragma omp parallel num_threads(threads)
-    decode_of_team(a);
-}
+static void decode_by_member(const void *argument, const struct member *me) { decode_of_team(argument, me); }
+
+void decode_attention(const struct decode *a, long threads) { in_team(decode_by_member, a, threads); }
 
 struct block {
     struct weight q, k, v, out, expand, contract; /* without v, k has the values' rows behind the keys' */
@@ -1030,22 +1037,38 @@ struct blocks {
     double eps;
 };
 
-int run_blocks(const struct blocks *a, long threads) {
-    struct decode decode = a->attention;
-    const long own = decode.heads * decode.dim_head, shared = decode.kv_heads * decode.dim_head, dim = a->dim;
-    const long rows = decode.rows * decode.suffix, width = own + 2 * shared, outputs = a->outputs, suffix = decode.suffix;
+/* Memory for what blocks give each other: (tokens, width) each. */
+struct scratch {
+    float *linears, *projected, *mixed, *hidden, *stream, *merged, *total;
+};
+
+/* False where there is none; else `linears` is to be freed. */
+static int get_scratch(const struct blocks *a, long threads, struct scratch *s) {
+    const struct decode *decode = &a->attention;
+    const long own = decode->heads * decode->dim_head, shared = decode->kv_heads * decode->dim_head, dim = a->dim;
+    const long tokens = decode->rows * decode->suffix, width = own + 2 * shared;
     long widest = a->inner > own ? a->inner : own;
     widest = widest > dim ? widest : dim;
     widest = widest > a->columns ? widest : a->columns;
-    const long for_linears = (room(rows, widest, widest > 2 * shared ? widest : 2 * shared, threads) + 15) / 16 * 16;
-    const long need = for_linears + rows * (width + own + a->inner + 3 * dim);
-    float *scratch = aligned_alloc(64, (need * sizeof *scratch + 63) / 64 * 64);
-    if (!scratch) return 1;
-    float *y = scratch + for_linears, *mixed = y + rows * width, *hidden = mixed + rows * own;
-    float *stream = hidden + rows * a->inner, *o = stream + rows * dim, *total = o + rows * dim;
-    memcpy(stream, a->x, rows * dim * sizeof *stream);
+    const long for_linears = (room(tokens, widest, widest > 2 * shared ? widest : 2 * shared, threads) + 15) / 16 * 16;
+    const long need = for_linears + tokens * (width + own + a->inner + 3 * dim);
+    if (!(s->linears = aligned_alloc(64, (need * sizeof(float) + 63) / 64 * 64))) return 0;
+    s->projected = s->linears + for_linears;
+    s->mixed = s->projected + tokens * width;
+    s->hidden = s->mixed + tokens * own;
+    s->stream = s->hidden + tokens * a->inner;
+    s->merged = s->stream + tokens * dim;
+    s->total = s->merged + tokens * dim;
+    return 1;
+}
 
-#pragma omp parallel num_threads(threads) firstprivate(decode)
+/* All blocks, and the head, by all threads of a team, of the tokens in `stream`, which they overwrite. */
+static void blocks_of_team(const struct blocks *a, const struct scratch *s, const struct member *me) {
+    struct decode decode = a->attention;
+    const long own = decode.heads * decode.dim_head, shared = decode.kv_heads * decode.dim_head, dim = a->dim;
+    const long rows = decode.rows * decode.suffix, width = own + 2 * shared, outputs = a->outputs, suffix = decode.suffix;
+    float *const y = s->projected, *const mixed = s->mixed, *const hidden = s->hidden, *const stream = s->stream;
+    float *const o = s->merged, *const total = s->total, *const scratch = s->linears;
     for (long i = 0; i < a->depth; i++) {
         const struct block *b = a->blocks + i;
         const int last = i == a->depth - 1;
@@ -1054,15 +1077,13 @@ int run_blocks(const struct blocks *a, long threads) {
             {(char *)stream, FLOAT32, dim}, {(char *)y, FLOAT32, width}, {b->q, b->k, b->v}, {b->q_bias, b->k_bias, b->v_bias},
             {0}, b->gain, b->norm_bias, NULL, NULL, NULL,
             {own, b->v.matrix.data ? shared : 2 * shared, b->v.matrix.data ? shared : 0}, rows, dim, NONE, a->eps};
-        linear_of_team(&project, scratch);
+        linear_of_team(&project, scratch, me);
         if (!outputs) {
-#pragma omp for nowait
-            for (long r = 0; r < rows; r++)
+            for (long r = rows * me->thread / me->threads; r < rows * (me->thread + 1) / me->threads; r++)
                 memcpy(a->out + (i * rows + r) * 2 * shared, y + r * width + own, 2 * shared * sizeof *y);
             if (last) break;
         }
-        if (last && outputs < suffix) {
-#pragma omp single
+        if (last && outputs < suffix && !me->thread) { /* which is read when all have met behind attention */
             for (long r = 0; r < decode.rows; r++)
                 memmove(stream + r * outputs * dim, stream + ((r + 1) * suffix - outputs) * dim, outputs * dim * sizeof *stream);
         }
@@ -1074,34 +1095,51 @@ int run_blocks(const struct blocks *a, long threads) {
         decode.q_row = decode.kv_row = suffix * width;
         decode.prefix_k.data = a->attention.prefix_k.data + i * a->of_k;
         decode.prefix_v.data = a->attention.prefix_v.data + i * a->of_v;
-        decode_of_team(&decode);
+        decode_of_team(&decode, me);
         const int normed = b->out_gain.data != NULL;
         const struct linear merge = {
             {(char *)mixed, FLOAT32, own}, {(char *)(normed ? o : total), FLOAT32, dim}, {b->out}, {b->out_bias},
             {0}, {0}, {0}, NULL, normed ? NULL : stream, NULL, {dim}, left, own, NONE, a->eps};
-        linear_of_team(&merge, scratch);
+        linear_of_team(&merge, scratch, me);
         const struct linear expand = {
             {(char *)(normed ? o : total), FLOAT32, dim}, {(char *)hidden, FLOAT32, a->inner}, {b->expand}, {b->expand_bias},
             b->out_gain, b->ff_gain, b->ff_norm_bias, normed ? stream : NULL, NULL, total,
             {a->inner}, left, dim, a->activation, a->eps};
-        linear_of_team(&expand, scratch);
+        linear_of_team(&expand, scratch, me);
         const struct linear contract = {
             {(char *)hidden, FLOAT32, a->inner}, {(char *)(last && !a->head ? a->out : stream), FLOAT32, dim}, {b->contract}, {b->contract_bias},
             {0}, b->inner_gain, {0}, NULL, total, NULL, {dim}, left, a->inner, NONE, a->eps};
-        linear_of_team(&contract, scratch);
+        linear_of_team(&contract, scratch, me);
         if (!last || !a->head) continue;
-#pragma omp for
-        for (long r = 0; r < left; r++) {
+        for (long r = left * me->thread / me->threads; r < left * (me->thread + 1) / me->threads; r++) {
             float most = stream[r * dim];
             for (long k = 1; k < dim; k++) most = stream[r * dim + k] > most ? stream[r * dim + k] : most;
             for (long k = 0; k < dim; k++) stream[r * dim + k] /= most;
         }
+        meet(me);
         const struct linear head = {
             {(char *)stream, FLOAT32, dim}, {(char *)a->out, FLOAT32, a->columns}, {b[1].q}, {b[1].q_bias},
             {0}, b[1].gain, b[1].norm_bias, NULL, NULL, NULL, {a->columns}, left, dim, NONE, a->eps};
-        linear_of_team(&head, scratch);
+        linear_of_team(&head, scratch, me);
     }
-    free(scratch);
+}
+
+struct blocks_call {
+    const struct blocks *blocks;
+    struct scratch scratch;
+};
+
+static void blocks_by_member(const void *argument, const struct member *me) {
+    const struct blocks_call *call = argument;
+    blocks_of_team(call->blocks, &call->scratch, me);
+}
+
+int run_blocks(const struct blocks *a, long threads) {
+    struct blocks_call call = {.blocks = a};
+    if (!get_scratch(a, threads, &call.scratch)) return 1;
+    memcpy(call.scratch.stream, a->x, a->attention.rows * a->attention.suffix * a->dim * sizeof(float));
+    in_team(blocks_by_member, &call, threads);
+    free(call.scratch.linears);
     return 0;
 }
 
@@ -1146,28 +1184,49 @@ static UNFUSED void update(const struct run *a, const float *noise, long index, 
     }
 }
 
-/* Some steps of a run from the first on, each with noise or NULL: tokens, all blocks, and what the solver makes of them. */
-int run_steps(const struct run *a, const float *const *noise, long first, long count, long threads) {
-    const long dim = a->blocks.dim, rows = a->blocks.attention.rows, suffix = a->blocks.attention.suffix;
-    const long samples = a->blocks.outputs, times = suffix - 2 * samples;
-    float *tokens = aligned_alloc(64, (rows * (suffix + samples) * dim * sizeof *tokens + 63) / 64 * 64);
-    int failed = !tokens;
-    for (long index = first; index < first + count && !failed; index++) {
-        float *to = tokens;
-        for (long row = 0; row < rows; row++) { /* times, samples, as many queries */
-            memcpy(to, a->time + index * times * dim, times * dim * sizeof *to);
-            memcpy(to += times * dim, a->x + row * samples * dim, samples * dim * sizeof *to);
-            to += samples * dim;
-            for (long sample = 0; sample < samples; sample++, to += dim)
-                for (long k = 0; k < dim; k++) to[k] = at(a->query, k);
-        }
-        struct blocks blocks = a->blocks;
-        blocks.x = tokens, blocks.out = to;
-        if ((failed = run_blocks(&blocks, threads))) break;
-#pragma omp parallel for num_threads(threads)
-        for (long sample = 0; sample < rows * samples; sample++)
-            update(a, noise[index - first], index, sample, to + sample * dim);
+struct steps_call {
+    const struct run *run;
+    struct scratch scratch;
+    float *predictions; /* (samples, dim) */
+    const float *const *noise; /* of each step: (samples, dim), or NULL */
+    long first, count;
+};
+
+/* The tokens of a row: of the time, its samples, and as many queries. */
+static void make_tokens(const struct run *a, long index, long row, float *to) {
+    const long dim = a->blocks.dim, samples = a->blocks.outputs, times = a->blocks.attention.suffix - 2 * samples;
+    memcpy(to, a->time + index * times * dim, times * dim * sizeof *to);
+    memcpy(to += times * dim, a->x + row * samples * dim, samples * dim * sizeof *to);
+    to += samples * dim;
+    for (long sample = 0; sample < samples; sample++, to += dim)
+        for (long k = 0; k < dim; k++) to[k] = at(a->query, k);
+}
+
+static void steps_by_member(const void *argument, const struct member *me) {
+    const struct steps_call *call = argument;
+    const struct run *a = call->run;
+    const long rows = a->blocks.attention.rows, suffix = a->blocks.attention.suffix, dim = a->blocks.dim;
+    const long begin = rows * me->thread / me->threads, end = rows * (me->thread + 1) / me->threads; /* of its own */
+    struct blocks blocks = a->blocks;
+    blocks.out = call->predictions;
+    for (long i = 0; i < call->count; i++) {
+        for (long row = begin; row < end; row++)
+            make_tokens(a, call->first + i, row, call->scratch.stream + row * suffix * dim);
+        meet(me);
+        blocks_of_team(&blocks, &call->scratch, me);
+        for (long sample = begin * blocks.outputs; sample < end * blocks.outputs; sample++)
+            update(a, call->noise[i], call->first + i, sample, call->predictions + sample * dim);
     }
-    free(tokens);
+}
+
+/* Some steps of a run from the first on: tokens, all blocks, and what the solver makes of them. */
+int run_steps(const struct run *a, const float *const *noise, long first, long count, long threads) {
+    struct steps_call call = {.run = a, .noise = noise, .first = first, .count = count};
+    const long numbers = a->blocks.attention.rows * a->blocks.outputs * a->blocks.dim;
+    if (!get_scratch(&a->blocks, threads, &call.scratch)) return 1;
+    const int failed = !(call.predictions = aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64));
+    if (!failed) in_team(steps_by_member, &call, threads);
+    free(call.predictions);
+    free(call.scratch.linears);
     return failed;
 }

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .cpu_library import KINDS, library, most_rows
+from .cpu_threads import thread_count
 
 ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
 FLOATS = torch.float32, torch.bfloat16
@@ -199,7 +200,7 @@ def _run(
         _address(stream, kept), _address(residual, kept), total.data_ptr(),
         columns - more, more, 0, *of_x.shape, ACTIVATIONS[activation], eps,
     )  # fmt: skip
-    _check(run(call, torch.get_num_threads()), x)
+    _check(run(call, thread_count()), x)
     return out, total
 
 
@@ -282,7 +283,7 @@ def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask
             q.stride(0), k.stride(0), rows, seq, k.shape[1], heads, kv_heads, dim_head, prompts, prefix,
             0 if cos is None else cos.shape[-1], cosine, scale,
         ),
-        torch.get_num_threads(),
+        thread_count(),
     )  # fmt: skip
     return out
 

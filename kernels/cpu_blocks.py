@@ -30,6 +30,7 @@ from .cpu import (
     _weight,
 )
 from .cpu_library import KINDS, library, most_rows
+from .cpu_threads import thread_count
 
 CLAMPS = {None: 0, "range": 1, "l2": 2}
 BLOCKS = struct.Struct("=48qdd")  # of the source
@@ -211,7 +212,7 @@ def _run_blocks(
     numbers = _numbers_of_blocks(*x.shape[:2], *given, kept)
     out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
     call = BLOCKS.pack(_address(x, kept), out.data_ptr(), *numbers)
-    _check(library().run_blocks(call, torch.get_num_threads()), x)
+    _check(library().run_blocks(call, thread_count()), x)
     return out
 
 
@@ -302,7 +303,7 @@ class Run:
         for drawn in noise:
             _fit("noise", drawn, *self.x.shape)
         pointers = struct.pack(f"={count}q", *(_address(drawn, kept) for drawn in noise))
-        _check(self._run(self._call, pointers, first, count, torch.get_num_threads()), self.x)
+        _check(self._run(self._call, pointers, first, count, thread_count()), self.x)
 
 
 def prepare_run(

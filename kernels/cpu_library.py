@@ -1,10 +1,11 @@
-"""`cpu.c` as a library: compiled at first use and kept.
+"""`cpu.c` with `cpu_team.h` as a library: compiled at first use and kept.
 
 It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,11 +14,12 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "cpu_team.h"))
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as the source counts them
 OMP_PAUSE_SOFT = 1
@@ -45,6 +47,34 @@ def _is_whole(path: Path) -> bool:
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Others that want to write there wait, where the system and its file system have locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Whole or not at all, whoever else does the same."""
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    try:
+        subprocess.run([*command, "-o", part, "-lm"], check=True, capture_output=True)
+        digest = hashlib.sha256(Path(part).read_bytes()).digest()
+        with open(part, "ab") as file:
+            file.write(digest)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
 def build() -> Path:
     """Compile the source unless it was: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
 
@@ -56,21 +86,13 @@ def build() -> Path:
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
-    parts = SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _machine().encode()
+    parts = *(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode(), _machine().encode()
     path = _cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
-        os.close(handle)
-        try:
-            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", part, "-lm"], check=True, capture_output=True)
-            digest = hashlib.sha256(Path(part).read_bytes()).digest()
-            with open(part, "ab") as file:
-                file.write(digest)
-            os.replace(part, path)  # whole or not at all, whoever else compiles
-        except BaseException:
-            os.unlink(part)
-            raise
+        with _alone_in(path.parent):
+            if not _is_whole(path):  # as another process left it
+                _compile([*compiler, *FLAGS, str(SOURCES[0])], path)
     return path
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_blocks, reference
+from . import cpu, cpu_blocks, cpu_threads, reference
 
 BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
@@ -100,6 +100,7 @@ def linear(x: Tensor, *args, **kwargs) -> Tensor:
 
 
 Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_blocks.Run
+one_thread = cpu_threads.one_thread
 
 
 def prepare_blocks(*args, **kwargs) -> Blocks | None:

@@ -1,6 +1,5 @@
 """The CPU kernels as a library: how it is compiled and kept, threads and forks that share it, and its memory."""
 
-import itertools
 import multiprocessing
 import os
 import subprocess
@@ -13,32 +12,22 @@ import torch
 
 from fastprior.kernels import cpu, cpu_blocks, cpu_library, ops, reference
 from helpers.cpu_cases import (
-    CONFIGS,
-    DECODE_OPTIONS,
-    FP32,
-    HAS_TILES,
     NEEDS_KERNELS,
     ON_X86,
     OPTIONS,
-    SHAPES,
+    QUICK,
     block_arguments,
     built,
-    check_decode,
     check_linear,
+    child,
     make,
-    make_blocks,
-    make_decode,
     make_tokens,
     make_transformer,
-    prior_step,
-    random,
     step,
     threads,
     through_reference,
 )
-from helpers.priors import make_prior, make_text, relative_error
-
-QUICK = *(flag for flag in cpu_library.FLAGS if flag != "-O3"), "-O0"  # to compile
+from helpers.priors import relative_error
 
 pytestmark = NEEDS_KERNELS
 
@@ -71,18 +60,6 @@ def test_threads_of_a_program_call_at_once():
     assert not wrong
 
 
-def child(work) -> int | None:
-    """The exit status of a forked process that works; None where it hangs."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(timeout=20)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        return None
-    return process.exitcode
-
-
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_forked_child_does_not_wait_for_threads_that_it_does_not_have():
     inputs = make(3, 97, 300)
@@ -92,10 +69,14 @@ def test_a_forked_child_does_not_wait_for_threads_that_it_does_not_have():
         assert torch.equal(cpu.linear(**inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_two_processes_compile_at_once(tmp_path):
+def test_of_two_processes_one_compiles(tmp_path):
+    """The other waits for it."""
+    logs = refusing(tmp_path, f'[ "$1" = --version ] || echo called >>{tmp_path}/log\nexec cc "$@"\n')
+
     def work():
-        with built(FASTPRIOR_CACHE=tmp_path):
+        with built(CC=logs, FASTPRIOR_CACHE=tmp_path / "cache"):
             check_linear(make(3, 23, 77))
 
     context = multiprocessing.get_context("fork")
@@ -103,9 +84,10 @@ def test_two_processes_compile_at_once(tmp_path):
     for process in both:
         process.start()
     for process in both:
-        process.join(timeout=60)
+        process.join(timeout=120)
     assert [process.exitcode for process in both] == [0, 0]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert (tmp_path / "log").read_text() == "called\n"
 
 
 # compiling
@@ -180,6 +162,7 @@ def test_a_cache_that_was_filled_is_only_read(tmp_path):
             assert cpu_library.build() == path and cpu_library.unavailable() is None
 
 
+@pytest.mark.slow
 def test_a_broken_library_is_made_again(tmp_path):
     """As a crash or a full disk leaves it: a loader that maps half of one would die at its first page."""
     with built(QUICK, FASTPRIOR_CACHE=tmp_path):
@@ -194,53 +177,16 @@ def test_a_broken_library_is_made_again(tmp_path):
 # memory
 
 
-def sanitized():
-    """For a process that has the sanitizer: shapes at every border, and at last a weight that is shorter than said."""
-    assert cpu_library.unavailable() is None, cpu_library.unavailable()
-    options = itertools.cycle(("all-swiglu", "all-gelu"))
-    for dtypes, rows, shape in itertools.product(("fp32", "bf16", "int8"), (1, 3, 6, 7, 17, 32, 64, 67), SHAPES[::2]):
-        if rows <= cpu.most_rows(FP32):
-            check_linear(make(rows, *shape, dtypes, OPTIONS[next(options)]))
-    if HAS_TILES:
-        check_linear(make(64, 70, 3500, "fp32", OPTIONS["all-swiglu"]))  # a sum in parts
-    for kv_heads, options in itertools.product((1, 2, 4), DECODE_OPTIONS.values()):
-        check_decode(make_decode(dim_head=7, kv_heads=kv_heads, seq=2, rows=4, **options | {"width": 6}))
-    for transformer in make_transformer(**CONFIGS["odd"]), make_transformer(normformer=True):
-        for samples, count in (1, 1), (5, 2):
-            tokens = make_tokens(samples=samples, dim=transformer.norm.g.shape[0])
-            with threads(count):
-                step(transformer, *tokens)
-    prior, text = make_prior(), make_text(2, 32)
-    prior.sample(**text, timesteps=9, num_samples_per_batch=2, progress=False)
-    for count in 2, 32:
-        with threads(count):
-            prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)
-    print("every access was within bounds", flush=True)
-    cpu._fit = lambda *args: None
-    cpu.linear(x=random(3, 64), weight=random(5, 7))
-
-
-SANITIZED = *(flag for flag in QUICK if not flag.startswith("-march")), "-O1", "-g", "-fsanitize=address,undefined"
-
-
-IN_SANITIZER = """
-import sys, test_kernel_cpu_build as tests
-flags = *tests.SANITIZED, "-fno-sanitize-recover=all", "-march=" + sys.argv[2]
-with tests.built(flags, FASTPRIOR_CACHE=sys.argv[1], LD_PRELOAD=""):  # the compiler does without it
-    tests.sanitized()
-"""
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("march", ["native", pytest.param("haswell", marks=ON_X86)])
-def test_memory_is_read_and_written_within_bounds(tmp_path, march):
+def test_memory_is_read_and_written_within_bounds(march):
     """Under gcc's sanitizers, in memory that holds NaN before it is written; at last they show that they see."""
     library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(library):
         pytest.skip("the compiler has no libasan")
     options = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000"
     environment = os.environ | dict(LD_PRELOAD=library, ASAN_OPTIONS=options, PYTHONPATH=str(Path(__file__).parent))
-    done = subprocess.run(
-        [sys.executable, "-c", IN_SANITIZER, tmp_path, march], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "helpers.sanitized", march]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "every access was within bounds" in done.stdout, done.stderr[-3000:]
     assert done.returncode and "ERROR: AddressSanitizer" in done.stderr

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import multiprocessing
 import platform
 
 import pytest
@@ -21,6 +22,8 @@ FLOORS = {FP32: 32 * EPS, BF16: 3e-5, torch.int8: 3e-4}
 ROUNDED_FLOOR = 3e-3
 X86 = platform.machine() == "x86_64"
 ON_X86 = pytest.mark.skipif(not X86, reason="instructions of x86")
+
+QUICK = *(flag for flag in cpu_library.FLAGS if flag != "-O3"), "-O0"  # to compile
 
 DOT, ROUNDED, OUTER, TILES = range(4)
 
@@ -50,12 +53,27 @@ def built(flags=None, **environment):
 
 @contextlib.contextmanager
 def threads(count):
-    before = torch.get_num_threads()
+    """So many threads, as if there were cores for them."""
+    before, library = torch.get_num_threads(), cpu_library.library()
     torch.set_num_threads(count)
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "omp_get_num_procs", lambda: count, raising=False)
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+def child(work) -> int | None:
+    """The exit status of a forked process that works; None where it hangs."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(timeout=20)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
 
 
 def random(*shape, seed=0, dtype=FP32, scale=1.0):

@@ -1,0 +1,227 @@
+/* Teams of threads that compute one thing together, and meet between its phases.
+
+   A thread that waits for the others looks for a short while, since most phases take microseconds, and then sleeps until
+   it is woken: what it waits for may be a thread whose core another process has at the moment, and to look on would take
+   time from it, and from the next phases. OpenMP's threads look for milliseconds, unless an environment variable says
+   otherwise. They compute here all the same while the cores are free, for they are PyTorch's threads, which then do not
+   look for work of PyTorch's at the same time. Once a thread was waited for as long as only another process takes a core,
+   threads of our own compute, which no one else keeps awake. */
+
+#include <limits.h>
+#include <omp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#ifndef LOOK_NS
+#define LOOK_NS 50000 /* how long a thread looks before it sleeps */
+#endif
+#ifndef REMEMBER_NS
+#define REMEMBER_NS 1000000000 /* how long threads of our own compute after a wait of more than LONG_NS */
+#endif
+enum { LONG_NS = 1000000, SLICE_NS = 100000 /* of a core, for threads of our own */, LOOKS = 16 /* between readings of the clock */ };
+enum { STACK = 8 << 20 /* bytes, taken as they are used */, APART = 128 /* bytes: two lines of a cache */ };
+
+/* A number that threads wait to see changed. */
+struct gate {
+    _Alignas(APART) atomic_uint number;
+    atomic_uint sleepers;
+};
+
+/* A thread of a team. */
+struct member {
+    struct team *team;
+    long thread, threads;
+    pthread_t id; /* of our own */
+};
+
+typedef void part_of_work(const void *, const struct member *);
+
+struct team {
+    struct gate meeting, call; /* how often all have met; how often our own threads were called */
+    _Alignas(APART) atomic_uint arrived;
+    part_of_work *work; /* NULL: go home */
+    const void *argument;
+    long asked, threads; /* how many were asked for, and how many the system gave */
+    struct team *next;
+    struct member members[];
+};
+
+static atomic_long crowded_until; /* of `nanoseconds` */
+
+static long nanoseconds(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000L + time.tv_nsec;
+}
+
+static inline void pause_briefly(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+/* Wait until the number is not `seen` any more; for how many ns, 0 without sleep. Who sleeps says so before it reads the
+   number, and who changes the number reads afterwards who sleeps: one of them notices the other. */
+static long wait_for_change(struct gate *gate, unsigned seen) {
+    long start = 0, time = 0;
+    while (time - start <= LOOK_NS) {
+        for (int look = 0; look < LOOKS; look++) {
+            if (atomic_load_explicit(&gate->number, memory_order_acquire) != seen) return 0;
+            pause_briefly();
+        }
+        time = nanoseconds();
+        if (!start) start = time;
+    }
+    atomic_fetch_add(&gate->sleepers, 1);
+    while (atomic_load(&gate->number) == seen) {
+#ifdef __linux__
+        syscall(SYS_futex, &gate->number, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+#else
+        nanosleep(&(struct timespec){.tv_nsec = LOOK_NS}, NULL);
+#endif
+    }
+    atomic_fetch_sub(&gate->sleepers, 1);
+    return nanoseconds() - start;
+}
+
+static void change(struct gate *gate) {
+    atomic_fetch_add(&gate->number, 1);
+#ifdef __linux__
+    if (atomic_load(&gate->sleepers)) syscall(SYS_futex, &gate->number, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+#endif
+}
+
+/* Every member waits here for the last, and sees then what each wrote before. */
+static void meet(const struct member *me) {
+    struct team *team = me->team;
+    if (me->threads == 1) return;
+    const unsigned seen = atomic_load_explicit(&team->meeting.number, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) + 1 == me->threads) {
+        atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
+        change(&team->meeting);
+    } else if (wait_for_change(&team->meeting, seen) > LONG_NS) {
+        const long until = nanoseconds() + REMEMBER_NS;
+        if (until > atomic_load_explicit(&crowded_until, memory_order_relaxed))
+            atomic_store_explicit(&crowded_until, until, memory_order_relaxed);
+    }
+}
+
+/* Take turns on a core that is shared more often than usual, for as much of it: threads that wait for each other lose
+   what they are apart. Linux has it since 6.12. */
+static void take_short_turns(void) {
+#ifdef __linux__
+    struct { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t runtime, other[2]; } turns = {0};
+    if (syscall(SYS_sched_getattr, 0, &turns, sizeof turns, 0) || turns.policy) return; /* not the usual way */
+    turns.runtime = SLICE_NS;
+    syscall(SYS_sched_setattr, 0, &turns, 0);
+#endif
+}
+
+/* What a thread of our own does all its life. */
+static void *serve(void *argument) {
+    const struct member *me = argument;
+    struct team *team = me->team;
+    take_short_turns();
+    for (unsigned call = 0;; call++) {
+        wait_for_change(&team->call, call);
+        if (!team->work) return NULL;
+        team->work(team->argument, me);
+        meet(me);
+    }
+}
+
+/* Teams of our own that no call has at the moment. A forked child has none of their threads. */
+static struct team *free_teams;
+static pthread_mutex_t teams_mutex = PTHREAD_MUTEX_INITIALIZER;
+static void hold_teams(void) { pthread_mutex_lock(&teams_mutex); }
+static void release_teams(void) { pthread_mutex_unlock(&teams_mutex); }
+static void forget_teams(void) {
+    free_teams = NULL;
+    release_teams();
+}
+__attribute__((constructor)) static void prepare_for_forks(void) { pthread_atfork(hold_teams, release_teams, forget_teams); }
+
+/* A team for so many threads; of fewer, where the system gives no more. NULL where there is no memory. */
+static struct team *form_team(long threads) {
+    const size_t bytes = (sizeof(struct team) + threads * sizeof(struct member) + APART - 1) / APART * APART;
+    struct team *team = aligned_alloc(APART, bytes);
+    if (!team) return NULL;
+    memset(team, 0, bytes);
+    team->asked = threads;
+    sigset_t all, before; /* signals are for the program's own threads */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK);
+    for (struct member *member = team->members; team->threads < threads; member++, team->threads++) {
+        member->team = team, member->thread = team->threads;
+        if (team->threads && pthread_create(&member->id, &attributes, serve, member)) break;
+    }
+    pthread_attr_destroy(&attributes);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    for (long i = 0; i < team->threads; i++) team->members[i].threads = team->threads; /* which a call publishes */
+    return team;
+}
+
+static void dismiss_team(struct team *team) {
+    team->work = NULL;
+    change(&team->call);
+    for (long i = 1; i < team->threads; i++) pthread_join(team->members[i].id, NULL);
+    free(team);
+}
+
+/* A free team for so many threads, or else a new one in place of one for another number. */
+static struct team *take_team(long threads) {
+    struct team **place = &free_teams, *team, *other = NULL;
+    hold_teams();
+    while (*place && (*place)->asked != threads) place = &(*place)->next;
+    if ((team = *place)) *place = team->next;
+    else if ((other = free_teams)) free_teams = other->next;
+    release_teams();
+    if (other) dismiss_team(other);
+    return team ? team : form_team(threads);
+}
+
+static int in_own_team(part_of_work *work, const void *argument, long threads) {
+    struct team *team = take_team(threads);
+    if (!team) return 0;
+    team->work = work, team->argument = argument;
+    change(&team->call);
+    work(argument, team->members);
+    meet(team->members);
+    hold_teams();
+    team->next = free_teams, free_teams = team;
+    release_teams();
+    return 1;
+}
+
+/* Have each thread of a team do its part of some work, and wait until all have. */
+static void in_team(part_of_work *work, const void *argument, long threads) {
+    const int crowded = threads > 1 && nanoseconds() < atomic_load_explicit(&crowded_until, memory_order_relaxed);
+    if (crowded && in_own_team(work, argument, threads)) return;
+    struct team team;
+    memset(&team, 0, sizeof team);
+#pragma omp parallel num_threads(threads)
+    {
+        const struct member me = {.team = &team, .thread = omp_get_thread_num(), .threads = omp_get_num_threads()};
+        work(argument, &me);
+        meet(&me); /* OpenMP waits too, and not for long then */
+    }
+}
+
+/* For tests: whether the next calls take threads of our own. */
+void set_crowded(long crowded) { atomic_store(&crowded_until, crowded ? LONG_MAX : 0); }

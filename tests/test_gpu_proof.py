@@ -118,7 +118,8 @@ def test_without_a_gpu_nothing_is_recorded_among_the_records(proof, tmp_path):
 
 @pytest.mark.slow
 @interpreted
-def test_sections_run_for_real(tmp_path):
+def test_sections_run_for_real(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # where it is set, pytest-benchmark measures nothing
     environment = os.environ | dict(DEVICE="cpu", PYTHON=sys.executable, TMPDIR=str(tmp_path))
     command = [str(BENCHMARKS / "gpu_proof.sh"), "environment", "roofline"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

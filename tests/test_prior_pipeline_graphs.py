@@ -281,6 +281,7 @@ def test_a_capture_that_fails_is_told(compile, monkeypatch):
     assert relative_error(got, sample(plain, [9, 3, 20])) < TOLERANCE and not ours.graphs
 
 
+@pytest.mark.slow
 def test_compiled_steps_in_graphs(monkeypatch):
     """Compiled once for each shape; the stand-in runs them again, for records would be of what compiling does."""
     from torch._dynamo.testing import CompileCounter

@@ -539,6 +539,7 @@ assert not [name for name in heavy[1:] if name in sys.modules]
 """
 
 
+@pytest.mark.slow
 def test_without_diffusers(tmp_path):
     run = subprocess.run([sys.executable, "-c", WITHOUT, tmp_path], capture_output=True, text=True)
     assert run.stdout == "accelerate_prior needs diffusers: pip install diffusers\n", run.stderr

@@ -115,6 +115,7 @@ def test_digit_of_a_caption():
             digits.digit_of(caption)
 
 
+@pytest.mark.slow
 def test_prior_takes_captions_through_the_clip(runs):
     prior = fastprior.load(runs[0][0] / "prior.safetensors")
     clip = digits.DigitsClip()

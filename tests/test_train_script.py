@@ -388,7 +388,7 @@ def wrong_values(model=TrainDiffusionPriorConfig, at=()):
     for name, field in model.model_fields.items():
         kinds, place = leaves(field.annotation), (*at, name)
         sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        for section in sections:
+        for section in sorted(sections, key=lambda section: section.__name__):  # every worker must find the same order
             yield from wrong_values(section, (*place, 0) if get_origin(field.annotation) is list else place)
         if sections:
             continue

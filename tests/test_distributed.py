@@ -130,6 +130,7 @@ def resume(folder):
     assert not same_everywhere(accelerator, torch.rand(()).item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", SEVERAL)
 def test_resumption_is_exact_on_every_rank(tmp_path, mode):
     run_ranks(**MODES[mode], function=resume, arguments=(tmp_path,), folder=tmp_path)
@@ -158,6 +159,7 @@ def load(paths, exported):
     trainer.export_for_peer(exported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_loads_every_checkpoint(trained, tmp_path, mode):
     run_ranks(**MODES[mode], function=load, arguments=(trained, tmp_path / "peer.pth"), folder=tmp_path)
@@ -229,6 +231,7 @@ def use_shards(folder):
             assert ours == theirs and same_everywhere(accelerator, *ours.values())
 
 
+@pytest.mark.slow
 def test_shards_are_parts_and_are_whole_where_they_must(tmp_path):
     run_ranks(**MODES["fsdp"], function=use_shards, arguments=(tmp_path,), folder=tmp_path)
 

@@ -217,6 +217,7 @@ def measure(folder):
     (folder / f"{accelerator.process_index}.json").write_text(json.dumps(results))
 
 
+@pytest.mark.slow
 def test_two_real_processes(tmp_path):
     """Both get one process's result, under gloo."""
     run_ranks(2, measure, (tmp_path,), tmp_path)

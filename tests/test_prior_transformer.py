@@ -229,6 +229,7 @@ def test_16_bits(autocast, dtype, make):
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.slow
 def test_on_kernels():
     stock = make_stock(num_layers=2, attention_head_dim=16, num_attention_heads=2)
     ours, given = without_diffusers(stock), make_inputs(stock.config)

@@ -29,7 +29,10 @@
 #ifndef REMEMBER_NS
 #define REMEMBER_NS 1000000000 /* how long threads of our own compute after a wait of more than LONG_NS */
 #endif
-enum { LONG_NS = 1000000, SLICE_NS = 100000 /* of a core, for threads of our own */, LOOKS = 16 /* between readings of the clock */ };
+#ifndef TURN_NS
+#define TURN_NS 30000000 /* how long a member of a team of our own wants a shared core in one piece */
+#endif
+enum { LONG_NS = 1000000, LOOKS = 16 /* between readings of the clock */ };
 enum { STACK = 8 << 20 /* bytes, taken as they are used */, APART = 128 /* bytes: two lines of a cache */ };
 
 /* A number that threads wait to see changed. */
@@ -119,14 +122,18 @@ static void meet(const struct member *me) {
     }
 }
 
-/* Take turns on a core that is shared more often than usual, for as much of it: threads that wait for each other lose
-   what they are apart. Linux has it since 6.12. */
-static void take_short_turns(void) {
+/* Have turns of so many ns on a core that is shared, of which there are fewer then; returns how long they were, 0 where
+   that cannot be had. Who waits for another's turn sleeps, and begins one with it: threads with long turns fall into
+   step, and lose little between them. Linux has it since 6.12. */
+static long take_turns(long ns) {
 #ifdef __linux__
     struct { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t runtime, other[2]; } turns = {0};
-    if (syscall(SYS_sched_getattr, 0, &turns, sizeof turns, 0) || turns.policy) return; /* not the usual way */
-    turns.runtime = SLICE_NS;
-    syscall(SYS_sched_setattr, 0, &turns, 0);
+    if (!ns || syscall(SYS_sched_getattr, 0, &turns, sizeof turns, 0) || turns.policy) return 0; /* not the usual way */
+    const long before = turns.runtime;
+    turns.runtime = ns;
+    return syscall(SYS_sched_setattr, 0, &turns, 0) ? 0 : before;
+#else
+    return 0;
 #endif
 }
 
@@ -134,7 +141,7 @@ static void take_short_turns(void) {
 static void *serve(void *argument) {
     const struct member *me = argument;
     struct team *team = me->team;
-    take_short_turns();
+    take_turns(TURN_NS);
     for (unsigned call = 0;; call++) {
         wait_for_change(&team->call, call);
         if (!team->work) return NULL;
@@ -200,9 +207,11 @@ static int in_own_team(part_of_work *work, const void *argument, long threads) {
     struct team *team = take_team(threads);
     if (!team) return 0;
     team->work = work, team->argument = argument;
+    const long turns = take_turns(TURN_NS); /* this thread's, too, for as long as it is one of them */
     change(&team->call);
     work(argument, team->members);
     meet(team->members);
+    take_turns(turns);
     hold_teams();
     team->next = free_teams, free_teams = team;
     release_teams();

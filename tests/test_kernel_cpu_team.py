@@ -57,9 +57,16 @@ static void late(const void *argument, const struct member *me) {
 }
 static long own;
 static void look(const void *argument, const struct member *me) { if (!me->thread) own = me->team->asked; }
+static long turns(void) { /* of this thread on a shared core, in ns */
+    struct { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t runtime, other[2]; } found = {0};
+    syscall(SYS_sched_getattr, 0, &found, sizeof found, 0);
+    return found.runtime;
+}
 int main(void) {
+    const long before = turns();
     set_crowded(SHARED);
     for (long threads = 1; threads <= MOST; threads++) in_team(pass, NULL, threads);
+    if (turns() != before) return puts("a caller kept the turns of a team"), 1;
     if (wrong || works != MOST) return printf("wrong %ld, works %ld\n", wrong, works), 1;
     if (SHARED) { /* calls from several threads at once; a sanitizer knows nothing of OpenMP's */
         pthread_t callers[4];

@@ -166,6 +166,7 @@ def order(ptx: str, *instructions: str) -> str:
     return re.sub(r"(.)\1+", r"\1", "".join("abcdefgh"[match.lastindex - 1] for match in found))
 
 
+@pytest.mark.slow
 def test_every_mode_compiles_and_fits(compiled):
     for arch in (80, 90, 100):
         records = [record for record in compiled if record["arch"] == arch]
@@ -178,6 +179,7 @@ def test_every_mode_compiles_and_fits(compiled):
                 assert record["registers"] * record["num_warps"] * 32 * 2 <= 65536
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_a_barrier_releases_then_acquires_and_weights_that_are_ahead_come_between(compiled, arch, ahead):
@@ -196,6 +198,7 @@ def test_a_barrier_releases_then_acquires_and_weights_that_are_ahead_come_betwee
     assert len(re.findall(r"mov\.u32\s+seen, %tid\.x", ptx)) == max(ahead, 1)  # one thread polls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 100])
 def test_a_dependent_launch_reads_weights_before_it_waits_and_the_vector_after(compiled, arch):
     (ptx,) = (r["ptx"] for r in compiled if r["arch"] == arch and r["DEPENDENT"])

@@ -27,6 +27,7 @@ def checked() -> subprocess.CompletedProcess:
     return run("-m", "fastprior.kernels.resources")
 
 
+@pytest.mark.slow
 def test_every_launch_compiles_and_fits(checked):
     assert checked.returncode == 0, checked.stdout[-5000:] + checked.stderr[-2000:]
     columns, *rows = (line.split("\t") for line in checked.stdout.splitlines() if "\t" in line)
@@ -38,6 +39,7 @@ def test_every_launch_compiles_and_fits(checked):
         assert own and own <= kernels, f"{own - kernels} is never compiled"
 
 
+@pytest.mark.slow
 def test_every_launch_keeps_its_limits(checked):
     if not resources.DEFAULT_RECORD.exists():
         pytest.skip(" ".join(checked.stdout.splitlines()[-2:]))  # names the file, and the command that makes it
@@ -100,6 +102,7 @@ def test_a_known_spill_is_let_pass_where_it_is_recorded(monkeypatch, recorded, t
     assert text in found and bool(text) == bool(found)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_or_misses_the_tensor_cores_is_reported(tmp_path):
     (tmp_path / "bad.py").write_text("""
 import json, sys
@@ -207,6 +210,7 @@ print(json.dumps([keys, origins, found]))
 """
 
 
+@pytest.mark.slow
 def test_what_did_not_change_is_not_compiled_again(tmp_path):
     (tmp_path / "source.py").write_text(KERNEL)
     done = run("-c", CHECK, str(tmp_path))

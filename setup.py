@@ -17,8 +17,9 @@ DATA = ["embedding-reader>=1.5", "pandas>=2", "pyarrow>=14", "fsspec"]
 PLOT = ["matplotlib>=3.7"]
 QUICKSTART = [*DATA, *PLOT, "scikit-learn>=1.3"]
 TRAIN = [*DATA, *PLOT, "accelerate>=1.0", "pydantic>=2"]
-# the peers that parity is tested against; dalle2-pytorch 1.15.6 imports pkg_resources, so it needs an older setuptools
-INTEROP = ["dalle2-pytorch==1.15.6", "setuptools<81"]
+# the peers that parity is tested against; dalle2-pytorch 1.15.6 imports pkg_resources, so it needs an older setuptools;
+# from 70.1 on it builds wheels by itself
+INTEROP = ["dalle2-pytorch==1.15.6", "setuptools>=70.1,<81"]
 DIFFUSERS = ["diffusers>=0.42", "transformers>=4.40", "pillow"]
 TEST = [
     *CLIP,

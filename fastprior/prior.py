@@ -473,7 +473,8 @@ class DiffusionPrior(nn.Module):
             target = self.noise_scheduler.calculate_v(image_embed, times, noise)
         else:
             target = image_embed if self.predict_x_start else noise
-        return self.noise_scheduler.loss_fn(pred, target)
+        dtype = torch.promote_types(pred.dtype, target.dtype)  # torch 2.11 has no gradient of a loss between two
+        return self.noise_scheduler.loss_fn(pred.to(dtype), target.to(dtype))
 
     def forward(
         self,

@@ -342,11 +342,18 @@ def test_fp16_overflow_is_a_skipped_step_of_a_scale_too_large(tmp_path):
     assert scaler.get_scale() == pytest.approx(5e29)
 
 
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+SWAPPED = pytest.mark.skipif(
+    OLD, reason="torch 2.11 draws the masks of text and image in another order when it compiles"
+)
+
+
 @pytest.mark.slow
-def test_compiled_loss_is_the_same():
+@pytest.mark.parametrize("cond_drop_prob", [0.0, pytest.param(0.2, marks=SWAPPED)])
+def test_compiled_loss_is_the_same(cond_drop_prob):
     curves = []
     for options in ({}, dict(compile=dict(backend="aot_eager"))):
-        trainer = make_trainer(**options)
+        trainer = make_trainer(small_prior(cond_drop_prob=cond_drop_prob), **options)
         torch.manual_seed(0)
         curves.append(torch.tensor(run(trainer, 4)))
     compiled, plain = curves[1], curves[0]

@@ -448,9 +448,7 @@ class CausalTransformer(nn.Module):
         prefix, blocks = x.shape[1], self.prepared() if x.is_cpu else None
         with ops.one_thread(x):
             x, end, rotary = self.init_norm(x), prefix + suffix, self._rotary(0, prefix)
-            null = reference.at_least_fp32(
-                torch.stack([attn.null_kv for attn, _ in self.layers])
-            )  # (depth, 2, dim_head)
+            null = torch.stack([attn.null_kv for attn, _ in self.layers])  # (depth, 2, dim_head)
             null = self._as_prefix(reference.at_least_fp32(null)[:, None, None, :, None], None)
             found = self._keys_values_by_blocks(x, blocks, null, rotary)
         if found is None:

@@ -114,6 +114,7 @@ def _load() -> None:
             function.argtypes = ctypes.c_char_p, ctypes.c_long
         _loaded.run_steps.argtypes = ctypes.c_char_p, ctypes.c_char_p, *(ctypes.c_long,) * 3
         _loaded.most_rows.restype = ctypes.c_long
+        _loaded.set_threads.argtypes = (ctypes.c_long,)
         # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
         os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
         _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())

@@ -234,3 +234,7 @@ static void in_team(part_of_work *work, const void *argument, long threads) {
 
 /* For tests: whether the next calls take threads of our own. */
 void set_crowded(long crowded) { atomic_store(&crowded_until, crowded ? LONG_MAX : 0); }
+
+/* For operations of PyTorch that this thread calls. torch.set_num_threads also says how many a thread has that begins
+   meanwhile, for all its life. */
+void set_threads(long threads) { omp_set_num_threads(threads); }

@@ -82,9 +82,9 @@ def _one_thread() -> Iterator[None]:
         yield
         return
     _outer.threads = threads
-    torch.set_num_threads(1)
+    library().set_threads(1)  # of this thread alone
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        library().set_threads(threads)
         _outer.threads = None

@@ -322,6 +322,23 @@ def test_little_is_computed_by_one_thread_and_kernels_by_all():
         assert torch.get_num_threads() == 2 and cpu_threads.thread_count() == 2
 
 
+def test_a_thread_that_begins_meanwhile_has_all_threads():
+    """PyTorch reads how many, once, as a thread first computes."""
+    found, little = [], torch.zeros(3)
+
+    def begin():
+        little.sum()
+        found.append((torch.get_num_threads(), cpu_threads.thread_count()))
+
+    with threads(2):
+        with cpu_threads.one_thread(little):
+            thread = threading.Thread(target=begin)
+            thread.start()
+            thread.join()
+            assert torch.get_num_threads() == 1
+    assert found == [(2, 2)]
+
+
 class Threads(TorchDispatchMode):
     """Numbers of threads that operations on many numbers have; PyTorch shares out those of over 32,768."""
 

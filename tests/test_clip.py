@@ -7,7 +7,6 @@ import math
 import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from torch import nn
 
 from fastprior import clip as fp
 from fastprior.tokenizer import tokenizer
+from helpers.at_once import at_once
 
 # OpenAI distributes TorchScript archives, which newer torch releases call deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -193,21 +193,11 @@ def test_no_state_stays_on_the_adapter(adapter):
 def test_threads_get_their_own_encodings(adapter):
     batches = [make_tokens().roll(i, dims=1) for i in range(4)]
     expected = [adapter.embed_text(tokens).text_encodings for tokens in batches]
-    found = [[] for _ in batches]
-    barrier = threading.Barrier(len(batches))
 
-    def work(i):
-        barrier.wait()
-        for _ in range(5):
-            found[i].append(adapter.embed_text(batches[i]).text_encodings)
+    def work(tokens):
+        return [adapter.embed_text(tokens).text_encodings for _ in range(5)]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for outputs, reference in zip(found, expected):
-        assert len(outputs) == 5
+    for outputs, reference in zip(at_once(work, batches), expected):
         for output in outputs:
             assert_same(output, reference, tol=1e-5)  # threads may split a matmul's sum differently
 

@@ -26,6 +26,7 @@ from fastprior.dataloaders import (
 )
 from fastprior.inspect_shards import add_inspect_parser
 from fastprior.shard_files import ParquetColumn, RowGroups, shard_number
+from helpers.at_once import at_once
 
 DIM = 8
 SIZES = {0: 37, 2: 50, 10: 23}  # rows by shard number; sorted by name they are 0, 10, 2
@@ -612,11 +613,7 @@ def test_row_groups_are_decoded_once_and_given_up():
     def load(key):
         return groups.get(key, lambda: loads.append(key) or pa.array(np.zeros(8)))  # 64 bytes
 
-    threads = [threading.Thread(target=load, args=("a",)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(load, "a" * 8)
     assert loads == ["a"]
     load("b")
     load("b")

@@ -1,12 +1,12 @@
 """On a GPU, where there is one: the same network as on the CPU, and every path equal on the device."""
 
 import copy
-import threading
 
 import pytest
 import torch
 
 from fastprior.serving import PriorSampler
+from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, plain, relative_error, sample
 from helpers.soak import BATCH_SIZES, OPTIONS, soak
 
@@ -61,7 +61,7 @@ def test_graphs_soak():
     wanted = [run(plain_sampler, *case) for case in cases]
     wrong = []
 
-    def work():
+    def work(_):
         with torch.cuda.stream(torch.cuda.Stream()):
             for number in range(500):
                 at = number * 7 % len(cases)
@@ -71,11 +71,7 @@ def test_graphs_soak():
     run(sampler, *cases[-1])
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, range(2))
     torch.cuda.synchronize()
     assert sampler.graphs and not wrong and torch.cuda.memory_allocated() - before < 2**20
     assert sampler.stats()["graphs"] == 2 and sampler.stats()["calls"] == 1000
@@ -175,18 +171,14 @@ def test_pipeline_graphs_soak():
         for got, case in zip(wanted, cases):
             assert torch.cosine_similarity(got, run_pipeline(plain_pipeline, **case)).min() > 1 - 1e-6
 
-        def work(cases=cases, wanted=wanted, wrong=wrong):
+        def work(_, cases=cases, wanted=wanted, wrong=wrong):
             with torch.cuda.stream(torch.cuda.Stream()):
                 for number in range(250):
                     at = number * 7 % len(cases)
                     if not torch.equal(run_pipeline(pipeline, **cases[at]), wanted[at]):
                         wrong.append(cases[at])
 
-        threads = [threading.Thread(target=work) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(work, range(2))
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
         assert not wrong and pipeline.graphs is None and pipeline.stats()["graphs"] == 4

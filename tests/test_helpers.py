@@ -3,11 +3,13 @@
 import ast
 import math
 import re
+import threading
 from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 
+from helpers.at_once import at_once
 from helpers.pairwise import pairwise
 
 TESTS = Path(__file__).parent
@@ -55,3 +57,11 @@ def test_pairwise(sizes):
     for (one, ones), (other, others) in combinations(enumerate(options.values()), 2):
         assert {(case[one], case[other]) for case in cases} == set(product(ones, others))
     assert len(cases) <= math.prod(sizes) / (1 if len(sizes) < 3 else 2)
+
+
+def test_at_once():
+    """Together, in the order of what was given; an error in one thread, be it in one alone, is seen."""
+    meeting = threading.Barrier(5, timeout=60)
+    assert at_once(lambda number: meeting.wait() * 0 + number * number, range(5)) == [0, 1, 4, 9, 16]
+    with pytest.raises(ZeroDivisionError):
+        at_once(lambda number: 1 / number, [2, 1, 0, 3])

@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastprior.kernels import cpu, cpu_blocks, cpu_library, ops, reference
+from helpers.at_once import at_once
 from helpers.cpu_cases import (
     NEEDS_KERNELS,
     ON_X86,
@@ -52,11 +52,7 @@ def test_threads_of_a_program_call_at_once():
                 wrong.append("blocks")
 
     with threads(1):
-        workers = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        at_once(work, range(len(cases)))
     assert not wrong
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprior import cli
 from fastprior.kernels import cpu, cpu_blocks, cpu_library, cpu_threads, ops
+from helpers.at_once import at_once
 from helpers.cpu_cases import NEEDS_KERNELS, OPTIONS, block_arguments, child, make, threads
 from helpers.priors import make_prior, make_text
 
@@ -206,11 +207,7 @@ def test_threads_of_a_program_call_teams_of_our_own_at_once():
             )
 
     with threads(1), crowded():
-        workers = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        at_once(work, range(len(cases)))
     assert not wrong
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprior import model_state, prefix_reuse, prior_blocks
 from fastprior.diffusers_interop import StockPrior
+from helpers.at_once import at_once
 from helpers.priors import relative_error
 from helpers.pt_cases import MAKES, TOLERANCE, kept, make_inputs, make_stock, within_diffusers
 
@@ -314,7 +315,7 @@ def test_threads_keep_their_own(prefills):
     model = within_diffusers(make_stock())
     givens = [make_inputs(model.config, seed=seed) for seed in range(4)]
     wanted, wrong = [full(model, given) for given in givens], []
-    barrier = threading.Barrier(4)
+    barrier = threading.Barrier(4, timeout=60)  # where one fails the others do not wait for ever
 
     def work(index):
         for _ in range(20):
@@ -322,11 +323,7 @@ def test_threads_keep_their_own(prefills):
             if not relative_error(run(model, givens[index]), wanted[index]) < TOLERANCE:
                 wrong.append(index)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, range(4))
     assert not wrong and len(prefills) == 4
 
 

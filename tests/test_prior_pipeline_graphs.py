@@ -2,7 +2,6 @@
 
 import copy
 import random
-import threading
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_pipeline import PriorPipeline
 from fastprior.prior_transformer import PriorTransformer
 from helpers import captures
+from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, relative_error
 
 DIM, LENGTH, DEPTH = 16, 40, 2
@@ -348,11 +348,7 @@ def test_threads_get_their_own_results(captured):
             if not torch.equal(sample(ours, **cases[at]), alone[at]):
                 wrong.append(at)
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, range(2))
     assert not wrong and ours.stats()["calls"] == 46 and len(captured) == 2 * ours.stats()["graphs"]
 
 

@@ -1,7 +1,6 @@
 """PriorSampler: the same results as the prior, compiled once, whatever the batch."""
 
 import math
-import threading
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from fastprior import graphs, serving
 from fastprior.kernels import cpu_library
 from fastprior.serving import PriorSampler
+from helpers.at_once import at_once
 from helpers.pairwise import pairwise
 from helpers.priors import make_prior, make_text, relative_error, sample
 from helpers.soak import BATCH_SIZES, OPTIONS, soak
@@ -108,16 +108,7 @@ def test_threads_get_their_own_results():
     prior, text = make_prior(), make_text(8, 32)
     sampler = PriorSampler(prior, batch_sizes=(4,), timesteps=6, compile=False)
     alone = [call(sampler, text, slice(i, i + 1), seed=i, cond_scale=1 + i) for i in range(8)]
-    together = [None] * 8
-
-    def work(i):
-        together[i] = call(sampler, text, slice(i, i + 1), seed=i, cond_scale=1 + i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together = at_once(lambda i: call(sampler, text, slice(i, i + 1), seed=i, cond_scale=1 + i), range(8))
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 

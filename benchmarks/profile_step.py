@@ -26,7 +26,9 @@ def table(model: str, device: torch.device) -> str:
         for _ in range(3):
             step()
         with profile(
-            activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + on_gpu], record_shapes=True
+            activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + on_gpu],
+            record_shapes=True,
+            acc_events=True,  # of the one cycle that there is: torch 2.11 warns otherwise that it keeps no more
         ) as found:
             for _ in range(STEPS):
                 step()

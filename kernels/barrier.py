@@ -250,14 +250,20 @@ def matvec_chain_fwd(x: Tensor, weights: Tensor, out: Tensor, arrived: Tensor, p
     for first in range(0, phases, each):
         source = x if first == 0 else out[first - 1]
         args = source, weights[first], out[first], arrived, each, dim, config.span
-        if x.device.type != "cuda":  # interpreted, or recorded for compilation: neither knows kinds of launches
-            launch.launch(_matvec_chain_fwd_kernel, (config.programs,), *args, **constants)
-            continue
+        if barrier and x.is_cuda:
+            _check_resident(config, args, constants)
         # the first waits in the usual way: who knows what writes the weights before it
-        options = constants | dict(launch_cooperative_grid=barrier, launch_pdl=dependent and first > 0)
-        if barrier:
-            compiled = _matvec_chain_fwd_kernel.warmup(*args, grid=(config.programs,), **options)
-            compiled._init_handles()  # loads it, which tells its registers
-            properties = torch.cuda.get_device_properties(x.device)
-            check_resident(config.programs, compiled.n_regs, compiled.metadata.shared, config.num_warps, properties)
-        _matvec_chain_fwd_kernel[(config.programs,)](*args, **options)
+        launches = dict(cooperative=barrier, dependent=dependent and first > 0)
+        launch.launch(_matvec_chain_fwd_kernel, (config.programs,), *args, **launches, **constants)
+
+
+def _check_resident(config: Config, args: tuple, constants: dict) -> None:
+    """`check_resident` of the compiled kernel; the device must be the current one."""
+    device = args[0].device
+    with launch.on(device):
+        compiled = _matvec_chain_fwd_kernel.warmup(
+            *args, grid=(config.programs,), launch_cooperative_grid=True, **constants
+        )
+        compiled._init_handles()  # loads it, which tells its registers
+    properties = torch.cuda.get_device_properties(device)
+    check_resident(config.programs, compiled.n_regs, compiled.metadata.shared, config.num_warps, properties)

@@ -29,10 +29,14 @@ MEASURED = "registers", "shared", "spilled", "tensor_cores"
 
 
 def compile_variant(variant: Variant, arch: int) -> CompiledKernel:
+    return triton.compile(source_of(variant), target=GPUTarget("cuda", arch, 32), options=options_of(variant))
+
+
+def source_of(variant: Variant) -> ASTSource:
+    """What Triton compiles of a variant: the kernel, and all that a launch says of its arguments."""
     names = list(variant.kernel.arg_names)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
-    source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=_options(variant))
+    return ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
 
 
 def measure(compiled: CompiledKernel) -> dict:
@@ -58,14 +62,14 @@ def key(variant: Variant, arch: int) -> str:
     backend = make_backend(GPUTarget("cuda", arch, 32))
     decides = (
         *(_sources(variant.kernel), variant.signature, variant.constants, sorted(variant.divisible)),
-        *(triton.__version__, backend.hash(), backend.parse_options(_options(variant)).hash()),
-        inspect.getsource(compile_variant) + inspect.getsource(measure),
+        *(triton.__version__, backend.hash(), backend.parse_options(options_of(variant)).hash()),
+        *map(inspect.getsource, (compile_variant, source_of, measure)),
     )
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
 
 
-def _options(variant: Variant) -> dict:
-    return dict(num_warps=variant.num_warps, num_stages=variant.num_stages)
+def options_of(variant: Variant) -> dict:
+    return dict(num_warps=variant.num_warps, num_stages=variant.num_stages, **dict(variant.flags))
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def _attend(q, k, v, extra, scale, top, total, acc):
     return raised, total * shrink + tl.sum(weights, axis=1), acc
 
 
-@triton.jit(do_not_specialize=["seq", "suffix", "kv_heads", "group", "samples", "prefix", "span"])
+@triton.jit(do_not_specialize=["seq", "suffix", "kv_heads", "group", "samples", "prefix"])
 def _decode_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, cos_ptr, sin_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr,
     scale, seq, suffix, kv_heads, group, samples, prefix, span, dim_head, width,

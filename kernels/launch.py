@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import triton
@@ -16,7 +17,7 @@ TYPE_NAMES = {
 }  # fmt: skip
 FLOATS = torch.float32, torch.bfloat16, torch.float16
 
-_recorded: list[Variant] | None = None
+_instead: Callable[..., None] | None = None  # what is done with a launch instead of running it
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Variant:
     Attributes:
         kernel: the jitted function.
         signature: (argument, Triton type) of every argument; "constexpr" for the constants.
-        constants: (argument, value) of the constants.
+        constants: (argument, value) of the constants: constexprs, arguments that are None, and integers that are 1.
         num_warps, num_stages: of the launch.
+        flags: (option, value) of the launch besides, such as ("launch_pdl", True).
         divisible: arguments whose value is a multiple of 16; not part of the identity, since any call may differ in it.
     """
 
@@ -36,53 +38,93 @@ class Variant:
     constants: tuple[tuple[str, object], ...]
     num_warps: int
     num_stages: int
+    flags: tuple[tuple[str, bool], ...]
     divisible: tuple[str, ...] = field(compare=False)
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int, **constants) -> None:
-    """Run `kernel[grid]`; while recording, note the variant instead.
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    *args,
+    num_warps: int,
+    num_stages: int,
+    cooperative: bool = False,
+    dependent: bool = False,
+    **constants,
+) -> None:
+    """Run `kernel[grid]` on the device of its tensors; within `instead`, hand it over instead.
 
     Args:
         kernel: a `triton.jit` function whose run-time arguments come first and whose constexprs come last.
         grid: programs along up to three axes.
         *args: the run-time arguments, in order: tensors, ints or floats. None is passed as a constant.
+        cooperative: all programs run at once, or the launch fails.
+        dependent: it may begin before the launch before it has ended (compute capability 9.0).
         **constants: the constexprs, by name.
     """
-    if _recorded is None:
-        device = next(a.device for a in args if isinstance(a, Tensor))
-        if device.type != "cuda" and not interpreted():
-            raise RuntimeError(
-                f"Triton kernels need CUDA tensors, not {device}; or the interpreter, TRITON_INTERPRET=1"
-            )
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    options = dict(num_warps=num_warps, num_stages=num_stages)
+    options |= {} if not cooperative else dict(launch_cooperative_grid=True)
+    options |= {} if not dependent else dict(launch_pdl=True)
+    if _instead is not None:
+        _instead(kernel, grid, args, options, constants)
         return
-    signature, divisible = {}, []
-    for name, value in zip(kernel.arg_names, args):
-        if value is None:
-            signature[name], constants[name] = "constexpr", None
-            continue
-        if isinstance(value, Tensor):
-            signature[name] = "*" + TYPE_NAMES[value.dtype]
-            divisible.append(name)
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
-                divisible.append(name)
-    signature |= {name: "constexpr" for name in kernel.arg_names if name in constants}
-    ordered = tuple((name, signature[name]) for name in kernel.arg_names)
-    values = tuple(sorted(constants.items()))
-    _recorded.append(Variant(kernel, ordered, values, num_warps, num_stages, tuple(divisible)))
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    if device.type == "cuda":
+        with on(device):
+            kernel[grid](*args, **options, **constants)
+    elif interpreted():
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    else:
+        raise RuntimeError(f"Triton kernels need CUDA tensors, not {device}; or the interpreter, TRITON_INTERPRET=1")
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a CUDA device the current one, on which Triton launches; it takes time, so only where it is another."""
+    return contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+@contextlib.contextmanager
+def instead(call: Callable[..., None]) -> Iterator[None]:
+    """Hand launches to `call(kernel, grid, args, options, constants)`, in all threads, and run none of them."""
+    global _instead
+    outer, _instead = _instead, call
+    try:
+        yield
+    finally:
+        _instead = outer
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Variant]]:
     """Collect the variants that launchers choose, and launch nothing: they may be called with meta tensors."""
-    global _recorded
-    outer, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = outer
+    recorded: list[Variant] = []
+    with instead(partial(_record, recorded)):
+        yield recorded
+
+
+def _record(recorded: list[Variant], kernel, grid, args: tuple, options: dict, constants: dict) -> None:
+    """Note a variant as Triton specialises a launch: by None, by integers that are 1, and by multiples of 16."""
+    # the interpreter's functions keep what `triton.jit` was given
+    general = getattr(kernel, "do_not_specialize", None) or getattr(kernel, "kwargs", {}).get("do_not_specialize") or ()
+    signature, divisible, constants = {}, [], dict(constants)
+    for name, value in zip(kernel.arg_names, args):
+        special = name not in general
+        if value is None or (special and type(value) is int and value == 1):
+            constants[name] = value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + TYPE_NAMES[value.dtype]
+            if special and value.storage_offset() * value.element_size() % 16 == 0:  # storages are aligned
+                divisible.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                divisible.append(name)
+    ordered = tuple((name, "constexpr" if name in constants else signature[name]) for name in kernel.arg_names)
+    flags = {name: value for name, value in options.items() if name not in ("num_warps", "num_stages")}
+    launched = options["num_warps"], options["num_stages"], tuple(flags.items()), tuple(divisible)
+    recorded.append(Variant(kernel, ordered, tuple(sorted(constants.items())), *launched))
 
 
 def interpreted() -> bool:

@@ -59,7 +59,7 @@ def _moments(x_row, stream_row, gain_ptr, in_rows, dim, mean, rstd, eps, BLOCK: 
     return own_mean, 1.0 / tl.sqrt_rn((total / dim + eps).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["rows", "span", "splits"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def _linear_fwd_kernel(
     x_ptr,
     weight_ptr,

@@ -142,7 +142,7 @@ def describe(variant: Variant) -> str:
             words.append(name)
         elif value is not False and value is not None:
             words.append(f"{name}={value}")
-    return " ".join(words)
+    return " ".join([*words, *(name for name, _ in variant.flags)])
 
 
 def read_record(path: Path) -> dict[tuple, dict]:

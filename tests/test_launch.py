@@ -1,0 +1,179 @@
+"""Launches: on the device of their tensors, as they are recorded, and under the driver of a GPU that is not there."""
+
+import ast
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+from fastprior.kernels import launch, stand_in
+
+
+class Kernel:
+    """Notes the current device of its launches, and their options."""
+
+    arg_names = "x_ptr", "count", "BLOCK"
+
+    def __init__(self, current):
+        self.current, self.launched = current, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append((self.current[-1], grid, options))
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """The current CUDA device and those before, of a machine that has several."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen.index)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return current
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_kernels_are_launched_on_the_device_of_their_tensors(number, devices):
+    kernel = Kernel(devices)
+    with FakeTensorMode():
+        x = torch.empty(8, device=f"cuda:{number}")
+    launch.launch(kernel, (2,), x, 8, num_warps=4, num_stages=1, dependent=True, BLOCK=8)
+    assert kernel.launched == [(number, (2,), dict(num_warps=4, num_stages=1, launch_pdl=True, BLOCK=8))]
+    assert devices == [0], "the current device is what it was"
+
+
+def test_every_launch_goes_through_the_one_that_sees_to_it():
+    """No module of kernels launches by itself: it would forget the device, and what is done instead of launches."""
+    for path in Path(launch.__file__).parent.glob("*.py"):
+        if path.name == "launch.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            subscripted = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+            assert not subscripted or not ast.unparse(node.func.value).endswith("_kernel"), (
+                f"{path}: {ast.unparse(node)}"
+            )
+
+
+def run(script: str, *arguments: str) -> list:
+    """What a script prints, in a process where kernels are compiled: not in the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+COMPARE = """
+import json, types
+import triton.compiler
+from triton.backends.compiler import GPUTarget
+
+# what would be compiled is noted, and not compiled
+triton.compiler.compile = lambda src, target=None, options=None, **_: types.SimpleNamespace(src=src, options=options)
+from fastprior.kernels import compilations, launch, resources
+from fastprior.kernels.cases import cases
+from fastprior.kernels.stand_in import standing_in
+
+def said(source, options, backend):
+    attributes = {place: value for place, value in source.attrs.items() if value}
+    return source.fn, source.signature, source.constants, attributes, backend.parse_options(options).hash()
+
+compared, different = [], []
+for arch in resources.ARCHITECTURES:
+    backend = triton.compiler.make_backend(GPUTarget("cuda", arch, 32))
+    for case in cases(arch):
+        launched = []
+        with launch.recording() as recorded:
+            case()
+        with standing_in(arch, lambda kernel, compiled: launched.append(compiled)):
+            case()
+        for variant, compiled in zip(recorded, launched, strict=True):
+            checked = said(compilations.source_of(variant), compilations.options_of(variant), backend)
+            compared.append(variant.kernel.__name__)
+            if checked != said(compiled.src, compiled.options, backend):
+                different.append([arch, resources.describe(variant), variant.kernel.__name__])
+print(json.dumps([sorted(set(compared)), different]))
+"""
+
+
+@pytest.mark.slow
+def test_what_is_launched_is_what_is_checked():
+    """For every kernel and case: the same types, constants, alignments and options."""
+    kernels, different = run(COMPARE)
+    assert len(kernels) == 12, kernels
+    assert not different
+
+
+LINEARS = """
+import json, re
+import torch
+from fastprior.kernels import linear
+from fastprior.kernels.stand_in import standing_in
+
+def t(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype)
+
+found = []
+def note(kernel, compiled):
+    ptx = compiled.asm["ptx"]
+    copies = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global .*0x10", ptx))
+    found.append((compiled.metadata.shared, copies, len(re.findall(r"ld\\.global\\S*\\.b16", ptx))))
+
+stream, gain, wide = t(3, 768, dtype=torch.float32), t(768), t(3072)
+with standing_in(90, note):
+    linear.linear_fwd(stream, t(768, 768), t(128, 768), norm_gain=gain, dtype=torch.bfloat16)
+    linear.linear_fwd(t(3, 768), t(768, 768))
+    linear.linear_fwd(t(3, 768), t(6144, 768), stream=stream, stream_gain=gain, norm_gain=gain, activation="swiglu")
+    linear.linear_fwd(t(3, 3072), t(768, 3072), norm_gain=wide, residual=stream)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_linears_of_a_step_fetch_their_weights_by_16_bytes_ahead():
+    """The four of a layer of D2-small: where a launch knows less of its arguments, loads are of 2 bytes, and late."""
+    for shared, copies, single in run(LINEARS):
+        assert shared >= 40 * 1024 and copies >= 24
+        assert single <= 2  # of the gain
+
+
+@pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")
+def test_an_interpreting_process_cannot_stand_in():
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"), stand_in.standing_in():
+        pass
+
+
+def test_what_is_recorded_honours_how_a_kernel_specialises():
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["count", "rows"])
+    def _some_kernel(x_ptr, y_ptr, count, rows, stride, width, scale, missing_ptr, BLOCK: tl.constexpr):
+        pass
+
+    x = torch.empty(4, 64, dtype=torch.int8, device="meta")
+    with launch.recording() as recorded:
+        for args in ((x, x[0, 1:], 16, 1, 1, 32, 1.0, None), (x, x[1], 1, 16, 2**31, 0, 1.0, None)):
+            launch.launch(_some_kernel, (1,), *args, num_warps=1, num_stages=1, BLOCK=16)
+    first, second = recorded
+    kinds = dict(first.signature)
+    assert kinds == dict(
+        x_ptr="*i8", y_ptr="*i8", count="i32", rows="i32", stride="constexpr", width="i32", scale="fp32",
+        missing_ptr="constexpr", BLOCK="constexpr",
+    )  # fmt: skip
+    assert dict(first.constants) == dict(BLOCK=16, missing_ptr=None, stride=1)
+    assert first.divisible == ("x_ptr", "width")
+    assert dict(second.signature)["stride"] == "i64" and second.divisible == ("x_ptr", "y_ptr", "stride", "width")

@@ -33,8 +33,8 @@ class Config:
 # (bytes of an element, features, plain): tiles whose kernels spill no registers from compute capability 8.0 to 10.0,
 # but for `resources.SPILLS_KNOWN`. Masked features take registers too: the tiles of 64 are for dim_head 64 alone.
 TILES = {
-    (2, 64, True): dict(fwd=(128, 64, 8, 2), dq=(64, 32, 4, 2), dkv=(64, 128, 8, 2)),
-    (2, 64, False): dict(fwd=(64, 64, 8, 1), dq=(64, 32, 8, 1), dkv=(32, 64, 4, 1), dbias=(32, 32, 4, 1)),
+    (2, 64, True): dict(fwd=(128, 64, 8, 2), dq=(64, 32, 4, 2), dkv=(32, 128, 8, 2)),
+    (2, 64, False): dict(fwd=(64, 64, 8, 1), dq=(64, 32, 8, 1), dkv=(32, 64, 8, 1), dbias=(32, 32, 4, 1)),
     (2, 128, True): dict(fwd=(64, 64, 8, 2), dq=(64, 64, 8, 2), dkv=(32, 64, 8, 2)),
     (2, 128, False): dict(fwd=(64, 32, 8, 1), dq=(32, 32, 8, 1), dkv=(32, 32, 8, 1), dbias=(32, 16, 4, 1)),
     (4, 64, True): dict(fwd=(32, 32, 8, 1), dq=(32, 16, 8, 1), dkv=(32, 16, 4, 1)),

@@ -171,7 +171,8 @@ class Config:
 def matvec_chain_config(dim: int, programs: int, itemsize: int, mode: str) -> Config:
     """The launch configuration for (dim, dim) weights of `itemsize` bytes, and at most so many programs."""
     span = ceil_div(dim, programs)
-    rows, block = power_of_2(span), min(512, power_of_2(dim))
+    # two tiles leave no registers for columns of the last chunk that are beyond dim
+    rows, block = power_of_2(span), min(128 if MODES[mode] == 2 else 512, power_of_2(dim))
     chunks = ceil_div(dim, block)
     # few threads with many registers waste least, and leave room for the next launch beside this one
     registers = 128 if mode.endswith("launches") else 32  # of a thread, for a tile

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior import prefix_reuse, prior_blocks
+from fastprior.kernels import ops
 from fastprior.prior_blocks import HIDDEN, Prefix, normed, projected
 from fastprior.row_layout import row_layout
 
@@ -82,7 +83,8 @@ class PriorForward:
         if prefix is None:
             pred = self._whole(hidden_states, time, *given)
         else:
-            pred = self._behind(hidden_states, self._time_tokens(time, self._weight_dtype), prefix)
+            with ops.sharing():
+                pred = self._behind(hidden_states, self._time_tokens(time, self._weight_dtype), prefix)
             kind = pred.device.type
             autocast = torch.is_autocast_enabled(kind)
             pred = pred.to(torch.get_autocast_dtype(kind) if autocast else self._weight_dtype)

@@ -186,8 +186,9 @@ class PriorRuns(PipelineParts):
             with self._lock:
                 self._refresh()
         clock = self._clock
-        began, (step, conds) = clock.now(), self._step(run, x.dtype)
-        x = run_table(run.table, step, x, draw)
+        with ops.sharing():
+            began, (step, conds) = clock.now(), self._step(run, x.dtype)
+            x = run_table(run.table, step, x, draw)
         clock.add(began, self._note(run, conds, x.dtype) * len(run.table))
         return x
 
@@ -316,7 +317,7 @@ class PriorRuns(PipelineParts):
             p50_ms, p99_ms: of the prefill and all steps, without encoders, on CUDA as the device ran them.
             weight_bytes, prefix_bytes, table_bytes: what a step of the last run read, see `StepReads`; by graphs, of
                 its last part, where there were more prompts than the largest batch size.
-            launches, run_launches: kernels of such a step, and of the steps of that run; 0 on the CPU.
+            launches, run_launches: kernels of such a step, and of the steps of that run, see `PriorSampler.stats`.
             graphs, graph_bytes, evictions: shapes that are captured, the memory that they hold, and how often graphs
                 were dropped for others.
             floor_share, modelled_step_ms: with `bandwidth`, see `PriorSampler.stats`.
@@ -335,11 +336,11 @@ class PriorRuns(PipelineParts):
 
     @torch.no_grad()
     def _launches(self, prefix: torch.Size, shown: bool, run: Run, dtype: torch.dtype) -> int:
-        """Of kernels in a step behind a prefix of that shape; traced without running anything."""
+        """Kernels of a step behind a prefix of that shape, without torch.compile; traced without running anything."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         config, groups = self.prior.config, len(run.groups)
-        each = prefix[1] // groups * run.samples  # rows of a group
+        each = max(prefix[1] // groups, run.prompts) * run.samples  # rows of a group; texts that are the same are one
         fixed = each * run.guidance, self.schedule.clamp, self.schedule.radius, run.table.uses_prediction
         with FakeTensorMode(allow_non_fake_inputs=True), CountLaunches() as launches, torch.device(self.device):
             k, v = torch.empty(2, *prefix, dtype=self.dtype)
@@ -348,7 +349,9 @@ class PriorRuns(PipelineParts):
             x = torch.empty((groups - run.guidance) * each, config["embedding_dim"], dtype=dtype)
             rows, scale, index = torch.empty(1, 6, dtype=dtype), torch.ones((), dtype=dtype), torch.zeros((), dtype=int)
             cond = Conditioning(Prefix(k, v, mask), time)
-            guided_step(self._quantised or self.prior, cond, rows, scale, x, x, x, index, *fixed)
+            for _ in range(2):  # what the first clears is cleared
+                launches.names.clear()
+                guided_step(self._quantised or self.prior, cond, rows, scale, x, x, x, index, *fixed)
         return launches.count
 
     def _step(self, run: Run, dtype: torch.dtype) -> tuple[Step, list[Conditioning]]:

@@ -224,7 +224,7 @@ class PriorSampler:
 
     @torch.no_grad()
     def _launches(self, batch: int) -> int:
-        """Of kernels in a step; traced without running anything."""
+        """Kernels of a step, without torch.compile; traced without running anything."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         if not ops.on_triton(self._rows):
@@ -233,9 +233,10 @@ class PriorSampler:
             cond = prefill(self._net, self.plan, self._example(batch), self._times, self.samples_per_prompt)
             shape = batch * self.samples_per_prompt, self.prior.image_embed_dim
             x, scale = torch.zeros(shape, device=self.prior.device), torch.ones((), device=self.prior.device)
-            launches.count = 0
             fixed = self._step_net, cond, self._null_preds, self._rows, scale
-            denoise_step(*fixed, x, x, x, self._indices[0], self.plan.clamp, self.plan.radius)
+            for _ in range(2):  # what the first clears is cleared
+                launches.names.clear()
+                denoise_step(*fixed, x, x, x, self._indices[0], self.plan.clamp, self.plan.radius)
         return launches.count
 
     def stats(self, bandwidth: float | None = None) -> dict[str, float]:
@@ -248,8 +249,8 @@ class PriorSampler:
             p50_ms, p99_ms: of whole calls, on CUDA as the device ran them.
             weight_bytes, prefix_bytes, table_bytes: what a step reads, see `StepReads`; as the next two for the largest
                 batch size that ran, and 0 before one did.
-            launches, run_launches: kernels of a step, and of the steps of a run. 0 on the CPU, where there are calls,
-                such as one of C for all blocks.
+            launches, run_launches: kernels of a step, and of the steps of a run: ours and PyTorch's, of which
+                torch.compile fuses some. 0 on the CPU, where there are calls, such as one of C for all blocks.
             graphs, graph_bytes, evictions: captured batch sizes, the memory that they hold, and how often graphs were
                 dropped for others, see `graph_memory`.
             floor_share: with `bandwidth`, the part of the calls' time that all the reads of their steps take at it.

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from fastprior.kernels import ops
 from fastprior.network import Conditioning, DiffusionPriorNetwork
 
 if TYPE_CHECKING:
     from fastprior import prior_forward
 
 LAUNCH_SECONDS = 1.7e-6
-PRODUCTS = "mm", "addmm", "bmm", "baddbmm", "_scaled_mm"
+NO_KERNEL = "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"
 
 
 class StepReads(NamedTuple):
@@ -70,17 +73,42 @@ def step_seconds(read_bytes: int, bandwidth: float, launches: int) -> float:
 
 
 class CountLaunches(TorchDispatchMode):
-    """Counts the kernels of what runs within it, in this thread: ours, and products by PyTorch.
+    """Counts the kernels that a GPU runs for what runs within it, in this thread: every node of a graph of it.
 
-    Pointwise operations between them are left out, for torch.compile fuses them; so is the second kernel of attention
-    over a prefix of 512 tokens or more.
+    Ours are those that their launchers choose; the launchers run, and nothing is launched. Each operation of PyTorch is
+    one, but for those that give a view, or memory with nothing in it. torch.compile would fuse some of them.
+
+    Attributes:
+        count: of all of them.
+        names: of each, in order.
     """
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.names: list[str] = []
+        self._workspace = ops.Workspace()
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.count += func.namespace == "fastprior" or (func.namespace == "aten" and name in PRODUCTS)
-        return func(*args, **(kwargs or {}))
+        launcher = ops.launcher(func.name()) if func.namespace == "fastprior" else None
+        if launcher is None:
+            out = func(*args, **(kwargs or {}))
+            if _is_kernel(func, out):
+                self.names.append(func.name())
+            return out
+        from fastprior.kernels import launch
+
+        with launch.instead(self._note), ops.sharing(self._workspace), self:
+            return launcher(*args, **(kwargs or {}))
+
+    def _note(self, kernel, *_) -> None:
+        self.names.append(kernel.__name__)
+
+
+def _is_kernel(func, out) -> bool:
+    tensors = [t for t in tree_leaves(out) if torch.is_tensor(t)]
+    views = all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return any(t.numel() for t in tensors) and not views and func.overloadpacket.__name__ not in NO_KERNEL

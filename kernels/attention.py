@@ -223,8 +223,8 @@ def attention_bwd(
     return dq, dk, dv, dnull, dbias.to(bias.dtype).contiguous()
 
 
-_attention = torch.library.custom_op("fastprior::attention", attention_fwd, mutates_args=())
-_attention_bwd = torch.library.custom_op("fastprior::attention_bwd", attention_bwd, mutates_args=())
+_attention = launch.custom_op("attention")(attention_fwd)
+_attention_bwd = launch.custom_op("attention_bwd")(attention_bwd)
 
 
 @_attention.register_fake

@@ -233,7 +233,7 @@ def decode_attention_fwd(
     return out
 
 
-_decode_attention = torch.library.custom_op("fastprior::decode_attention", decode_attention_fwd, mutates_args=())
+_decode_attention = launch.custom_op("decode_attention")(decode_attention_fwd)
 
 
 @_decode_attention.register_fake

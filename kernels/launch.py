@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,8 @@ TYPE_NAMES = {
 }  # fmt: skip
 FLOATS = torch.float32, torch.bfloat16, torch.float16
 
-_instead: Callable[..., None] | None = None  # what is done with a launch instead of running it
+LAUNCHERS: dict[str, Callable] = {}  # what custom operations run, by their names
+_local = threading.local()
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def launch(
     options = dict(num_warps=num_warps, num_stages=num_stages)
     options |= {} if not cooperative else dict(launch_cooperative_grid=True)
     options |= {} if not dependent else dict(launch_pdl=True)
-    if _instead is not None:
-        _instead(kernel, grid, args, options, constants)
+    if (other := getattr(_local, "instead", None)) is not None:
+        other(kernel, grid, args, options, constants)
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type == "cuda":
@@ -85,13 +87,12 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def instead(call: Callable[..., None]) -> Iterator[None]:
-    """Hand launches to `call(kernel, grid, args, options, constants)`, in all threads, and run none of them."""
-    global _instead
-    outer, _instead = _instead, call
+    """Hand launches of this thread to `call(kernel, grid, args, options, constants)`, and run none of them."""
+    outer, _local.instead = getattr(_local, "instead", None), call
     try:
         yield
     finally:
-        _instead = outer
+        _local.instead = outer
 
 
 @contextlib.contextmanager
@@ -140,6 +141,16 @@ def _probe():
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result, on the device of `like` and in its dtype by default. All launchers allocate here."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def custom_op(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """Make a launcher an operation `fastprior::name` of PyTorch, which changes none of its arguments."""
+
+    def register(launcher: Callable) -> torch.library.CustomOpDef:
+        LAUNCHERS[f"fastprior::{name}"] = launcher
+        return torch.library.custom_op(f"fastprior::{name}", launcher, mutates_args=())
+
+    return register
 
 
 def by_reference(op, reference: Callable) -> None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, norm, reference
+from . import launch, norm, reference, workspace
 from .launch import as_rows, ceil_div, check_dtype, check_last_contiguous, check_shape, promoted
 
 MAX_ROWS = 64
@@ -198,26 +198,6 @@ def linear_config(rows: int, inner: int, dim: int, itemsize: int) -> Config:
     return Config(block_m, 16, block_k, ceil_div(steps, ceil_div(steps, splits)), num_stages)  # none is empty
 
 
-def linear_workspace(
-    x: Tensor,
-    weight: Tensor,
-    beside: Tensor | None = None,
-    activation: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Workspace and counters of `linear_fwd` for these arguments; None where the sum is not split.
-
-    The counters are zero before and after each call, so a captured graph can own both. Calls that may run at the same
-    time, on different streams, must not share them.
-    """
-    config, tiles, _ = _layout(x, weight, beside, activation, dtype)
-    if config.splits == 1:
-        return None, None
-    outputs = len(weight) + (0 if beside is None else len(beside))
-    counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    return launch.empty((config.splits, len(x), outputs), x, torch.float32), counters
-
-
 def linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -232,24 +212,24 @@ def linear_fwd(
     activation: str | None = None,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    *,
-    workspace: Tensor | None = None,
-    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch `linear` of 1 to 64 rows, with norms of 1 to 16; see `reference.linear`.
+
+    A sum that is split takes the `workspace` that is current; without one it makes and clears its own.
 
     Args:
         x: (rows, in), of any row stride, as are the weights, `stream` and `residual`.
         residual: (rows, out), or (rows, out / 2) with "swiglu".
         dtype: by default that of `x`.
-        workspace, counters: from `linear_workspace`; allocated where the caller has none.
     Returns:
         the result, and with a stream its sum.
     """
     rows, dim = x.shape
     config, tiles, columns = _layout(x, weight, beside, activation, dtype)
-    if workspace is None:
-        workspace, counters = linear_workspace(x, weight, beside, activation, dtype)
+    sums = counters = None
+    if config.splits > 1:
+        shared, outputs = workspace.current(), len(weight) + (0 if beside is None else len(beside))
+        sums, counters = shared.sums((config.splits, rows, outputs), x), shared.counters(tiles, x)
     dtype = dtype or x.dtype
     out = launch.empty((rows, columns), x, _result_dtype(dtype, residual))
     total = None if stream is None else launch.empty((rows, dim), x, promoted(x, stream))
@@ -257,7 +237,7 @@ def linear_fwd(
         _linear_fwd_kernel,
         (tiles, config.splits),
         *(x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, residual, out, total),
-        *(workspace, counters, rows, _inner(weight, activation), columns, dim),
+        *(sums, counters, rows, _inner(weight, activation), columns, dim),
         *(ceil_div(dim, config.block_k * config.splits) * config.block_k, config.splits),
         *(0 if t is None else t.stride(0) for t in (x, weight, beside, stream, residual)),
         eps,
@@ -291,7 +271,7 @@ def _layout(
     return config, sum(ceil_div(width, config.block_n) for width in widths), sum(widths)
 
 
-@torch.library.custom_op("fastprior::linear", mutates_args=())
+@launch.custom_op("linear")
 def _linear(
     x: Tensor,
     weight: Tensor,

@@ -228,7 +228,7 @@ def _row_stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-@torch.library.custom_op("fastprior::layer_norm", mutates_args=())
+@launch.custom_op("layer_norm")
 def _layer_norm(
     x: Tensor,
     gain: Tensor | None,
@@ -251,7 +251,7 @@ def _(x, gain, bias, residual, after, eps, stable, rms, l2, dtype):
     return x.new_empty(x.shape, dtype=dtype), total
 
 
-@torch.library.custom_op("fastprior::layer_norm_bwd", mutates_args=())
+@launch.custom_op("layer_norm_bwd")
 def _layer_norm_bwd(
     dout: Tensor,
     dtotal: Tensor | None,

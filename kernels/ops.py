@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_blocks, cpu_threads, reference
+from . import cpu, cpu_blocks, cpu_threads, reference, workspace
 
 BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
@@ -50,6 +50,15 @@ def on_triton(x: Tensor) -> bool:
     if _forced is None:
         return x.is_cuda and HAS_TRITON
     return _forced == "triton"
+
+
+def launcher(name: str) -> Callable | None:
+    """What an operation such as "fastprior::linear" runs, where that launches Triton's kernels; else None."""
+    if not HAS_TRITON:
+        return None
+    from . import launch
+
+    return launch.LAUNCHERS.get(name)
 
 
 # imported on first use: the kernels need triton, and most of its import time is not torch's
@@ -101,6 +110,7 @@ def linear(x: Tensor, *args, **kwargs) -> Tensor:
 
 Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_blocks.Run
 one_thread = cpu_threads.one_thread
+Workspace, sharing = workspace.Workspace, workspace.sharing
 
 
 def prepare_blocks(*args, **kwargs) -> Blocks | None:

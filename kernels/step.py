@@ -134,7 +134,7 @@ def diffusion_step_fwd(
     return x_next, x0
 
 
-@torch.library.custom_op("fastprior::diffusion_step", mutates_args=())
+@launch.custom_op("diffusion_step")
 def _diffusion_step(
     x: Tensor,
     pred: Tensor,

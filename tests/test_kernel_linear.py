@@ -6,10 +6,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fastprior.kernels.linear import linear, linear_config, linear_fwd, linear_workspace
+from fastprior.kernels.linear import linear, linear_config, linear_fwd
+from fastprior.kernels.workspace import COUNTERS, Workspace, current, sharing
 
 from fastprior.kernels import linear as module
 from fastprior.kernels import ops, reference
+from helpers.at_once import at_once
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise
 
@@ -204,26 +206,36 @@ def test_overflow():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), OPTIONS["all-swiglu"]], ids=["plain", "all"])
-def test_workspace_is_reused(options):
-    """The caller's memory serves call after call: equal bits, and counters that are zero again."""
-    inputs, activation = make(5, 100, 700, torch.float16, options)
-    workspace, counters = linear_workspace(inputs["x"], inputs["weight"], activation=activation)
-    assert len(workspace) > 2 and (counters == 0).all()
-    expected = linear(**inputs, activation=activation)
-    for _ in range(2):
-        workspace.fill_(torch.nan)
-        got, total = linear_fwd(**inputs, activation=activation, workspace=workspace, counters=counters)
-        torch.testing.assert_close(got if total is None else (got, total), expected, rtol=0, atol=0)
-        assert (counters == 0).all() and not workspace.isnan().any()
+def test_a_run_shares_a_workspace(options):
+    """It serves call after call, of any shape: equal bits, and counters that are zero again."""
+    calls = [make(5, width, dim, torch.float16, options) for width, dim in ((100, 700), (40, 300), (130, 1000))]
+    expected = [linear(**inputs, activation=activation) for inputs, activation in calls]
+    with sharing() as workspace:
+        for number in (0, 1, 2, 1, 0):
+            inputs, activation = calls[number]
+            if number == 1:
+                workspace._sums.fill_(torch.nan)
+            got, total = linear_fwd(**inputs, activation=activation)
+            torch.testing.assert_close(got if total is None else (got, total), expected[number], rtol=0, atol=0)
+            assert len(workspace._counters) == COUNTERS and not workspace._counters.any()
 
 
 def test_every_split_is_summed():
     """Ones times ones: each partial sum counts its own values, whatever the last share is."""
     for dim in (129, 256, 640, 1000):
         x, weight = (torch.ones(shape, device=DEVICE, dtype=torch.float16) for shape in ((2, dim), (5, dim)))
-        workspace, counters = linear_workspace(x, weight)
-        assert (linear_fwd(x, weight, workspace=workspace, counters=counters)[0] == dim).all()
-        assert (workspace > 0).all() and (workspace.sum(0) == dim).all()
+        with sharing() as workspace:
+            assert (linear_fwd(x, weight)[0] == dim).all()
+        sums = workspace._sums.view(-1, 2, 5)
+        assert len(sums) > 1 and (sums > 0).all() and (sums.sum(0) == dim).all()
+
+
+def test_a_workspace_is_of_the_run_around_and_of_one_thread():
+    own, seen = Workspace(), []
+    with sharing(own) as outer, sharing() as inner:
+        at_once(lambda _: seen.append(current()), range(2))
+        assert outer is inner is current() is own
+    assert own not in seen and len(set(map(id, seen))) == 2 and current() is not own
 
 
 @pytest.mark.parametrize("inner", [1, 16, 512, 768, 1024, 1536, 2048, 3040, 3072, 4096, 12288])
@@ -238,6 +250,8 @@ def test_config_fills_the_chip(inner, dim, itemsize):
         assert programs <= 400 or config.splits == 1
         share = -(-dim // (config.block_k * config.splits)) * config.block_k
         assert (config.splits - 1) * share < dim <= config.splits * share
+        tiles = -(-inner // config.block_n) + 1  # one more where a weight stands beside
+        assert config.splits == 1 or tiles <= COUNTERS
 
 
 def test_many_rows_are_left_to_pytorch():

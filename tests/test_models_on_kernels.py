@@ -121,11 +121,14 @@ def test_a_sampler_knows_its_launches(net):
     """Traced, not run, for as many rows as the batch size has; a branch of its own for guidance doubles them."""
     prior, text = make_prior(net).to(DEVICE), {name: t.to(DEVICE) for name, t in make_text(2, 32).items()}
     sampler = PriorSampler(prior, batch_sizes=(4,), timesteps=2, solver="dpm++", compile=False)
-    with ops.using("triton"), counting("") as ran:
-        sampler(**text)
+    with ops.using("triton"):
+        with counting("") as ran:
+            sampler(**text)
         stats = sampler.stats(bandwidth=1e12)
     last = [at for at, name in enumerate(ran) if "diffusion_step" in name]
-    assert len(last) == 2 and last[-1] - last[-2] == stats["launches"] == stats["run_launches"] / 2
+    # PyTorch's: the time token, and tokens side by side; and what the second branch is made of
+    by_pytorch = 6 if net.get("self_cond") else 2
+    assert len(last) == 2 and last[-1] - last[-2] + by_pytorch == stats["launches"] == stats["run_launches"] / 2
     read = stats["weight_bytes"] + stats["prefix_bytes"] + stats["table_bytes"]
     assert stats["modelled_step_ms"] == pytest.approx(read / 1e9 + stats["launches"] * 1.7e-3)
 

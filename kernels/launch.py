@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import triton
@@ -75,6 +75,8 @@ def launch(
         with on(device):
             kernel[grid](*args, **options, **constants)
     elif interpreted():
+        if reason := interpreter_fault():
+            raise InterpreterFault(reason)
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
     else:
         raise RuntimeError(f"Triton kernels need CUDA tensors, not {device}; or the interpreter, TRITON_INTERPRET=1")
@@ -99,7 +101,7 @@ def instead(call: Callable[..., None]) -> Iterator[None]:
 def recording() -> Iterator[list[Variant]]:
     """Collect the variants that launchers choose, and launch nothing: they may be called with meta tensors."""
     recorded: list[Variant] = []
-    with instead(partial(_record, recorded)):
+    with instead(functools.partial(_record, recorded)):
         yield recorded
 
 
@@ -133,9 +135,27 @@ def interpreted() -> bool:
     return not isinstance(_probe, triton.runtime.JITFunction)
 
 
+class InterpreterFault(RuntimeError):
+    """Triton's interpreter cannot run here."""
+
+
+@functools.cache
+def interpreter_fault() -> str:
+    """Why the interpreter cannot run here, or "": Triton 3.6 makes numbers of arrays as numpy allowed before 2.4."""
+    import numpy
+
+    try:
+        _probe[(1,)](1)
+    except triton.runtime.errors.InterpreterError as error:
+        found = f"Triton {triton.__version__} and numpy {numpy.__version__}"
+        return f"{found}: the interpreter fails ({error}); Triton 3.6 needs numpy < 2.4 to interpret kernels"
+    return ""
+
+
 @triton.jit
-def _probe():
-    pass
+def _probe(count):
+    for _ in range(count):
+        pass
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -46,6 +46,17 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: -slow[item.path])
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """What needs Triton's interpreter is skipped where that cannot run; the reason says with which numpy it can."""
+    try:
+        return (yield)
+    except Exception as error:
+        if type(error).__name__ == "InterpreterFault":  # of a module that needs triton
+            pytest.skip(str(error))
+        raise
+
+
 def pytest_terminal_summary(terminalreporter):
     """What did not run and why, and what took long without being marked so; both inform, and fail nothing."""
     reasons = Counter(

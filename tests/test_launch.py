@@ -13,7 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
-from fastprior.kernels import launch, stand_in
+import triton
+import triton.language as tl
+
+from fastprior.kernels import launch, norm, stand_in
 
 
 class Kernel:
@@ -156,10 +159,23 @@ def test_an_interpreting_process_cannot_stand_in():
         pass
 
 
-def test_what_is_recorded_honours_how_a_kernel_specialises():
-    import triton
-    import triton.language as tl
+@pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")
+def test_an_interpreter_that_cannot_run_says_which_numpy_it_needs(monkeypatch):
+    def fail(*args):
+        raise triton.runtime.errors.InterpreterError("TypeError('only 0-dimensional arrays …')")
 
+    monkeypatch.setattr(launch, "_probe", {(1,): fail})
+    launch.interpreter_fault.cache_clear()
+    try:
+        with pytest.raises(
+            launch.InterpreterFault, match=r"Triton .* and numpy .*0-dimensional.*3.6 needs numpy < 2.4"
+        ):
+            norm.layer_norm(torch.ones(2, 4))
+    finally:
+        launch.interpreter_fault.cache_clear()
+
+
+def test_what_is_recorded_honours_how_a_kernel_specialises():
     @triton.jit(do_not_specialize=["count", "rows"])
     def _some_kernel(x_ptr, y_ptr, count, rows, stride, width, scale, missing_ptr, BLOCK: tl.constexpr):
         pass

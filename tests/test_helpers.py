@@ -8,7 +8,9 @@ from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+import torch
 
+from helpers import captures
 from helpers.at_once import at_once
 from helpers.pairwise import pairwise
 
@@ -65,3 +67,27 @@ def test_at_once():
     assert at_once(lambda number: meeting.wait() * 0 + number * number, range(5)) == [0, 1, 4, 9, 16]
     with pytest.raises(ZeroDivisionError):
         at_once(lambda number: 1 / number, [2, 1, 0, 3])
+
+
+def test_a_recording_computes_nothing():
+    """As a capture: until it runs again, new tensors hold garbage, and those that were there what they held."""
+    x, count, seen, made = torch.ones(3), torch.zeros((), dtype=torch.int64), [], {}
+
+    def run():
+        seen.append(count.item() if len(seen) < 3 else None)  # which would end a recording
+        made.update(sum=x + count, index=torch.arange(3) + 1, kept=x > 0)
+        made["view"] = made["sum"][1:]
+        x[1:].mul_(2)
+        count.add_(1)
+
+    replay, _, _ = captures.capture(run, torch.device("cpu"), None)
+    assert seen == [0, 1, 2, None] and count == 3 and x.tolist() == [1, 8, 8]
+    assert made["sum"].isnan().all() and made["view"].isnan().all() and made["kept"].all()
+    assert (made["index"] == 2**40).all()
+    for number in (3, 4):
+        wanted = x + count
+        replay()
+        assert torch.equal(made["sum"], wanted) and torch.equal(made["view"], wanted[1:]) and count == number + 1
+    assert made["index"].tolist() == [1, 2, 3] and x.tolist() == [1, 32, 32]
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), captures.Tape():
+        count.item()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,37 +19,83 @@ from fastprior.sampler import map_rows
 WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must not happen within
 
 _capturing = threading.Lock()  # a process may have one capture at a time
-Pool = tuple[int, int]  # of memory, as torch.cuda.CUDAGraph names it
+
+
+class Pool(NamedTuple):
+    """Memory that graphs share, as torch.cuda.CUDAGraph names it, and the stream that they are captured on."""
+
+    id: tuple[int, int]
+    stream: torch.cuda.Stream
 
 
 def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) -> tuple[Callable[[], None], Pool, int]:
     """Record what `run` launches, after a few plain runs on a side stream.
 
+    Args:
+        pool: of a capture whose memory this one may use too; a new one, with a stream of its own, by default.
     Returns:
-        what launches it again; the pool of its memory, and by how many bytes that grew.
+        what launches it again; the pool, and by how many bytes it grew.
 
-    `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors.
-    Raises RuntimeError where something in it cannot be captured, or there is too little memory.
+    `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors. What it
+    writes is there after the first replay, not before. Raises RuntimeError where something in it cannot be captured, or
+    there is too little memory.
     """
     if device.type != "cuda":
         raise RuntimeError(f"tensors are on {device}, and CUDA graphs need CUDA")
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    if pool is None:  # torch has a stream for captures, but one for all devices
+        pool = Pool(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+    pool.stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(pool.stream):
         for _ in range(WARMUPS):
             run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    torch.cuda.current_stream(device).wait_stream(pool.stream)
+    graph, options = torch.cuda.CUDAGraph(), dict(stream=pool.stream, capture_error_mode="thread_local")
     # what other threads do meanwhile, such as encoding texts, is no part of it and must not end it
-    with _capturing, torch.cuda.device(device):
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            before = torch.cuda.memory_reserved(device)  # in here: entering gave back what was cached and free
-            run()
-    return graph.replay, graph.pool(), torch.cuda.memory_reserved(device) - before
+    with _capturing, torch.cuda.device(device), torch.cuda.stream(pool.stream), _own_workspaces():
+        try:
+            with torch.cuda.graph(graph, pool=pool.id, **options):
+                before = torch.cuda.memory_reserved(device)  # in here: entering gave back what was cached and free
+                run()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a lost device the error that is under way says more
+                _clean_up(device, pool, options)
+            raise
+    return graph.replay, pool, torch.cuda.memory_reserved(device) - before
+
+
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Let what is captured allocate cuBLAS's workspaces in its pool, and nobody else keep them.
+
+    There is one for each stream, kept once it was used: another capture on that stream would take it over, and race
+    with this one, or use what was freed with it.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def _clean_up(device: torch.device, pool: Pool, options: dict) -> None:
+    """Bring the allocator and the default generator back from a capture that is invalid, which torch leaves half ended.
+
+    All later draws would fail otherwise.
+    """
+    with contextlib.suppress(RuntimeError):  # that much was ended
+        torch._C._cuda_endAllocateToPool(device.index, pool.id)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):  # whose end lets go of the generator
+        torch.zeros((), device=device)
+
+
+def _no_autocast_cache(kind: str) -> torch.autocast:
+    """Autocast as it is, but casting weights anew: those that it keeps are gone when the caller leaves it."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype, enabled, cache_enabled=False)
 
 
 class StepGraph:
-    """The prefill and the step of one shape, in a pool of memory of their own.
+    """The prefill and the step of one shape, in a pool of memory of their own, captured on a stream of their own.
 
     A pool that several shapes share would be as large as the largest of them needs, but give nothing back before the
     last is gone. One of their own is free as soon as this object is, and goes back to the device at the next
@@ -95,14 +142,19 @@ class StepGraph:
             self.x0.copy_(x0)
             self.index.add_(1).remainder_(steps)  # so that it is never out of range, also while warming up
 
-        self._prefill, pool, prefill_bytes = capture(run_prefill, device, None)
-        self._prefill()  # a capture computes nothing, and the step's warm-up reads what the prefill wrote
-        self._step, _, step_bytes = capture(run_step, device, pool)
+        with _no_autocast_cache(device.type):
+            self._prefill, pool, prefill_bytes = capture(run_prefill, device, None)
+            self._prefill()  # a capture computes nothing, and the step's warm-up reads what the prefill wrote
+            self._step, _, step_bytes = capture(run_step, device, pool)
         buffers += [self.x, self.x0, self.noise]
+        self._buffers = [*buffers, self.scale, self.index]
         self.bytes = prefill_bytes + step_bytes + sum(buffer.nbytes for buffer in buffers)
 
     def begin(self, given: dict, cond_scale: Tensor | float) -> None:
         """Run the prefill for what is given, of the shapes of the example."""
+        for buffer in self._buffers:
+            if buffer.is_cuda:  # made on another stream, for which it must not be free before this run ends
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
         _copy(given, self.given)
         self.scale.copy_(cond_scale) if torch.is_tensor(cond_scale) else self.scale.fill_(cond_scale)
         self.index.zero_()

@@ -69,6 +69,7 @@ def test_at_once():
         at_once(lambda number: 1 / number, [2, 1, 0, 3])
 
 
+@pytest.mark.slow
 def test_a_recording_computes_nothing():
     """As a capture: until it runs again, new tensors hold garbage, and those that were there what they held."""
     x, count, seen, made = torch.ones(3), torch.zeros((), dtype=torch.int64), [], {}

@@ -1,0 +1,147 @@
+"""How CUDA graphs are captured, with stand-ins for torch.cuda: streams, memory, random numbers, and what fails."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastprior import graphs
+from helpers import captures
+from helpers.at_once import at_once
+
+SECOND = torch.device("cuda:1")
+
+
+class Cuda:
+    """Pieces of torch.cuda that say what they were asked for, in `events`; nothing runs."""
+
+    def __init__(self, monkeypatch):
+        self.events, self.current, self.streams, self.pools = [], "default", 0, 0
+        self.fails = False  # to end a capture
+        for name in ("Stream", "current_stream", "stream", "device", "graph", "graph_pool_handle", "memory_reserved"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: self.note("clear"), raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate, raising=False)
+
+    def note(self, *event) -> None:
+        self.events.append(event if len(event) > 1 else event[0])
+
+    def run(self) -> None:
+        self.note("run", self.current)
+
+    def Stream(self, device):
+        self.streams += 1
+        return SimpleNamespace(name=f"{device} stream {self.streams}", wait_stream=lambda other: self.note("wait"))
+
+    def current_stream(self, device):
+        return SimpleNamespace(name=self.current, wait_stream=lambda other: self.note("wait"))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.note("device", str(device))
+        yield
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return 0, self.pools
+
+    def memory_reserved(self, device):
+        return 100 * len(self.events)
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        before, self.current = self.current, stream and stream.name
+        self.note("begin", pool, self.current, capture_error_mode)
+        try:
+            yield
+        finally:
+            self.note("end")
+            if self.fails:
+                self.fails = False
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.current = before
+
+    def end_allocate(self, device: int, pool) -> None:
+        self.note("end allocation", device, pool)
+
+
+def no_capture_is_under_way() -> bool:
+    """For another thread."""
+
+    def take(_):
+        taken = graphs._capturing.acquire(blocking=False)
+        if taken:
+            graphs._capturing.release()
+        return taken
+
+    return at_once(take, range(1)) == [True]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return Cuda(monkeypatch)
+
+
+def test_captures_have_a_stream_and_workspaces_of_their_own(cuda):
+    """Of their own device; the second capture of a pool takes the stream of the first."""
+    replay, pool, grown = graphs.capture(cuda.run, SECOND, None)
+    on_stream, ours = ("run", "cuda:1 stream 1"), ("begin", (0, 1), "cuda:1 stream 1", "thread_local")
+    wanted = ["wait", *[on_stream] * 3, "wait", ("device", "cuda:1"), "clear", ours, on_stream, "end", "clear"]
+    assert cuda.events == wanted and grown > 0 and callable(replay)
+    cuda.events.clear()
+    assert graphs.capture(cuda.run, SECOND, pool)[1] is pool and cuda.events == wanted
+    cuda.events.clear()
+    graphs.capture(cuda.run, torch.device("cuda:0"), None)
+    assert ("begin", (0, 2), "cuda:0 stream 2", "thread_local") in cuda.events and ("device", "cuda:0") in cuda.events
+
+
+@pytest.mark.parametrize("invalid", [False, True])
+def test_a_failed_capture_leaves_nothing_behind(cuda, invalid):
+    """Where the capture is invalid, torch leaves the stream current, its allocator recording and its generator held."""
+
+    def run():
+        if "clear" in cuda.events:
+            cuda.fails = invalid
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="previous error" if invalid else "not permitted"):
+        graphs.capture(run, SECOND, None)
+    begun = cuda.events.index("end") + 1
+    # an empty capture, which ends well, brings the generator back
+    assert cuda.events[begun:] == [
+        ("end allocation", 1, (0, 1)), ("begin", None, "cuda:1 stream 1", "thread_local"), "end", "clear",
+    ]  # fmt: skip
+    assert cuda.current == "default"
+    assert no_capture_is_under_way()
+
+
+@pytest.mark.slow
+def test_autocast_keeps_no_casts_that_a_capture_would_read(monkeypatch):
+    """They are freed when the caller leaves autocast; replays would go on reading them."""
+    cached = []
+    monkeypatch.setattr(graphs, "capture", captures.capture)
+
+    def prefill(given):
+        cached.append((torch.is_autocast_cache_enabled(), torch.is_autocast_enabled("cpu")))
+        return given["x"] * 2
+
+    def step(cond, scale, x, x0, noise, index):
+        cached.append((torch.is_autocast_cache_enabled(), torch.is_autocast_enabled("cpu")))
+        return cond + x, x0
+
+    for enabled in (True, False):
+        cached.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            graphs.StepGraph(prefill, step, dict(x=torch.ones(2, 3)), (2, 3), 4)
+            assert torch.is_autocast_cache_enabled()
+        assert set(cached) == {(False, enabled)} and len(cached) == 8

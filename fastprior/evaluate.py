@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprior.graphs import map_rows
 from fastprior.prior import DiffusionPrior
-from fastprior.sampler import is_overridden, map_rows
+from fastprior.sampler import is_overridden
 from fastprior.utils import atomic
 
 RETRIEVAL_PAIRS = 10_000  # at most, over all processes: the images that a sampled embedding is ranked against

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastprior.sampler import map_rows
-
 WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must not happen within
 
-_capturing = threading.Lock()  # a process may have one capture at a time
+_capturing = threading.RLock()  # a process may have one capture at a time
 
 
 class Pool(NamedTuple):
@@ -86,6 +84,34 @@ def _clean_up(device: torch.device, pool: Pool, options: dict) -> None:
         torch._C._cuda_endAllocateToPool(device.index, pool.id)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):  # whose end lets go of the generator
         torch.zeros((), device=device)
+
+
+def drawing(device: torch.device, generator: torch.Generator | None = None) -> contextlib.AbstractContextManager:
+    """Hold draws of random numbers while a capture is under way, where these would fail: from the default generators.
+
+    A capture takes them over for the whole process (torch 2.11 says "Offset increment outside graph capture").
+
+    Args:
+        device: where is drawn.
+        generator: the device's default one where None.
+    """
+    default = generator is None or generator in torch.cuda.default_generators
+    if device.type != "cuda" or not default or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return _capturing
+
+
+def randn_like(t: Tensor) -> Tensor:
+    """Standard normal noise of its shape, dtype and device, from the default generator."""
+    with drawing(t.device):
+        return torch.randn_like(t)
+
+
+def map_rows(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the tensors of a text condition, those of its extra conditions too; what else it holds stays."""
+    if isinstance(value, dict):
+        return {name: map_rows(item, change) for name, item in value.items()}
+    return change(value) if torch.is_tensor(value) else value
 
 
 def _no_autocast_cache(kind: str) -> torch.autocast:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastprior import model_state
 from fastprior.conditions import Conditions, find
+from fastprior.graphs import drawing
 from fastprior.kernels import ops
 from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
 from fastprior.row_layout import row_layout
@@ -27,7 +28,9 @@ def prob_mask_like(shape: tuple[int, ...], prob: float, device) -> Tensor:
     """A bool tensor whose elements are True with probability `prob`; 0 and 1 draw no random numbers."""
     if prob in (0, 1):
         return torch.full(shape, bool(prob), dtype=torch.bool, device=device)
-    return torch.zeros(shape, device=device).uniform_(0, 1) < prob
+    drawn = torch.zeros(shape, device=device)
+    with drawing(drawn.device):
+        return drawn.uniform_(0, 1) < prob
 
 
 class Conditioning(NamedTuple):

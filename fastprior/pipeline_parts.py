@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.graphs import drawing
 from fastprior.solvers import StepTable
 
 if TYPE_CHECKING:
@@ -184,11 +185,12 @@ class PipelineParts:
         shape = rows // len(generators), dim
 
         def draw() -> Tensor:
-            noise = (
-                torch.randn(shape, generator=one, device=one.device if one else self.device, dtype=dtype)
-                for one in generators
-            )
-            return torch.cat(list(noise)).to(self.device, torch.promote_types(dtype, torch.float32))
+            noise = []
+            for one in generators:
+                device = one.device if one else self.device
+                with drawing(device, one):
+                    noise.append(torch.randn(shape, generator=one, device=device, dtype=dtype))
+            return torch.cat(noise).to(self.device, torch.promote_types(dtype, torch.float32))
 
         return draw
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprior.clip import as_clip_adapter, freeze_and_eval
+from fastprior.graphs import randn_like
 from fastprior.kernels import ops
 from fastprior.layers import l2norm
 from fastprior.network import DiffusionPriorNetwork
@@ -233,7 +234,7 @@ class DiffusionPrior(nn.Module):
         mean, _, log_variance, x_start = self.p_mean_variance(
             x=x, t=t, text_cond=text_cond, self_cond=self_cond, clip_denoised=clip_denoised, cond_scale=cond_scale
         )
-        noise = torch.randn_like(x)
+        noise = randn_like(x)
         is_last = (t == 0).view(-1, *(1,) * (x.ndim - 1))
         return torch.where(is_last, mean, mean + (0.5 * log_variance).exp() * noise), x_start
 
@@ -453,7 +454,7 @@ class DiffusionPrior(nn.Module):
 
     def p_losses(self, image_embed: Tensor, times: Tensor, text_cond: dict, noise: Tensor | None = None) -> Tensor:
         """The loss at given times (rows,) for scaled image embeddings (rows, dim): a 0-d tensor."""
-        noise = torch.randn_like(image_embed) if noise is None else noise
+        noise = randn_like(image_embed) if noise is None else noise
         noisy = self.noise_scheduler.q_sample(x_start=image_embed, t=times, noise=noise)
         self_cond = None
         if self.net.self_cond and random.random() < 0.5:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastprior import model_state
+from fastprior.graphs import drawing, map_rows
 from fastprior.kernels import ops
 from fastprior.layers import Attention, CausalTransformer, FeedForward, l2norm
 from fastprior.network import Conditioning, DiffusionPriorNetwork
@@ -188,13 +188,6 @@ def prepare_run(
     return net.prepare_run(cond, samples, **solver, clamp=plan.clamp, radius=plan.radius)
 
 
-def map_rows(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change the tensors of a text condition, those of its extra conditions too; what else it holds stays."""
-    if isinstance(value, dict):
-        return {name: map_rows(item, change) for name, item in value.items()}
-    return change(value) if torch.is_tensor(value) else value
-
-
 def repeat_rows(text_cond: dict, rows: int) -> dict:
     """Repeat every prompt of a text condition so that there are `rows` of them, the copies of one prompt together."""
     if "text_embed" not in text_cond:
@@ -215,7 +208,11 @@ def sample_loop(
     progress: bool = True,
 ) -> Tensor:
     """Run a plan: (rows, dim) scaled embeddings, before the division by `image_embed_scale`."""
-    draw = partial(torch.randn, shape, device=prior.device, generator=generator)
+
+    def draw() -> Tensor:
+        with drawing(prior.device, generator):
+            return torch.randn(shape, device=prior.device, generator=generator)
+
     make = _cached_step if plan.path == "cached" else _plain_step
     return run_steps(prior, plan.table, make(prior, plan, shape, text_cond, cond_scale), draw, progress)
 

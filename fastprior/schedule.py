@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprior.graphs import drawing, randn_like
+
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 
 
@@ -118,7 +120,8 @@ class NoiseScheduler(nn.Module):
 
     def sample_random_times(self, batch: int) -> Tensor:
         """(batch,) int64, uniform over the schedule."""
-        return torch.randint(0, self.num_timesteps, (batch,), device=self.betas.device, dtype=torch.long)
+        with drawing(self.betas.device):
+            return torch.randint(0, self.num_timesteps, (batch,), device=self.betas.device, dtype=torch.long)
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0)."""
@@ -131,13 +134,13 @@ class NoiseScheduler(nn.Module):
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """A draw of x_t given x_0."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = randn_like(x_start) if noise is None else noise
         signal = extract(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
         return signal + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
 
     def q_sample_from_to(self, x_from: Tensor, from_t: Tensor, to_t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Move x from time `from_t` to time `to_t`, adding noise."""
-        noise = torch.randn_like(x_from) if noise is None else noise
+        noise = randn_like(x_from) if noise is None else noise
         tables = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         alpha, sigma = (extract(table, from_t, x_from.shape) for table in tables)
         alpha_to, sigma_to = (extract(table, to_t, x_from.shape) for table in tables)
@@ -145,7 +148,7 @@ class NoiseScheduler(nn.Module):
 
     def calculate_v(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """v of Salimans & Ho 2022: sqrt(ā) * noise - sqrt(1 - ā) * x_0."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = randn_like(x_start) if noise is None else noise
         signal = extract(self.sqrt_alphas_cumprod, t, x_start.shape) * noise
         return signal - extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * x_start
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastprior import buckets, model_state
 from fastprior import quantise as quantisation
-from fastprior.graphs import Clock, GraphCache, StepGraph
+from fastprior.graphs import Clock, GraphCache, StepGraph, drawing, map_rows
 from fastprior.kernels import huge_pages, ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
-from fastprior.sampler import denoise_step, map_rows, network_obstacles, prefill, prepare_run, run_steps, step_inputs
+from fastprior.sampler import denoise_step, network_obstacles, prefill, prepare_run, run_steps, step_inputs
 from fastprior.step_cost import CountLaunches, StepReads, step_reads, step_seconds
 
 
@@ -339,7 +339,8 @@ class PriorSampler:
         def draw(number: int) -> Tensor:
             if number < len(kept):
                 return kept[number]
-            noise = torch.randn(shape, device=self.prior.device, generator=generator)
+            with drawing(self.prior.device, generator):
+                noise = torch.randn(shape, device=self.prior.device, generator=generator)
             if keep:
                 kept.append(noise)
             return noise

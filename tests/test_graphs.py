@@ -1,16 +1,24 @@
 """How CUDA graphs are captured, with stand-ins for torch.cuda: streams, memory, random numbers, and what fails."""
 
+import ast
 import contextlib
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastprior import graphs
+import fastprior
+from fastprior import graphs, sampler
+from fastprior.serving import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once
 
 SECOND = torch.device("cuda:1")
+DRAWS = {"bernoulli", "multinomial", "normal", "rand", "randint", "randn", "randperm"}
+DRAWS_ANYWHERE = {"bernoulli_", "exponential_", "normal_", "rand_like", "randint_like", "randn_like", "uniform_"}
 
 
 class Cuda:
@@ -145,3 +153,84 @@ def test_autocast_keeps_no_casts_that_a_capture_would_read(monkeypatch):
             graphs.StepGraph(prefill, step, dict(x=torch.ones(2, 3)), (2, 3), 4)
             assert torch.is_autocast_cache_enabled()
         assert set(cached) == {(False, enabled)} and len(cached) == 8
+
+
+@pytest.fixture
+def drawn(cuda, monkeypatch):
+    """Draws on a device that is not there: each fails within a capture, and says what was drawn."""
+    found = []
+    cuda.capturing = False
+
+    def randn(*args, device=None, **kwargs):
+        assert not cuda.capturing, "Offset increment outside graph capture encountered unexpectedly."
+        found.append(device)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    monkeypatch.setattr(torch, "randn_like", lambda t: randn(device=t.device))
+    return found
+
+
+def test_draws_wait_for_captures_of_other_threads(cuda, drawn, monkeypatch):
+    place = SimpleNamespace(device=torch.device("cuda:0"))
+    monkeypatch.setattr(sampler, "_cached_step", lambda *args: None)
+    monkeypatch.setattr(sampler, "run_steps", lambda prior, table, step, draw, progress: draw())
+    plan, begun = SimpleNamespace(path="cached", table=None), threading.Event()
+    draws = (
+        lambda: sampler.sample_loop(place, plan, (2, 3), {}, 1.0),
+        lambda: PriorSampler._draws(SimpleNamespace(prior=place), (2, 3), None, keep=False)(0),
+        lambda: graphs.randn_like(place),
+    )
+
+    def run():
+        if "clear" in cuda.events:  # no longer warming up
+            cuda.capturing = True
+            begun.set()
+            time.sleep(0.1)
+            cuda.capturing = False
+
+    def work(number: int) -> None:
+        if number < 0:
+            graphs.capture(run, SECOND, None)
+        else:
+            assert begun.wait(60)
+            draws[number]()
+
+    at_once(work, range(-1, len(draws)))
+    assert drawn == [place.device] * len(draws)
+
+
+def test_which_draws_wait(monkeypatch):
+    own, default = torch.Generator(), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (default,))
+    assert graphs.drawing(SECOND) is graphs.drawing(SECOND, default) is graphs._capturing
+    with graphs._capturing, graphs.drawing(SECOND):
+        pass  # a thread does not wait for itself
+    for place, generator in ((SECOND, own), (torch.device("cpu"), None)):
+        with graphs.drawing(place, generator):
+            assert no_capture_is_under_way()
+
+
+def unheld(tree: ast.AST, held: bool = False) -> list[int]:
+    """Lines that may draw from a default generator of CUDA outside of `drawing`."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        inside = held or (isinstance(node, ast.FunctionDef) and node.name == "__init__")  # weights, on the CPU
+        if isinstance(node, ast.With):
+            inside |= any("drawing" in ast.unparse(item.context_expr) for item in node.items)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            keywords = {keyword.arg for keyword in node.keywords}
+            anywhere = node.func.attr in DRAWS_ANYWHERE and "torch.nn.init" not in ast.unparse(node.func)
+            on_device = node.func.attr in DRAWS and ast.unparse(node.func.value) == "torch" and "device" in keywords
+            if not inside and (anywhere or on_device):
+                found.append(node.lineno)
+        found += unheld(node, inside)
+    return found
+
+
+def test_every_draw_of_the_package_waits():
+    assert unheld(
+        ast.parse("torch.randn(2, device=x)\nwith drawing(x):\n    torch.randn(2, device=x)\ny.normal_()")
+    ) == [1, 4]
+    files = sorted(Path(fastprior.__file__).parent.glob("*.py"))
+    assert len(files) > 20
+    assert {file.name: lines for file in files if (lines := unheld(ast.parse(file.read_text())))} == {}

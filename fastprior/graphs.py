@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastprior.kernels import ops
+
+TABLE_STEPS = 64  # of which the lengths of step tables in graphs are multiples, so that many solvers share them
 WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must not happen within
 
 _capturing = threading.RLock()  # a process may have one capture at a time
+_nothing = contextlib.nullcontext()
 
 
 class Pool(NamedTuple):
@@ -95,10 +99,9 @@ def drawing(device: torch.device, generator: torch.Generator | None = None) -> c
         device: where is drawn.
         generator: the device's default one where None.
     """
-    default = generator is None or generator in torch.cuda.default_generators
-    if device.type != "cuda" or not default or torch.compiler.is_compiling():
-        return contextlib.nullcontext()
-    return _capturing
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return _nothing
+    return _capturing if generator is None or generator in torch.cuda.default_generators else _nothing
 
 
 def randn_like(t: Tensor) -> Tensor:
@@ -118,6 +121,15 @@ def _no_autocast_cache(kind: str) -> torch.autocast:
     """Autocast as it is, but casting weights anew: those that it keeps are gone when the caller leaves it."""
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return torch.autocast(kind, dtype, enabled, cache_enabled=False)
+
+
+def settings(device: torch.device) -> tuple:
+    """What decides besides shapes and weights which kernels run there: graphs are good for the same only."""
+    kind, matmul = device.type, torch.backends.cuda.matmul
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    precision = matmul.fp32_precision, matmul.allow_fp16_reduced_precision_reduction
+    precision += (matmul.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled())
+    return ops.forced(), autocast, *precision
 
 
 class StepGraph:
@@ -217,11 +229,19 @@ class GraphCache:
     """
 
     def __init__(self, memory: int | None):
-        if memory is not None and memory < 1:
-            raise ValueError(f"graph_memory={memory}; it must be None or at least 1 byte")
-        self.memory, self.failed, self.evictions = memory, False, 0
+        self.memory, self.failed, self.evictions = None, False, 0
         self._kept: dict[Hashable, StepGraph] = {}  # the one that was used last behind
         self.too_large: set[Hashable] = set()
+        self.limit(memory)
+
+    def limit(self, memory: int | None) -> None:
+        """Change the limit; those that are over it go. Raises ValueError for a limit below 1."""
+        if memory is not None and memory < 1:
+            raise ValueError(f"graph_memory={memory}; it must be None or at least 1 byte")
+        if memory != self.memory:
+            self.memory = memory
+            self.too_large.clear()
+            self._evict()
 
     def get(self, key: Hashable, name: str, make: Callable[[], StepGraph]) -> StepGraph | None:
         """The graphs of a key, captured where there are none.
@@ -246,6 +266,9 @@ class GraphCache:
             warnings.warn(f"{name} runs without graphs: {needed}")
             return
         self._kept[key] = graph
+        self._evict()
+
+    def _evict(self) -> None:
         while self.memory is not None and self.bytes > self.memory:
             del self._kept[next(iter(self._kept))]
             self.evictions += 1

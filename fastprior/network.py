@@ -145,7 +145,8 @@ class DiffusionPriorNetwork(nn.Module):
         weight = getattr(to_tokens[0], "weight", None)
         return to_tokens(x if weight is None else x.to(weight.dtype)).to(self.stream_dtype)
 
-    def _time_tokens(self, times: Tensor) -> Tensor:
+    def time_tokens(self, times: Tensor) -> Tensor:
+        """The tokens of times (steps,): (steps, num_time_embeds, dim), in the stream's dtype."""
         if self.continuous_embedded_time:  # a perceptron, which several threads compute
             return self.to_time_embeds(times.to(self.stream_dtype)).to(self.stream_dtype)
         with ops.one_thread(times):
@@ -252,7 +253,7 @@ class DiffusionPriorNetwork(nn.Module):
         image_tokens = self._embed(self.to_image_embeds, image_embed)
         image_tokens = torch.where(keep_image, image_tokens, self.null_image_embed.to(image_tokens.dtype))
         prefix = self._prefix(text_embed, text_encodings, conditions, keep_text)
-        suffix = self._suffix(self._time_tokens(diffusion_timesteps), image_tokens, self_cond)
+        suffix = self._suffix(self.time_tokens(diffusion_timesteps), image_tokens, self_cond)
         transformer = self.causal_transformer
         if rows > prompts:
             return transformer.step(suffix, transformer.prefill(prefix, suffix.shape[1]))
@@ -284,7 +285,7 @@ class DiffusionPriorNetwork(nn.Module):
 
         Args:
             text_embed, text_encodings, conditions: see `forward`.
-            times: (steps,), the times that `step` will be asked for, by index.
+            times: (steps,), the times that `step` will be asked for, by index; or their `time_tokens`.
             null_rows: 0, or `prompts` to append as many unconditional prompts.
         """
         self._check(text_embed, text_encodings, conditions)
@@ -297,7 +298,7 @@ class DiffusionPriorNetwork(nn.Module):
             pairs = (cache.k, null.k), (cache.v, null.v)
             k, v = (torch.cat((own, other.expand(-1, null_rows, -1, -1, -1)), dim=1) for own, other in pairs)
             cache = cache._replace(k=k, v=v)
-        return Conditioning(cache, self._time_tokens(times), null_rows)
+        return Conditioning(cache, times if times.ndim == 3 else self.time_tokens(times), null_rows)
 
     def share(self, cond: Conditioning, samples: int) -> Conditioning:
         """The same for steps of `samples` rows of each prompt, which run its time tokens once for several of them.
@@ -366,7 +367,7 @@ class DiffusionPriorNetwork(nn.Module):
         cache = self._null_cache(times.device)
         chunks = []
         for chunk in times.split(NULL_TABLE_ROWS):
-            cond = Conditioning(cache, self._time_tokens(chunk), null_rows=1)
+            cond = Conditioning(cache, self.time_tokens(chunk), null_rows=1)
             x = self.null_image_embed.to(self.stream_dtype).expand(len(chunk), -1)
             chunks.append(self.step(x, torch.arange(len(chunk), device=times.device), cond))
         return torch.cat(chunks)

@@ -9,6 +9,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
+from fastprior import prior_graphs
 from fastprior.clip import as_clip_adapter, freeze_and_eval
 from fastprior.graphs import randn_like
 from fastprior.kernels import ops
@@ -66,9 +67,20 @@ class DiffusionPrior(nn.Module):
         image_size: accepted for old configs, and not used.
 
     Attributes:
+        graphs: whether runs on CUDA replay CUDA graphs of the prefill and the step, with the same result. None, the
+            default: from the second run of a shape (of the text and the rows) on, or at once in one of 256 steps or
+            more; True: from the first; False: never. They serve any solver and up to 64 steps (128, …), and are
+            captured again for other weights or modules. Runs by graphs wait for each other. Where a capture fails, a
+            warning says why, and runs go on without. `sampling_plan` says which way they go. See `sample` for threads.
+        graph_memory: bytes that these graphs may hold; those of shapes that were not used for longest go. By default
+            1 GiB, by an estimate ten shapes of few prompts or one of 64; None for no limit.
         can_compare_text: whether text embeddings lie in the space of the image embeddings, as a CLIP's do.
         config: the constructor's arguments without `net` and `clip`, for saving.
     """
+
+    # of the class, so that neither constructors nor what was pickled before must know of them
+    graphs: bool | None = None
+    graph_memory: int | None = 2**30
 
     def __init__(
         self,
@@ -148,6 +160,13 @@ class DiffusionPrior(nn.Module):
         super().train(mode)
         if self.clip is not None:
             self.clip.eval()  # frozen: it must give the same embeddings in training
+        return self
+
+    def _apply(self, *args, **kwargs):
+        before = self.device
+        super()._apply(*args, **kwargs)
+        if self.device != before:
+            prior_graphs.forget(self)
         return self
 
     @property
@@ -246,8 +265,14 @@ class DiffusionPrior(nn.Module):
         cond_scale: float = 1.0,
         solver: str | None = None,
         eta: float | None = None,
+        *,
+        rows: int | None = None,
     ) -> SamplingPlan:
         """Say how a run with these arguments goes, and why. Print it, or read its attributes.
+
+        Args:
+            timesteps, cond_scale, solver, eta: see `p_sample_loop`.
+            rows: of embeddings, on which depends whether CUDA graphs are used; by default that of few.
 
         Raises ValueError where the arguments do not fit the prior.
         """
@@ -265,7 +290,9 @@ class DiffusionPrior(nn.Module):
         else:
             guidance = "second branch" if self.net.null_sees_image else "null table"
         tokens = (self.net.prefix_tokens, self.net.suffix_tokens) if cached else (None, None)
-        return SamplingPlan("cached" if cached else "plain", reasons, guidance, table, *self._clamp(), *tokens)
+        path = "cached" if cached else "plain"
+        no_graphs = prior_graphs.obstacles(self, path, len(table), rows)
+        return SamplingPlan(path, reasons, guidance, table, *self._clamp(), *tokens, no_graphs)
 
     def _check_conditions(self, text_cond: dict) -> None:
         own = isinstance(self.net, DiffusionPriorNetwork) and self.net.conditions is not None
@@ -302,8 +329,10 @@ class DiffusionPrior(nn.Module):
             )
 
     def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
-        plan = self.sampling_plan(timesteps, cond_scale, solver, eta)
+        plan = self.sampling_plan(timesteps, cond_scale, solver, eta, rows=shape[0])
         self.check_text_condition(shape, text_cond)
+        if self.graphs is False:
+            prior_graphs.forget(self)
         if not len(plan.table):
             warnings.warn(f"timesteps={timesteps}: the {solver} solver makes no evaluation, the result is noise")
         return sample_loop(self, plan, shape, text_cond, cond_scale, generator, progress)
@@ -437,6 +466,10 @@ class DiffusionPrior(nn.Module):
             **kwargs: solver, eta, generator, progress: see `p_sample_loop`.
         Returns:
             (prompts, image_embed_dim).
+
+        On CUDA a run may capture graphs, see `graphs` of the class. With torch 2.11 what other threads of yours draw
+        from the device's default generator meanwhile fails (what fastprior draws waits): give them generators of their
+        own, or run each shape twice before.
         """
         repeats = num_samples_per_batch if n_samples_per_batch is None else n_samples_per_batch
         self.check_best_of(repeats, "num_samples_per_batch")

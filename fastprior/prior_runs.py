@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastprior import buckets, model_state
 from fastprior import quantise as quantisation
-from fastprior.graphs import Clock, GraphCache, StepGraph
+from fastprior.graphs import TABLE_STEPS, Clock, GraphCache, StepGraph, settings
 from fastprior.kernels import ops
 from fastprior.pipeline_parts import PipelineParts, TextEncoding
 from fastprior.prior_blocks import HIDDEN, Prefix
@@ -25,8 +25,6 @@ from fastprior.step_cost import CountLaunches, StepReads, step_seconds, transfor
 
 if TYPE_CHECKING:
     from fastprior.prior_transformer import PriorTransformer
-
-TABLE_STEPS = 64  # of which the lengths of step tables in graphs are multiples
 
 
 @dataclass(frozen=True)
@@ -282,10 +280,9 @@ class PriorRuns(PipelineParts):
         """The graphs of runs of these shapes and kinds; None where there are none, see `GraphCache`."""
         fixed = self.schedule.clamp, self.schedule.radius, run.table.uses_prediction
         rows = (len(run.groups) - run.guidance) * batch * run.samples
-        guided, kind = batch * run.samples if run.guidance else 0, self.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        guided = batch * run.samples if run.guidance else 0
         shapes = tuple(t.shape for t in given.values()), rows, guided, dtype
-        key = *shapes, *fixed, self.dtype, ops.forced(), autocast
+        key = *shapes, *fixed, self.dtype, settings(self.device)
 
         def capture() -> StepGraph:
             prior, net = self.prior, self._quantised or self.prior

@@ -42,6 +42,8 @@ class SamplingPlan:
         table: the solver's coefficients.
         clamp, radius: how a predicted x0 is clamped, see `kernels.reference.clamp_x0`.
         prefix_tokens, suffix_tokens: None on the plain path.
+        graphs: whether the steps are replayed as CUDA graphs, see `DiffusionPrior`.
+        graph_reasons: why not; empty where they are.
     """
 
     path: str
@@ -52,12 +54,20 @@ class SamplingPlan:
     radius: float
     prefix_tokens: int | None
     suffix_tokens: int | None
+    graph_reasons: tuple[str, ...] = ()
+
+    @property
+    def graphs(self) -> bool:
+        return not self.graph_reasons
 
     def __str__(self) -> str:
         lines = [f"{self.path} path, {self.table.solver}, {len(self.table)} evaluations, guidance: {self.guidance}"]
         if self.path == "cached":
             lines.append(f"prefix of {self.prefix_tokens} tokens once per prompt, {self.suffix_tokens} tokens per step")
-        return "\n".join([*lines, *(f"not cached: {reason}" for reason in self.reasons)])
+        lines += [f"not cached: {reason}" for reason in self.reasons]
+        if self.graphs:
+            lines.append("replayed as CUDA graphs")
+        return "\n".join([*lines, *(f"no CUDA graphs: {reason}" for reason in self.graph_reasons)])
 
 
 def is_overridden(instance: object, name: str, base: type) -> bool:
@@ -208,11 +218,19 @@ def sample_loop(
     progress: bool = True,
 ) -> Tensor:
     """Run a plan: (rows, dim) scaled embeddings, before the division by `image_embed_scale`."""
+    device = prior.device
 
     def draw() -> Tensor:
-        with drawing(prior.device, generator):
-            return torch.randn(shape, device=prior.device, generator=generator)
+        with drawing(device, generator):
+            return torch.randn(shape, device=device, generator=generator)
 
+    if plan.graphs:
+        from fastprior import prior_graphs
+
+        run = prior_graphs.graphs_of(prior).run
+        x = run(prior, plan, shape[0], text_cond, cond_scale, draw=draw, progress=progress)
+        if x is not None:
+            return x
     make = _cached_step if plan.path == "cached" else _plain_step
     return run_steps(prior, plan.table, make(prior, plan, shape, text_cond, cond_scale), draw, progress)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastprior import buckets, model_state
 from fastprior import quantise as quantisation
-from fastprior.graphs import Clock, GraphCache, StepGraph, drawing, map_rows
+from fastprior.graphs import Clock, GraphCache, StepGraph, drawing, map_rows, settings
 from fastprior.kernels import huge_pages, ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
@@ -204,7 +204,8 @@ class PriorSampler:
 
     def _graph(self, batch: int) -> StepGraph | None:
         """The graphs of a batch size; None where they cannot be captured, or there is no memory for them."""
-        graph = self._graphs.get(batch, f"batch size {batch}", lambda: self._capture(batch))
+        key = batch, settings(self.prior.device)
+        graph = self._graphs.get(key, f"batch size {batch}", lambda: self._capture(batch))
         self.graphs = not self._graphs.failed
         return graph
 

@@ -41,6 +41,18 @@ class StepTable:
         return len(self.times)
 
 
+class _OnHost:
+    """A schedule whose tensors are on the host: each is copied once, not number by number."""
+
+    def __init__(self, schedule: NoiseScheduler):
+        self.schedule = schedule
+
+    def __getattr__(self, name: str):
+        value = getattr(self.schedule, name)
+        setattr(self, name, value.cpu() if torch.is_tensor(value) else value)
+        return vars(self)[name]
+
+
 def _x0_from_prediction(schedule: NoiseScheduler, prediction: str, t: int) -> tuple[float, float]:
     """p and q of `x0 = p*x + q*pred` at time t, where the network predicts "x0", "v" or "noise"."""
     if prediction == "x0":
@@ -73,7 +85,7 @@ def _ddim(schedule: NoiseScheduler, steps: int, eta: float) -> list[tuple]:
             rows.append((t, 0.0, 1.0, 0.0, 0.0, False))
             continue
         # in fp32 and in this order: 1 - alpha / alpha_next cancels, and the same rounding is part of the same embedding
-        alpha, alpha_next = alphas[t].cpu(), alphas[t_next].cpu()
+        alpha, alpha_next = alphas[t], alphas[t_next]
         sigma = eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
         direction = ((1 - alpha_next) - sigma.square()).clamp(min=0).sqrt().item()
         recip, recipm1 = schedule.sqrt_recip_alphas_cumprod[t].item(), schedule.sqrt_recipm1_alphas_cumprod[t].item()
@@ -156,8 +168,9 @@ def step_table(
         raise ValueError(f"eta={eta}; the {solver} solver has no eta, only {' and '.join(STOCHASTIC)} do")
     if eta is not None and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}; it must be between 0 and 1")
-    rows = SOLVERS[solver](schedule, steps, 1.0 if eta is None else eta)
-    coefficients = [(*_x0_from_prediction(schedule, prediction, t), *row) for t, *row, _ in rows]
+    host = _OnHost(schedule)
+    rows = SOLVERS[solver](host, steps, 1.0 if eta is None else eta)
+    coefficients = [(*_x0_from_prediction(host, prediction, t), *row) for t, *row, _ in rows]
     return StepTable(
         solver=solver,
         times=tuple(row[0] for row in rows),

@@ -174,7 +174,7 @@ def test_draws_wait_for_captures_of_other_threads(cuda, drawn, monkeypatch):
     place = SimpleNamespace(device=torch.device("cuda:0"))
     monkeypatch.setattr(sampler, "_cached_step", lambda *args: None)
     monkeypatch.setattr(sampler, "run_steps", lambda prior, table, step, draw, progress: draw())
-    plan, begun = SimpleNamespace(path="cached", table=None), threading.Event()
+    plan, begun = SimpleNamespace(path="cached", table=None, graphs=False), threading.Event()
     draws = (
         lambda: sampler.sample_loop(place, plan, (2, 3), {}, 1.0),
         lambda: PriorSampler._draws(SimpleNamespace(prior=place), (2, 3), None, keep=False)(0),

@@ -64,7 +64,8 @@ def test_plan_says_what_happens():
     assert (plan.path, plan.guidance, plan.table.solver, len(plan.table)) == ("cached", "null table", "ddim", 7)
     assert (plan.prefix_tokens, plan.suffix_tokens) == (8, 3)
     assert str(plan) == (
-        "cached path, ddim, 7 evaluations, guidance: null table\nprefix of 8 tokens once per prompt, 3 tokens per step"
+        "cached path, ddim, 7 evaluations, guidance: null table\nprefix of 8 tokens once per prompt, 3 tokens per step\n"
+        "no CUDA graphs: the prior is on cpu"
     )
     assert make_prior(dict(self_cond=True)).sampling_plan(8, 2.0).guidance == "second branch"
     foreign = plain(prior).sampling_plan(8, 2.0)
@@ -192,7 +193,7 @@ def test_16_bit_weights(dtype, median, worst, cond_scale):
     similarity = torch.cosine_similarity(got, wanted)
     assert similarity.median() > median and similarity.min() > worst
     times = torch.arange(1000)
-    continuous = make_prior().to(dtype).net._time_tokens(times)
+    continuous = make_prior().to(dtype).net.time_tokens(times)
     assert len(continuous.unique(dim=0)) > 990, "times must not be rounded to 16 bits"
     loss = prior(image_embed=l2norm(torch.randn(16, 64)), **text)
     loss.backward()

@@ -1,10 +1,14 @@
 """On a GPU, where there is one: the same network as on the CPU, and every path equal on the device."""
 
 import copy
+import gc
+import threading
+import time
 
 import pytest
 import torch
 
+from fastprior import graphs, prior_graphs
 from fastprior.serving import PriorSampler
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, plain, relative_error, sample
@@ -14,8 +18,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DEVICE = "cuda"
 
 
-def on_device(text: dict) -> dict:
-    return {name: t.to(DEVICE) for name, t in text.items()}
+def on_device(text: dict, device: str = DEVICE) -> dict:
+    return {name: t.to(device) for name, t in text.items()}
+
+
+def bytes_held() -> tuple[int, int]:
+    """Of tensors, and of the device, without what is free, or made at first use: cuBLAS's workspace of each stream."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
 
 @pytest.mark.parametrize("net", [{}, dict(self_cond=True), dict(num_timesteps=20, normformer=True)])
@@ -69,11 +82,9 @@ def test_graphs_soak():
                     wrong.append(cases[at])
 
     run(sampler, *cases[-1])
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before, _ = bytes_held()
     at_once(work, range(2))
-    torch.cuda.synchronize()
-    assert sampler.graphs and not wrong and torch.cuda.memory_allocated() - before < 2**20
+    assert sampler.graphs and not wrong and bytes_held()[0] - before < 2**20
     assert sampler.stats()["graphs"] == 2 and sampler.stats()["calls"] == 1000
 
 
@@ -104,9 +115,134 @@ def test_dropped_graphs_give_their_memory_back():
         prompts = (32, 64)[number % 2]
         assert torch.equal(run(sampler, prompts), run(plain_sampler, prompts))
         assert sampler.stats()["graphs"] == 1 and 0 < sampler.stats()["graph_bytes"] <= limit
-        torch.cuda.empty_cache()
-        held.append(torch.cuda.memory_reserved())
+        held.append(bytes_held()[1])
     assert sampler.stats()["evictions"] == 11 and held[-1] <= held[1] and held[-2] <= held[2], held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("net", [{}, dict(self_cond=True)])
+def test_a_prior_with_graphs_gives_the_same_bits(net, dtype):
+    """Twice each, and it leaves the generator as a run without does; other weights are captured again."""
+    prior, text = make_prior(dict(dim=64) | net).to(DEVICE, dtype), on_device(make_text(2, 64))
+    ours, other = copy.deepcopy(prior), copy.deepcopy(prior)
+    ours.graphs, other.graphs = True, False
+    runs = {}, dict(timesteps=9), dict(timesteps=9, cond_scale=2.0), dict(timesteps=9, solver="dpm++", rows=6)
+    for scale in (1.0, 0.5):
+        for number, kwargs in enumerate(runs * 2):
+            found = []
+            for which in (ours, other):
+                found.append((sample(which, text, seed=number, **kwargs), torch.cuda.get_rng_state()))
+            assert all(map(torch.equal, *found)), (scale, kwargs)
+        cache = prior_graphs.graphs_of(ours).cache
+        assert not cache.failed and cache.stats()["graphs"] == (3 if net else 2)
+        with torch.no_grad():
+            for which in (ours, other):
+                which.net.causal_transformer.layers[0][1][1].weight.mul_(0.5)
+
+
+def test_a_prior_captures_what_comes_again():
+    """By default; other threads and streams get the same, and a dropped prior gives its memory back."""
+    text, held = on_device(make_text(2, 64)), []
+    for _ in range(3):
+        prior = make_prior(dict(dim=64)).to(DEVICE)
+        assert prior.sampling_plan(9, rows=2).graphs
+        draws = [torch.Generator(DEVICE).manual_seed(1) for _ in range(4)]
+        wanted = sample(prior, text, timesteps=9, generator=draws[0])
+        assert prior_graphs.graphs_of(prior).cache.stats()["graphs"] == 0
+        assert torch.equal(sample(prior, text, timesteps=9, generator=draws[1]), wanted)
+        assert prior_graphs.graphs_of(prior).cache.stats()["graphs"] == 1
+        torch.cuda.synchronize()
+
+        def work(generator, prior=prior):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                return sample(prior, text, timesteps=9, generator=generator).cpu()
+
+        assert all(torch.equal(got, wanted.cpu()) for got in at_once(work, draws[2:]))
+        del prior, work, wanted
+        held.append(bytes_held()[1])
+    assert held[2] <= held[1], held
+
+
+def test_samplers_that_replay_at_once():
+    """Each by its own graphs, on a stream of its own: cuBLAS's workspaces are not shared."""
+    prior, text = make_prior(dict(dim=64)).to(DEVICE), on_device(make_text(64, 64))
+    kwargs = dict(batch_sizes=(64,), timesteps=6, compile=False)
+    samplers = [PriorSampler(prior, **kwargs) for _ in range(2)]
+
+    def run(number):
+        return samplers[number](**text, generator=torch.Generator(DEVICE).manual_seed(number))
+
+    wanted = [run(number) for number in range(2)]
+    torch.cuda.synchronize()
+
+    def work(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [torch.equal(run(number), wanted[number]) for _ in range(40)]
+
+    assert at_once(work, range(2)) == [[True] * 40] * 2 and all(sampler.graphs for sampler in samplers)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_second_device():
+    """Which is not the current one; the first captured before."""
+    for device in ("cuda:0", "cuda:1"):
+        prior, text = make_prior(dict(dim=64)).to(device), on_device(make_text(2, 64), device)
+        other = copy.deepcopy(prior)
+        prior.graphs, other.graphs = True, False
+        for _ in range(2):
+            assert torch.equal(sample(prior, text, timesteps=9), sample(other, text, timesteps=9))
+        sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=9, compile=False)
+        got = sampler(**text, generator=torch.Generator(device).manual_seed(1))
+        wanted = sample(other, text, timesteps=9, generator=torch.Generator(device).manual_seed(1))
+        assert torch.cosine_similarity(got, wanted).min() > 1 - 1e-6
+        assert sampler.stats()["graphs"] == prior_graphs.graphs_of(prior).cache.stats()["graphs"] == 1
+        assert torch.cuda.current_device() == 0
+
+
+def test_a_capture_that_fails_leaves_the_device_as_it_was():
+    """The generator, the allocator and the stream; what waits for the device makes a capture invalid."""
+    x, runs, stream = torch.ones(3, device=DEVICE), [], torch.cuda.current_stream()
+
+    def run():
+        runs.append((x * 2).sum())
+        if len(runs) > graphs.WARMUPS:
+            runs[-1].item()
+
+    with pytest.raises(RuntimeError):
+        graphs.capture(run, x.device, None)
+    assert len(runs) == graphs.WARMUPS + 1 and torch.cuda.current_stream() == stream
+    runs.clear()
+    assert torch.randn(3, device=DEVICE).isfinite().all()
+    replay, *_ = graphs.capture(lambda: x.mul_(2), x.device, None)
+    assert (x == 2**graphs.WARMUPS).all(), "a capture computes nothing"
+    replay()
+    assert (x == 2 ** (graphs.WARMUPS + 1)).all()
+
+
+def test_draws_wait_for_a_capture():
+    """In another thread, of the default generator: they neither fail nor end it, and are those of their seed."""
+    x, begun, runs = torch.ones(3, device=DEVICE), threading.Event(), []
+
+    def run():
+        x.mul_(2)
+        runs.append(1)
+        if len(runs) > graphs.WARMUPS:
+            begun.set()
+            time.sleep(0.2)
+
+    def work(number):
+        if number:
+            return graphs.capture(run, x.device, None)[0]
+        assert begun.wait(60)
+        return graphs.randn_like(x)
+
+    torch.cuda.manual_seed(1)
+    wanted = torch.randn_like(x)
+    torch.cuda.manual_seed(1)
+    drawn, replay = at_once(work, range(2))
+    replay()
+    torch.cuda.synchronize()
+    assert torch.equal(drawn, wanted) and (x == 2 ** (graphs.WARMUPS + 1)).all()
 
 
 def make_pipelines(dtype: torch.dtype, *options: dict) -> list:
@@ -179,8 +315,7 @@ def test_pipeline_graphs_soak():
                         wrong.append(cases[at])
 
         at_once(work, range(2))
-        torch.cuda.synchronize()
-        held.append(torch.cuda.memory_allocated())
+        held.append(bytes_held()[0])
         assert not wrong and pipeline.graphs is None and pipeline.stats()["graphs"] == 4
     assert held[-1] - held[1] < 2**20, held
 

@@ -40,6 +40,7 @@ def _live_bytes(device: str) -> int:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # made at first use, kept for each stream
         return torch.cuda.memory_allocated()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

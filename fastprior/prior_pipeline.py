@@ -37,7 +37,9 @@ class PriorPipeline(PriorRuns):
             multiple of 16 tokens, number of images and kind of guidance takes graphs of its own, whatever solver and
             steps (up to 64). They are captured again for other weights or modules. Where a capture fails, a warning
             says why, and all runs go on without. Runs by graphs wait for each other, also those of other threads and
-            streams, and draw all their noise before the first step.
+            streams, and draw all their noise before the first step. With torch 2.11 what other threads of yours draw
+            from the device's default generator during a capture fails: run each shape before they begin, or draw from
+            generators of your own.
         graph_memory: bytes that graphs may hold, without limit by default, see `PriorSampler`.
 
     Attributes:

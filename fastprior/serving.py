@@ -29,6 +29,9 @@ class PriorSampler:
     weights is noticed at the next call and served from then on. Calls from several threads run one after the other, and
     on CUDA in the order of the calls, whatever their streams.
 
+    With torch 2.11 what other threads of yours draw from the device's default generator while graphs are captured fails
+    (what fastprior draws waits): call `warmup` before they begin, or draw from generators of your own.
+
     Args:
         prior: in eval mode, with a network that can be cached (see `prior.sampling_plan`).
         batch_sizes: numbers of prompts to prepare for.

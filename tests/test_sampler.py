@@ -64,7 +64,8 @@ def test_plan_says_what_happens():
     assert (plan.path, plan.guidance, plan.table.solver, len(plan.table)) == ("cached", "null table", "ddim", 7)
     assert (plan.prefix_tokens, plan.suffix_tokens) == (8, 3)
     assert str(plan) == (
-        "cached path, ddim, 7 evaluations, guidance: null table\nprefix of 8 tokens once per prompt, 3 tokens per step\n"
+        "cached path, ddim, 7 evaluations, guidance: null table\n"
+        "prefix of 8 tokens once per prompt, 3 tokens per step\n"
         "no CUDA graphs: the prior is on cpu"
     )
     assert make_prior(dict(self_cond=True)).sampling_plan(8, 2.0).guidance == "second branch"

@@ -202,6 +202,20 @@ def test_graphs_are_captured_again_for_other_weights(captured):
     assert torch.equal(got, wanted) and not torch.equal(got, before) and len(captured) == 4
 
 
+@pytest.mark.slow
+def test_other_settings_have_graphs_of_their_own(captured):
+    """A forced backend and autocast decide which kernels were recorded."""
+    prior, text = make_prior(), make_text(2, 32)
+    kwargs = dict(batch_sizes=(2,), timesteps=4, compile=False)
+    sampler, plain = with_graphs(prior, **kwargs), PriorSampler(prior, **kwargs)
+    call(sampler, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(sampler, text), call(plain, text)) and len(captured) == 4
+    with ops.using(None):
+        call(sampler, text)
+    assert torch.equal(call(sampler, text), call(plain, text)) and len(captured) == 6
+
+
 def test_a_capture_that_fails_is_told_and_done_without(monkeypatch):
     def fail(run, device, pool):
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -208,3 +208,19 @@ def test_schedule_stays_fp32(cast):
     for name, t in schedule.state_dict().items():
         assert t.dtype == torch.float32 and torch.equal(t, before[name])
     assert math.isclose(schedule.alphas_cumprod[0].item(), 1, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_each_buffer_of_the_schedule_is_asked_for_once(solver):
+    """On a device each number of one would be waited for."""
+    schedule, asked = NoiseScheduler(beta_schedule="cosine", timesteps=20, loss_type="l2"), []
+
+    class Watched:
+        def __getattr__(self, name):
+            asked.append(name)
+            return getattr(schedule, name)
+
+    table = step_table(Watched(), solver, 20, "v")
+    buffers = [name for name in asked if torch.is_tensor(getattr(schedule, name))]
+    assert len(buffers) == len(set(buffers)) > 0
+    assert torch.equal(table.rows, step_table(schedule, solver, 20, "v").rows)

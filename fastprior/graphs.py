@@ -243,6 +243,9 @@ class GraphCache:
             self.too_large.clear()
             self._evict()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     def get(self, key: Hashable, name: str, make: Callable[[], StepGraph]) -> StepGraph | None:
         """The graphs of a key, captured where there are none.
 

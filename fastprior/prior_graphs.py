@@ -137,11 +137,12 @@ class PriorGraphs:
         steps, names = len(plan.table) + -len(plan.table) % TABLE_STEPS, (*given, *given.get("conditions", ()))
         fixed = plan.guidance == "second branch", plan.clamp, plan.radius, plan.prefix_tokens, plan.suffix_tokens
         key = rows, steps, *fixed, names, *shapes, settings(prior.device)
-        if not (prior.graphs or key in self._seen or len(plan.table) >= PAYS_ALONE):
+        if not (key in self.cache or prior.graphs or key in self._seen or len(plan.table) >= PAYS_ALONE):
             if len(self._seen) == MOST_SHAPES:
                 self._seen.clear()
             self._seen.add(key)
             return None
+        self._seen.discard(key)  # where others take its place, it must come twice again
 
         def capture() -> StepGraph:
             net, samples = prior.net, rows // len(given["text_embed"])

@@ -197,10 +197,21 @@ def test_only_shapes_that_come_again_are_captured(captured, monkeypatch):
             prior.net.learned_query.mul_(0.9)
         sample(prior, one)
     assert len(captured) == 6 and count(prior) == 0
+    prior.graph_memory = 1  # nothing stays
+    with pytest.warns(UserWarning, match="runs without graphs"):
+        for _ in range(2):
+            sample(prior, one)
+    captured.clear()
+    sample(prior, one)
+    prior.graph_memory = 2**30
+    for made in (0, 2, 2):
+        sample(prior, one)
+        assert len(captured) == made
+    captured.clear()
     monkeypatch.setattr(prior_graphs, "MOST_SHAPES", 2)
     for length in (1, 2, 3, 4, 5, 6, 7, 7):
         sample(prior, make_text(1, 32, length=length))
-    assert len(prior_graphs.graphs_of(prior)._seen) <= 2 and len(captured) == 8
+    assert len(prior_graphs.graphs_of(prior)._seen) <= 2 and len(captured) == 2
 
 
 def test_memory_has_a_limit(captured):

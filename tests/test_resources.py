@@ -317,7 +317,8 @@ def test_the_cases_reach_every_configuration_that_a_call_can_choose():
 
 @pytest.mark.parametrize("arch", [80, 100])
 def test_the_other_architectures_get_the_same_configurations(arch):
-    assert reached(arch) == reached(90)
+    chain = {one for one in reached(90) if one[0] == "_matvec_chain_fwd_kernel"}  # some of its modes begin with 9.0
+    assert reached(arch) - chain == reached(90) - chain
 
 
 @pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")

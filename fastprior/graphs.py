@@ -170,12 +170,16 @@ class StepGraph:
         self.x, self.x0, self.noise = torch.zeros(3, *shape, device=device, dtype=dtype)
         self.index = torch.zeros((), dtype=torch.int64, device=device)
         self.cond: Any = None
+        # a graph has one for itself: it goes on using what it was captured with, and others may be replayed meanwhile
+        workspaces = ops.Workspace(), ops.Workspace()
 
         def run_prefill() -> None:
-            self.cond = prefill(self.given)
+            with ops.sharing(workspaces[0]):
+                self.cond = prefill(self.given)
 
         def run_step() -> None:
-            x, x0 = step(self.cond, self.scale, self.x, self.x0, self.noise, self.index)
+            with ops.sharing(workspaces[1]):
+                x, x0 = step(self.cond, self.scale, self.x, self.x0, self.noise, self.index)
             self.x.copy_(x)
             self.x0.copy_(x0)
             self.index.add_(1).remainder_(steps)  # so that it is never out of range, also while warming up
@@ -184,7 +188,7 @@ class StepGraph:
             self._prefill, pool, prefill_bytes = capture(run_prefill, device, None)
             self._prefill()  # a capture computes nothing, and the step's warm-up reads what the prefill wrote
             self._step, _, step_bytes = capture(run_step, device, pool)
-        buffers += [self.x, self.x0, self.noise]
+        buffers += [self.x, self.x0, self.noise, *workspaces[0].tensors, *workspaces[1].tensors]
         self._buffers = [*buffers, self.scale, self.index]
         self.bytes = prefill_bytes + step_bytes + sum(buffer.nbytes for buffer in buffers)
 

@@ -79,7 +79,8 @@ class PriorForward:
         prefix = None
         if attention_mask is not None and prefix_reuse.is_plain_call(given):
             suffix = self._count_suffix(hidden_states)
-            prefix = prefix_reuse.recall(self, given, suffix, lambda: self._prefix(*given, suffix))
+            with ops.sharing():
+                prefix = prefix_reuse.recall(self, given, suffix, lambda: self._prefix(*given, suffix))
         if prefix is None:
             pred = self._whole(hidden_states, time, *given)
         else:

@@ -232,7 +232,8 @@ def sample_loop(
         if x is not None:
             return x
     make = _cached_step if plan.path == "cached" else _plain_step
-    return run_steps(prior, plan.table, make(prior, plan, shape, text_cond, cond_scale), draw, progress)
+    with ops.sharing():
+        return run_steps(prior, plan.table, make(prior, plan, shape, text_cond, cond_scale), draw, progress)
 
 
 def run_steps(

@@ -319,7 +319,7 @@ class PriorSampler:
         text_cond = self.prior.text_condition(None, text_embed, text_encodings, conditions=conditions)
         prompts, repeats = len(text_embed), self.samples_per_prompt
         self.prior.check_text_condition((prompts * repeats, self.prior.image_embed_dim), text_cond)
-        with self._lock, self._clock:
+        with self._lock, self._clock, ops.sharing():
             self._refresh()
             embeds = self._sample(text_cond, cond_scale, generator)
         return self.prior.best_of(self.prior.denormalize(embeds).view(prompts, repeats, -1), text_embed)

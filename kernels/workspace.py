@@ -17,11 +17,17 @@ _local = threading.local()
 class Workspace:
     """Partial sums and counters for launches on one stream at a time.
 
-    Partial sums grow to the largest that was asked for. Counters are cleared once: each launch leaves them zero.
+    Partial sums grow to the largest that was asked for: a CUDA graph must be captured with one that has its size, and
+    keeps it. Counters are cleared once: each launch leaves them zero.
     """
 
     def __init__(self):
         self._sums = self._counters = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All its memory."""
+        return [t for t in (self._sums, self._counters) if t is not None]
 
     def sums(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory of a shape, fp32, on the device of `like`; it holds what launches before left there."""

@@ -12,6 +12,7 @@ import torch
 
 import fastprior
 from fastprior import graphs, sampler
+from fastprior.kernels import ops, workspace
 from fastprior.serving import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once
@@ -234,3 +235,30 @@ def test_every_draw_of_the_package_waits():
     files = sorted(Path(fastprior.__file__).parent.glob("*.py"))
     assert len(files) > 20
     assert {file.name: lines for file in files if (lines := unheld(ast.parse(file.read_text())))} == {}
+
+
+def test_a_graph_keeps_the_workspace_that_it_was_captured_with(monkeypatch):
+    """The step asks for more than the prefill did, whose memory is still there when it is replayed."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(graphs, "capture", captures.capture)
+    used, like = {2: set(), 5: set()}, torch.zeros(1)
+
+    def use(size: int) -> None:
+        shared = workspace.current()
+        used[size].add((shared.sums((size, 3), like).data_ptr(), shared.counters(size, like).data_ptr()))
+
+    def prefill(given):
+        use(2)
+        return given["text"] + 1
+
+    def step(cond, scale, x, x0, noise, index):
+        use(5)
+        return x + cond, x0 + noise
+
+    with ops.sharing() as around:
+        graph = graphs.StepGraph(prefill, step, dict(text=torch.zeros(2, 4)), (2, 4), 3)
+    kept = {t.data_ptr() for t in graph._buffers}
+    assert len(used[2]) == len(used[5]) == 1 and not used[2] & used[5]
+    assert kept >= {address for addresses in (*used[2], *used[5]) for address in addresses}
+    assert not around.tensors
+    assert graph.bytes == 2000 + 4 * 8 * 4 + 4 * (6 + 15 + 2 * workspace.COUNTERS)

@@ -8,10 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprior import PriorPipeline
 from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.kernels import launch, ops
+from fastprior.kernels import launch, ops, workspace
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.pipeline_parts import TextEncoding
+from fastprior.serving import PriorSampler
 from fastprior.step_cost import CountLaunches, step_reads, step_seconds
+from helpers.priors import make_prior, make_text
 from helpers.pt_cases import make_stock, without_diffusers
 
 BANDWIDTH = 4.3e12  # bytes per second, of an H200
@@ -182,3 +184,32 @@ def test_stats_where_a_prompt_is_its_own_negative():
             pipeline(text, negative, num_inference_steps=2, zero_embed=torch.zeros(1, dim))
             launches.append(pipeline.stats()["launches"])
     assert launches[0] == launches[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prior", "sampler", "pipeline", "call"])
+def test_a_run_has_one_workspace(kind, monkeypatch):
+    """Whatever makes the steps: sums of split linears share it, and its counters are cleared once."""
+    made, plain = [], workspace.Workspace.__init__
+    monkeypatch.setattr(workspace.Workspace, "__init__", lambda self: made.append(self) or plain(self))
+    with ops.using("triton"), launch.recording() as launched:
+        if kind in ("prior", "sampler"):
+            prior, text = make_prior(), make_text(2, 32)
+            if kind == "prior":
+                prior.sample(**text, timesteps=5)
+            else:
+                PriorSampler(prior, batch_sizes=(2,), timesteps=5, compile=False)(**text)
+        else:
+            prior = without_diffusers(make_stock(num_attention_heads=2, attention_head_dim=16))
+            dim = prior.config["embedding_dim"]
+            text = torch.randn(1, dim), torch.randn(1, 7, dim), torch.ones(1, 7) > 0
+            if kind == "pipeline":
+                pipeline = PriorPipeline(prior, DiffusersSchedule("UnCLIPScheduler", prediction_type="sample"))
+                pipeline(TextEncoding(*text), None, num_inference_steps=5, guidance_scale=1.0)
+            else:
+                with torch.no_grad():
+                    prior(torch.randn(1, dim), 4, *text)
+                    made.clear()  # that of the prefix, too
+                    prior(torch.randn(1, dim), 3, *text)
+    split = [v for v in launched if "linear" in v.kernel.__name__ and dict(v.signature)["counters_ptr"] != "constexpr"]
+    assert len(split) > 4 and sum(bool(one.tensors) for one in made) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprior
 from fastprior import graphs, prior_graphs
@@ -298,9 +298,12 @@ def test_errors_are_those_of_runs_without(captured):
             errors.append((type(error.value), str(error.value)))
         assert errors[0] == errors[1] and not prior_graphs.graphs_of(ours).cache.failed
     assert torch.equal(sample(ours, text), sample(without_graphs(ours), text))
+    given = prior_graphs.graphs_of(ours)._given
+    assert given(ours, text | dict(conditions=dict(score=torch.ones(2)))).keys() == {*text, "conditions"}
+    assert given(ours, text | dict(conditions=dict(score=torch.ones(2, device="meta")))) is None
 
 
-def test_threads_get_their_own_results(captured):
+def test_threads_get_their_own_results(captured, monkeypatch):
     ours = with_graphs(make_prior())
     cases = [dict(text=make_text(1 + seed % 3, 32, seed=seed), seed=seed, cond_scale=1.5) for seed in range(6)]
     alone, wrong = [sample(without_graphs(ours), **case) for case in cases], []
@@ -311,8 +314,14 @@ def test_threads_get_their_own_results(captured):
             if not torch.equal(sample(ours, **cases[at]), alone[at]):
                 wrong.append(at)
 
+    for case in cases:
+        sample(ours, **case)
+    kept, replayed = list(prior_graphs.graphs_of(ours).cache._kept.values()), []
+    for graph in kept:
+        monkeypatch.setattr(graph, "_step", lambda right=graph._step: replayed.append(1) or right())
     at_once(work, range(2))
-    assert not wrong and count(ours) == 3
+    assert not wrong and len(replayed) == 2 * 8 * 5, "runs wait for each other, none goes without"
+    assert count(ours) == len(kept) == 3
 
 
 def test_a_run_within_a_run(captured, monkeypatch):
@@ -373,11 +382,20 @@ def test_the_plan_says_so(captured):
         handle.remove()
 
 
-def test_a_mode_that_follows_operations_sees_them(captured):
-    ours, text, flops = with_graphs(make_prior()), make_text(1, 32), []
+def test_a_mode_that_follows_operations_sees_them(captured, monkeypatch):
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    ours, text, counted = with_graphs(make_prior()), make_text(1, 32), []
     sample(ours, text)
+    (graph,) = prior_graphs.graphs_of(ours).cache._kept.values()
+    monkeypatch.setattr(graph, "_step", lambda: pytest.fail("a replay shows it nothing"))
     for which in (ours, without_graphs(ours)):
-        with FlopCounterMode(display=False) as counter:
+        with Count() as count:
             sample(which, text)
-        flops.append(counter.get_total_flops())
-    assert flops[0] == flops[1] > 0 and len(captured) == 2
+        counted.append(count.calls)
+    assert counted[0] >= counted[1] > 100

@@ -244,6 +244,21 @@ def test_memory_has_a_limit(captured):
     assert len(captured) == 2
 
 
+def test_shapes_that_take_turns(captured, monkeypatch):
+    """With room for one of two: each must come twice again before it is captured in place of the other."""
+    monkeypatch.setattr(prior_graphs, "obstacles", lambda *args: ())
+    prior, texts = make_prior(), [make_text(prompts, 32) for prompts in (1, 2)]
+    free, made = with_graphs(prior), []
+    sample(free, texts[1])
+    prior.graph_memory = prior_graphs.graphs_of(free).cache.bytes
+    for number in range(12):
+        captured.clear()
+        sample(prior, texts[number % 2])
+        made.append(len(captured) // 2)
+        assert count(prior) == min(sum(made), 1)
+    assert made == [0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0], made
+
+
 @pytest.mark.slow
 def test_graphs_go_with_their_prior(captured):
     """And no copy, pickle or state dict knows of them."""
@@ -354,7 +369,7 @@ def test_a_run_that_fails_is_told_and_the_next_is_right(where, captured, monkeyp
     assert torch.equal(sample(ours, text), wanted) and len(captured) == 2
 
 
-def test_the_plan_says_so(captured):
+def test_the_plan_says_so(captured, monkeypatch):
     prior = make_prior()
     ours = with_graphs(prior)
     assert prior.sampling_plan(8).graph_reasons == ("the prior is on cpu",) and not prior.sampling_plan(8).graphs
@@ -375,6 +390,9 @@ def test_the_plan_says_so(captured):
         assert plan.graphs == (reason is None) and (reason is None or reason in " ".join(plan.graph_reasons)), plan
     assert ours.sampling_plan(4).graph_reasons == ("3 steps are too few",) and ours.sampling_plan(5).graphs
     assert "65 rows keep the device busy" in str(ours.sampling_plan(8, rows=65))
+    with monkeypatch.context() as patch:
+        patch.setattr(fastprior.DiffusionPrior, "device", torch.device("cuda:0"))
+        assert prior.sampling_plan(8, rows=2).graphs and not without_graphs(prior).sampling_plan(8).graphs
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
         assert "all modules have a forward hook" in str(ours.sampling_plan(8))

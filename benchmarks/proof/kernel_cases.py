@@ -1,0 +1,256 @@
+"""Calls of every kernel that reach each launch configuration, as `kernels/cases.py` does, with numbers and references.
+
+On the CPU the shapes are small, for Triton's interpreter, and the dtypes those that it computes rightly.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import kernel_cache
+import torch
+from fastprior.kernels.attention import attention
+from fastprior.kernels.barrier import MODES, MODES_FROM_90, matvec_chain_fwd
+from fastprior.kernels.decode import decode_attention
+from fastprior.kernels.linear import MAX_NORM_ROWS, linear
+from fastprior.kernels.norm import layer_norm
+from fastprior.kernels.step import diffusion_step
+from torch import Tensor
+
+from fastprior.kernels import reference
+from helpers.kernel_checks import DEVICE, random
+
+SMALL = DEVICE == "cpu" and not kernel_cache.filling()
+WIDE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+DTYPES = (WIDE, HALF) if SMALL else (WIDE, HALF, BRAIN)
+CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
+PHASES, DIM, PROGRAMS = (3, 48, 1) if SMALL else (36, 1664, 132)  # of the barrier; see benchmarks/test_barrier.py
+NAMES = {WIDE: "fp32", HALF: "fp16", BRAIN: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        make: the tensors by name; those that require gradients are differentiated.
+        run, reference: the kernel's function of them, and the reference's.
+        strided: tensors that are given with other strides too, which must not change a bit.
+    """
+
+    name: str
+    make: Callable[[], dict[str, Tensor | None]]
+    run: Callable
+    reference: Callable
+    strided: tuple[str, ...] = ()
+
+
+def norm_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for dim in (48, 96) if SMALL else (256, 512, 768, 2048, 4096):
+            for everything in (True, False):
+
+                def make(dtype=dtype, dim=dim, everything=everything):
+                    names = ("x", "residual", "after") if everything else ("x",)
+                    given = {name: random(67, dim, dtype=dtype, seed=i, grad=True) for i, name in enumerate(names)}
+                    given["gain"] = (random(dim, seed=3) + 1).detach().requires_grad_()
+                    return given | (dict(bias=random(dim, seed=4, grad=True)) if everything else {})
+
+                options = dict(stable=True, l2=True) if everything else {}
+                yield Case(
+                    f"{NAMES[dtype]}-{dim}-{'everything' if everything else 'bare'}",
+                    make,
+                    partial(layer_norm, **options),
+                    partial(reference.layer_norm, **options),
+                    ("x", "residual", "after") if everything else ("x",),
+                )
+
+
+def step_cases() -> Iterator[Case]:
+    rows, steps = 5, 7
+    for dtype in DTYPES:
+        for dim in (100, 257) if SMALL else (256, 512, 768, 2048, 4096):
+            for everything in (True, False):
+
+                def make(dtype=dtype, dim=dim, everything=everything):
+                    given = {name: random(rows, dim, seed=i) for i, name in enumerate(("x", "x0_prev", "noise"))}
+                    given |= dict(pred=random(rows, dim, seed=3, dtype=dtype), null_pred=None, null_table=None)
+                    given |= dict(table=random(steps, 6, seed=4), cond_scale=random(seed=5), seed=None)
+                    given["index"] = torch.tensor(4, device=DEVICE)
+                    if everything:
+                        given["null_table"] = random(steps, dim, seed=6, dtype=dtype)
+                        given |= dict(noise=None, seed=torch.tensor(12345, device=DEVICE))
+                    return given
+
+                options = dict(clamp="l2", radius=0.7) if everything else {}
+                yield Case(
+                    f"{NAMES[dtype]}-{dim}-{'everything' if everything else 'bare'}",
+                    make,
+                    partial(diffusion_step, **options),
+                    partial(reference.diffusion_step, **options),
+                    ("x", "x0_prev", "pred") if everything else ("x", "noise"),
+                )
+
+
+def linear_cases() -> Iterator[Case]:
+    dim, widths = (96, (48, 96)) if SMALL else (768, (768, 6144))  # split, and not
+    stored = [None, torch.int8, *([torch.float8_e4m3fn] if CAPABILITY >= (8, 9) else [])]
+    for dtype in DTYPES:
+        for kept in stored if dtype == DTYPES[-1] else [None]:
+            for rows in (3, 16, 32, 64):
+                for outputs in widths:
+                    for options in ("bare", "gelu", "swiglu", "stream"):
+                        if options == "stream" and rows > MAX_NORM_ROWS:
+                            continue
+                        yield _linear_case(dtype, kept, rows, outputs, dim, options)
+
+
+def _linear_case(dtype, kept, rows, outputs, dim, options) -> Case:
+    activation = options if options in ("gelu", "swiglu") else None
+    normed = rows <= MAX_NORM_ROWS and options in ("gelu", "swiglu")
+
+    def make() -> dict[str, Tensor]:
+        both = outputs * 2 if options == "gelu" else outputs
+        weight, given = random(both, dim, seed=1, scale=dim**-0.5), {}
+        if kept is not None:
+            scale = weight.abs().amax(dim=1) / (127 if kept == torch.int8 else 448)
+            weight = weight / scale[:, None]
+            weight, given["scale"] = (weight.round() if kept == torch.int8 else weight).to(kept), scale
+        else:
+            weight = weight.to(dtype)
+        # the stream of a model of 16 bits is fp32
+        given |= dict(x=random(rows, dim, dtype=WIDE if options == "stream" else dtype), weight=weight[:outputs])
+        if options == "gelu":
+            given["beside"] = weight[outputs:]
+        if options == "stream" or normed:
+            given["norm_gain"] = random(dim, dtype=dtype, seed=2)
+        if normed:
+            given |= dict(stream=random(rows, dim, seed=3), stream_gain=random(dim, dtype=dtype, seed=4))
+            given["norm_bias"] = random(dim, dtype=dtype, seed=5)
+        if activation:
+            given["bias"] = random(both, dtype=dtype, seed=6)
+            columns = both // 2 if options == "swiglu" else both
+            given["residual"] = random(rows, columns, dtype=dtype, seed=7)
+        return given
+
+    def exact_or_plain(**given):
+        precise = given["x"].dtype == torch.float64
+        return reference.linear(**given, activation=activation, dtype=torch.float64 if precise else dtype)
+
+    name = f"{NAMES[dtype]}{f'-{NAMES[kept]}' if kept else ''}-{rows}x{outputs}-{options}"
+    rows_of = ("x", "residual", "stream")
+    return Case(name, make, partial(linear, activation=activation, dtype=dtype), exact_or_plain, rows_of)
+
+
+def decode_cases() -> Iterator[Case]:
+    heads, suffix = (4, 3) if SMALL else (12, 3)
+    widths = (16, 20) if SMALL else (20, 32, 52, 64, 100, 128)
+    pairs = [(dtype, dtype) for dtype in DTYPES] + [(DTYPES[-1], WIDE), (WIDE, DTYPES[-1])]
+    for dtype, cached in pairs:
+        for dim_head in widths:
+            for prefix in (9, 512) if SMALL else (78, 256, 512):  # whole and split
+                for everything in (True, False):
+                    name = f"{NAMES[dtype]}-over-{NAMES[cached]}-{dim_head}-{prefix}"
+                    yield _decode_case(name, dtype, cached, heads, suffix, dim_head, prefix, everything)
+
+
+def _decode_case(name, dtype, cached, heads, suffix, dim_head, prefix, everything) -> Case:
+    def make():
+        k, v = random(1, suffix, 1, 2 * dim_head, dtype=dtype).chunk(2, dim=-1)
+        prefix_k, prefix_v = random(2, 1, prefix, 1, dim_head, dtype=cached)
+        given = dict(q=random(1, suffix, heads, dim_head, dtype=dtype), k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
+        if everything:
+            angle = random(suffix, dim_head // 2).repeat_interleave(2, dim=-1)
+            given["cos"] = angle.cos()
+            given["sin"] = angle.sin() * torch.tensor([-1.0, 1.0], device=DEVICE).repeat(dim_head // 2)
+            given |= dict(bias=random(suffix, heads, prefix + suffix), mask=random(1, prefix, seed=3))
+        return given
+
+    def call(function, q, k, v, prefix_k, prefix_v, cos=None, sin=None, bias=None, mask=None):
+        rotary = None if cos is None else (cos, sin)
+        options = dict(scale=0.3, cosine=everything, rotary=rotary, bias=bias, mask=mask)
+        return function(q, k, v, prefix_k, prefix_v, **options)
+
+    name += "-everything" if everything else "-bare"
+    return Case(name, make, partial(call, decode_attention), partial(call, reference.decode_attention), ("prefix_k",))
+
+
+def attention_cases(grad: bool) -> Iterator[Case]:
+    """Results alone, or with all gradients."""
+    prepared = ("rotary", "cosine", "null", "keep", "causal")
+    for dtype in DTYPES:
+        for dim_head in (16, 20) if SMALL else (52, 64, 100, 128):
+            for options in (prepared + ("relative", "dropout"), prepared, ()):
+                yield _attention_case(dtype, dim_head, options, grad)
+        yield _attention_case(dtype, 16 if SMALL else 64, (*prepared, "dense", "finite", "dropout"), grad)
+        yield _attention_case(dtype, 16 if SMALL else 64, ("dense",), grad)
+
+
+def _attention_case(dtype, dim_head, options, grad) -> Case:
+    batch, seq, heads = (2, 9, 4) if SMALL else (2, 260, 12)
+    kv_heads = 1 if "null" in options else heads
+    width = min(dim_head, 32) - 4
+
+    def make():
+        given = dict(q=random(batch, seq, heads, dim_head, dtype=dtype, grad=grad, seed=1))
+        for number, name in enumerate("kv", 2):
+            given[name] = random(batch, seq, kv_heads, dim_head, dtype=dtype, grad=grad, seed=number)
+        if "null" in options:
+            given["null_kv"] = random(2, kv_heads, dim_head, dtype=dtype, grad=grad, seed=4)
+        if "relative" in options:
+            given["bias"] = random(32, heads, dtype=dtype, grad=grad, seed=5)
+        if "dense" in options:
+            given["bias"] = random(seq, heads, seq + ("null" in options), dtype=dtype, grad=grad, seed=5)
+        return given
+
+    def call(function, **given):
+        others = dict(scale=5.0 if "cosine" in options else dim_head**-0.5, cosine="cosine" in options)
+        if "relative" in options:
+            others["buckets"] = torch.arange(seq, device=DEVICE).clamp(max=31)
+        if "rotary" in options:
+            angle = random(seq, width // 2, seed=6, scale=3.0).repeat_interleave(2, dim=-1)
+            signs = torch.tensor([-1.0, 1.0], device=DEVICE).repeat(width // 2)
+            others["rotary"] = angle.cos(), angle.sin() * signs
+        if "causal" in options:
+            others |= dict(causal=True, causal_fill=-1e4 if "finite" in options else -math.inf)
+        if "keep" in options:
+            others["mask"] = random(batch, seq, seed=7) > -0.3
+            others["mask"][:, 0] = True
+        if "dropout" in options:
+            others |= dict(dropout=0.3, seed=torch.tensor(2**61 + 12345, device=DEVICE))
+        return function(**given, **others)
+
+    name = f"{NAMES[dtype]}-{dim_head}-{'-'.join(options) or 'bare'}"
+    return Case(name, make, partial(call, attention), partial(call, reference.attention), ("q", "k", "v"))
+
+
+def barrier_cases() -> Iterator[Case]:
+    for mode in MODES:
+        if (SMALL and mode == "dependent launches") or (CAPABILITY < (9, 0) and mode in MODES_FROM_90):
+            continue
+
+        def make():
+            weights = random(PHASES, DIM, DIM, dtype=DTYPES[-1], scale=DIM**-0.5)
+            return dict(x=random(DIM), weights=weights)
+
+        def run(x, weights, mode=mode):
+            out = torch.full((PHASES, DIM), math.nan, device=DEVICE)
+            arrived = torch.zeros((), dtype=torch.int32, device=DEVICE)
+            programs = PROGRAMS if DEVICE == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
+            matvec_chain_fwd(x, weights, out, arrived, programs * 2 if mode == "independent" else programs, mode)
+            return out
+
+        exact = partial(reference.matvec_chain, chained=mode != "independent")
+        yield Case(mode.replace(" ", "-").replace(",", ""), make, run, exact)
+
+
+FAMILIES = {
+    "norm": norm_cases,
+    "step": step_cases,
+    "linear": linear_cases,
+    "decode": decode_cases,
+    "attention_forward": partial(attention_cases, False),
+    "attention_backward": partial(attention_cases, True),
+    "barrier": barrier_cases,
+}

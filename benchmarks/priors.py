@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import dalle2_pytorch
 import torch
 from torch import nn
 
@@ -40,6 +39,13 @@ def shrink() -> None:
     PT_1B.update(num_attention_heads=2, attention_head_dim=32, num_layers=2, embedding_dim=64, num_embeddings=9)
 
 
+def fewer_layers() -> None:
+    """Make all models shallow, but as wide as they are: their steps launch the same kernels, less often."""
+    for sizes in D2.values():
+        sizes.update(depth=2)
+    PT_1B.update(num_layers=2)
+
+
 def as_on_gpu(device: torch.device) -> bool:
     """Whether to do all that is for GPUs; it is tried with `--quick` too."""
     return device.type == "cuda" or quick
@@ -62,9 +68,20 @@ def build(module, device, model: str = "D2-small") -> nn.Module:
 
 
 @functools.cache
+def ours(device, model: str = "D2-small") -> nn.Module:
+    return build(fastprior, device, model)
+
+
+@functools.cache
+def peers(device, model: str = "D2-small") -> nn.Module:
+    import dalle2_pytorch  # ours are measured without it too
+
+    return build(dalle2_pytorch, device, model)
+
+
 def pair(device, model: str = "D2-small"):
     """(ours, the peer's): the same seed makes the same weights."""
-    return build(fastprior, device, model), build(dalle2_pytorch, device, model)
+    return ours(device, model), peers(device, model)
 
 
 def text(prompts: int, device) -> dict:
@@ -86,7 +103,8 @@ def pt_text(prompts: int, tokens: int, device) -> TextEncoding:
 def pt_prior(device, make: type[nn.Module] = PriorTransformer, layers: int | None = None) -> nn.Module:
     """A `PriorTransformer`, ours or diffusers', with the architecture of Kandinsky and Karlo, and random weights."""
     torch.manual_seed(0)
-    prior = make(**PT_1B | (dict(num_layers=layers) if layers and not quick else {}))
+    with torch.device(device):  # a billion weights, drawn where they are to lie
+        prior = make(**PT_1B | (dict(num_layers=layers) if layers and not quick else {}))
     with torch.no_grad():
         for weight in (prior.positional_embedding, prior.prd_embedding, prior.clip_std):
             weight.normal_()

@@ -10,9 +10,10 @@ import pytest
 SCRIPT = """
 import json, re, sys
 sys.path.insert(0, sys.argv[1])
+import dalle2_pytorch
+import fastprior
 import torch
-import priors
-from priors import *
+from priors import build, text
 module, batch, dtype = sys.argv[2], int(sys.argv[3]), sys.argv[4]
 device = torch.device("cpu")
 prior = build({"peer": dalle2_pytorch, "fastprior": fastprior}[module], device)

@@ -14,71 +14,21 @@ import statistics
 import priors
 import pytest
 import torch
-from priors import GOALS, PT_1B, UNCLIP, pt_prior, pt_text
+from priors import GOALS, PT_1B, UNCLIP
+from runs import LAYERS, SCALE, by_pipeline, in_diffusers, pt_steps, stock
 from timing import floor_share
 
 from fastprior.bench import seconds
-from fastprior.kernels import ops
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 from fastprior import PriorPipeline, accelerate_prior  # noqa: E402
 from fastprior.diffusers_schedules import DiffusersSchedule  # noqa: E402
-from fastprior.pipeline_parts import TextEncoding  # noqa: E402
 
-STEPS, SCALE, SEED = priors.steps(25), 4.0, 7
-LAYERS = {"cpu": 4, "cuda": PT_1B["num_layers"]}
+STEPS = pt_steps()
 # floors to clear on the CPU in fp32: the pipeline's loop with our prior, batch -> times as fast as with diffusers'
 CPU_GOALS = {1: 4.0, 8: 12.0}
 GOAL_OF_PIPELINE = 1.1  # PriorPipeline, over that
-
-
-@functools.cache
-def stock(device) -> torch.nn.Module:
-    return pt_prior(device, diffusers.PriorTransformer, LAYERS[device.type])
-
-
-def encoded(prompts: int, tokens: int, device, dtype: torch.dtype) -> TextEncoding:
-    embeds, encodings, mask = pt_text(prompts, tokens, device)
-    return TextEncoding(embeds.to(dtype), encodings.to(dtype), mask)
-
-
-def in_diffusers(
-    prior: torch.nn.Module,
-    prompts: int,
-    tokens: int,
-    device,
-    scale: float = SCALE,
-    dtype=torch.float32,
-    images: int = 1,
-) -> torch.Tensor:
-    """diffusers' pipeline, with ready encodings of the prompts and of the empty text, of the dtype of its state."""
-    scheduler = diffusers.UnCLIPScheduler(**UNCLIP)
-    pipe = diffusers.KandinskyV22PriorPipeline(
-        prior=prior, scheduler=scheduler, image_encoder=None, text_encoder=None, tokenizer=None, image_processor=None
-    )
-    pipe.set_progress_bar_config(disable=True)
-    own, empty = encoded(prompts, tokens, device, dtype), encoded(1, 2, device, dtype)
-    given = [torch.cat((e.expand(prompts, *e.shape[1:]), t)) if scale > 1 else t for e, t in zip(empty, own)]
-    given = [t.repeat_interleave(images, dim=0) for t in given]
-    pipe._encode_prompt = lambda *args: given
-    pipe.get_zero_embed = lambda rows, device: torch.zeros(rows, PT_1B["embedding_dim"], device=device)
-    generator = torch.Generator(device).manual_seed(SEED)
-    options = dict(num_images_per_prompt=images, num_inference_steps=STEPS, guidance_scale=scale)
-    return pipe([""] * prompts, generator=generator, **options).image_embeds
-
-
-def by_pipeline(
-    pipeline: PriorPipeline, prompts: int, tokens: int, device, scale: float = SCALE, backend: str | None = None,
-    images: int = 1,
-) -> torch.Tensor:  # fmt: skip
-    generator = torch.Generator(device).manual_seed(SEED)
-    with ops.using(backend):
-        return pipeline(
-            pt_text(prompts, tokens, device), pt_text(1, 2, device), num_inference_steps=STEPS, guidance_scale=scale,
-            generator=generator, zero_embed=torch.zeros(1, PT_1B["embedding_dim"], device=device),
-            num_images_per_prompt=images,
-        ).image_embeds  # fmt: skip
 
 
 def test_images_of_a_prompt(benchmark, record, device, request):

@@ -5,10 +5,7 @@ times the peer first and us right after, so both see the same machine. At batch 
 evaluations and the rest is multiplied (`peer_evaluations` in the record), unless --full-peer is given.
 """
 
-import contextlib
-import copy
 import functools
-import io
 import statistics
 import time
 
@@ -16,6 +13,7 @@ import priors
 import pytest
 import torch
 from priors import D2, pair, text
+from runs import SEED, compiled_peer, our_run, peer_run
 from timing import floor_bandwidth, floor_share, op_seconds
 
 import fastprior
@@ -24,7 +22,6 @@ from fastprior.kernels import ops
 from fastprior.serving import PriorSampler
 
 STEPS = priors.steps(64)
-SEED = 7
 # floors to clear on 2 CPU cores: (dtype, cond_scale) -> batch -> how many times faster than the peer
 CPU_GOALS = {
     ("float32", 1.0): {1: 3.5, 8: 12, 64: 18},
@@ -39,19 +36,6 @@ def skip_on_cpu(device, wanted: bool = False) -> None:
     """Only D2-small is measured there, steps of 8 bits where they pay, and of the peer compiled a part."""
     if not wanted and not priors.as_on_gpu(device):
         pytest.skip("would take many minutes on the CPU")
-
-
-def peer_run(prior, batch: int, cond_scale: float, device, steps: int) -> torch.Tensor:
-    torch.manual_seed(SEED)
-    shape = batch, prior.image_embed_dim
-    with contextlib.redirect_stderr(io.StringIO()):
-        return prior.p_sample_loop(shape, text_cond=text(batch, device), cond_scale=cond_scale, timesteps=steps)
-
-
-def our_run(prior, batch: int, cond_scale: float, device, steps: int = STEPS) -> torch.Tensor:
-    torch.manual_seed(SEED)
-    kwargs = dict(text_cond=text(batch, device), cond_scale=cond_scale, timesteps=steps, progress=False)
-    return prior.p_sample_loop((batch, prior.image_embed_dim), **kwargs)
 
 
 @functools.cache
@@ -135,21 +119,6 @@ def test_sampling(benchmark, record, device, request, model, provider, cond_scal
     record("sample", "peer eager", theirs, **details | dict(dtype="float32", peer_evaluations=peer_steps - 1))
     record("sample", provider, mine, **details, **figures)
     benchmark.extra_info.update(figures)
-
-
-def compiled_peer(device, model: str, dtype: str):
-    """The peer with a compiled network, in 16 bits with linears in `dtype` under autocast: as it is, it crashes."""
-    peer = copy.deepcopy(pair(device, model)[1])
-    torch._dynamo.reset()
-    peer.net.to(getattr(torch, dtype))
-    forward = torch.compile(peer.net.forward, mode="reduce-overhead")
-
-    def call(*args, **kwargs):
-        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-            return forward(*args, **kwargs).float().clone()  # the next replay writes to the memory of this one
-
-    peer.net.forward = call
-    return peer
 
 
 @pytest.mark.parametrize("cond_scale", [1.0, 3.0])

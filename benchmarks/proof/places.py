@@ -1,0 +1,49 @@
+"""Where the proof runs: on a GPU; on the CPU in Triton's interpreter, tiny; or there at full width, only to compile."""
+
+import contextlib
+from collections.abc import Iterator
+
+import kernel_cache
+import priors
+import torch
+
+from fastprior import graphs, quantise
+
+REAL = torch.cuda.is_available() and not kernel_cache.filling()
+DEVICE = torch.device("cuda" if REAL else "cpu")
+REPLAYS = 200 if REAL else 1
+
+INTERPRETED = not REAL and not kernel_cache.filling()  # takes seconds for each step
+
+if kernel_cache.filling():
+    priors.fewer_layers()
+
+
+def steps(count: int) -> int:
+    return priors.steps(count) if REAL else 2
+
+
+def scales(*all: float) -> tuple[float, ...]:
+    """Of guidance."""
+    return all[-1:] if INTERPRETED else all
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Elsewhere: "graphs" run what they captured, and weights of 8 bits are good whatever they give."""
+    if REAL:
+        yield
+        return
+    plain = graphs.capture, quantise.judge
+    graphs.capture = lambda run, device, pool: (run(), (run, pool, 0))[1]
+    quantise.judge = lambda *args: quantise.Quality(1.0, 1.0)
+    try:
+        yield
+    finally:
+        graphs.capture, quantise.judge = plain
+
+
+def with_graphs(sampler):
+    """A sampler or pipeline that takes graphs, which only CUDA has."""
+    sampler.graphs = True
+    return sampler

@@ -9,6 +9,7 @@ the CPU two configurations of tiny shapes run in Triton's interpreter: that show
 import argparse
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
@@ -24,6 +25,10 @@ from fastprior.kernels import attention, decode, launch, linear, norm, ops, step
 
 SUFFIX = 3
 BATCHES = 1, 8, 64
+HOT = {  # the linears that most of a step's time goes to
+    ("D2-small", "q, k and v"), ("D2-small", "expand"), ("D2-small", "contract"),
+    ("PT-1B", "expand"), ("PT-1B", "contract"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,17 @@ def sweep(case: Case, device: torch.device, only: int | None = None) -> dict:
         samples=samples, config=dict(chosen=asdict(choice), best=asdict(best)), gain=gain, tried=len(times),
         wrong=wrong, refused=refused,
     )  # fmt: skip
+
+
+def try_all(case: Case) -> None:
+    """Run every configuration, and judge none."""
+    given = case.make(0)
+    with ops.using("triton"):
+        with configured(case) as chosen:
+            case.outputs(given)
+        for config in dict.fromkeys(case.grid(chosen[0])):
+            with configured(case, config):
+                case.outputs(given)
 
 
 def _double(t: object) -> object:
@@ -315,15 +331,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--record", metavar="FILE", help="append the results to this file, as JSON lines")
     parser.add_argument("--only", default="", metavar="NAME", help="kernels with this in their name")
+    parser.add_argument("--hot", action="store_true", help="only the linears of `HOT`, at batch 1")
     options = parser.parse_args(arguments)
-    device, on_gpu = torch.device(options.device), options.device == "cuda"
+    filling = "PROOF_FILL" in os.environ  # see benchmarks/proof/kernel_cache.py
+    on_gpu = options.device == "cuda"
+    device = torch.device("cpu" if filling else options.device)
     if not on_gpu:
         priors.shrink()
     dtype = torch.bfloat16 if on_gpu else torch.float16  # the interpreter computes bf16 wrongly
-    models, batches = (list(priors.GOALS), BATCHES) if on_gpu else (["D2-small", "PT-1B"], (1,))
+    models, batches = (list(priors.GOALS), BATCHES) if on_gpu and not options.hot else (["D2-small", "PT-1B"], (1,))
     for batch, model in itertools.product(batches, models):
         for case in cases(model, batch, dtype, device):
-            if options.only not in case.kernel:
+            if options.only not in case.kernel or (options.hot and (model, case.shape.get("layer")) not in HOT):
+                continue
+            if filling:
+                try_all(case)
                 continue
             found = sweep(case, device, only=None if on_gpu else 2)
             samples, configs = found.pop("samples"), found.pop("config")

@@ -138,6 +138,8 @@ def test_pipeline_bfloat16(batch, images):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training(dtype):
     """A step's loss and gradients, in bf16 under autocast, where the reference's own rounding is the measure."""
+    if places.INTERPRETED and dtype == "bfloat16":
+        pytest.skip("the interpreter computes bf16 wrongly")
     prior = priors.ours(DEVICE)
     batch = BATCH if DEVICE.type == "cuda" or kernel_cache.filling() else 2
     draw = torch.Generator().manual_seed(1)

@@ -1,14 +1,14 @@
 """Triton's cache, filled where there is no GPU for a machine that has one, and what of it is found there.
 
 A checkout's kernels are compiled for a capability under the keys of real launches (see `fastprior.kernels.stand_in`).
-The path of the checkout is no part of them; the lines of its kernels are, and Triton's library, which is another one for
-each version of Python.
+The path of the checkout is no part of them; the lines of its kernels are, and Triton's library, which is another one
+for each version of Python.
 """
 
-import argparse
 import contextlib
 import hashlib
 import importlib
+import io
 import json
 import lzma
 import multiprocessing
@@ -102,11 +102,14 @@ _seen: list[bool] = []
 
 
 def _compile(number: int) -> tuple:
+    from triton.runtime.cache import get_cache_manager
+
     _seen.clear()
     start, name, launcher, error = time.perf_counter(), f"job {number}", False, ""
     try:
         compiled = _jobs[number]()
         name = compiled.src.fn.__name__
+        os.utime(get_cache_manager(compiled.hash).cache_dir)  # it is used: see `pack`
         launcher = build_launcher(compiled)
     except Exception as failure:  # reported; the others are compiled all the same
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
@@ -207,10 +210,16 @@ def differences(made: dict) -> list[str]:
     return [f"{name}: here {here.get(name)}, there {value}" for name, value in made.items() if here.get(name) != value]
 
 
-def pack(cache: Path, archive: Path, **facts) -> dict:
-    """Write what is needed of a cache, and a manifest, to a .tar.xz; the manifest is returned."""
-    kernels = sorted(path for path in cache.glob("*/*.cubin"))
+def pack(cache: Path, archive: Path, since: float = 0.0, **facts) -> dict:
+    """Write what is needed of a cache, and a manifest, to a .tar.xz; the manifest is returned.
+
+    Args:
+        since: leave out kernels that were not asked for since that time.
+        facts: of the manifest.
+    """
+    kernels = sorted(path for path in cache.glob("*/*.cubin") if path.parent.stat().st_mtime >= since)
     launchers = sorted(cache.glob("*/*.so"))
+    folders = {path.parent for path in (*kernels, *launchers)}
     manifest = dict(identity=identity(), kernels=len(kernels), launchers=len(launchers), **facts)
     names = Counter(path.stem for path in kernels)
     manifest["by_kernel"] = dict(sorted(names.items()))
@@ -219,7 +228,7 @@ def pack(cache: Path, archive: Path, **facts) -> dict:
     with lzma.open(part, "wb", preset=6) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
         _add(tar, "manifest.json", json.dumps(manifest, indent=1).encode())
         for path in sorted(cache.glob("*/*")):
-            if path.suffix not in KEPT or path.name.startswith("tmp."):
+            if path.suffix not in KEPT or path.parent not in folders:
                 continue
             data = path.read_bytes()
             if path.name.startswith("__grp__"):
@@ -230,8 +239,6 @@ def pack(cache: Path, archive: Path, **facts) -> dict:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    import io
-
     member = tarfile.TarInfo(name)
     member.size = len(data)
     member.mode = 0o755
@@ -267,27 +274,17 @@ def unpack(archive: Path, cache: Path) -> dict:
     return manifest
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=("pack", "unpack"))
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("archive", type=Path)
-    options = parser.parse_args(arguments)
-    if options.action == "pack":
-        manifest = pack(options.cache, options.archive)
-        size = options.archive.stat().st_size / 2**20
-        print(f"{manifest['kernels']} kernels and {manifest['launchers']} launchers: {size:.1f} MiB")
-        return 0
+def main(cache: str, archive: str) -> int:
+    """Unpack, and say whether the kernels fit this machine and checkout."""
     start = time.perf_counter()
-    manifest = unpack(options.archive, options.cache)
-    print(f"prepared: {manifest['kernels']} kernels, {manifest['launchers']} launchers, ", end="")
-    print(f"unpacked in {time.perf_counter() - start:.1f} s")
+    manifest = unpack(Path(archive), Path(cache))
+    seconds = time.perf_counter() - start
+    print(f"prepared: {manifest['kernels']} kernels, {manifest['launchers']} launchers, unpacked in {seconds:.1f} s")
     found = differences(manifest["identity"])
-    names = "\n".join(f"  {line}" for line in found)
-    print(f"of other sources or another compiler, so not all are found here:\n{names}" if found else "all fit")
+    print(*([f"they are not found here: {line}" for line in found] or ["they fit"]), sep="\n")
     return int(bool(found))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

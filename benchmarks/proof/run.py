@@ -247,7 +247,7 @@ def prepare(cache: Path, site: Path, prepared: Path) -> tuple[dict[str, str], bo
         importlib.invalidate_caches()
     archive = prepared / "triton.tar.xz"
     if archive.exists():
-        command = [sys.executable, str(HERE / "kernel_cache.py"), "unpack", str(cache), str(archive)]
+        command = [sys.executable, str(HERE / "kernel_cache.py"), str(cache), str(archive)]
         done = subprocess.run(command, capture_output=True, text=True)
         print(done.stdout.strip() or done.stderr[-500:])
         fits = done.returncode == 0

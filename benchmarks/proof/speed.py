@@ -10,6 +10,7 @@ Several of these run at once; what is timed waits for its turn, so that no two a
 
 import argparse
 import contextlib
+import copy
 import fcntl
 import functools
 import os
@@ -141,7 +142,7 @@ def ours(model: str) -> None:
             if kernel_cache.filling():
                 continue
             with turn():
-                times = [seconds(lambda scale=scale: run(scale), DEVICE) for _ in range(ROUNDS)]
+                times = [seconds(functools.partial(run, scale), DEVICE) for _ in range(ROUNDS)]
                 share = floor_share(times, bytes_read(model), DEVICE)
             judged = places.REAL and batch == 1 and scale == (runs.SCALE if model == "PT-1B" else 1.0)
             goals = dict(p50=priors.GOALS[model]["seconds"]) if judged else None
@@ -166,14 +167,13 @@ def a_step(model: str) -> None:
 
 
 def peer(model: str, batch: int) -> None:
-    goal_of, batch = priors.GOALS[model]["ratios"], batch
-    asked, batch = batch, priors.batch_size(batch)
+    goals_of, batch = {s: by[batch] for s, by in priors.GOALS[model]["ratios"].items()}, priors.batch_size(batch)
     start = time.perf_counter()
     if model == "PT-1B":
         from fastprior import accelerate_prior
 
         theirs = runs.stock(DEVICE).to(DTYPE)
-        run = pt_run(batch, accelerate_prior(_twin(theirs)))
+        run = pt_run(batch, accelerate_prior(copy.deepcopy(theirs)))
         theirs.forward = torch.compile(theirs.forward, mode="reduce-overhead")
         tokens, name = priors.PT_1B["num_embeddings"], "diffusers compiled"
 
@@ -198,22 +198,16 @@ def peer(model: str, batch: int) -> None:
         times, mine = [], []
         with turn():
             for number in range(min(ROUNDS, 4) + 1):
-                once, own = (seconds(lambda f=f: f(scale), DEVICE) for f in (peer_run, run))
+                once, own = (seconds(functools.partial(function, scale), DEVICE) for function in (peer_run, run))
                 if number:  # the first warms up
                     times.append(once)
                     mine.append(own)
         ratio = statistics.median(a / b for a, b in zip(times, mine))
         record("sample", name, times, **case)
-        goals = dict(ratio=goal_of[scale][asked]) if places.REAL else None
+        goals = dict(ratio=goals_of[scale]) if places.REAL else None
         figures = dict(ratio=ratio, goals=goals, compile=False)
         record("ratio to compiled peer", provider(model), [ratio], "x", **case, **figures)
         start = time.perf_counter()
-
-
-def _twin(prior):
-    import copy
-
-    return copy.deepcopy(prior)
 
 
 def drop_in(batch: int) -> None:
@@ -243,8 +237,10 @@ def compiled() -> None:
     record("compile", f"sampler-{NAME}", [time.perf_counter() - start], **case)
     worst = check(run(1.0), exact("D2-small", 1, 1.0))
     with turn():
-        times = {name: [seconds(lambda f=f: f(1.0), DEVICE) for _ in range(ROUNDS)] for name, f in
-                 (("compiled", run), ("plain", plain))}  # fmt: skip
+        times = {
+            name: [seconds(functools.partial(function, 1.0), DEVICE) for _ in range(ROUNDS)]
+            for name, function in (("compiled", run), ("plain", plain))
+        }
         share = floor_share(times["compiled"], bytes_read("D2-small"), DEVICE)
     over = statistics.median(times["plain"]) / statistics.median(times["compiled"])
     print(f"! torch.compile makes a run of D2-small {over:.2f} times as fast as the same graphs without")

@@ -10,7 +10,8 @@ WORKERS = max(2, CORES - 2)
 MODELS = "D2-small", "D2-large", "PT-1B"
 FAMILIES = "attention_backward", "attention_forward", "linear", "decode", "norm", "step", "barrier"
 PATHS = (
-    "sampler_float32", "sampler_bfloat16", "sampler_int8", "drop_in", "pipeline_float32", "pipeline_bfloat16", "training",
+    "sampler_float32", "sampler_bfloat16", "sampler_int8", "drop_in", "pipeline_float32", "pipeline_bfloat16",
+    "training",
 )  # fmt: skip
 PEERS = dict(zip(MODELS, ("dalle2_pytorch", "dalle2_pytorch", "diffusers")))
 COUNTERS = "SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats"
@@ -49,7 +50,7 @@ def stages(device: str = "cuda") -> dict[int, Stage]:
     on_gpu = device == "cuda"
     slow = 1 if on_gpu else 10
     only_gpu = () if on_gpu else ("not:needs a GPU",)
-    pytest_options = ["-q", "-rs", "--device", device, *(() if on_gpu else ("--quick",))]
+    pytest_options = ["-rs", "--device", device, *(() if on_gpu else ("--quick",))]
     few_threads = dict(OMP_NUM_THREADS="2", TORCHINDUCTOR_COMPILE_THREADS="2")
     own = few_threads if on_gpu else few_threads | dict(FASTPRIOR_KERNELS="triton")
 
@@ -110,8 +111,8 @@ def stages(device: str = "cuda") -> dict[int, Stage]:
     quick = () if on_gpu else ("--quick",)
     profiles = [
         item(
-            f"profile of {model}", "benchmarks/profile_step.py", "--device", device, "--out", "{work}", "--model", model,
-            *quick, seconds=60, planned=30,
+            f"profile of {model}", "benchmarks/profile_step.py", "--device", device, "--out", "{work}",
+            "--model", model, *quick, seconds=60, planned=30,
         )
         for model in MODELS
     ]  # fmt: skip

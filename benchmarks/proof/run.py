@@ -107,7 +107,7 @@ class Runner:
     def item(self, item: Item, log: Log, work: Path, end: float) -> Verdict:
         if self.stopped:
             return Verdict(item.name, f"FAILED (not begun: {self.stopped})")
-        if reason := absent(item):
+        if reason := absent(item, self.out):
             log(f"-- {item.name}: skipped: {reason}")
             return Verdict(item.name, f"skipped: {reason}")
         start = time.monotonic()
@@ -182,7 +182,7 @@ def end_group(process: subprocess.Popen, now: bool = False) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def absent(item: Item) -> str:
+def absent(item: Item, out: Path) -> str:
     """What an item needs and this machine does not have, or ""."""
     for need in item.needs:
         kind, _, name = need.partition(":")
@@ -190,9 +190,15 @@ def absent(item: Item) -> str:
             return f"{name} is not installed"
         if kind == "program" and shutil.which(name) is None:
             return f"{name} is not installed"
+        if kind == "record" and f'"{name}"' not in _text(out / "records.jsonl"):
+            return f"no {name} in {out / 'records.jsonl'}"
         if kind == "not":
             return name
     return ""
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def judge(lines: list[str]) -> str:

@@ -25,7 +25,7 @@ class Item:
         command: with {work} for a folder that the archive takes, and {out} for that of the records.
         seconds: after which it is stopped.
         planned: seconds that it should take on 16 cores and an H200, with all kernels in the cache.
-        needs: "module:NAME", "program:NAME", or "not:REASON"; without them it is skipped.
+        needs: "module:NAME", "program:NAME", "record:OPERATION", or "not:REASON"; without them it is skipped.
         fills: whether it launches kernels that can be compiled ahead.
     """
 
@@ -104,7 +104,7 @@ def stages(device: str = "cuda") -> dict[int, Stage]:
             needs=(f"module:{PEERS[model]}",),
         )
         for model in MODELS
-        for batch in (1, 8, 64)
+        for batch in ((1, 8, 64) if on_gpu else (64,))
     ]  # fmt: skip
     two = Stage("speed", 240 * slow, ((*runs, *eager), tuple(compiled)))
 
@@ -143,7 +143,7 @@ def stages(device: str = "cuda") -> dict[int, Stage]:
             ),
             (
                 item("roofline", "benchmarks/roofline.py", "{out}/records.jsonl", "{work}/roofline.png", seconds=20,
-                     planned=5, needs=("module:matplotlib",)),
+                     planned=5, needs=("module:matplotlib", "record:copy bandwidth")),
             ),
         ),
     )  # fmt: skip

@@ -177,7 +177,9 @@ def end_group(process: subprocess.Popen, now: bool = False) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if not now:
             os.killpg(process.pid, signal.SIGINT)
-            threading.Timer(GRACE, end_group, (process, True)).start()
+            later = threading.Timer(GRACE, end_group, (process, True))
+            later.daemon = True  # the stage waits for the process, and nobody for this
+            later.start()
         else:
             os.killpg(process.pid, signal.SIGKILL)
 

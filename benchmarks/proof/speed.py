@@ -211,23 +211,32 @@ def peer(model: str, batch: int) -> None:
 
 
 def drop_in(batch: int) -> None:
-    """In fp32, 64 steps; of the peer's a few, which are all alike."""
-    batch, steps, few = priors.batch_size(batch), places.steps(64), 10 if places.REAL else 3
+    """In fp32, 64 steps, by graphs (as by default from a shape's second run) and eagerly; of the peer's steps a few."""
+    batch, steps, few = priors.batch_size(batch), max(places.steps(64), 5), 10 if places.REAL else 3
     mine, theirs = priors.pair(DEVICE)
+    eager = copy.deepcopy(mine)
+    mine.graphs, eager.graphs = True, False
     for scale in places.scales(1.0, 3.0):
-        got, wanted = runs.our_run(mine, batch, scale, DEVICE, few), runs.peer_run(theirs, batch, scale, DEVICE, few)
+        got, wanted = runs.our_run(eager, batch, scale, DEVICE, few), runs.peer_run(theirs, batch, scale, DEVICE, few)
         error = ((got - wanted).abs().max() / wanted.abs().max()).item()
         assert error <= 1e-3, f"not the peer's result: {error}"
-        own, other = [], []
+        calls = {
+            "drop-in": functools.partial(runs.our_run, mine, batch, scale, DEVICE, steps),
+            "drop-in, eager": functools.partial(runs.our_run, eager, batch, scale, DEVICE, steps),
+        }
+        assert torch.equal(*(call() for call in calls.values())), "graphs give other bits than launches"
+        theirs_s, times = [], {name: [] for name in calls}
         with turn():
             for _ in range(min(ROUNDS, 3)):
-                once = seconds(lambda scale=scale: runs.peer_run(theirs, batch, scale, DEVICE, few), DEVICE)
-                other.append(once * (steps - 1) / (few - 1))
-                own.append(seconds(lambda scale=scale: runs.our_run(mine, batch, scale, DEVICE, steps), DEVICE))
-        ratio = statistics.median(a / b for a, b in zip(other, own))
+                once = seconds(functools.partial(runs.peer_run, theirs, batch, scale, DEVICE, few), DEVICE)
+                theirs_s.append(once * (steps - 1) / (few - 1))
+                for name, call in calls.items():
+                    times[name].append(seconds(call, DEVICE))
         case = details("D2-small", batch, scale, dtype="float32")
-        record("sample", "peer eager", other, **case, peer_evaluations=few - 1)
-        record("sample", "drop-in", own, **case, ratio=ratio, max_error=error)
+        record("sample", "peer eager", theirs_s, **case, peer_evaluations=few - 1)
+        for name, own in times.items():
+            ratio = statistics.median(a / b for a, b in zip(theirs_s, own))
+            record("sample", name, own, **case, ratio=ratio, max_error=error)
 
 
 def compiled() -> None:

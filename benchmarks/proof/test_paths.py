@@ -93,13 +93,19 @@ def test_sampler_int8(batch, samples):
 
 @pytest.mark.parametrize("batch, scale", [(1, 1.0), (8, 1.0), (1, 3.0), (8, 3.0)])
 def test_drop_in(batch, scale):
+    """Launch by launch, and by graphs."""
     prior, batch = priors.ours(DEVICE), priors.batch_size(batch)
-    run = partial(runs.our_run, prior, batch, scale, DEVICE, places.steps(64))
+    run = partial(runs.our_run, prior, batch, scale, DEVICE, max(places.steps(64), 5))  # of fewer there are no graphs
+    prior.graphs = False
     first = run()
-    with ops.using("reference"):
-        judge(first, run(), "float32")
+    prior.graphs = True
+    assert prior.sampling_plan(64, scale, rows=batch).no_graphs == ()
     equal = torch.equal(first, run())
-    assert equal or kernel_cache.filling(), "other bits than before"
+    assert equal or kernel_cache.filling(), "graphs give other bits than launches"
+    replayed(run, first, "by graphs")
+    with ops.using("reference"):
+        prior.graphs = False
+        judge(first, run(), "float32")
 
 
 def pipelined(dtype: str, batch: int, images: int) -> None:

@@ -99,10 +99,10 @@ def test_drop_in(batch, scale):
     prior.graphs = False
     first = run()
     prior.graphs = True
-    assert prior.sampling_plan(64, scale, rows=batch).no_graphs == ()
     equal = torch.equal(first, run())
     assert equal or kernel_cache.filling(), "graphs give other bits than launches"
     replayed(run, first, "by graphs")
+    assert prior.sampling_plan(64, scale, rows=batch).graph_reasons == ()  # no capture failed
     with ops.using("reference"):
         prior.graphs = False
         judge(first, run(), "float32")

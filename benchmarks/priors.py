@@ -10,6 +10,7 @@ from torch import nn
 import fastprior
 from fastprior import buckets
 from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.kernels import ops
 from fastprior.layers import l2norm
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_runs import guided_step
@@ -144,7 +145,7 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
     run = buckets.compiled(denoise_step) if compile else denoise_step
     scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
     given = net, cond, null_preds, rows, scale, x, x0, noise, index, plan.clamp, plan.radius
-    return torch.no_grad()(lambda: run(*given)), 1, step_weights(net), plan.suffix_tokens
+    return _as_in_runs(run, given), 1, step_weights(net), plan.suffix_tokens
 
 
 def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], Any], int, int, int]:
@@ -160,4 +161,16 @@ def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], An
     scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
     rows = table.rows.to(device, torch.float32)
     given = prior, cond, rows, scale, x, x0, noise, index, 0, schedule.clamp, schedule.radius, table.uses_prediction
-    return torch.no_grad()(lambda: run(*given)), 1, step_weights(prior), 3
+    return _as_in_runs(run, given), 1, step_weights(prior), 3
+
+
+def _as_in_runs(step: Callable, given: tuple) -> Callable[[], Any]:
+    """A step whose kernels share a workspace, which is cleared once and not for each of them."""
+    workspace = ops.Workspace()
+
+    @torch.no_grad()
+    def run():
+        with ops.sharing(workspace):
+            return step(*given)
+
+    return run

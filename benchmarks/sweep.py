@@ -101,7 +101,7 @@ def sweep(case: Case, device: torch.device, only: int | None = None) -> dict:
     with ops.using("reference"):
         plain = case.outputs(given)
         exact = case.outputs({name: _double(t) for name, t in given.items()})
-    with ops.using("triton"):
+    with ops.using("triton"), ops.sharing():
         with configured(case) as chosen:
             case.outputs(given)
         choice = chosen[0]

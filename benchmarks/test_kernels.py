@@ -28,7 +28,7 @@ def kernels(device):
         pytest.skip("needs a CUDA device (or TRITON_INTERPRET=1, to try the benchmark itself)")
     torch._dynamo.reset()
     del triton
-    with ops.using("triton"):
+    with ops.using("triton"), ops.sharing():
         yield
 
 

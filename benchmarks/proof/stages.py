@@ -116,7 +116,7 @@ def stages(device: str = "cuda") -> dict[int, Stage]:
         )
         for model in MODELS
     ]  # fmt: skip
-    ncu = "ncu", "--clock-control", "none", "--force-overwrite", "--export", "{work}/counters"
+    ncu = "ncu", "--clock-control", "none", "--profile-from-start", "off"
     ncu += tuple(word for name in COUNTERS for word in ("--section", name))
     counters = Item(
         "counters of a step", (*ncu, sys.executable, "-u", "benchmarks/proof/one_launch.py", "step"), 75, 45,

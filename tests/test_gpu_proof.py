@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 PROOF = BENCHMARKS / "proof"
+PATHS = str(ROOT), str(ROOT / "tests"), str(BENCHMARKS), str(PROOF)
 sys.path += [str(BENCHMARKS), str(PROOF)]
 pytest.importorskip("dalle2_pytorch", reason="the peer is in the test extra")
 pytest.importorskip("matplotlib", reason="is in the test extra")
@@ -215,6 +216,15 @@ def test_a_stage_that_there_is_not():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_nothing_passes_for_a_proof():
+    done = script("1", DEVICE="cuda")
+    assert done.returncode == 2 and "PyTorch sees no GPU; DEVICE=cpu tries all without one" in done.stderr
+    done = compiling("-c", "import sys; sys.path[:0] = sys.argv[1:]; import places", *PATHS, PROOF_DEVICE="cuda")
+    assert "the GPU is gone" in done.stderr
+
+
+@pytest.mark.slow
 @interpreted
 def test_items_run_for_real(runner, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # where it is set, pytest-benchmark measures nothing
@@ -238,7 +248,7 @@ def test_items_run_for_real(runner, tmp_path, monkeypatch):
 
 REACHED = """
 import os, sys
-sys.path[:0] = [{root!r}, {tests!r}, {proof!r}, {benchmarks!r}]
+sys.path[:0] = sys.argv[1:]
 os.environ["PROOF_FILL"] = "90 1"
 import torch
 import kernel_cases
@@ -259,8 +269,8 @@ with launch.recording() as recorded, torch.no_grad():
                 leaves = [t for t in given.values() if t is not None and t.requires_grad]
                 if torch.is_grad_enabled():
                     torch.autograd.grad(out, leaves, torch.zeros_like(out), allow_unused=True)
-wanted = {{configuration(variant) for variant in resources.variants(90)}}
-for missing in sorted(wanted - {{configuration(variant) for variant in recorded}}, key=str):
+wanted = {configuration(variant) for variant in resources.variants(90)}
+for missing in sorted(wanted - {configuration(variant) for variant in recorded}, key=str):
     print(missing)
 """
 
@@ -274,8 +284,7 @@ def compiling(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_the_cases_of_the_proof_reach_every_configuration():
-    paths = dict(root=str(ROOT), tests=str(ROOT / "tests"), proof=str(PROOF), benchmarks=str(BENCHMARKS))
-    done = compiling("-c", REACHED.format(**paths))
+    done = compiling("-c", REACHED, *PATHS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == ""
 

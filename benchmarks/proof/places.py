@@ -1,6 +1,7 @@
 """Where the proof runs: on a GPU; on the CPU in Triton's interpreter, tiny; or there at full width, only to compile."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import kernel_cache
@@ -14,6 +15,9 @@ DEVICE = torch.device("cuda" if REAL else "cpu")
 REPLAYS = 200 if REAL else 0
 
 INTERPRETED = not REAL and not kernel_cache.filling()  # takes seconds for each step
+
+if INTERPRETED and os.environ.get("PROOF_DEVICE") == "cuda":
+    raise RuntimeError("the GPU is gone: nothing that runs on the CPU proves anything of it")
 
 if kernel_cache.filling():
     priors.fewer_layers()

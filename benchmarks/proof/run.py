@@ -262,6 +262,13 @@ def prepare(cache: Path, site: Path, prepared: Path) -> tuple[dict[str, str], bo
     return found, fits
 
 
+def capability() -> str:
+    """Of the GPU at hand, such as "90" for 9.0; "" without one."""
+    ask = "import torch; print('%d%d' % torch.cuda.get_device_capability() if torch.cuda.is_available() else '')"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_proof.sh", description="Prove all that claims a GPU on one.")
     parser.add_argument("stages", nargs="*", type=int, metavar="STAGE", help="1, 2, 3; all by default")
@@ -275,18 +282,23 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plan:
         print(stages.plan(known))
         return 0
+    found = capability() if device == "cuda" else ""
+    if device == "cuda" and not found:
+        print("PyTorch sees no GPU; DEVICE=cpu tries all without one", file=sys.stderr)
+        return 2
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(os.environ.get("OUT") or ROOT / "gpu-proof" / stamp).resolve()
     out.mkdir(parents=True, exist_ok=True)
     print(f"logs, archives and records: {out}", flush=True)
     folder = Path(os.environ.get("PROOF_FOLDER") or Path(tempfile.gettempdir()) / f"fastprior-proof-{os.getuid()}")
-    environment = dict(os.environ) | dict(PYTHONUNBUFFERED="1", TRITON_CACHE_DIR=str(folder / "triton"))
+    environment = dict(os.environ) | dict(PYTHONUNBUFFERED="1", PROOF_DEVICE=device)
+    environment["TRITON_CACHE_DIR"] = str(folder / "triton")
     fits = device == "cpu"
     if device == "cpu":
         environment |= dict(TRITON_INTERPRET="1")
     else:
-        found, fits = prepare(folder / "triton", folder / "site", ROOT / ".gpu")
-        environment |= found
+        variables, fits = prepare(folder / "triton", folder / "site", ROOT / ".gpu")
+        environment |= variables
     sys.stdout.flush()
     runner = Runner(out, float(os.environ.get("PATIENCE", 1)), environment)
 
@@ -298,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, interrupted)
     verdicts = []
     if not fits:
-        verdicts += runner.stage(0, stages.compilation(known, numbers))
+        verdicts += runner.stage(0, stages.compilation(known, numbers, found))
     for number in numbers:
         verdicts += runner.stage(number, known[number])
     records = out / "records.jsonl"

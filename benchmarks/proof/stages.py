@@ -157,18 +157,12 @@ def filling(known: dict[int, Stage], numbers: list[int]) -> Iterator[Item]:
             yield from (item for item in group if item.fills)
 
 
-def compilation(known: dict[int, Stage], numbers: list[int]) -> Stage:
-    """Compile what is not in the cache for the GPU at hand: one process for each core, as nothing is launched."""
-    import subprocess
-
-    ask = "import torch; print('%d%d' % torch.cuda.get_device_capability())"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
-    found = done.stdout.strip() or "90"
-    workers = str(max(2, CORES // 4))
+def compilation(known: dict[int, Stage], numbers: list[int], capability: str) -> Stage:
+    """Compile what is not in the cache for the GPU at hand, and launch nothing: so all cores may be busy."""
     items = [
         replace(
             item, name=f"compile for {item.name}", seconds=600, planned=120,
-            environment=item.environment | dict(PROOF_FILL=f"{found} {workers}"),
+            environment=item.environment | dict(PROOF_FILL=f"{capability} {max(2, CORES // 4)}"),
         )
         for item in filling(known, numbers)
     ]  # fmt: skip

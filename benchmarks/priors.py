@@ -1,5 +1,6 @@
 """The priors that are measured, ours and the peers' with the same weights; their runs, and single steps of them."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -130,7 +131,7 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
     """
     if model == "PT-1B":
         return _pt_step(dtype, device, compile)
-    prior = build(fastprior, device, model)
+    prior = copy.deepcopy(ours(device, model))
     plan = prior.sampling_plan(64, 1.0)
     net = prior.net.to(dtype)
     with torch.no_grad():

@@ -12,8 +12,6 @@ from fastprior import graphs, quantise
 
 REAL = torch.cuda.is_available() and not kernel_cache.filling()
 DEVICE = torch.device("cuda" if REAL else "cpu")
-REPLAYS = 200 if REAL else 0
-
 INTERPRETED = not REAL and not kernel_cache.filling()  # takes seconds for each step
 
 if INTERPRETED and os.environ.get("PROOF_DEVICE") == "cuda":

@@ -73,7 +73,7 @@ def stages(device: str = "cuda") -> dict[int, Stage]:
     )
     families = [
         tests(f"kernels {name}", f"proof/test_kernels.py::test_{name}", seconds=75, planned=planned, fills=True)
-        for name, planned in zip(FAMILIES, (30, 20, 35, 30, 20, 12, 12))
+        for name, planned in zip(FAMILIES, (30, 20, 35, 30, 20, 15, 25))
     ]
     paths = [
         tests(
@@ -90,8 +90,8 @@ def stages(device: str = "cuda") -> dict[int, Stage]:
     one = Stage("results", 120 * slow, (first, (*families, *paths, race)))
 
     runs = [
-        speed(f"runs of {model}", "ours", model, seconds=80, planned=planned, fills=True)
-        for model, planned in zip(MODELS, (30, 40, 60))
+        speed(f"runs of {model}", "ours", model, seconds=70, planned=planned, fills=True)
+        for model, planned in zip(MODELS, (30, 45, 50))
     ]
     needs = "module:dalle2_pytorch"
     eager = [
@@ -100,7 +100,7 @@ def stages(device: str = "cuda") -> dict[int, Stage]:
     ]
     compiled = [
         speed(
-            f"compiled peer, {model}, batch {batch}", "peer", model, str(batch), seconds=140, planned=100,
+            f"compiled peer, {model}, batch {batch}", "peer", model, str(batch), seconds=170, planned=150,
             needs=(f"module:{PEERS[model]}",),
         )
         for model in MODELS

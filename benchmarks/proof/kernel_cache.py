@@ -5,7 +5,9 @@ The path of the checkout is no part of them; the lines of its kernels are, and T
 for each version of Python.
 """
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -14,6 +16,8 @@ import lzma
 import multiprocessing
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -75,6 +79,8 @@ def _compile_all(jobs: list, workers: int) -> dict:
     found = dict(compiled=[], hits=0, launchers=0, failed=[])
     if not jobs:
         return found
+    if _launchers():
+        _stub()  # once, for all workers
     _jobs[:] = jobs
     context = multiprocessing.get_context("fork")  # the jobs are handed over by memory
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _begin) as pool:
@@ -118,12 +124,11 @@ def _compile(number: int) -> tuple:
 
 def build_launcher(compiled) -> bool:
     """Compile the C that launches a kernel, without loading it, which takes a driver; False where that is not known."""
-    import triton
+    if not _launchers():
+        return False
     from triton.backends.nvidia import driver
     from triton.runtime import build
 
-    if not triton.__version__.startswith("3.6."):  # these are insides
-        return False
     folder = _stub()
     loaded, found = build._load_module_from_path, driver.library_dirs
     build._load_module_from_path = lambda name, path: _Loaded()
@@ -136,6 +141,13 @@ def build_launcher(compiled) -> bool:
     return True
 
 
+def _launchers() -> bool:
+    """Whether this Triton's are known: they are insides."""
+    import triton
+
+    return triton.__version__.startswith("3.6.") and shutil.which(os.environ.get("CC", "gcc")) is not None
+
+
 class _Loaded:
     """A module that was not loaded: it has every name."""
 
@@ -143,16 +155,21 @@ class _Loaded:
         return None
 
 
+@functools.cache
 def _stub() -> str:
-    """A folder with a libcuda.so.1 to link with; the real one is found where the program runs."""
-    folder = Path(tempfile.gettempdir()) / f"fastprior-libcuda-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / "libcuda.so.1"
-    if not library.exists():
-        part = folder / f"part-{os.getpid()}"
-        command = [os.environ.get("CC", "gcc"), "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", os.devnull]
-        subprocess.run([*command, "-o", str(part)], check=True)
-        part.replace(library)
+    """A folder with a libcuda.so.1 to link with; the real one is found where the program runs.
+
+    It has the names that Triton's C calls: linkers leave out a library of which nothing is needed.
+    """
+    from triton.backends.nvidia import driver
+
+    sources = Path(driver.__file__), Path(driver.dirname) / "driver.c"
+    names = sorted(set(re.findall(r"\bcu[A-Z]\w+", "".join(path.read_text() for path in sources))))
+    folder = Path(tempfile.mkdtemp(prefix="libcuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source = "".join(f"void {name}(void) {{}}\n" for name in names)
+    command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-"]
+    subprocess.run([*command, "-o", str(folder / "libcuda.so.1")], input=source, text=True, check=True)
     return str(folder)
 
 
@@ -193,7 +210,7 @@ def identity() -> dict[str, str]:
     backend = make_backend(GPUTarget("cuda", 90, 32))
     found = {
         "triton": f"{triton.__version__} {digest(triton_key())}",
-        "ptxas": backend.hash(),
+        "ptxas": digest(backend.hash()),
         "python": ".".join(platform.python_version_tuple()[:2]),
         "environment": digest(str(sorted(get_cache_invalidating_env_vars().items()))),
     }

@@ -290,7 +290,7 @@ def test_the_cases_of_the_proof_reach_every_configuration():
 
 
 SHALLOW = """
-import os, sys
+import contextlib, os, sys
 sys.path[:0] = sys.argv[1:]
 os.environ |= dict(PROOF_FILL="90 1", FASTPRIOR_KERNELS="triton")
 import priors
@@ -299,10 +299,10 @@ import places, speed, torch
 from fastprior.kernels import launch
 
 found = []
-for number in (priors.D2_SMALL["depth"], depth):
+for number, steps in (priors.D2_SMALL["depth"], places.few_steps), (depth, contextlib.nullcontext):
     priors.D2["D2-small"]["depth"] = number
     priors.ours.cache_clear()
-    with launch.recording() as recorded, places.as_on_gpu(), torch.no_grad():
+    with launch.recording() as recorded, places.as_on_gpu(), steps(), torch.no_grad():
         run = speed.d2_run("D2-small", 8)
         for scale in speed.SCALES["D2-small"]:
             run(scale)
@@ -312,7 +312,7 @@ assert depth == 12 and found[0] == found[1], found[0] ^ found[1]
 
 
 @pytest.mark.slow
-def test_the_shallow_models_that_are_compiled_launch_the_kernels_of_the_deep_ones():
+def test_the_shallow_models_and_few_steps_that_are_compiled_launch_the_kernels_of_all():
     done = compiling("-c", SHALLOW, *PATHS)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -1,6 +1,7 @@
 """Where the proof runs: on a GPU; on the CPU in Triton's interpreter, tiny; or there at full width, only to compile."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import kernel_cache
 import priors
 import torch
 
-from fastprior import graphs, quantise
+from fastprior import graphs, quantise, sampler
 
 REAL = torch.cuda.is_available() and not kernel_cache.filling()
 DEVICE = torch.device("cuda" if REAL else "cpu")
@@ -32,6 +33,18 @@ def scales(*all: float) -> tuple[float, ...]:
 
 
 @contextlib.contextmanager
+def few_steps() -> Iterator[None]:
+    """Where launches are only compiled, runs end after two steps, whose kernels are those of all."""
+    plain = sampler.tqdm
+    if kernel_cache.filling():
+        sampler.tqdm = lambda steps, **_: itertools.islice(steps, 2)
+    try:
+        yield
+    finally:
+        sampler.tqdm = plain
+
+
+@contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Elsewhere: "graphs" run what they captured, and weights of 8 bits are good whatever they give."""
     if REAL:
@@ -46,7 +59,7 @@ def as_on_gpu() -> Iterator[None]:
         graphs.capture, quantise.judge = plain
 
 
-def with_graphs(sampler):
+def with_graphs(built):
     """A sampler or pipeline that takes graphs, which only CUDA has."""
-    sampler.graphs = True
-    return sampler
+    built.graphs = True
+    return built

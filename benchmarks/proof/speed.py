@@ -267,7 +267,7 @@ def main() -> None:
         torch.compile = functools.partial(torch.compile, backend="eager")
     functions = {"ours": ours, "peer": peer, "drop-in": drop_in, "compiled": compiled}
     arguments = [int(word) if word.isdecimal() else word for word in options.arguments]
-    with places.as_on_gpu():
+    with places.as_on_gpu(), places.few_steps():
         functions[options.what](*arguments)
 
 

@@ -29,7 +29,7 @@ LEAST = {"float32": 1 - 1e-5, "float16": 0.999, "bfloat16": 0.999, "int8": 0.998
 
 @pytest.fixture(autouse=True)
 def here():
-    with places.as_on_gpu(), torch.no_grad():
+    with places.as_on_gpu(), places.few_steps(), torch.no_grad():
         yield
 
 

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 START, END = "<!-- speed table: made by benchmarks/report.py -->", "<!-- end of speed table -->"
 PROVIDERS = {
-    "drop-in": "drop-in, eager fp32",
+    "drop-in": "drop-in, fp32",
     "sampler-float32": "`PriorSampler`, fp32",
     "sampler-bfloat16": "`PriorSampler`, bf16",
     "sampler-int8": "`PriorSampler`, bf16 with int8 steps",

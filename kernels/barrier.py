@@ -234,7 +234,7 @@ def matvec_chain_fwd(x: Tensor, weights: Tensor, out: Tensor, arrived: Tensor, p
         check_dtype(name, tensor, (dtype,))
     config = matvec_chain_config(dim, programs, weights.itemsize, mode)
     barrier, dependent = mode.startswith("barrier"), mode == "dependent launches"
-    if barrier and x.device.type == "cpu" and config.programs > 1:
+    if barrier and launch.interpreted() and x.device.type == "cpu" and config.programs > 1:
         raise ValueError(f"programs={config.programs}; a barrier takes one in the interpreter, which runs them in turn")
     constants = dict(
         BLOCK_ROWS=config.block_rows,

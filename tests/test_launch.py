@@ -153,6 +153,27 @@ def test_linears_of_a_step_fetch_their_weights_by_16_bytes_ahead():
         assert single <= 2  # of the gain
 
 
+CHAIN = """
+import json
+import torch
+from fastprior.kernels.barrier import matvec_chain_fwd
+from fastprior.kernels.stand_in import standing_in
+
+found = []
+x, out, arrived = torch.zeros(64), torch.zeros(2, 64), torch.zeros((), dtype=torch.int32)
+with standing_in(90, lambda kernel, compiled: found.append(compiled.metadata)):
+    for mode in ("barrier", "dependent launches"):
+        matvec_chain_fwd(x, torch.zeros(2, 64, 64), out, arrived, 16, mode)
+print(json.dumps([[one.launch_cooperative_grid, one.launch_pdl] for one in found]))
+"""
+
+
+@pytest.mark.slow
+def test_kinds_of_launches_are_compiled_as_such():
+    """On CPU tensors too: only the interpreter has one program at a time."""
+    assert run(CHAIN) == [[True, False], [False, False], [False, True]]
+
+
 @pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")
 def test_an_interpreting_process_cannot_stand_in():
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"), stand_in.standing_in():

@@ -132,7 +132,7 @@ def t(*shape, dtype=torch.bfloat16):
 found = []
 def note(kernel, compiled):
     ptx = compiled.asm["ptx"]
-    copies = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global .*0x10", ptx))
+    copies = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global\\S* .*0x10", ptx))
     found.append((compiled.metadata.shared, copies, len(re.findall(r"ld\\.global\\S*\\.b16", ptx))))
 
 stream, gain, wide = t(3, 768, dtype=torch.float32), t(768), t(3072)

@@ -74,14 +74,15 @@ ENDS = [
     (item("bad", "print('E   of before')\nraise ValueError('no luck')"), "FAILED (1)", "E   of before"),
     (item("raises", "raise ValueError('no luck')"), "FAILED (1)", "ValueError: no luck"),
     (item("aborts", "print('last words')\nimport os\nos.abort()"), "FAILED (-6)", "last words"),
-    (item("overruns", "import time\ntime.sleep(60)", seconds=1), "FAILED (stopped after 1 s)", "KeyboardInterrupt"),
+    # with time to begin, also where all cores are busy
+    (item("overruns", "import time\ntime.sleep(90)", seconds=6), "FAILED (stopped after 6 s)", "KeyboardInterrupt"),
     (
         item(
             "ignores",
             "import signal, time\nsignal.signal(2, lambda *_: print('not I'))\nwhile True: time.sleep(1)",
-            seconds=1,
+            seconds=6,
         ),
-        "FAILED (stopped after 1 s)",
+        "FAILED (stopped after 6 s)",
         "not I",
     ),
     (item("needs a package", needs=("module:no_such_package",)), "skipped: no_such_package is not installed", ""),
@@ -157,7 +158,7 @@ sys.path[:0] = [{proof!r}]
 import run, stages
 def item(name, program): return stages.Item(name, (sys.executable, "-u", "-c", program), 60, 1)
 first = item("first", "print('done')")
-long = item("long", "import time; print('begun'); open({begun!r}, 'w').close(); time.sleep(60)")
+long = item("long", "import time; print('begun'); time.sleep(60)")
 stages.stages = lambda device: {{
     1: stages.Stage("one", 60, ((first,),)), 2: stages.Stage("two", 60, ((long,), (item("never", ""),)))
 }}
@@ -167,16 +168,16 @@ sys.exit(run.main([]))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_what_stops_the_proof_takes_no_result_along(tmp_path, number):
-    begun, out = tmp_path / "begun", tmp_path / "out"
+    out, log = tmp_path / "out", tmp_path / "out" / "stage2.log"
     environment = os.environ | dict(OUT=str(out), DEVICE="cpu", PROOF_FOLDER=str(tmp_path / "kept"))
-    driver = DRIVER.format(proof=str(PROOF), begun=str(begun))
+    driver = DRIVER.format(proof=str(PROOF))
     process = subprocess.Popen([sys.executable, "-c", driver], env=environment, stdout=subprocess.PIPE, text=True)
-    while not begun.exists():
+    while process.poll() is None and not (log.exists() and "long| begun" in log.read_text()):
         time.sleep(0.02)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=30)
     assert "done" in archived(out / "stage1.tar.gz")["stage1/log"]
-    assert "long| begun" in (out / "stage2.log").read_text()
+    assert "long| begun" in log.read_text()
     if number == signal.SIGKILL:
         assert not (out / "stage2.tar.gz").exists()
         return

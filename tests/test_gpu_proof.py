@@ -57,7 +57,10 @@ def item(name: str, program: str = "", seconds: float = 30, **options) -> stages
 def runner(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "GRACE", 1)
     monkeypatch.setattr(stages, "WORKERS", 4)
-    return run.Runner(tmp_path, 1.0, dict(os.environ))
+    # what a shell began in the background ignores it, and so would items; the proof itself handles it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield run.Runner(tmp_path, 1.0, dict(os.environ))
+    signal.signal(signal.SIGINT, before)
 
 
 def stage(*groups: tuple[stages.Item, ...], seconds: float = 60) -> stages.Stage:

@@ -5,10 +5,7 @@ by the counter, and by the instructions that a device would be given.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +28,7 @@ from fastprior.kernels.barrier import (
 
 from fastprior.kernels import launch, reference
 from helpers.kernel_checks import DEVICE, DTYPES, check, guarded, random
+from helpers.processes import compiling
 
 NEEDS_DEVICE = pytest.mark.skipif(DEVICE == "cpu", reason="needs a device")
 NEEDS_90 = pytest.mark.skipif(
@@ -154,8 +152,7 @@ LAUNCH_NEXT, AFTER_LAST = r"griddepcontrol\.launch_dependents", r"griddepcontrol
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    done = compiling("-c", COMPILE)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -3,9 +3,6 @@
 import ast
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastprior.kernels import launch, norm, stand_in
+from helpers.processes import compiling
 
 
 class Kernel:
@@ -73,8 +71,7 @@ def test_every_launch_goes_through_the_one_that_sees_to_it():
 
 def run(script: str, *arguments: str) -> list:
     """What a script prints, in a process where kernels are compiled: not in the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment)
+    done = compiling("-c", script, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -4,27 +4,20 @@ import functools
 import json
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from fastprior.kernels.cases import meta
 
 from fastprior.kernels import attention, barrier, compilations, decode, launch, linear, norm, resources, step
+from helpers.processes import compiling
 
 RECORDS = sorted(resources.RECORDS.glob("*.jsonl"))
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    """Python, where kernels are compiled: not in the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-
-
 @pytest.fixture(scope="module")
-def checked() -> subprocess.CompletedProcess:
-    return run("-m", "fastprior.kernels.resources")
+def checked():
+    return compiling("-m", "fastprior.kernels.resources")
 
 
 @pytest.mark.slow
@@ -128,7 +121,7 @@ with launch.recording() as recorded:
 lines = resources.check([(variant, 90) for variant in recorded], judged=True)
 print(json.dumps([line["problem"] for line in lines]))
 """)
-    done = run(str(tmp_path / "bad.py"))
+    done = compiling(str(tmp_path / "bad.py"))
     spills, misses = json.loads(done.stdout or done.stderr)
     assert spills.startswith("spills registers: ")
     assert misses == "has a dot product and does not use the tensor cores"
@@ -213,7 +206,7 @@ print(json.dumps([keys, origins, found]))
 @pytest.mark.slow
 def test_what_did_not_change_is_not_compiled_again(tmp_path):
     (tmp_path / "source.py").write_text(KERNEL)
-    done = run("-c", CHECK, str(tmp_path))
+    done = compiling("-c", CHECK, str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     keys, origins, found = json.loads(done.stdout)
     plain = keys.pop("plain")

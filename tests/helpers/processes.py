@@ -73,6 +73,13 @@ def run_ranks(world, function, arguments, folder, fsdp=False, zero=None, timeout
     assert not hung and all(process.exitcode == 0 for process in processes), failed or "a process hangs"
 
 
+def compiling(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python, where kernels are compiled: not in Triton's interpreter."""
+    own = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PROOF_FILL")}
+    command = sys.executable, *command
+    return subprocess.run(command, capture_output=True, text=True, env=own | environment)
+
+
 def run_python(*args, cwd=None) -> str:
     """What a fresh interpreter prints; it must end well."""
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120)

@@ -5,9 +5,10 @@
 #   2  speed: whole runs in bf16 beside their goals, and beside the peers, eager and compiled (4 minutes)
 #   3  why: profiles, the grid barrier, other configurations of linears, hardware counters, training (5 minutes)
 #
-# All by default; --plan lists the items and their times. Times are those of an H200 and 16 cores; PATIENCE=5 gives five
-# times as many seconds. Needs PyTorch, Triton, pytest and pytest-benchmark, and no network; where dalle2-pytorch,
-# diffusers, compute-sanitizer or ncu is not there, what needs it is skipped, and said so. Changes no setting of the card.
+# All by default; --plan lists the items and their times. These are planned for an H200 and 16 cores, and were not measured
+# yet; PATIENCE=5 gives five times as many seconds. Needs PyTorch, Triton, pytest and pytest-benchmark, and no network;
+# where dalle2-pytorch, diffusers, compute-sanitizer or ncu is not there, what needs it is skipped, and said so. Changes no
+# setting of the card.
 #
 # Logs, archives and records go to the folder OUT, by default a new one under gpu-proof/. A stage's log is written as it
 # runs, its archive when it ends, also when it is stopped. records.jsonl holds lines as benchmarks/records/ does.

@@ -65,8 +65,10 @@ def launch(
         **constants: the constexprs, by name.
     """
     options = dict(num_warps=num_warps, num_stages=num_stages)
-    options |= {} if not cooperative else dict(launch_cooperative_grid=True)
-    options |= {} if not dependent else dict(launch_pdl=True)
+    if cooperative:
+        options["launch_cooperative_grid"] = True
+    if dependent:
+        options["launch_pdl"] = True
     if (other := getattr(_local, "instead", None)) is not None:
         other(kernel, grid, args, options, constants)
         return

@@ -45,7 +45,7 @@ DEFAULT_RECORD = RECORDS / f"triton-{VERSION}.jsonl"
 IDENTITY = "kernel", "arch", "pointers", "constants", "num_warps", "num_stages"
 SAMPLED = 25  # one of so many lines of a record is compiled each day
 OWN_ACCORD = 32  # bytes that the assembler keeps on the stack to use fewer registers than it may: all kernels may
-WIDE = "a smaller tile would cost more than 8 bytes, which a loop of all columns or rows reads once a turn"
+WIDE = "8 bytes in a loop over all columns or rows; no smaller tile was tried"
 UNALIGNED = "heads of 65 to 127 features that are no multiple of 16: every element takes an address of its own"
 
 

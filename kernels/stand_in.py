@@ -1,8 +1,8 @@
 """A driver of a GPU that is not there: launches on CPU tensors compile, under the keys of that GPU, and run nothing.
 
 What a launch compiles depends on its arguments: which of them are 1, which are multiples of 16, which are None. Under
-the driver of a real GPU and under this one that is the same, and so are the keys of Triton's cache: what is compiled
-here is found there, by the same version of Triton.
+the driver of a real GPU and under this one that is the same, and so are the keys of Triton's cache, where the build of
+Triton, another for each version of Python, and the lines of the kernels are.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["fastprior", "fastprior.kernels"],
+    packages=["fastprior", "fastprior.kernels", "fastprior.kernels.cpu", "fastprior.kernels.gpu"],
     package_dir={"fastprior": "fastprior", "fastprior.kernels": "kernels"},
-    package_data={"fastprior": ["kernels/__init__.py"], "fastprior.kernels": ["cpu.c", "cpu_team.h"]},
+    package_data={"fastprior": ["kernels/__init__.py"], "fastprior.kernels.cpu": ["c/*.c", "c/*.h"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

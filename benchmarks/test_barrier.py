@@ -20,7 +20,7 @@ PHASES, DIM = 36, 1664
 
 def test_barrier(benchmark, record, device):
     pytest.importorskip("triton")
-    from fastprior.kernels import barrier, launch
+    from fastprior.kernels.gpu import barrier, launch
 
     if device.type == "cpu" and not launch.interpreted():
         pytest.skip("needs a CUDA device (or TRITON_INTERPRET=1, to try the benchmark itself)")

@@ -22,7 +22,7 @@ DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float16}
 def kernels(device):
     """Triton kernels, on a GPU or interpreted."""
     triton = pytest.importorskip("triton")
-    from fastprior.kernels import launch
+    from fastprior.kernels.gpu import launch
 
     if device.type == "cpu" and not launch.interpreted():
         pytest.skip("needs a CUDA device (or TRITON_INTERPRET=1, to try the benchmark itself)")

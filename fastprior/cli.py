@@ -63,7 +63,10 @@ def _fast_paths() -> list[tuple[str, str]]:
     import torch
 
     from fastprior import DiffusionPrior, DiffusionPriorNetwork
-    from fastprior.kernels import cpu_blocks, cpu_library, cpu_threads, ops
+    from fastprior.kernels import ops
+    from fastprior.kernels.cpu import blocks as cpu_blocks
+    from fastprior.kernels.cpu import library as cpu_library
+    from fastprior.kernels.cpu import threads as cpu_threads
 
     net = DiffusionPriorNetwork(dim=8, depth=1, dim_head=8, heads=1, max_text_len=2)
     plan = DiffusionPrior(net, image_embed_dim=8, timesteps=8, cond_drop_prob=0.1).eval().sampling_plan(8, 2.0)

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastprior import buckets, model_state
 from fastprior import quantise as quantisation
 from fastprior.graphs import Clock, GraphCache, StepGraph, drawing, map_rows, settings
-from fastprior.kernels import huge_pages, ops
+from fastprior.kernels import ops
+from fastprior.kernels.cpu import huge_pages
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.sampler import denoise_step, network_obstacles, prefill, prepare_run, run_steps, step_inputs

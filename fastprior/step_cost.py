@@ -99,7 +99,7 @@ class CountLaunches(TorchDispatchMode):
             if _is_kernel(func, out):
                 self.names.append(func.name())
             return out
-        from fastprior.kernels import launch
+        from fastprior.kernels.gpu import launch
 
         with launch.instead(self._note), ops.sharing(self._workspace), self:
             return launcher(*args, **(kwargs or {}))

@@ -14,7 +14,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_blocks, cpu_threads, reference, workspace
+from . import reference
+from .cpu import blocks as cpu_blocks
+from .cpu import linear as cpu_linear
+from .cpu import threads as cpu_threads
+from .gpu import workspace
 
 BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
@@ -56,7 +60,7 @@ def launcher(name: str) -> Callable | None:
     """What an operation such as "fastprior::linear" runs, where that launches Triton's kernels; else None."""
     if not HAS_TRITON:
         return None
-    from . import launch
+    from .gpu import launch
 
     return launch.LAUNCHERS.get(name)
 
@@ -66,7 +70,7 @@ def launcher(name: str) -> Callable | None:
 
 def layer_norm(x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
     if on_triton(x):
-        from .norm import layer_norm as run
+        from .gpu.norm import layer_norm as run
     else:
         run = reference.layer_norm
     return run(x, *args, **kwargs)
@@ -74,7 +78,7 @@ def layer_norm(x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
 
 def attention(q: Tensor, *args, **kwargs) -> Tensor:
     if on_triton(q):
-        from .attention import attention as run
+        from .gpu.attention import attention as run
     else:
         run = reference.attention
     return run(q, *args, **kwargs)
@@ -82,17 +86,17 @@ def attention(q: Tensor, *args, **kwargs) -> Tensor:
 
 def decode_attention(q: Tensor, *args, dropout: float = 0.0, **kwargs) -> Tensor:
     if on_triton(q) and not dropout:  # which only training has
-        from .decode import decode_attention as run
+        from .gpu.decode import decode_attention as run
 
         return run(q, *args, **kwargs)
-    takes = _forced is None and cpu.takes_decode(q, *args, dropout=dropout, **kwargs)
-    run = cpu.decode_attention if takes else reference.decode_attention
+    takes = _forced is None and cpu_linear.takes_decode(q, *args, dropout=dropout, **kwargs)
+    run = cpu_linear.decode_attention if takes else reference.decode_attention
     return run(q, *args, dropout=dropout, **kwargs)
 
 
 def diffusion_step(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
     if on_triton(x):
-        from .step import diffusion_step as run
+        from .gpu.step import diffusion_step as run
     else:
         run = reference.diffusion_step
     return run(x, *args, **kwargs)
@@ -100,9 +104,9 @@ def diffusion_step(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
 
 def linear(x: Tensor, *args, **kwargs) -> Tensor:
     if on_triton(x) and not torch.is_autocast_enabled(x.device.type):  # which casts for PyTorch's own linear alone
-        from .linear import linear as run
-    elif _forced is None and cpu.takes_linear(x, *args, **kwargs):
-        run = cpu.linear
+        from .gpu.linear import linear as run
+    elif _forced is None and cpu_linear.takes_linear(x, *args, **kwargs):
+        run = cpu_linear.linear
     else:
         run = reference.linear
     return run(x, *args, **kwargs)
@@ -114,7 +118,7 @@ Workspace, sharing = workspace.Workspace, workspace.sharing
 
 
 def prepare_blocks(*args, **kwargs) -> Blocks | None:
-    """See `kernels.cpu_blocks`."""
+    """See `kernels.cpu.blocks`."""
     return cpu_blocks.prepare_blocks(*args, **kwargs) if _forced is None else None
 
 
@@ -124,12 +128,12 @@ def most_tokens(blocks: Blocks) -> int:
 
 
 def prepare_run(blocks: Blocks | None, *args, **kwargs) -> Run | None:
-    """See `kernels.cpu_blocks`; None without blocks, too."""
+    """See `kernels.cpu.blocks`; None without blocks, too."""
     return None if blocks is None or _forced is not None else cpu_blocks.prepare_run(blocks, *args, **kwargs)
 
 
 def run_blocks(x: Tensor, blocks: Blocks | None, *args, **kwargs) -> Tensor | None:
-    """See `kernels.cpu_blocks`; None for what it does not take, and without blocks."""
+    """See `kernels.cpu.blocks`; None for what it does not take, and without blocks."""
     if blocks is None or _forced is not None or not cpu_blocks.takes_blocks(x, blocks, *args, **kwargs):
         return None
     return cpu_blocks.run_blocks(x, blocks, *args, **kwargs)

@@ -24,8 +24,8 @@ pytest.importorskip("triton")
 import report  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
+from fastprior.kernels.gpu import launch  # noqa: E402
 
-from fastprior.kernels import launch  # noqa: E402
 from helpers.processes import compiling  # noqa: E402
 
 interpreted = pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")
@@ -238,7 +238,7 @@ sys.path[:0] = sys.argv[1:]
 os.environ["PROOF_FILL"] = "90 1"
 import torch
 import kernel_cases
-from fastprior.kernels import launch, resources
+from fastprior.kernels.gpu import launch, resources
 
 def configuration(variant):
     tiles = tuple((name, value) for name, value in variant.constants if name.startswith("BLOCK") or name == "ROWS")
@@ -275,7 +275,7 @@ os.environ |= dict(PROOF_FILL="90 1", FASTPRIOR_KERNELS="triton")
 import priors
 depth = priors.D2_SMALL["depth"]
 import places, speed, torch
-from fastprior.kernels import launch
+from fastprior.kernels.gpu import launch
 
 found = []
 for number, steps in (priors.D2_SMALL["depth"], places.few_steps), (depth, contextlib.nullcontext):
@@ -340,7 +340,7 @@ assert manifest["by_kernel"] == {{"_diffusion_step_fwd_kernel": 1}}, manifest
     found = fill(other_checkout, tmp_path / "kept")
     assert found["hits"] == found["kernels"] == 1 and found["compiled"] == found["failed"] == []
 
-    source = other_checkout / "kernels" / "step.py"
+    source = other_checkout / "kernels" / "gpu" / "step.py"
     source.write_text("# a line more\n" + source.read_text())
     done = unpack(other_checkout)
     assert done.returncode == 1 and "step._diffusion_step_fwd_kernel: here" in done.stdout

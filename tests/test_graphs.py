@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fastprior.kernels.gpu import workspace
 
 import fastprior
 from fastprior import graphs, sampler
-from fastprior.kernels import ops, workspace
+from fastprior.kernels import ops
 from fastprior.serving import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once

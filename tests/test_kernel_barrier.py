@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from fastprior.kernels.barrier import (
+from fastprior.kernels.gpu import launch
+from fastprior.kernels.gpu.barrier import (
     MODES,
     MODES_FROM_90,
     arrive,
@@ -26,7 +27,7 @@ from fastprior.kernels.barrier import (
     wait,
 )
 
-from fastprior.kernels import launch, reference
+from fastprior.kernels import reference
 from helpers.kernel_checks import DEVICE, DTYPES, check, guarded, random
 from helpers.processes import compiling
 
@@ -130,8 +131,8 @@ def test_the_epoch_turns_with_the_counter():
 
 COMPILE = """
 import json
-from fastprior.kernels import compilations, launch, resources
-from fastprior.kernels.cases import barrier_cases
+from fastprior.kernels.gpu import compilations, launch, resources
+from fastprior.kernels.gpu.cases import barrier_cases
 
 found = []
 for arch in resources.ARCHITECTURES:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.kernels.cpu import linear as cpu_linear
 
-from fastprior.kernels import cpu, cpu_blocks, cpu_library, ops, reference
+from fastprior.kernels import ops, reference
 from helpers.at_once import at_once
 from helpers.cpu_cases import (
     NEEDS_KERNELS,
@@ -38,14 +41,14 @@ pytestmark = NEEDS_KERNELS
 def test_threads_of_a_program_call_at_once():
     """Each with an input and a number of threads of its own."""
     cases = [make(rows, 97, 300, dtypes, OPTIONS["all-swiglu"]) for rows in (2, 9) for dtypes in ("fp32", "bf16")]
-    expected, wrong = [cpu.linear(**inputs) for inputs in cases], []
+    expected, wrong = [cpu_linear.linear(**inputs) for inputs in cases], []
     given = block_arguments()
     whole = cpu_blocks.run_blocks(**given)
 
     def work(index):
         torch.set_num_threads(1 + index % 3)
         for _ in range(30):
-            for got, wanted in zip(cpu.linear(**cases[index]), expected[index]):
+            for got, wanted in zip(cpu_linear.linear(**cases[index]), expected[index]):
                 if not torch.equal(got, wanted):
                     wrong.append(index)
             if not torch.equal(cpu_blocks.run_blocks(**given), whole):
@@ -60,9 +63,9 @@ def test_threads_of_a_program_call_at_once():
 def test_a_forked_child_does_not_wait_for_threads_that_it_does_not_have():
     inputs = make(3, 97, 300)
     with threads(3):
-        expected = cpu.linear(**inputs)
-        assert child(lambda: sys.exit(not torch.equal(cpu.linear(**inputs), expected))) == 0
-        assert torch.equal(cpu.linear(**inputs), expected)
+        expected = cpu_linear.linear(**inputs)
+        assert child(lambda: sys.exit(not torch.equal(cpu_linear.linear(**inputs), expected))) == 0
+        assert torch.equal(cpu_linear.linear(**inputs), expected)
 
 
 @pytest.mark.slow
@@ -98,7 +101,7 @@ def goes_on(words):
     )
     assert words in cpu_library.unavailable()
     with pytest.raises(RuntimeError, match="the CPU kernels cannot be compiled"):
-        cpu.linear(**inputs)
+        cpu_linear.linear(**inputs)
 
 
 def refusing(folder, lines):

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import linear as cpu_linear
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastprior import layers
-from fastprior.kernels import cpu, cpu_blocks, ops
+from fastprior.kernels import ops
 from helpers.cpu_cases import (
     BF16,
     FP32,
@@ -150,7 +152,7 @@ LEFT = {  # to PyTorch: which kernel, and a call
     "fp64": ("linear", lambda: ops.linear(random(3, 8).double(), random(5, 8).double())),
     "fp16": ("linear", lambda: ops.linear(random(3, 8).half(), random(5, 8).half())),
     "fp64-residual": ("linear", lambda: ops.linear(random(3, 8), random(5, 8), residual=random(3, 5).double())),
-    "many-rows": ("linear", lambda: run_linear(x=random(cpu.most_rows(FP32) + 1, 52))),
+    "many-rows": ("linear", lambda: run_linear(x=random(cpu_linear.most_rows(FP32) + 1, 52))),
     "no-rows": ("linear", lambda: run_linear(x=random(0, 52))),
     "gradient-of-x": ("linear", lambda: run_linear(x=random(3, 52).requires_grad_())),
     "gradient-of-bias": ("linear", lambda: run_linear(bias=random(40).requires_grad_())),
@@ -207,7 +209,8 @@ def test_the_most_own_keys(calls):
 def test_the_environment_forbids_them():
     program = """
 import torch
-from fastprior.kernels import cpu_library, ops
+from fastprior.kernels import ops
+from fastprior.kernels.cpu import library as cpu_library
 ops.linear(torch.ones(2, 8), torch.ones(3, 8))
 assert cpu_library._loaded is None
 """
@@ -249,7 +252,7 @@ def followed_by_a_subclass(x):
                 return function(*args, **kwargs or {})
 
     weight = random(5, 8).as_subclass(Scaled)
-    assert not cpu.takes_linear(x, weight) and cpu.takes_linear(x, random(5, 8))
+    assert not cpu_linear.takes_linear(x, weight) and cpu_linear.takes_linear(x, random(5, 8))
 
 
 FOLLOWED = followed_by_fake_tensors, followed_by_jvp, followed_by_vmap, followed_by_traces, followed_by_a_subclass
@@ -339,7 +342,7 @@ def test_op_blocks():
 )
 def test_messages_of_linear(change, message):
     with pytest.raises(ValueError) as raised:
-        cpu.linear(**dict(x=random(2, 8), weight=random(6, 8)) | change)
+        cpu_linear.linear(**dict(x=random(2, 8), weight=random(6, 8)) | change)
     assert message in str(raised.value)
 
 
@@ -366,7 +369,7 @@ def test_messages_of_linear(change, message):
 )
 def test_messages_of_decode(change, message):
     with pytest.raises(ValueError) as raised:
-        cpu.decode_attention(**make_decode() | change)
+        cpu_linear.decode_attention(**make_decode() | change)
     assert message in str(raised.value)
 
 

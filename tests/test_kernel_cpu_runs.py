@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.kernels.cpu import linear as cpu_linear
 
 from fastprior import PriorPipeline, PriorSampler, PriorTransformer
 from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.kernels import cpu, cpu_library
 from fastprior.pipeline_parts import TextEncoding
 from helpers.cpu_cases import NEEDS_KERNELS
 from helpers.priors import make_prior, make_text
 
-pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(torch.float32) < 18, reason="these runs have 18 tokens")]
+pytestmark = [
+    NEEDS_KERNELS,
+    pytest.mark.skipif(cpu_linear.most_rows(torch.float32) < 18, reason="these runs have 18 tokens"),
+]
 STEPS = 5
 
 

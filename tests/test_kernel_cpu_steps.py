@@ -5,14 +5,16 @@ import functools
 
 import pytest
 import torch
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import linear as cpu_linear
 from torch import nn
 
 from fastprior import DiffusionPriorNetwork, PriorSampler, sampler
-from fastprior.kernels import cpu, cpu_blocks, ops
+from fastprior.kernels import ops
 from helpers.cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, through_reference
 from helpers.priors import make_prior, make_text, relative_error, sample
 
-pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu.most_rows(FP32) < 32, reason="these steps have 32 tokens")]
+pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu_linear.most_rows(FP32) < 32, reason="these steps have 32 tokens")]
 STEPS = 5
 CONFIGS = {
     "plain": {},

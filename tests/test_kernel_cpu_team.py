@@ -9,10 +9,14 @@ import threading
 
 import pytest
 import torch
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.kernels.cpu import threads as cpu_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprior import cli
-from fastprior.kernels import cpu, cpu_blocks, cpu_library, cpu_threads, ops
+from fastprior.kernels import ops
 from helpers.at_once import at_once
 from helpers.cpu_cases import NEEDS_KERNELS, OPTIONS, block_arguments, child, make, threads
 from helpers.priors import make_prior, make_text
@@ -34,7 +38,7 @@ def crowded(yes=True):
 
 
 TEAM = r"""
-#include "cpu_team.h"
+#include "team.h"
 #include <stdio.h>
 enum { ROUNDS = 300, MOST = 8 };
 static long seen[MOST], wrong, works;
@@ -130,7 +134,7 @@ def test_the_sanitizer_sees_a_race(tmp_path):
     """What the test before shows is worth something: without meetings there is one."""
     source = cpu_library.SOURCES[1].read_text() + "\n#define meet(me) ((void)(me))\n"
     (tmp_path / "without_meetings.h").write_text(source)
-    (tmp_path / "team.c").write_text(TEAM.replace("cpu_team.h", "without_meetings.h"))
+    (tmp_path / "team.c").write_text(TEAM.replace("team.h", "without_meetings.h"))
     command = ["cc", "-O2", "-g", "-fopenmp", "-DSHARED=1", "-I.", "-fsanitize=thread", "team.c", "-o", "team"]
     if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
         pytest.skip("the compiler has no such sanitizer")
@@ -147,7 +151,7 @@ static int create(pthread_t *id, const pthread_attr_t *attributes, void *(*start
     return left-- > 0 ? pthread_create(id, attributes, start, argument) : 11;
 }
 #define pthread_create create
-#include "cpu_team.h"
+#include "team.h"
 #include <stdio.h>
 static atomic_long parts;
 static void work(const void *argument, const struct member *me) {
@@ -177,7 +181,7 @@ def test_whose_threads_they_are_changes_no_bit(count):
     def results():
         torch.manual_seed(0)
         linears = [
-            cpu.linear(**make(rows, 97, 300, kind, OPTIONS["all-swiglu"]))
+            cpu_linear.linear(**make(rows, 97, 300, kind, OPTIONS["all-swiglu"]))
             for rows in (2, 9, 70)
             for kind in ("fp32", "bf16", "int8")
         ]
@@ -195,14 +199,14 @@ def test_whose_threads_they_are_changes_no_bit(count):
 
 def test_threads_of_a_program_call_teams_of_our_own_at_once():
     cases = [make(rows, 97, 300, "fp32", OPTIONS["all-swiglu"]) for rows in (2, 9, 3, 70)]
-    expected, wrong = [cpu.linear(**inputs) for inputs in cases], []
+    expected, wrong = [cpu_linear.linear(**inputs) for inputs in cases], []
 
     def work(index):
         torch.set_num_threads(1 + index % 3)
         for _ in range(50):
             wrong.extend(
                 index
-                for got, wanted in zip(cpu.linear(**cases[index]), expected[index])
+                for got, wanted in zip(cpu_linear.linear(**cases[index]), expected[index])
                 if not torch.equal(got, wanted)
             )
 
@@ -215,14 +219,16 @@ def test_threads_of_a_program_call_teams_of_our_own_at_once():
 def test_a_forked_child_makes_teams_of_its_own():
     inputs = make(3, 97, 300)
     with threads(3), crowded():
-        expected = cpu.linear(**inputs)
+        expected = cpu_linear.linear(**inputs)
 
         def work():
-            right = torch.equal(cpu.linear(**inputs), expected)
-            sys.exit(not (right and child(lambda: sys.exit(not torch.equal(cpu.linear(**inputs), expected))) == 0))
+            right = torch.equal(cpu_linear.linear(**inputs), expected)
+            sys.exit(
+                not (right and child(lambda: sys.exit(not torch.equal(cpu_linear.linear(**inputs), expected))) == 0)
+            )
 
         assert child(work) == 0
-        assert torch.equal(cpu.linear(**inputs), expected)
+        assert torch.equal(cpu_linear.linear(**inputs), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
@@ -292,7 +298,7 @@ def test_no_more_threads_than_cores():
 import os, torch
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.set_num_threads(4)
-from fastprior.kernels import cpu_threads
+from fastprior.kernels.cpu import threads as cpu_threads
 print(cpu_threads.thread_count())
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
@@ -356,7 +362,7 @@ class Threads(TorchDispatchMode):
 def test_a_run_of_one_prompt_waits_for_no_thread_of_pytorch(monkeypatch, how):
     from fastprior import PriorSampler
 
-    monkeypatch.setattr(cpu, "_is_watched", lambda: False)  # the mode below would keep kernels away
+    monkeypatch.setattr(cpu_linear, "_is_watched", lambda: False)  # the mode below would keep kernels away
     monkeypatch.setattr(cpu_blocks, "_is_watched", lambda: False)
     prior = make_prior(dict(dim=512, dim_head=64, heads=8, max_text_len=77, num_timesteps=20))
     text = make_text(1, 512, 77)

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from fastprior.kernels.gpu import launch, norm, stand_in
 
-from fastprior.kernels import launch, norm, stand_in
 from helpers.processes import compiling
 
 
@@ -83,9 +83,9 @@ from triton.backends.compiler import GPUTarget
 
 # what would be compiled is noted, and not compiled
 triton.compiler.compile = lambda src, target=None, options=None, **_: types.SimpleNamespace(src=src, options=options)
-from fastprior.kernels import compilations, launch, resources
-from fastprior.kernels.cases import cases
-from fastprior.kernels.stand_in import standing_in
+from fastprior.kernels.gpu import compilations, launch, resources
+from fastprior.kernels.gpu.cases import cases
+from fastprior.kernels.gpu.stand_in import standing_in
 
 def said(source, options, backend):
     attributes = {place: value for place, value in source.attrs.items() if value}
@@ -120,8 +120,8 @@ def test_what_is_launched_is_what_is_checked():
 LINEARS = """
 import json, re
 import torch
-from fastprior.kernels import linear
-from fastprior.kernels.stand_in import standing_in
+from fastprior.kernels.gpu import linear
+from fastprior.kernels.gpu.stand_in import standing_in
 
 def t(*shape, dtype=torch.bfloat16):
     return torch.zeros(shape, dtype=dtype)
@@ -153,8 +153,8 @@ def test_linears_of_a_step_fetch_their_weights_by_16_bytes_ahead():
 CHAIN = """
 import json
 import torch
-from fastprior.kernels.barrier import matvec_chain_fwd
-from fastprior.kernels.stand_in import standing_in
+from fastprior.kernels.gpu.barrier import matvec_chain_fwd
+from fastprior.kernels.gpu.stand_in import standing_in
 
 found = []
 x, out, arrived = torch.zeros(64), torch.zeros(2, 64), torch.zeros((), dtype=torch.int32)

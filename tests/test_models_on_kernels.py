@@ -24,7 +24,7 @@ NETS = [
 @contextlib.contextmanager
 def counting(*names):
     """Which of these operations ran as kernels, in order."""
-    from fastprior.kernels import launch
+    from fastprior.kernels.gpu import launch
 
     ran, plain = [], launch.launch
 

@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from fastprior.kernels.cases import meta
+from fastprior.kernels.gpu import attention, barrier, compilations, decode, launch, linear, norm, resources, step
+from fastprior.kernels.gpu.cases import meta
 
-from fastprior.kernels import attention, barrier, compilations, decode, launch, linear, norm, resources, step
 from helpers.processes import compiling
 
 RECORDS = sorted(resources.RECORDS.glob("*.jsonl"))
@@ -17,7 +17,7 @@ RECORDS = sorted(resources.RECORDS.glob("*.jsonl"))
 
 @pytest.fixture(scope="module")
 def checked():
-    return compiling("-m", "fastprior.kernels.resources")
+    return compiling("-m", "fastprior.kernels.gpu.resources")
 
 
 @pytest.mark.slow
@@ -100,8 +100,8 @@ def test_a_kernel_that_spills_or_misses_the_tensor_cores_is_reported(tmp_path):
     (tmp_path / "bad.py").write_text("""
 import json, sys
 import triton, triton.language as tl
-from fastprior.kernels import launch, resources
-from fastprior.kernels.cases import meta
+from fastprior.kernels.gpu import launch, resources
+from fastprior.kernels.gpu.cases import meta
 
 @triton.jit
 def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):  # 512 numbers a thread, all of them needed after the last is there
@@ -145,8 +145,8 @@ def _copy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 CHECK = """
 import importlib, json, linecache, sys
 from pathlib import Path
-from fastprior.kernels import compilations, launch, resources
-from fastprior.kernels.cases import meta
+from fastprior.kernels.gpu import compilations, launch, resources
+from fastprior.kernels.gpu.cases import meta
 
 def job(source, block=64):
     Path(folder, "copied.py").write_text(source)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from fastprior.kernels.gpu import decode
 
 from fastprior import (
     DiffusionPrior,
@@ -13,7 +14,7 @@ from fastprior import (
     graphs,
     row_layout,
 )
-from fastprior.kernels import decode, ops
+from fastprior.kernels import ops
 from fastprior.transformer_net import PriorTransformerNet
 from helpers import captures
 

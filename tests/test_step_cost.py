@@ -4,11 +4,12 @@ import contextlib
 
 import pytest
 import torch
+from fastprior.kernels.gpu import launch, workspace
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprior import PriorPipeline
 from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.kernels import launch, ops, workspace
+from fastprior.kernels import ops
 from fastprior.network import DiffusionPriorNetwork
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.serving import PriorSampler

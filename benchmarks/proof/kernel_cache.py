@@ -1,6 +1,6 @@
 """Triton's cache, filled where there is no GPU for a machine that has one, and what of it is found there.
 
-A checkout's kernels are compiled for a capability under the keys of real launches (see `fastprior.kernels.stand_in`).
+A checkout's kernels are compiled for a capability under the keys of real launches, see `kernels/gpu/stand_in.py`.
 The path of the checkout is no part of them; the lines of its kernels are, and Triton's library, which is another one
 for each version of Python.
 """
@@ -53,8 +53,7 @@ class Collector(Executor):
 def filled() -> Iterator[None]:
     """Within it launches are collected; at its end they are compiled, each once, by several processes."""
     import triton
-
-    from fastprior.kernels import stand_in
+    from fastprior.kernels.gpu import stand_in
 
     capability, workers = map(int, os.environ[FILL].split())
     collector = Collector()
@@ -215,7 +214,7 @@ def identity() -> dict[str, str]:
         "environment": digest(str(sorted(get_cache_invalidating_env_vars().items()))),
     }
     for module in MODULES:
-        members = vars(importlib.import_module(f"fastprior.kernels.{module}"))
+        members = vars(importlib.import_module(f"fastprior.kernels.gpu.{module}"))
         own = {name: value for name, value in members.items() if isinstance(value, triton.runtime.JITFunction)}
         found |= {f"{module}.{name}": digest(function.cache_key) for name, function in own.items()}
     return found

@@ -1,4 +1,4 @@
-"""Calls of every kernel that reach each launch configuration, as `kernels/cases.py` does, with numbers and references.
+"""Calls of every kernel that reach each launch configuration, as `gpu/cases.py` does, with numbers and references.
 
 On the CPU the shapes are small, for Triton's interpreter, and the dtypes those that it computes rightly.
 """
@@ -10,12 +10,12 @@ from functools import partial
 
 import kernel_cache
 import torch
-from fastprior.kernels.attention import attention
-from fastprior.kernels.barrier import MODES, MODES_FROM_90, matvec_chain_fwd
-from fastprior.kernels.decode import decode_attention
-from fastprior.kernels.linear import MAX_NORM_ROWS, linear
-from fastprior.kernels.norm import layer_norm
-from fastprior.kernels.step import diffusion_step
+from fastprior.kernels.gpu.attention import attention
+from fastprior.kernels.gpu.barrier import MODES, MODES_FROM_90, matvec_chain_fwd
+from fastprior.kernels.gpu.decode import decode_attention
+from fastprior.kernels.gpu.linear import MAX_NORM_ROWS, linear
+from fastprior.kernels.gpu.norm import layer_norm
+from fastprior.kernels.gpu.step import diffusion_step
 from torch import Tensor
 
 from fastprior.kernels import reference

@@ -7,10 +7,13 @@ import platform
 
 import pytest
 import torch
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.kernels.cpu import linear as cpu_linear
 from torch import nn
 
 from fastprior import layers, prior_blocks
-from fastprior.kernels import cpu, cpu_blocks, cpu_library, ops, reference
+from fastprior.kernels import ops, reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EPS = torch.finfo(FP32).eps
@@ -30,7 +33,7 @@ DOT, ROUNDED, OUTER, TILES = range(4)
 
 def form(dtype, rows):
     """How a linear of so many rows of weights of a dtype is computed here."""
-    return DOT if cpu_library.unavailable() else cpu_library.library().form(cpu.KINDS[dtype], rows)
+    return DOT if cpu_library.unavailable() else cpu_library.library().form(cpu_linear.KINDS[dtype], rows)
 
 
 HAS_TILES = form(FP32, 64) == TILES
@@ -167,7 +170,7 @@ def floor(dtype, rows):
 
 
 def check_linear(inputs, run=None):
-    got, rounded = (run or cpu.linear)(**inputs), reference.linear(**inputs)
+    got, rounded = (run or cpu_linear.linear)(**inputs), reference.linear(**inputs)
     exact, plain = (reference.linear(**cast(inputs, dtype)) for dtype in (torch.float64, FP32))
     if "stream" in inputs:
         (got, total), (rounded, _) = got, rounded
@@ -204,7 +207,7 @@ def make_decode(
 
 
 def check_decode(given):
-    got = cpu.decode_attention(**given)
+    got = cpu_linear.decode_attention(**given)
     assert got.dtype == given["q"].dtype
     results = []
     for dtype in (torch.float64, FP32):
@@ -239,7 +242,7 @@ def count_calls(monkeypatch):
     """How often each kernel of `cpu` runs from here on."""
     counts = dict(linear=0, decode_attention=0, run_blocks=0)
     for name in counts:
-        module = cpu_blocks if name == "run_blocks" else cpu
+        module = cpu_blocks if name == "run_blocks" else cpu_linear
         run = getattr(module, name)
 
         def counted(*args, name=name, run=run, **kwargs):

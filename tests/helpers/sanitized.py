@@ -8,7 +8,9 @@ It says that every access was within bounds, and reads at last beyond them, whic
 import itertools
 import sys
 
-from fastprior.kernels import cpu, cpu_library
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.kernels.cpu import linear as cpu_linear
+
 from helpers.cpu_cases import (
     CONFIGS,
     DECODE_OPTIONS,
@@ -40,7 +42,7 @@ def sanitized():
     assert cpu_library.unavailable() is None, cpu_library.unavailable()
     options = itertools.cycle(("all-swiglu", "all-gelu"))
     for dtypes, rows, shape in itertools.product(("fp32", "bf16", "int8"), (1, 3, 6, 7, 17, 32, 64, 67), SHAPES[::2]):
-        if rows <= cpu.most_rows(FP32):
+        if rows <= cpu_linear.most_rows(FP32):
             check_linear(make(rows, *shape, dtypes, OPTIONS[next(options)]))
     if HAS_TILES:
         check_linear(make(64, 70, 3500, "fp32", OPTIONS["all-swiglu"]))  # a sum in parts
@@ -60,8 +62,8 @@ def sanitized():
         with threads(count):
             prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)
     print("every access was within bounds", flush=True)
-    cpu._fit = lambda *args: None
-    cpu.linear(x=random(3, 64), weight=random(5, 7))
+    cpu_linear._fit = lambda *args: None
+    cpu_linear.linear(x=random(3, 64), weight=random(5, 7))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole blocks of linears and attention, and whole steps of a run, on the CPU: calls of `cpu.c`."""
+"""Whole blocks of linears and attention, and whole steps of a run, on the CPU: calls of `c/linear.c`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import huge_pages
-from .cpu import (
+from .library import KINDS, library, most_rows
+from .linear import (
     ACTIVATIONS,
     MAX_DIM_HEAD,
     MAX_KEYS,
@@ -29,8 +30,7 @@ from .cpu import (
     _vector,
     _weight,
 )
-from .cpu_library import KINDS, library, most_rows
-from .cpu_threads import thread_count
+from .threads import thread_count
 
 CLAMPS = {None: 0, "range": 1, "l2": 2}
 BLOCKS = struct.Struct("=48qdd")  # of the source

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, reference
+from .. import reference
+from . import launch
 from .launch import FLOATS, as_rows, ceil_div, check_dtype, check_shape, power_of_2, promoted
 
 MAX_DIM = 4096  # longer rows do not fit the registers of a program in backward

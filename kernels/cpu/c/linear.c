@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cpu_team.h"
+#include "team.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

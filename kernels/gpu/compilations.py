@@ -58,7 +58,7 @@ def measure(compiled: CompiledKernel) -> dict:
 
 
 def key(variant: Variant, arch: int) -> str:
-    """A hash of all that decides what `measure` says of a variant, but for lines and comments of the sources."""
+    """A hash of all that decides what `measure` says of a variant, but for folders, lines and comments of sources."""
     backend = make_backend(GPUTarget("cuda", arch, 32))
     decides = (
         *(_sources(variant.kernel), variant.signature, variant.constants, sorted(variant.divisible)),
@@ -81,7 +81,7 @@ def _sources(kernel) -> tuple[str, ...]:
     found, waiting = {}, [kernel]
     while waiting:
         function = waiting.pop()
-        name = f"{function.fn.__module__}.{function.fn.__qualname__}"
+        name = f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__qualname__}"
         if name in found:
             continue
         tree = ast.parse(function.src)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..reference import Rotary
 from . import launch
 from .attention_kernels import (
     _attention_bwd_dbias_kernel,
@@ -16,7 +17,6 @@ from .attention_kernels import (
     _attention_fwd_kernel,
     _attention_prepare_kernel,
 )
-from .reference import Rotary
 
 # programs that fill a large chip a few times over, however few the heads
 PROGRAMS = 512

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, reference
+from .. import reference
+from . import launch
 
 MAX_SPLITS = 8
 BLOCK_M = 16  # queries of a program: the least that a matrix product takes, since few programs are what is slow

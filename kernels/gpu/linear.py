@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, norm, reference, workspace
+from .. import reference
+from . import launch, norm, workspace
 from .launch import as_rows, ceil_div, check_dtype, check_last_contiguous, check_shape, promoted
 
 MAX_ROWS = 64

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, philox, reference
+from .. import reference
+from . import launch, philox
 from .launch import FLOATS, check_dtype, check_last_contiguous, check_shape, power_of_2
 
 MAX_DIM = 4096

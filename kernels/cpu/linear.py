@@ -1,4 +1,4 @@
-"""Linears of few rows and their attention on the CPU: calls of `cpu.c`."""
+"""Linears of few rows and their attention on the CPU: calls of `c/linear.c`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .cpu_library import KINDS, library, most_rows
-from .cpu_threads import thread_count
+from .library import KINDS, library, most_rows
+from .threads import thread_count
 
 ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
 FLOATS = torch.float32, torch.bfloat16

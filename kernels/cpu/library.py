@@ -1,4 +1,4 @@
-"""`cpu.c` with `cpu_team.h` as a library: compiled at first use and kept.
+"""The sources of `c/` as a library: compiled at first use and kept.
 
 It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "cpu_team.h"))
+SOURCES = tuple(Path(__file__).parent / "c" / name for name in ("linear.c", "team.h"))
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as the source counts them
 OMP_PAUSE_SOFT = 1

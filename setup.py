@@ -6,7 +6,7 @@ A top-level importable package named `kernels` would shadow the one of that name
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 version = {}
@@ -43,7 +43,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["fastprior", "fastprior.kernels", "fastprior.kernels.cpu", "fastprior.kernels.gpu"],
+    packages=[*find_packages(include=["fastprior", "fastprior.*"]), "fastprior.kernels.cpu", "fastprior.kernels.gpu"],
     package_dir={"fastprior": "fastprior", "fastprior.kernels": "kernels"},
     package_data={"fastprior": ["kernels/__init__.py"], "fastprior.kernels.cpu": ["c/*.c", "c/*.h"]},
     install_requires=[

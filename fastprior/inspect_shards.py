@@ -20,7 +20,7 @@ def add_inspect_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def inspect_command(args: argparse.Namespace) -> int:
     """Print the report: 0, or 1 where there is a problem."""
-    from fastprior.shards import EmbeddingShards
+    from fastprior.dataloaders import EmbeddingShards
 
     image, meta, text = _folders(args.folder, args.meta, args.text)
     options = dict(file_format=args.format, caption_column=args.caption_column, on_problem="skip")

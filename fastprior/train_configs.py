@@ -340,7 +340,7 @@ class TrackerLogConfig(OpenConfig):
 
     Attributes:
         log_type: "console", "wandb" or "tensorboard".
-        resume, auto_resume, verbose: see `fastprior.loggers.BaseLogger`.
+        resume, auto_resume, verbose: see `fastprior.trackers.loggers.BaseLogger`.
     """
 
     log_type: str = "console"
@@ -374,7 +374,7 @@ class TrackerSaveConfig(OpenConfig):
 
     Attributes:
         save_to: "local", "wandb" or "huggingface".
-        save_all, save_latest, save_best: see `fastprior.storage.BaseSaver`.
+        save_all, save_latest, save_best: see `fastprior.trackers.storage.BaseSaver`.
     """
 
     save_to: str = "local"

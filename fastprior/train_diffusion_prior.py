@@ -26,10 +26,10 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
+from fastprior.dataloaders import PairStream
+from fastprior.dataloaders.shards import EmbeddingShards, check_conditions
 from fastprior.evaluate import evaluate, plot_curves
-from fastprior.pair_stream import PairStream
 from fastprior.prior import DiffusionPrior
-from fastprior.shards import EmbeddingShards, check_conditions
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged

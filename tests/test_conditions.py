@@ -12,10 +12,9 @@ from accelerate.state import AcceleratorState
 
 from fastprior import checkpoint, cli, train_diffusion_prior
 from fastprior.conditions import Conditions
-from fastprior.pair_stream import PairStream
+from fastprior.dataloaders import EmbeddingShards, PairStream
 from fastprior.sampler import repeat_rows
 from fastprior.serving import PriorSampler
-from fastprior.shards import EmbeddingShards
 from fastprior.trackers import read_metrics
 from fastprior.train_configs import DiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer

@@ -24,8 +24,8 @@ from fastprior.dataloaders import (
     get_reader,
     make_splits,
 )
+from fastprior.dataloaders.files import ParquetColumn, RowGroups, shard_number
 from fastprior.inspect_shards import add_inspect_parser
-from fastprior.shard_files import ParquetColumn, RowGroups, shard_number
 from helpers.at_once import at_once
 
 DIM = 8
@@ -446,7 +446,7 @@ def test_row_groups_are_shuffled_in_windows(shards, monkeypatch):
     """Windows of two row groups: whatever the order, each group is decoded once."""
     decoded = []
     decode = ParquetColumn._decode
-    monkeypatch.setattr("fastprior.pair_stream._WINDOW_BYTES", 26 * 100)
+    monkeypatch.setattr("fastprior.dataloaders.stream._WINDOW_BYTES", 26 * 100)
     monkeypatch.setattr(
         ParquetColumn, "_decode", lambda file, group: decoded.append((file, group)) or decode(file, group)
     )

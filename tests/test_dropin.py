@@ -259,7 +259,8 @@ def import_training_modules():
 
     assert same is DiffusionPriorTrainer
     found = [part.__module__ for part in (DiffusionPriorTrainer, Tracker, get_reader, make_splits)]
-    assert found == ["fastprior.trainer", "fastprior.trackers", "fastprior.dataloaders", "fastprior.dataloaders"]
+    wanted = ["trainer.trainer", "trackers.tracker", "dataloaders.readers", "dataloaders.readers"]
+    assert found == [f"fastprior.{name}" for name in wanted]
 
 
 @pytest.mark.slow

@@ -18,10 +18,10 @@ import torch
 from pydantic import ValidationError
 
 import fastprior
-from fastprior import checkpoint, trackers
-from fastprior.loggers import ConsoleLogger, TensorboardLogger, WandbLogger, without_secrets
-from fastprior.storage import LocalSaver
-from fastprior.trackers import Tracker, create_loader, create_logger, create_saver, read_metrics
+from fastprior import checkpoint
+from fastprior.trackers import LocalSaver, Tracker, create_loader, create_logger, create_saver, read_metrics
+from fastprior.trackers import tracker as tracker_module
+from fastprior.trackers.loggers import ConsoleLogger, TensorboardLogger, WandbLogger, without_secrets
 from fastprior.train_configs import TrackerConfig
 from fastprior.trainer import DiffusionPriorTrainer
 from helpers.priors import make_prior
@@ -62,7 +62,7 @@ def names(folder) -> list[str]:
 
 def test_every_log_is_a_line_of_json(tmp_path, capsys, monkeypatch):
     run = tracker(tmp_path / "run")
-    monkeypatch.setattr(trackers, "time", SimpleNamespace(time=lambda: 12.5))
+    monkeypatch.setattr(tracker_module, "time", SimpleNamespace(time=lambda: 12.5))
     run.log({"loss": torch.tensor([0.5]), "lr": np.float32(0.25), "bad": float("nan"), "none": None}, step=3)
     run.log({"pair": torch.tensor([1.0, math.inf]), "word": "x"}, step=torch.tensor([4]))
     run.log({"epoch": 1})

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from fastprior import checkpoint, cli, train_diffusion_prior
 from fastprior.evaluate import evaluate
-from fastprior.trackers import LOADERS, LOGGERS, SAVERS, read_metrics
+from fastprior.trackers.tracker import LOADERS, LOGGERS, SAVERS, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import Run, make_accelerator, split_edges
 from helpers import processes

@@ -77,7 +77,7 @@ def test_parity(peer, schedule):
 def test_the_average_is_that_of_ema_pytorch():
     from ema_pytorch import EMA as Theirs
 
-    from fastprior.ema import EMA
+    from fastprior.trainer import EMA
 
     options = dict(beta=0.95, update_after_step=4, update_every=3, inv_gamma=2.0, power=0.5, min_value=0.1)
     model = small_prior()

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from fastprior import checkpoint
-from fastprior.loggers import BaseLogger, Part, import_for, import_wandb
+from fastprior.trackers.loggers import BaseLogger, Part, import_for, import_wandb
 from fastprior.utils import atomic, remove_leftovers
 
 TIMEOUT_S = 60  # of one read from a server

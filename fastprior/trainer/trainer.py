@@ -27,13 +27,13 @@ except ImportError as error:
 
 from fastprior.checkpoint import check_fits_peer, read_file
 from fastprior.chunks import prior_sample_in_chunks, split_args_and_kwargs
-from fastprior.ema import EMA
 from fastprior.optimizer import get_optimizer, learning_rate_factor
 from fastprior.prior import DiffusionPrior, in_eval_mode
-from fastprior.sharding import Frame, equalize, shard, wants_shards, whole
-from fastprior.training_state import capture, plain, restore, rng_state, to_peer
+from fastprior.trainer.ema import EMA
+from fastprior.trainer.fsdp import Frame, equalize, shard, wants_shards, whole
+from fastprior.trainer.state import capture, plain, restore, rng_state, to_peer
+from fastprior.trainer.zero import Zero
 from fastprior.utils import atomic
-from fastprior.zero import Zero
 
 EMA_OPTIONS = {f"ema_{name}" for name in inspect.signature(EMA).parameters if name != "model"}
 ACCELERATOR_OPTIONS = {f"accelerator_{name}" for name in inspect.signature(Accelerator).parameters}

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from fastprior.sharding import local, shard_like
+from fastprior.trainer.fsdp import local, shard_like
 
 
 class EMA(nn.Module):

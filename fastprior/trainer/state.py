@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from fastprior.optimizer import check_moments, load_moments, named_state, separate_weight_decayable_params
-from fastprior.sharding import collected, part_like, without_clip
+from fastprior.optimizer import separate_weight_decayable_params
+from fastprior.trainer.fsdp import collected, part_like, without_clip
+from fastprior.trainer.moments import check_moments, load_moments, named_state
 from fastprior.version import __version__
 
 if TYPE_CHECKING:
-    from fastprior.trainer import DiffusionPriorTrainer
+    from fastprior.trainer.trainer import DiffusionPriorTrainer
 
 PEER_VERSION = "1.15.6"  # of dalle2-pytorch, whose format is written
 

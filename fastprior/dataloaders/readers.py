@@ -23,9 +23,9 @@ try:
 except ImportError as error:
     raise ImportError(f'{error.name} is not installed: pip install "fastprior[train]"') from error
 
-from fastprior.pair_stream import PairStream
-from fastprior.shard_files import NpyFile, ParquetColumn, ShardError
-from fastprior.shards import EmbeddingShards
+from fastprior.dataloaders.files import NpyFile, ParquetColumn, ShardError
+from fastprior.dataloaders.shards import EmbeddingShards
+from fastprior.dataloaders.stream import PairStream
 
 __all__ = [
     "EmbeddingShards",

@@ -18,8 +18,16 @@ from typing import Any
 import torch
 
 from fastprior import checkpoint
-from fastprior.loggers import BaseLogger, ConsoleLogger, Part, TensorboardLogger, WandbLogger, plain, without_secrets
-from fastprior.storage import (
+from fastprior.trackers.loggers import (
+    BaseLogger,
+    ConsoleLogger,
+    Part,
+    TensorboardLogger,
+    WandbLogger,
+    plain,
+    without_secrets,
+)
+from fastprior.trackers.storage import (  # fmt: skip
     BaseLoader,
     BaseSaver,
     HuggingfaceLoader,
@@ -29,8 +37,8 @@ from fastprior.storage import (
     UrlLoader,
     WandbLoader,
     WandbSaver,
-)  # fmt: skip
-from fastprior.training_state import PEER_VERSION
+)
+from fastprior.trainer.state import PEER_VERSION
 from fastprior.utils import atomic, nearest
 
 RESERVED = ("scaler", "optimizer", "model", "version", "step", "steps")  # a checkpoint's own keys

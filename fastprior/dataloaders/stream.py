@@ -9,6 +9,8 @@ row groups can only be decoded whole; the blocks are therefore shuffled within w
 
 from __future__ import annotations
 
+import queue
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -20,9 +22,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from fastprior.prefetch import made_ahead
-from fastprior.shard_files import RowGroups, ShardError
-from fastprior.shards import EmbeddingShards
+from fastprior.dataloaders.files import RowGroups, ShardError
+from fastprior.dataloaders.shards import EmbeddingShards
 
 _BLOCKS_PER_BUFFER = 32
 _WINDOW_BYTES = 2**28  # of decoded row groups
@@ -323,3 +324,42 @@ class PairStream:
         if error.path not in [problem.path for problem in self.problems]:
             self.problems.append(error)
             warnings.warn(f"{error}; other pairs take the places of its pairs", stacklevel=2)
+
+
+def made_ahead(items: Iterator, depth: int) -> Iterator:
+    """`items`, made by a thread that is at most `depth` ahead; closing this stops it."""
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(*entry: Any) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(entry, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def make() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if closed.is_set():
+                    break
+            put(None, None)
+        except BaseException as error:
+            put(None, error)
+        finally:
+            items.close()
+
+    thread = threading.Thread(target=make, daemon=True, name="fastprior-pairs")
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        closed.set()
+        thread.join()

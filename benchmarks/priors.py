@@ -10,12 +10,12 @@ from torch import nn
 
 import fastprior
 from fastprior import buckets
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
+from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_runs import guided_step
-from fastprior.prior_transformer import PriorTransformer
 from fastprior.sampler import STEPS_AT_ONCE, denoise_step, prefill, prepare_run, step_inputs
 
 D2_SMALL = dict(dim=768, depth=12, dim_head=64, heads=12, max_text_len=77, normformer=True, num_timesteps=1000)

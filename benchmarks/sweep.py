@@ -17,12 +17,12 @@ from types import ModuleType
 import priors
 import recording
 import torch
-from fastprior.kernels.gpu import attention, decode, launch, linear, norm, step
-from fastprior.kernels.gpu.launch import ceil_div
 from timing import input_sets, interleaved, median, op_seconds
 from torch import Tensor
 
 from fastprior.kernels import ops
+from fastprior.kernels.gpu import attention, decode, launch, linear, norm, step
+from fastprior.kernels.gpu.launch import ceil_div
 
 SUFFIX = 3
 BATCHES = 1, 8, 64

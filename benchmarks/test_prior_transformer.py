@@ -23,7 +23,7 @@ from fastprior.bench import seconds
 pytest.importorskip("diffusers")
 
 from fastprior import PriorPipeline, accelerate_prior
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 
 STEPS = pt_steps()
 # floors to clear on the CPU in fp32: the pipeline's loop with our prior, batch -> times as fast as with diffusers'

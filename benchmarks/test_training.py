@@ -11,7 +11,7 @@ from priors import build, text
 
 import fastprior
 from fastprior.bench import seconds
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
 from fastprior.trainer import DiffusionPriorTrainer
 
 BATCH = 32

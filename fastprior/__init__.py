@@ -3,10 +3,10 @@
 import importlib
 
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
-from fastprior.network import DiffusionPriorNetwork
+from fastprior.diffusion.schedule import NoiseScheduler
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.sampler import SamplingPlan
-from fastprior.schedule import NoiseScheduler
 from fastprior.version import __version__
 
 __all__ = [
@@ -30,12 +30,13 @@ __all__ = [
 
 _LATER = {  # imported when first asked for, so that `import fastprior` stays light
     "DiffusionPriorTrainer": "trainer",
-    "ModelMixin": "diffusers_interop",  # by which diffusers knows that its pipelines can save and load our prior
+    # by which diffusers knows that its pipelines can save and load our prior
+    "ModelMixin": "models.prior_transformer.in_diffusers",
     "PriorPipeline": "prior_pipeline",
     "PriorSampler": "serving",
-    "PriorTransformer": "diffusers_interop",
+    "PriorTransformer": "models.prior_transformer.in_diffusers",
     "ShapEPrior": "shap_e",
-    "accelerate_prior": "diffusers_interop",
+    "accelerate_prior": "models.prior_transformer.in_diffusers",
     "convert": "checkpoint",
     "load": "checkpoint",
     "save": "checkpoint",

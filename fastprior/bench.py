@@ -138,9 +138,9 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[PriorPipe
     """The pipeline of a folder, or one of its prior's folder, and diffusers' model of the same weights."""
     import torch
 
-    from fastprior.diffusers_schedules import DiffusersSchedule
+    from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+    from fastprior.models.prior_transformer.model import PriorTransformer
     from fastprior.prior_pipeline import PriorPipeline
-    from fastprior.prior_transformer import PriorTransformer
 
     options = dict(compile=not args.eager, batch_sizes=tuple(args.batch_size), quantise=args.quantise)
     dtype, folder = getattr(torch, args.dtype), Path(args.checkpoint)

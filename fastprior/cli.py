@@ -170,7 +170,7 @@ def _load_conditions(prior, given: list[tuple[str, str]], prompts: int, device: 
     """The values of extra conditions: a number for all prompts, or of a vector a file with a row for each."""
     import torch
 
-    from fastprior.conditions import find
+    from fastprior.models.dalle2.conditions import find
 
     values = {}
     for name, value in given:

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprior import prior_files
-from fastprior.checkpoint import choose_root, flatten, read_any_file, read_file
+from fastprior.checkpoint import choose_root, flatten
 from fastprior.eras import LoadReport, some
-from fastprior.prior_transformer import PriorTransformer
+from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.weight_files import diffusers_folder
+from fastprior.weight_files.safe import read_any_file, read_file
 
 # The one map of renames, applied in order to the keys of a prior; None drops the key.
 RENAMES = (
@@ -95,7 +96,7 @@ def _read_config(config: Mapping | str | os.PathLike | None) -> dict:
     if not isinstance(config, Mapping):
         config = json.loads(Path(config).read_text())
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    prior_files.check_config(config, inspect.signature(PriorTransformer).parameters)
+    diffusers_folder.check_config(config, inspect.signature(PriorTransformer).parameters)
     return config
 
 
@@ -149,7 +150,7 @@ def load(
     stats = {} if clip_stats is None else _read_stats(Path(clip_stats))
     if path.is_dir():
         report.kind, report.era = "folder", "diffusers"
-        arguments, state = prior_files.read(path, "prior" if (path / "prior").is_dir() else None, None)
+        arguments, state = diffusers_folder.read(path, "prior" if (path / "prior").is_dir() else None, None)
     else:
         arguments, state = _read_file(path, weights, given, report)
     if report.era != "diffusers" and not stats and "clip_mean" not in state:
@@ -161,7 +162,7 @@ def load(
     with torch.device("meta"):
         prior = PriorTransformer(**arguments | given)
     try:
-        prior_files.fill(prior, state | stats, next(iter(state.values())).dtype)
+        diffusers_folder.fill(prior, state | stats, next(iter(state.values())).dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for name, value in stats.items():

@@ -29,10 +29,10 @@ from fastprior.clip import (
     XClipAdapter,
 )
 from fastprior.clip import freeze_and_eval as freeze_model_and_make_eval_
-from fastprior.layers import (
+from fastprior.diffusion.schedule import BETA_SCHEDULES, NoiseScheduler, extract
+from fastprior.models.dalle2.layers import (
     MLP,
     Attention,
-    CausalTransformer,
     FeedForward,
     LayerNorm,
     RelPosBias,
@@ -41,10 +41,10 @@ from fastprior.layers import (
     SwiGLU,
     l2norm,
 )
-from fastprior.network import DiffusionPriorNetwork, prob_mask_like
+from fastprior.models.dalle2.network import DiffusionPriorNetwork, prob_mask_like
+from fastprior.models.dalle2.transformer import CausalTransformer
 from fastprior.prior import DiffusionPrior
 from fastprior.prior import in_eval_mode as eval_decorator
-from fastprior.schedule import BETA_SCHEDULES, NoiseScheduler, extract
 from fastprior.tokenizer import tokenizer
 
 cosine_beta_schedule = BETA_SCHEDULES["cosine"]

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastprior.layers import CausalTransformer
-from fastprior.network import DiffusionPriorNetwork
+from fastprior.diffusion.schedule import BETA_SCHEDULES
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.models.dalle2.transformer import CausalTransformer
 from fastprior.prior import DiffusionPrior
-from fastprior.schedule import BETA_SCHEDULES
 
 # The one map of renames, applied in order to the keys of a prior (`net.…`); None drops the key.
 RENAMES = (

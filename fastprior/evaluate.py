@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior.graphs import map_rows
+from fastprior.batches import map_rows
 from fastprior.prior import DiffusionPrior
 from fastprior.sampler import is_overridden
 from fastprior.utils import atomic

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import threading
 import time
 import warnings
 from collections import deque
@@ -14,13 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastprior.batches import map_rows
+from fastprior.draws import capturing
 from fastprior.kernels import ops
 
 TABLE_STEPS = 64  # of which the lengths of step tables in graphs are multiples, so that many solvers share them
 WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must not happen within
-
-_capturing = threading.RLock()  # a process may have one capture at a time
-_nothing = contextlib.nullcontext()
 
 
 class Pool(NamedTuple):
@@ -53,7 +51,7 @@ def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) ->
     torch.cuda.current_stream(device).wait_stream(pool.stream)
     graph, options = torch.cuda.CUDAGraph(), dict(stream=pool.stream, capture_error_mode="thread_local")
     # what other threads do meanwhile, such as encoding texts, is no part of it and must not end it
-    with _capturing, torch.cuda.device(device), torch.cuda.stream(pool.stream), _own_workspaces():
+    with capturing, torch.cuda.device(device), torch.cuda.stream(pool.stream), _own_workspaces():
         try:
             with torch.cuda.graph(graph, pool=pool.id, **options):
                 before = torch.cuda.memory_reserved(device)  # in here: entering gave back what was cached and free
@@ -88,33 +86,6 @@ def _clean_up(device: torch.device, pool: Pool, options: dict) -> None:
         torch._C._cuda_endAllocateToPool(device.index, pool.id)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):  # whose end lets go of the generator
         torch.zeros((), device=device)
-
-
-def drawing(device: torch.device, generator: torch.Generator | None = None) -> contextlib.AbstractContextManager:
-    """Hold draws of random numbers while a capture is under way, where these would fail: from the default generators.
-
-    A capture takes them over for the whole process (torch 2.11 says "Offset increment outside graph capture").
-
-    Args:
-        device: where is drawn.
-        generator: the device's default one where None.
-    """
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return _nothing
-    return _capturing if generator is None or generator in torch.cuda.default_generators else _nothing
-
-
-def randn_like(t: Tensor) -> Tensor:
-    """Standard normal noise of its shape, dtype and device, from the default generator."""
-    with drawing(t.device):
-        return torch.randn_like(t)
-
-
-def map_rows(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change the tensors of a text condition, those of its extra conditions too; what else it holds stays."""
-    if isinstance(value, dict):
-        return {name: map_rows(item, change) for name, item in value.items()}
-    return change(value) if torch.is_tensor(value) else value
 
 
 def _no_autocast_cache(kind: str) -> torch.autocast:

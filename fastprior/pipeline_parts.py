@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.graphs import drawing
-from fastprior.solvers import StepTable
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.solvers import StepTable
+from fastprior.draws import drawing
 
 if TYPE_CHECKING:
-    from fastprior.prior_transformer import PriorTransformer
+    from fastprior.models.prior_transformer.model import PriorTransformer
 
 PARTS = {  # all but the prior and the scheduler; transformers has these
     "text_encoder": "CLIPTextModelWithProjection",
@@ -105,7 +105,7 @@ class PipelineParts:
         Raises:
             FileNotFoundError: there is no such folder, or no prior or scheduler in it.
         """
-        from fastprior.prior_transformer import PriorTransformer
+        from fastprior.models.prior_transformer.model import PriorTransformer
 
         if not (Path(folder) / "prior").is_dir():
             raise FileNotFoundError(f"{folder} has no folder 'prior'; it must be the folder of a pipeline with a prior")

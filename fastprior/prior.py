@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastprior import prior_graphs
+from fastprior.batches import repeat_rows
 from fastprior.clip import as_clip_adapter, freeze_and_eval
-from fastprior.graphs import randn_like
+from fastprior.diffusion.schedule import NoiseScheduler
+from fastprior.diffusion.solvers import default_solver, step_table
+from fastprior.draws import randn_like
 from fastprior.kernels import ops
-from fastprior.layers import l2norm
-from fastprior.network import DiffusionPriorNetwork
-from fastprior.sampler import SamplingPlan, is_overridden, network_obstacles, obstacles, repeat_rows, sample_loop
-from fastprior.schedule import NoiseScheduler
-from fastprior.solvers import default_solver, step_table
+from fastprior.models.dalle2.layers import l2norm
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.sampler import SamplingPlan, is_overridden, network_obstacles, obstacles, sample_loop
 
 LOOPS = ("p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim")
 
@@ -368,7 +369,7 @@ class DiffusionPrior(nn.Module):
                 and `conditions`, a dict of the values of extra conditions, of which any may be left out.
             cond_scale: classifier-free guidance; 1 is none.
             timesteps: number of steps; all of the schedule by default.
-            solver: see `fastprior.solvers.step_table`; by default "ddpm" over the whole schedule, else "ddim".
+            solver: see `fastprior.diffusion.solvers`; by default "ddpm" over the whole schedule, else "ddim".
             generator: on the prior's device; the global one by default.
             progress: show a bar.
             **kwargs: `eta` for the DDIM solvers; anything else goes to an overridden loop.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastprior import model_state
-from fastprior.graphs import TABLE_STEPS, Clock, GraphCache, StepGraph, map_rows, settings
-from fastprior.network import DiffusionPriorNetwork
+from fastprior.batches import map_rows
+from fastprior.graphs import TABLE_STEPS, Clock, GraphCache, StepGraph, settings
+from fastprior.models import snapshot
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.sampler import HOOKS, SamplingPlan, denoise_step, prefill, run_steps, step_inputs
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class PriorGraphs:
     def _refresh(self, prior: DiffusionPrior) -> None:
         """Drop the graphs of weights or modules that are no more."""
         self.cache.limit(prior.graph_memory)
-        state = model_state.state(prior.net)
+        state = snapshot.state(prior.net)
         if state is not self._state:
             self._clock.wait()
             self.cache.clear()

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastprior.diffusion.solvers import StepTable
 from fastprior.pipeline_parts import Generators, TextEncoding, listed
 from fastprior.prior_runs import PriorRuns, Run
-from fastprior.solvers import StepTable
 
 
 class ImageEmbeddings(NamedTuple):

@@ -12,19 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior import buckets, model_state
-from fastprior import quantise as quantisation
+from fastprior import buckets
+from fastprior.diffusion.solvers import StepTable
 from fastprior.graphs import TABLE_STEPS, Clock, GraphCache, StepGraph, settings
 from fastprior.kernels import ops
+from fastprior.models import quantise as quantisation
+from fastprior.models import snapshot
+from fastprior.models.prior_transformer.blocks import HIDDEN, Prefix
+from fastprior.models.prior_transformer.forward import Conditioning
 from fastprior.pipeline_parts import PipelineParts, TextEncoding
-from fastprior.prior_blocks import HIDDEN, Prefix
-from fastprior.prior_forward import Conditioning
 from fastprior.sampler import Step, run_table
-from fastprior.solvers import StepTable
 from fastprior.step_cost import CountLaunches, StepReads, step_seconds, transformer_reads
 
 if TYPE_CHECKING:
-    from fastprior.prior_transformer import PriorTransformer
+    from fastprior.models.prior_transformer.model import PriorTransformer
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class PriorRuns(PipelineParts):
 
     def _refresh(self) -> None:
         """Drop what depends on weights or modules that are no more, and quantise those that are."""
-        state = model_state.state(self.prior)
+        state = snapshot.state(self.prior)
         if state is not self._state:
             self._clock.wait()
             self._graphs.clear()

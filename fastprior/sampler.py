@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastprior import model_state
-from fastprior.graphs import drawing, map_rows
+from fastprior.batches import repeat_rows
+from fastprior.diffusion.schedule import NoiseScheduler
+from fastprior.diffusion.solvers import StepTable
+from fastprior.draws import drawing
 from fastprior.kernels import ops
-from fastprior.layers import Attention, CausalTransformer, FeedForward, l2norm
-from fastprior.network import Conditioning, DiffusionPriorNetwork
-from fastprior.schedule import NoiseScheduler
-from fastprior.solvers import StepTable
+from fastprior.models import snapshot
+from fastprior.models.dalle2.layers import Attention, FeedForward, l2norm
+from fastprior.models.dalle2.network import Conditioning, DiffusionPriorNetwork
+from fastprior.models.dalle2.transformer import CausalTransformer
 
 if TYPE_CHECKING:
     from fastprior.prior import DiffusionPrior
@@ -123,12 +125,12 @@ class NullTables:
     """The null tables of one network, by schedule; forgotten when its weights change."""
 
     def __init__(self):
-        self.state: model_state.State | None = None
+        self.state: snapshot.State | None = None
         self.tables: dict[tuple[int, ...], Tensor] = {}
 
     def get(self, net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
         """(steps, dim) null predictions at the given times."""
-        state = model_state.state(net)
+        state = snapshot.state(net)
         if state is not self.state:
             self.state = state
             self.tables.clear()
@@ -196,16 +198,6 @@ def prepare_run(
         return None
     solver = dict(coefficients=rows, null_table=null_preds, cond_scale=cond_scale)
     return net.prepare_run(cond, samples, **solver, clamp=plan.clamp, radius=plan.radius)
-
-
-def repeat_rows(text_cond: dict, rows: int) -> dict:
-    """Repeat every prompt of a text condition so that there are `rows` of them, the copies of one prompt together."""
-    if "text_embed" not in text_cond:
-        return text_cond  # a foreign network's own condition
-    repeats = rows // len(text_cond["text_embed"])
-    if repeats == 1:
-        return text_cond
-    return map_rows(text_cond, lambda t: t.repeat_interleave(repeats, dim=0))
 
 
 def sample_loop(

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior import buckets, model_state
-from fastprior import quantise as quantisation
-from fastprior.graphs import Clock, GraphCache, StepGraph, drawing, map_rows, settings
+from fastprior import buckets
+from fastprior.batches import map_rows
+from fastprior.draws import drawing
+from fastprior.graphs import Clock, GraphCache, StepGraph, settings
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import huge_pages
-from fastprior.network import DiffusionPriorNetwork
+from fastprior.models import quantise as quantisation
+from fastprior.models import snapshot
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.prior import DiffusionPrior
 from fastprior.sampler import denoise_step, network_obstacles, prefill, prepare_run, run_steps, step_inputs
 from fastprior.step_cost import CountLaunches, StepReads, step_reads, step_seconds
@@ -100,7 +103,7 @@ class PriorSampler:
         self.quantise, self._quality_prompts, self.quality = quantise, quality_prompts, None
         self._lock = threading.Lock()
         self._modules: list | None = None
-        self._state: model_state.State | None = None
+        self._state: snapshot.State | None = None
         self._reads: dict[int, StepReads] = {}
         self._launched: dict[int, int] = {}
         self._clock = Clock(prior.device)
@@ -115,7 +118,7 @@ class PriorSampler:
         own = self.prior.net
         if self.prior.device != self._clock.device:
             raise ValueError(f"the prior is on {self.prior.device}; it must be where it was, on {self._clock.device}")
-        state = model_state.state(own)
+        state = snapshot.state(own)
         if state is self._state:
             return
         modules = [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in own.modules()]

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastprior.kernels import ops
-from fastprior.network import Conditioning, DiffusionPriorNetwork
+from fastprior.models.dalle2.network import Conditioning, DiffusionPriorNetwork
 
 if TYPE_CHECKING:
-    from fastprior import prior_forward
+    from fastprior.models.prior_transformer import forward
 
 LAUNCH_SECONDS = 1.7e-6
 NO_KERNEL = "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"
@@ -41,7 +41,7 @@ def step_reads(net: DiffusionPriorNetwork, cond: Conditioning, null_preds: Tenso
     return StepReads(*(sum(t.nbytes for t in read) for read in (matrices, (cache.k, cache.v), tables)))
 
 
-def transformer_reads(prior: nn.Module, cond: prior_forward.Conditioning, rows: Tensor) -> StepReads:
+def transformer_reads(prior: nn.Module, cond: forward.Conditioning, rows: Tensor) -> StepReads:
     """The same for a `PriorTransformer`, or what is like one: its blocks, and what its suffix tokens pass besides."""
     modules = prior.transformer_blocks, prior.proj_in, prior.norm_in, prior.norm_out, prior.proj_to_clip_embeddings
     matrices, vectors = _weights(*(module for module in modules if module is not None))

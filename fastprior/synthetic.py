@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
 
 
 def mean_length(latent: int, concentration: float) -> float:

@@ -28,12 +28,12 @@ except ImportError as error:
 import torch
 
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
-from fastprior.conditions import Conditions, find
-from fastprior.network import DiffusionPriorNetwork
+from fastprior.models.dalle2.conditions import Conditions, find
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.models.prior_transformer.as_network import PriorTransformerNet
+from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.prior import DiffusionPrior
-from fastprior.prior_transformer import PriorTransformer
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
-from fastprior.transformer_net import PriorTransformerNet
 from fastprior.utils import nearest
 
 Count = Annotated[int, Field(ge=1)]

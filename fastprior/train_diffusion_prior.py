@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 from fastprior.dataloaders import PairStream
 from fastprior.dataloaders.shards import EmbeddingShards, check_conditions
 from fastprior.evaluate import evaluate, plot_curves
+from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from fastprior.prior import DiffusionPrior
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged
-from fastprior.transformer_net import PriorTransformerNet
 
 SPLITS = "train", "validation", "test"
 STATISTICS_PAIRS = 50_000  # about so many give the mean and deviation of image embeddings

@@ -90,9 +90,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
     from fastprior import checkpoint, digits
     from fastprior.cli import load_clip
-    from fastprior.conditions import find
     from fastprior.dataloaders import EmbeddingShards, PairStream
     from fastprior.evaluate import METRICS, evaluate
+    from fastprior.models.dalle2.conditions import find
 
     _check(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

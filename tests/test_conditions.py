@@ -11,9 +11,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from fastprior import checkpoint, cli, train_diffusion_prior
-from fastprior.conditions import Conditions
+from fastprior.batches import repeat_rows
 from fastprior.dataloaders import EmbeddingShards, PairStream
-from fastprior.sampler import repeat_rows
+from fastprior.models.dalle2.conditions import Conditions
 from fastprior.serving import PriorSampler
 from fastprior.trackers import read_metrics
 from fastprior.train_configs import DiffusionPriorConfig

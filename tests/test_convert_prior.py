@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import fastprior
 from fastprior.cli import main
 from fastprior.convert_prior import convert, load
-from fastprior.prior_transformer import PriorTransformer
+from fastprior.models.prior_transformer.model import PriorTransformer
 from helpers.priors import make_prior, relative_error
 
 TOLERANCE = 1e-5  # of scale, what an fp32 forward may differ by

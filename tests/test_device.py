@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from fastprior import graphs, prior_graphs
+from fastprior import draws, graphs, prior_graphs
 from fastprior.serving import PriorSampler
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, plain, relative_error, sample
@@ -234,7 +234,7 @@ def test_draws_wait_for_a_capture():
         if number:
             return graphs.capture(run, x.device, None)[0]
         assert begun.wait(60)
-        return graphs.randn_like(x)
+        return draws.randn_like(x)
 
     torch.cuda.manual_seed(1)
     wanted = torch.randn_like(x)
@@ -248,8 +248,8 @@ def test_draws_wait_for_a_capture():
 def make_pipelines(dtype: torch.dtype, *options: dict) -> list:
     """Pipelines of one prior."""
     from fastprior import PriorPipeline
-    from fastprior.diffusers_schedules import DiffusersSchedule
-    from fastprior.prior_transformer import PriorTransformer
+    from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+    from fastprior.models.prior_transformer.model import PriorTransformer
 
     torch.manual_seed(0)
     prior = PriorTransformer(num_attention_heads=4, num_layers=3, embedding_dim=64, num_embeddings=77).eval()
@@ -360,7 +360,7 @@ def test_attention_gives_equal_bits_at_the_sizes_of_models(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prior_transformer(dtype):
     """Behind the prefix, by kernels, against whole passes on the CPU; captions of several lengths, one empty."""
-    from fastprior.prior_transformer import PriorTransformer
+    from fastprior.models.prior_transformer.model import PriorTransformer
 
     torch.manual_seed(0)
     prior = PriorTransformer(num_attention_heads=4, num_layers=3, embedding_dim=64, num_embeddings=77).eval()

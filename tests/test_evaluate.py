@@ -13,7 +13,7 @@ import fastprior
 from fastprior import DiffusionPrior, checkpoint, digits
 from fastprior import evaluate as module
 from fastprior.evaluate import METRICS, RECALL_AT, evaluate, plot_curves, retrieval_ranks
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
 from fastprior.training_commands import add_evaluate_parser
 from helpers.priors import make_prior, make_text
 from helpers.processes import run_ranks

@@ -24,8 +24,8 @@ pytest.importorskip("triton")
 import report  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
-from fastprior.kernels.gpu import launch  # noqa: E402
 
+from fastprior.kernels.gpu import launch  # noqa: E402
 from helpers.processes import compiling  # noqa: E402
 
 interpreted = pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")

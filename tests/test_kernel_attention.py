@@ -9,11 +9,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fastprior.kernels import ops, reference
 from fastprior.kernels.gpu import attention as module
 from fastprior.kernels.gpu import launch
 from fastprior.kernels.gpu.attention import attention
-
-from fastprior.kernels import ops, reference
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise
 

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+from fastprior.kernels import reference
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
-from torch import nn
-
-from fastprior import prior_blocks
-from fastprior.kernels import reference
+from fastprior.models.prior_transformer import blocks as prior_blocks
 from helpers.cpu_cases import (
     BF16,
     CONFIGS,

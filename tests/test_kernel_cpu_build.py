@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fastprior.kernels import ops, reference
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
-
-from fastprior.kernels import ops, reference
 from helpers.at_once import at_once
 from helpers.cpu_cases import (
     NEEDS_KERNELS,

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from fastprior.kernels.cpu import blocks as cpu_blocks
-from fastprior.kernels.cpu import linear as cpu_linear
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastprior import layers
 from fastprior.kernels import ops
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.models.dalle2 import layers
 from helpers.cpu_cases import (
     BF16,
     FP32,

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from fastprior.kernels.cpu import library as cpu_library
-from fastprior.kernels.cpu import linear as cpu_linear
 
 from fastprior import PriorPipeline, PriorSampler, PriorTransformer
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.pipeline_parts import TextEncoding
 from helpers.cpu_cases import NEEDS_KERNELS
 from helpers.priors import make_prior, make_text

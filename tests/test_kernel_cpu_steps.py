@@ -5,12 +5,12 @@ import functools
 
 import pytest
 import torch
-from fastprior.kernels.cpu import blocks as cpu_blocks
-from fastprior.kernels.cpu import linear as cpu_linear
 from torch import nn
 
 from fastprior import DiffusionPriorNetwork, PriorSampler, sampler
 from fastprior.kernels import ops
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import linear as cpu_linear
 from helpers.cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, through_reference
 from helpers.priors import make_prior, make_text, relative_error, sample
 

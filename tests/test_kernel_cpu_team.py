@@ -9,14 +9,14 @@ import threading
 
 import pytest
 import torch
-from fastprior.kernels.cpu import blocks as cpu_blocks
-from fastprior.kernels.cpu import library as cpu_library
-from fastprior.kernels.cpu import linear as cpu_linear
-from fastprior.kernels.cpu import threads as cpu_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprior import cli
 from fastprior.kernels import ops
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.kernels.cpu import threads as cpu_threads
 from helpers.at_once import at_once
 from helpers.cpu_cases import NEEDS_KERNELS, OPTIONS, block_arguments, child, make, threads
 from helpers.priors import make_prior, make_text

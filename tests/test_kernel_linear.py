@@ -6,11 +6,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fastprior.kernels import ops, reference
 from fastprior.kernels.gpu import linear as module
 from fastprior.kernels.gpu.linear import linear, linear_config, linear_fwd
 from fastprior.kernels.gpu.workspace import COUNTERS, Workspace, current, sharing
-
-from fastprior.kernels import ops, reference
 from helpers.at_once import at_once
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise

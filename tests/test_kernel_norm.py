@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastprior.kernels.gpu import launch, norm
 
 from fastprior.kernels import ops, reference
+from fastprior.kernels.gpu import launch, norm
 from helpers.kernel_checks import DTYPES, check_gradients, guarded, random
 from helpers.pairwise import pairwise
 

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from fastprior.kernels.gpu import launch, step
 
 from fastprior.kernels import ops, reference
+from fastprior.kernels.gpu import launch, step
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise
 

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from fastprior.kernels.gpu import launch, norm, stand_in
 
+from fastprior.kernels.gpu import launch, norm, stand_in
 from helpers.processes import compiling
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastprior
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.pipeline_parts import TextEncoding
 from fastprior.prior_pipeline import PriorPipeline
 from fastprior.shap_e import ShapEPrior

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastprior import PriorPipeline, PriorSampler, quantise
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior import PriorPipeline, PriorSampler
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
-from fastprior.layers import Linear, QuantisedLinear
+from fastprior.models import quantise
+from fastprior.models.dalle2.layers import Linear
+from fastprior.models.quantised_linear import QuantisedLinear
 from fastprior.pipeline_parts import TextEncoding
 from helpers.priors import make_prior, make_text, relative_error
 from helpers.pt_cases import make_stock, without_diffusers

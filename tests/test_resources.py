@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
+
 from fastprior.kernels.gpu import attention, barrier, compilations, decode, launch, linear, norm, resources, step
 from fastprior.kernels.gpu.cases import meta
-
 from helpers.processes import compiling
 
 RECORDS = sorted(resources.RECORDS.glob("*.jsonl"))

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from fastprior.kernels.cpu import library as cpu_library
 
 from fastprior import graphs, serving
 from fastprior.kernels import ops
+from fastprior.kernels.cpu import library as cpu_library
 from fastprior.serving import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once

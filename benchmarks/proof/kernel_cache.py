@@ -53,6 +53,7 @@ class Collector(Executor):
 def filled() -> Iterator[None]:
     """Within it launches are collected; at its end they are compiled, each once, by several processes."""
     import triton
+
     from fastprior.kernels.gpu import stand_in
 
     capability, workers = map(int, os.environ[FILL].split())

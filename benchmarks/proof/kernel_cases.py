@@ -10,15 +10,15 @@ from functools import partial
 
 import kernel_cache
 import torch
+from torch import Tensor
+
+from fastprior.kernels import reference
 from fastprior.kernels.gpu.attention import attention
 from fastprior.kernels.gpu.barrier import MODES, MODES_FROM_90, matvec_chain_fwd
 from fastprior.kernels.gpu.decode import decode_attention
 from fastprior.kernels.gpu.linear import MAX_NORM_ROWS, linear
 from fastprior.kernels.gpu.norm import layer_norm
 from fastprior.kernels.gpu.step import diffusion_step
-from torch import Tensor
-
-from fastprior.kernels import reference
 from helpers.kernel_checks import DEVICE, random
 
 SMALL = DEVICE == "cpu" and not kernel_cache.filling()

@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+
 from fastprior.kernels.gpu import linear  # noqa: E402
 
 

@@ -9,7 +9,8 @@ import kernel_cache
 import priors
 import torch
 
-from fastprior import graphs, quantise, sampler
+from fastprior import graphs, sampler
+from fastprior.models import quantise
 
 REAL = torch.cuda.is_available() and not kernel_cache.filling()
 DEVICE = torch.device("cuda" if REAL else "cpu")

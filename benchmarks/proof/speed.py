@@ -30,7 +30,7 @@ from timing import floor_share, op_seconds
 
 from fastprior import PriorPipeline
 from fastprior.bench import seconds
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
 from fastprior.serving import PriorSampler
 

@@ -16,9 +16,9 @@ import torch
 from places import DEVICE
 
 from fastprior import PriorPipeline
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
 from fastprior.serving import PriorSampler
 
 BATCH = 32  # of training

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +21,6 @@ from fastprior.dataloaders.files import (
     shard_number,
     tar_columns,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 COLUMNS = {"image_embed": 2, "text": 0, "text_embed": 2, "text_encodings": 3}  # and their number of dimensions
 

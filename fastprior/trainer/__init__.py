@@ -1,6 +1,6 @@
 """Training of a prior: `DiffusionPriorTrainer`, with DALLE2-pytorch's calls and checkpoints."""
 
-from fastprior.chunks import prior_sample_in_chunks, split_args_and_kwargs
+from fastprior.batches import prior_sample_in_chunks, split_args_and_kwargs
 from fastprior.trainer.ema import EMA
 from fastprior.trainer.trainer import DiffusionPriorTrainer, TrainingDiverged
 

@@ -25,8 +25,8 @@ try:
 except ImportError as error:
     raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
 
-from fastprior.checkpoint import check_fits_peer, read_file
-from fastprior.chunks import prior_sample_in_chunks, split_args_and_kwargs
+from fastprior.batches import prior_sample_in_chunks, split_args_and_kwargs
+from fastprior.checkpoint import check_fits_peer
 from fastprior.optimizer import get_optimizer, learning_rate_factor
 from fastprior.prior import DiffusionPrior, in_eval_mode
 from fastprior.trainer.ema import EMA
@@ -34,6 +34,7 @@ from fastprior.trainer.fsdp import Frame, equalize, shard, wants_shards, whole
 from fastprior.trainer.state import capture, plain, restore, rng_state, to_peer
 from fastprior.trainer.zero import Zero
 from fastprior.utils import atomic
+from fastprior.weight_files.safe import read_file
 
 EMA_OPTIONS = {f"ema_{name}" for name in inspect.signature(EMA).parameters if name != "model"}
 ACCELERATOR_OPTIONS = {f"accelerator_{name}" for name in inspect.signature(Accelerator).parameters}

@@ -10,7 +10,6 @@ import sys
 
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
-
 from helpers.cpu_cases import (
     CONFIGS,
     DECODE_OPTIONS,

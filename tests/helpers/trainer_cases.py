@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 
 from fastprior.clip import BaseClipAdapter, EmbeddedText
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
 from fastprior.trainer import DiffusionPriorTrainer
 from helpers.priors import make_prior
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior import prefix_reuse, prior_blocks
 from fastprior.kernels import ops
-from fastprior.prior_blocks import HIDDEN, Prefix, normed, projected
-from fastprior.row_layout import row_layout
+from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer import prompt_memory
+from fastprior.models.prior_transformer.blocks import HIDDEN, Prefix, normed, projected
+from fastprior.models.shared_rows import row_layout
 
 
 class Conditioning(NamedTuple):
@@ -77,10 +78,10 @@ class PriorForward:
         if len(time) not in (1, len(hidden_states)):
             raise ValueError(f"timestep has {len(time)} elements; it must have 1 or as many as hidden_states has rows")
         prefix = None
-        if attention_mask is not None and prefix_reuse.is_plain_call(given):
+        if attention_mask is not None and prompt_memory.is_plain_call(given):
             suffix = self._count_suffix(hidden_states)
             with ops.sharing():
-                prefix = prefix_reuse.recall(self, given, suffix, lambda: self._prefix(*given, suffix))
+                prefix = prompt_memory.recall(self, given, suffix, lambda: self._prefix(*given, suffix))
         if prefix is None:
             pred = self._whole(hidden_states, time, *given)
         else:
@@ -112,7 +113,7 @@ class PriorForward:
         proj_embedding = proj_embedding.to(dtype)
         encoder_hidden_states = None if encoder_hidden_states is None else encoder_hidden_states.to(dtype)
         suffix = 2 + (self.prd_embedding is not None)
-        if reasons := prefix_reuse.obstacles(self, suffix):
+        if reasons := prompt_memory.obstacles(self, suffix):
             raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(reasons)}")
         prefix = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, suffix)
         if prefix is None:
@@ -138,7 +139,7 @@ class PriorForward:
         """
         dtype, longest = self._weight_dtype, self.config["num_embeddings"]
         suffix = 2 + (self.prd_embedding is not None)
-        if reasons := prefix_reuse.obstacles(self, suffix):
+        if reasons := prompt_memory.obstacles(self, suffix):
             raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(reasons)}")
         tokens = self._prefix_tokens(proj_embedding.to(dtype), encoder_hidden_states.to(dtype))
         positions = self._positions(longest + 1, suffix, masked=True)
@@ -183,7 +184,7 @@ class PriorForward:
         before = self.proj_in.weight.data_ptr()
         super()._apply(*args, **kwargs)
         if self.proj_in.weight.data_ptr() != before:  # offloading moves a model at every call, mostly to where it is
-            prefix_reuse.forget(self)
+            prompt_memory.forget(self)
         return self
 
     @property

@@ -11,16 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastprior import model_state
 from fastprior.kernels import ops
-from fastprior.prior_blocks import Prefix
+from fastprior.models import snapshot
+from fastprior.models.prior_transformer.blocks import Prefix
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DIM_HEADS, LONGEST_SUFFIX = range(16, 129), 16  # what the kernels take
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 KNOWN = {  # modules that `prior_blocks` runs as they would run themselves
     "torch.nn.modules": "LayerNorm Linear Dropout ModuleList SiLU Mish GELU ReLU",
-    "fastprior.prior_blocks": "Block Attention FeedForward GELU TimeFeatures TimeEmbedding",
+    "fastprior.models.prior_transformer.blocks": "Block Attention FeedForward GELU TimeFeatures TimeEmbedding",
     "diffusers.models": "BasicTransformerBlock Attention FeedForward GELU Timesteps TimestepEmbedding",
 }
 # processors of diffusers that differ in memory and speed alone
@@ -95,7 +95,7 @@ class _Entry:
     """A prefix and all it was made of."""
 
     def __init__(self, model: nn.Module, conditioning: Conditioning, key: tuple, prefix: Prefix):
-        self.prefix, self.key, self.snapshot = prefix, key, model_state.Snapshot(model)
+        self.prefix, self.key, self.snapshot = prefix, key, snapshot.Snapshot(model)
         self.conditioning = tuple(None if t is None else t.detach().clone() for t in conditioning)
         self.callers: list[weakref.ref] = []
 
@@ -139,7 +139,7 @@ _SLOTS: weakref.WeakKeyDictionary[nn.Module, threading.local] = weakref.WeakKeyD
 def forget(model: nn.Module) -> None:
     """Drop what is remembered for a model, in all threads."""
     _SLOTS.pop(model, None)
-    model_state.forget(model)
+    snapshot.forget(model)
 
 
 def recall(

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprior import model_state
-from fastprior.conditions import Conditions, find
-from fastprior.graphs import drawing
+from fastprior.draws import drawing
 from fastprior.kernels import ops
-from fastprior.layers import MLP, CausalTransformer, KVCache, Linear, SinusoidalPosEmb
-from fastprior.row_layout import row_layout
+from fastprior.models import snapshot
+from fastprior.models.dalle2.conditions import Conditions, find
+from fastprior.models.dalle2.layers import MLP, Linear, SinusoidalPosEmb
+from fastprior.models.dalle2.transformer import CausalTransformer, KVCache
+from fastprior.models.shared_rows import row_layout
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
 
@@ -213,7 +214,7 @@ class DiffusionPriorNetwork(nn.Module):
         before = self.learned_query.data_ptr()
         super()._apply(*args, **kwargs)
         if self.learned_query.data_ptr() != before:
-            model_state.forget(self)
+            snapshot.forget(self)
         return self
 
     def forward(

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastprior.checkpoint import read_file
 from fastprior.utils import atomic, nearest
+from fastprior.weight_files.safe import read_file
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 SUFFIXES = ".safetensors", ".bin"

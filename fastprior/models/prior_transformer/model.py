@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastprior import prior_files
-from fastprior.prior_blocks import Block, TimeEmbedding, TimeFeatures
-from fastprior.prior_forward import PriorForward
+from fastprior.models.prior_transformer.blocks import Block, TimeEmbedding, TimeFeatures
+from fastprior.models.prior_transformer.forward import PriorForward
+from fastprior.weight_files import diffusers_folder
 
 
 class Config(dict):
@@ -134,11 +134,11 @@ class PriorTransformer(PriorForward, nn.Module):
             FileNotFoundError: a file is missing.
             ValueError: a file cannot be read, the config has an unknown key, or the weights do not fit it.
         """
-        config, state = prior_files.read(pretrained_model_name_or_path, subfolder, variant, **hub)
-        prior_files.check_config(config, inspect.signature(cls).parameters)
+        config, state = diffusers_folder.read(pretrained_model_name_or_path, subfolder, variant, **hub)
+        diffusers_folder.check_config(config, inspect.signature(cls).parameters)
         with torch.device("meta"):
             model = cls(**config)
-        prior_files.fill(model, state, torch_dtype or torch.float32)
+        diffusers_folder.fill(model, state, torch_dtype or torch.float32)
         return model.eval()
 
     def save_pretrained(
@@ -148,4 +148,4 @@ class PriorTransformer(PriorForward, nn.Module):
 
         Raises ValueError where `save_directory` is a file.
         """
-        prior_files.write(save_directory, self.config, self.state_dict(), variant, safe_serialization)
+        diffusers_folder.write(save_directory, self.config, self.state_dict(), variant, safe_serialization)

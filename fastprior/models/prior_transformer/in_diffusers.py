@@ -8,13 +8,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from fastprior.prior_forward import PriorForward
+from fastprior.models.prior_transformer.forward import PriorForward
 
 try:
     from diffusers import ModelMixin  # noqa: F401 (re-exported)
     from diffusers import PriorTransformer as StockPrior
 except ImportError:
-    from fastprior.prior_transformer import PriorTransformer
+    from fastprior.models.prior_transformer.model import PriorTransformer
 
     StockPrior = None
 else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprior.layers import MLP, Linear, SinusoidalPosEmb
+from fastprior.models.dalle2.layers import MLP, Linear, SinusoidalPosEmb
 from fastprior.utils import nearest
 
 SCALAR_WAVES = 64  # sines and cosines that a scalar is embedded as

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprior.layers import Attention, Linear, QuantisedLinear
-from fastprior.network import DiffusionPriorNetwork
+from fastprior.models.dalle2.layers import Attention, Linear
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.models.quantised_linear import QuantisedLinear
 
 DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 MEDIAN, WORST = 0.999, 0.995  # least cosine to the embeddings of the weights as they were, with the same noise

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastprior.schedule import BETA_SCHEDULES
-from fastprior.solvers import StepTable
+from fastprior.diffusion.schedule import BETA_SCHEDULES
+from fastprior.diffusion.solvers import StepTable
 from fastprior.utils import nearest
 
 _COMMON = dict(

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
-from fastprior.layers import QuantisedLinear, scale_of
-from fastprior.row_layout import RowLayout
+from fastprior.models.quantised_linear import QuantisedLinear, scale_of
+from fastprior.models.shared_rows import RowLayout
 
 HIDDEN = -10000.0  # added to the logit of a key that must not be seen: what the weights were trained with
 PLAIN = nn.Linear, QuantisedLinear

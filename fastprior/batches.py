@@ -1,4 +1,4 @@
-"""Batches in chunks."""
+"""Batches of tensors in dicts: split into chunks, changed row by row, repeated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _is_batch(value: Any) -> bool:
@@ -70,3 +71,20 @@ def prior_sample_in_chunks(method: Callable) -> Callable:
         return parts[0] if len(parts) == 1 else _cat(parts)
 
     return inner
+
+
+def map_rows(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the tensors of a text condition, those of its extra conditions too; what else it holds stays."""
+    if isinstance(value, dict):
+        return {name: map_rows(item, change) for name, item in value.items()}
+    return change(value) if torch.is_tensor(value) else value
+
+
+def repeat_rows(text_cond: dict, rows: int) -> dict:
+    """Repeat every prompt of a text condition so that there are `rows` of them, the copies of one prompt together."""
+    if "text_embed" not in text_cond:
+        return text_cond  # a foreign network's own condition
+    repeats = rows // len(text_cond["text_embed"])
+    if repeats == 1:
+        return text_cond
+    return map_rows(text_cond, lambda t: t.repeat_interleave(repeats, dim=0))

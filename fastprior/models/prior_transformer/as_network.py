@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprior import prefix_reuse
-from fastprior.network import prob_mask_like
-from fastprior.prior_blocks import Prefix
-from fastprior.prior_transformer import PriorTransformer
+from fastprior.models.dalle2.network import prob_mask_like
+from fastprior.models.prior_transformer import prompt_memory
+from fastprior.models.prior_transformer.blocks import Prefix
+from fastprior.models.prior_transformer.model import PriorTransformer
 
 
 class Conditioning(NamedTuple):
@@ -95,7 +95,7 @@ class PriorTransformerNet(nn.Module):
 
     def obstacles(self, dropout: bool = False) -> list[str]:
         """See `fastprior.sampler.network_obstacles`."""
-        return prefix_reuse.obstacles(self.prior, self.suffix_tokens)
+        return prompt_memory.obstacles(self.prior, self.suffix_tokens)
 
     def _check(self, text_embed: Tensor, text_encodings: Tensor | None) -> None:
         prompts = len(text_embed)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastprior.schedule import NoiseScheduler
+from fastprior.diffusion.schedule import NoiseScheduler
 
 
 @dataclass(frozen=True)

@@ -68,5 +68,5 @@ setup(
         "bench": [*INTEROP, *DIFFUSERS, "pytest>=8.2", "pytest-benchmark>=4"],
         "xformers": ["xformers"],
     },
-    entry_points={"console_scripts": ["fastprior=fastprior.cli:main"]},
+    entry_points={"console_scripts": ["fastprior=fastprior.cli.command_line:main"]},
 )

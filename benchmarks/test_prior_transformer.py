@@ -18,7 +18,7 @@ from priors import GOALS, PT_1B, UNCLIP
 from runs import LAYERS, SCALE, by_pipeline, in_diffusers, pt_steps, stock
 from timing import floor_share
 
-from fastprior.bench import seconds
+from fastprior.serving.measure import seconds
 
 pytest.importorskip("diffusers")
 

@@ -5,8 +5,8 @@ import importlib
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
 from fastprior.diffusion.schedule import NoiseScheduler
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
-from fastprior.prior import DiffusionPrior
-from fastprior.sampler import SamplingPlan
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.plan import SamplingPlan
 from fastprior.version import __version__
 
 __all__ = [
@@ -32,14 +32,14 @@ _LATER = {  # imported when first asked for, so that `import fastprior` stays li
     "DiffusionPriorTrainer": "trainer",
     # by which diffusers knows that its pipelines can save and load our prior
     "ModelMixin": "models.prior_transformer.in_diffusers",
-    "PriorPipeline": "prior_pipeline",
+    "PriorPipeline": "pipelines.prior_pipeline",
     "PriorSampler": "serving",
     "PriorTransformer": "models.prior_transformer.in_diffusers",
-    "ShapEPrior": "shap_e",
+    "ShapEPrior": "pipelines.shap_e",
     "accelerate_prior": "models.prior_transformer.in_diffusers",
-    "convert": "checkpoint",
-    "load": "checkpoint",
-    "save": "checkpoint",
+    "convert": "checkpoints",
+    "load": "checkpoints",
+    "save": "checkpoints",
 }
 # part of dalle2-pytorch, and not replaced here: the installed one's, or a stand-in that raises ImportError on use
 _PEER = ("CLIP", "DALLE2", "Decoder", "DecoderTrainer", "Unet", "VQGanVAE")
@@ -50,13 +50,13 @@ def __getattr__(name):
         try:
             value = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
         except ImportError as error:  # of an extra: clients may name what they never use
-            from fastprior import dropin
+            from fastprior import peer
 
-            return dropin.stand_in(name, str(error))
+            return peer.stand_in(name, str(error))
         globals()[name] = value
         return value
     if name in _PEER:
-        from fastprior import dropin
+        from fastprior import peer
 
-        return dropin.peer_attribute(dropin.PACKAGE_NAMES[name], name)
+        return peer.peer_attribute(peer.PACKAGE_NAMES[name], name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,8 +43,8 @@ from fastprior.models.dalle2.layers import (
 )
 from fastprior.models.dalle2.network import DiffusionPriorNetwork, prob_mask_like
 from fastprior.models.dalle2.transformer import CausalTransformer
-from fastprior.prior import DiffusionPrior
-from fastprior.prior import in_eval_mode as eval_decorator
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.diffusion_prior import in_eval_mode as eval_decorator
 from fastprior.tokenizer import tokenizer
 
 cosine_beta_schedule = BETA_SCHEDULES["cosine"]
@@ -86,10 +86,10 @@ PEER_NAMES = frozenset({
 
 
 def __getattr__(name: str) -> Any:
-    from fastprior import dropin
+    from fastprior import peer
 
     if not name.startswith("_"):
-        found = dropin.peer_attribute("dalle2_pytorch.dalle2_pytorch", name)
-        if name in PEER_NAMES or not dropin.is_stand_in(found):
+        found = peer.peer_attribute("dalle2_pytorch.dalle2_pytorch", name)
+        if name in PEER_NAMES or not peer.is_stand_in(found):
             return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ from fastprior.models.dalle2.conditions import Conditions, find
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from fastprior.models.prior_transformer.model import PriorTransformer
-from fastprior.prior import DiffusionPrior
+from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
 from fastprior.utils import nearest
 

@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 
 from fastprior.dataloaders import PairStream
 from fastprior.dataloaders.shards import EmbeddingShards, check_conditions
-from fastprior.evaluate import evaluate, plot_curves
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
-from fastprior.prior import DiffusionPrior
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.evaluate import evaluate, plot_curves
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged

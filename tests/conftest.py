@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastprior.models import quantise
+from fastprior.serving import quality
 
 pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -83,5 +83,5 @@ def peer():
 @pytest.fixture
 def lenient(monkeypatch):
     """float8 rounds to 6 %, which random weights do not forgive."""
-    monkeypatch.setattr(quantise, "MEDIAN", 0.9)
-    monkeypatch.setattr(quantise, "WORST", 0.9)
+    monkeypatch.setattr(quality, "MEDIAN", 0.9)
+    monkeypatch.setattr(quality, "WORST", 0.9)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from fastprior import checkpoint, cli, train_diffusion_prior
+from fastprior import train_diffusion_prior
 from fastprior.batches import repeat_rows
+from fastprior.checkpoints import dalle2 as checkpoint
+from fastprior.cli import command_line as cli
 from fastprior.dataloaders import EmbeddingShards, PairStream
 from fastprior.models.dalle2.conditions import Conditions
-from fastprior.serving import PriorSampler
+from fastprior.serving.prior_sampler import PriorSampler
 from fastprior.trackers import read_metrics
 from fastprior.train_configs import DiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer

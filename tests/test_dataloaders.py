@@ -15,6 +15,7 @@ import pytest
 import torch
 from embedding_reader import EmbeddingReader
 
+from fastprior.cli.inspect import add_inspect_parser
 from fastprior.dataloaders import (
     EmbeddingShards,
     PairStream,
@@ -25,7 +26,6 @@ from fastprior.dataloaders import (
     make_splits,
 )
 from fastprior.dataloaders.files import ParquetColumn, RowGroups, shard_number
-from fastprior.inspect_shards import add_inspect_parser
 from helpers.at_once import at_once
 
 DIM = 8

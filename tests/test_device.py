@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 
-from fastprior import draws, graphs, prior_graphs
-from fastprior.serving import PriorSampler
+from fastprior import draws
+from fastprior.engine import graphs
+from fastprior.prior import graphs as prior_graphs
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, plain, relative_error, sample
 from helpers.soak import BATCH_SIZES, OPTIONS, soak
@@ -260,7 +262,7 @@ def make_pipelines(dtype: torch.dtype, *options: dict) -> list:
 
 
 def run_pipeline(pipeline, lengths: list[int], seed: int = 1, generators: str = DEVICE, **kwargs) -> torch.Tensor:
-    from fastprior.pipeline_parts import TextEncoding
+    from fastprior.pipelines.text_encoding import TextEncoding
 
     draw = torch.Generator().manual_seed(seed)
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import fastprior
-from fastprior import draws, graphs, sampler
+from fastprior import draws
+from fastprior.engine import graphs
 from fastprior.kernels import ops
 from fastprior.kernels.gpu import workspace
-from fastprior.serving import PriorSampler
+from fastprior.prior import loop
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once
 
@@ -174,11 +176,11 @@ def drawn(cuda, monkeypatch):
 
 def test_draws_wait_for_captures_of_other_threads(cuda, drawn, monkeypatch):
     place = SimpleNamespace(device=torch.device("cuda:0"))
-    monkeypatch.setattr(sampler, "_cached_step", lambda *args: None)
-    monkeypatch.setattr(sampler, "run_steps", lambda prior, table, step, draw, progress: draw())
+    monkeypatch.setattr(loop, "_cached_step", lambda *args: None)
+    monkeypatch.setattr(loop, "run_steps", lambda prior, table, step, draw, progress: draw())
     plan, begun = SimpleNamespace(path="cached", table=None, graphs=False), threading.Event()
     calls = (
-        lambda: sampler.sample_loop(place, plan, (2, 3), {}, 1.0),
+        lambda: loop.sample_loop(place, plan, (2, 3), {}, 1.0),
         lambda: PriorSampler._draws(SimpleNamespace(prior=place), (2, 3), None, keep=False)(0),
         lambda: draws.randn_like(place),
     )
@@ -233,7 +235,7 @@ def test_every_draw_of_the_package_waits():
     assert unheld(
         ast.parse("torch.randn(2, device=x)\nwith drawing(x):\n    torch.randn(2, device=x)\ny.normal_()")
     ) == [1, 4]
-    files = sorted(Path(fastprior.__file__).parent.glob("*.py"))
+    files = sorted(Path(fastprior.__file__).parent.rglob("*.py"))
     assert len(files) > 20
     assert {file.name: lines for file in files if (lines := unheld(ast.parse(file.read_text())))} == {}
 

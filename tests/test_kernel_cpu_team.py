@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprior import cli
+from fastprior.cli import info
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
@@ -286,7 +286,7 @@ def test_no_more_threads_than_a_control_group_pays_for(monkeypatch, tmp_path, gr
         with threads(8):  # which gives as many cores
             assert cpu_threads.quota() == cores
             assert cpu_threads.thread_count() == count
-            said = dict(cli._fast_paths())["CPU kernels"]
+            said = dict(info._fast_paths())["CPU kernels"]
             assert f"threads: {count}" in said and (cores is None) != (f"pays for {cores} cores" in said)
     finally:
         cpu_threads.quota.cache_clear()

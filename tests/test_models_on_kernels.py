@@ -9,7 +9,7 @@ import torch
 
 from fastprior.kernels import ops
 from fastprior.models.dalle2.layers import Attention, Linear, RelPosBias, RotaryEmbedding
-from fastprior.serving import PriorSampler
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers.kernel_checks import DEVICE
 from helpers.priors import make_prior, make_text, relative_error, sample
 

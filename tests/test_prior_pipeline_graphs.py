@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import fastprior
-from fastprior import graphs
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.engine import graphs
 from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.prior_transformer.model import PriorTransformer
-from fastprior.pipeline_parts import TextEncoding
-from fastprior.prior_pipeline import PriorPipeline
+from fastprior.pipelines.prior_pipeline import PriorPipeline
+from fastprior.pipelines.text_encoding import TextEncoding
 from helpers import captures
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, relative_error

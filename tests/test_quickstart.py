@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import fastprior
-from fastprior import DiffusionPrior, digits
+from fastprior import DiffusionPrior
+from fastprior.demos import digits
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("embedding_reader")
 
-from fastprior import quickstart
+from fastprior.demos import quickstart
 from fastprior.utils import atomic
 
 STEPS, BATCH = 20, 32

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastprior
-from fastprior import cli
+from fastprior.cli import command_line as cli
 from fastprior.train_configs import (
     DiffusionPriorNetworkConfig,
     PriorTransformerConfig,

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastprior import DiffusionPrior, DiffusionPriorNetwork, PriorSampler, PriorTransformer, graphs
+from fastprior import DiffusionPrior, DiffusionPriorNetwork, PriorSampler, PriorTransformer
+from fastprior.engine import graphs
 from fastprior.kernels import ops
 from fastprior.kernels.gpu import decode
 from fastprior.models import shared_rows

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from fastprior import graphs, serving
+from fastprior.engine import graphs
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import library as cpu_library
-from fastprior.serving import PriorSampler
+from fastprior.serving import prior_sampler as serving
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once
 from helpers.pairwise import pairwise

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 import fastprior
-from fastprior import checkpoint
+from fastprior.checkpoints import dalle2 as checkpoint
 from fastprior.trackers import LocalSaver, Tracker, create_loader, create_logger, create_saver, read_metrics
 from fastprior.trackers import tracker as tracker_module
 from fastprior.trackers.loggers import ConsoleLogger, TensorboardLogger, WandbLogger, without_secrets

@@ -20,8 +20,10 @@ from accelerate.commands import launch
 from accelerate.state import AcceleratorState
 from pydantic import BaseModel
 
-from fastprior import checkpoint, cli, train_diffusion_prior
-from fastprior.evaluate import evaluate
+from fastprior import train_diffusion_prior
+from fastprior.checkpoints import dalle2 as checkpoint
+from fastprior.cli import command_line as cli
+from fastprior.prior.evaluate import evaluate
 from fastprior.trackers.tracker import LOADERS, LOGGERS, SAVERS, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import Run, make_accelerator, split_edges

@@ -17,7 +17,7 @@ from fastprior.dataloaders.files import (
 from fastprior.dataloaders.match import Norms, Shard, _drop_deviants, _Folder, _look_into, _match, _numbers, _title
 
 if TYPE_CHECKING:
-    from fastprior.prior import DiffusionPrior
+    from fastprior.prior.diffusion_prior import DiffusionPrior
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from fastprior import checkpoint
 from fastprior.trackers.loggers import BaseLogger, Part, import_for, import_wandb
 from fastprior.utils import atomic, remove_leftovers
+from fastprior.weight_files.safe import read_file
 
 TIMEOUT_S = 60  # of one read from a server
 
@@ -47,7 +47,7 @@ class BaseLoader(Part):
         """What `DiffusionPriorTrainer.load` takes, on the CPU. Pickles are read as `fastprior.load` reads them."""
         self.data_path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".loading-", dir=self.data_path) as folder:
-            return dict(checkpoint.read_file(self.fetch(Path(folder)))[0])
+            return dict(read_file(self.fetch(Path(folder)))[0])
 
 
 @dataclass(eq=False)

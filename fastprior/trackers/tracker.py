@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fastprior import checkpoint
+from fastprior import checkpoints
+from fastprior.peer import PEER_VERSION
 from fastprior.trackers.loggers import (
     BaseLogger,
     ConsoleLogger,
@@ -38,7 +39,6 @@ from fastprior.trackers.storage import (  # fmt: skip
     WandbLoader,
     WandbSaver,
 )
-from fastprior.trainer.state import PEER_VERSION
 from fastprior.utils import atomic, nearest
 
 RESERVED = ("scaler", "optimizer", "model", "version", "step", "steps")  # a checkpoint's own keys
@@ -298,7 +298,7 @@ class Tracker:
         path = self.data_path / name
         if name == "model.safetensors":
             metadata = {**values, **self.save_metadata}
-            checkpoint.save(trainer.accelerator.unwrap_model(_sampling_prior(trainer)), path, metadata=plain(metadata))
+            checkpoints.save(trainer.accelerator.unwrap_model(_sampling_prior(trainer)), path, metadata=plain(metadata))
             return path
         # never written over: the savers' files may be further names of it
         with atomic(path) as temporary:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastprior.prior import DiffusionPrior
+    from fastprior.prior.diffusion_prior import DiffusionPrior
 
 
 def wants_shards(accelerator: Accelerator) -> bool:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fastprior.optimizer import separate_weight_decayable_params
+from fastprior.peer import PEER_VERSION
 from fastprior.trainer.fsdp import collected, part_like, without_clip
 from fastprior.trainer.moments import check_moments, load_moments, named_state
 from fastprior.version import __version__
 
 if TYPE_CHECKING:
     from fastprior.trainer.trainer import DiffusionPriorTrainer
-
-PEER_VERSION = "1.15.6"  # of dalle2-pytorch, whose format is written
 
 
 def plain(value: Any, name: str) -> None:

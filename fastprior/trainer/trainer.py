@@ -26,9 +26,9 @@ except ImportError as error:
     raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
 
 from fastprior.batches import prior_sample_in_chunks, split_args_and_kwargs
-from fastprior.checkpoint import check_fits_peer
 from fastprior.optimizer import get_optimizer, learning_rate_factor
-from fastprior.prior import DiffusionPrior, in_eval_mode
+from fastprior.peer import check_fits_peer
+from fastprior.prior.diffusion_prior import DiffusionPrior, in_eval_mode
 from fastprior.trainer.ema import EMA
 from fastprior.trainer.fsdp import Frame, equalize, shard, wants_shards, whole
 from fastprior.trainer.state import capture, plain, restore, rng_state, to_peer

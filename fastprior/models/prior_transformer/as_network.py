@@ -94,7 +94,7 @@ class PriorTransformerNet(nn.Module):
         self.prior.enable_gradient_checkpointing()
 
     def obstacles(self, dropout: bool = False) -> list[str]:
-        """See `fastprior.sampler.network_obstacles`."""
+        """See `fastprior.prior.plan.network_obstacles`."""
         return prompt_memory.obstacles(self.prior, self.suffix_tokens)
 
     def _check(self, text_embed: Tensor, text_encodings: Tensor | None) -> None:

@@ -8,16 +8,16 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastprior.checkpoints.contents import CURRENT, GAMMA, ONE_NULL, UNPADDED, LoadReport
 from fastprior.diffusion.schedule import BETA_SCHEDULES
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
-from fastprior.prior import DiffusionPrior
+from fastprior.prior.diffusion_prior import DiffusionPrior
 
 # The one map of renames, applied in order to the keys of a prior (`net.…`); None drops the key.
 RENAMES = (
@@ -31,52 +31,8 @@ NULLS = ("null_text_encodings", "null_text_embeds", "null_image_embed")
 # Releases before a version computed dot-product attention: the version, and the factor on the relative position bias,
 # which was added before logits were multiplied by it. From 1.4.3 on it is cosine similarity, with the same keys.
 DOT_PRODUCT_ERAS = (((0, 16, 1), 1), ((0, 23, 3), 1024), ((1, 4, 3), 128))
-GAMMA, UNPADDED, ONE_NULL, CURRENT = "before 0.16.0", "0.16.0 to 0.23.0", "0.23.1 to 1.8.4", "1.9.0 or later"
 
 _POSITION_BIAS = "net.causal_transformer.rel_pos_bias.relative_attention_bias.weight"
-
-
-@dataclass
-class LoadReport:
-    """What a file held, and what was made of it; meant to be printed.
-
-    Attributes:
-        path, kind: the file and what it is, such as "trainer checkpoint".
-        weights: "model" or "ema".
-        version: the dalle2-pytorch release that the weights are from, where known; fastprior's for its own files.
-        era: the releases that write such keys.
-        architecture: "recorded" in the file, "given" by a config, or "inferred" from shapes.
-        missing, unexpected: keys that no rule for a known era explains.
-        guesses: assumptions that make results wrong if they are wrong; also warned of.
-        notes: what was converted, and what cannot be seen in weights.
-        metadata: the values given to `save`.
-    """
-
-    path: str
-    kind: str = ""
-    weights: str = "model"
-    version: str | None = None
-    era: str = CURRENT
-    architecture: str = "inferred"
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    guesses: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    metadata: dict = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        version = f", version {self.version}" if self.version else ""
-        lines = [f"{self.path}: {self.kind}, {self.weights} weights{version}, keys of {self.era}"]
-        lines += [f"architecture: {self.architecture}"]
-        lines += [f"{name}: {some(keys)}" for name in ("missing", "unexpected") if (keys := getattr(self, name))]
-        lines += [f"guess: {guess}" for guess in self.guesses] + [f"note: {note}" for note in self.notes]
-        return "\n  ".join(lines)
-
-
-def some(items, count: int = 5) -> str:
-    """The first few of them, as text."""
-    items = list(map(str, items))
-    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
 
 
 def _parameters(cls: type, *left_out: str) -> set[str]:

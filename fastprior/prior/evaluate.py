@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior.batches import map_rows
-from fastprior.prior import DiffusionPrior
-from fastprior.sampler import is_overridden
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.plan import is_overridden
 from fastprior.utils import atomic
 
 RETRIEVAL_PAIRS = 10_000  # at most, over all processes: the images that a sampled embedding is ranked against

@@ -7,19 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-from fastprior.inspect_shards import add_inspect_parser
+from fastprior.cli.common import named
+from fastprior.cli.inspect import add_inspect_parser
 from fastprior.utils import atomic
 from fastprior.version import __version__
 
 __all__ = ["add_evaluate_parser", "add_inspect_parser", "add_train_parser", "named"]
-
-
-def named(text: str) -> tuple[str, str]:
-    """The two sides of NAME=VALUE."""
-    name, _, value = text.partition("=")
-    if not (name and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
 
 
 def add_train_parser(subparsers) -> None:
@@ -88,16 +81,17 @@ def evaluate_command(args: argparse.Namespace) -> int:
     import torch
     from tqdm.auto import tqdm
 
-    from fastprior import checkpoint, digits
-    from fastprior.cli import load_clip
+    from fastprior import checkpoints
+    from fastprior.cli.common import load_clip
     from fastprior.dataloaders import EmbeddingShards, PairStream
-    from fastprior.evaluate import METRICS, evaluate
+    from fastprior.demos import digits
     from fastprior.models.dalle2.conditions import find
+    from fastprior.prior.evaluate import METRICS, evaluate
 
     _check(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     clip = load_clip(args.clip_model, args.clip_pretrained, device) if args.clip_model else None
-    prior = checkpoint.load(args.checkpoint, weights=args.weights, clip=clip, device=device)
+    prior = checkpoints.load(args.checkpoint, weights=args.weights, clip=clip, device=device)
     if args.captions and not args.texts and prior.clip is None:
         if prior.load_report.metadata.get("text_encoder") != digits.NAME:
             raise ValueError(

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from fastprior import DiffusionPrior, DiffusionPriorNetwork, __version__, checkpoint, digits
-from fastprior.digits import Pairs
+from fastprior import DiffusionPrior, DiffusionPriorNetwork, __version__, checkpoints
+from fastprior.demos import digits
+from fastprior.demos.digits import Pairs
 from fastprior.utils import atomic
 
 STEPS, BATCH = 500, 128
@@ -286,7 +287,7 @@ def run(
         samplers = compare_samplers(prior, held_out, seed)
         file = out / "prior.safetensors"
         metadata = dict(text_encoder=digits.NAME, steps=steps, batch=batch, seed=seed, metrics=metrics)
-        checkpoint.save(prior, file, metadata=metadata)
+        checkpoints.save(prior, file, metadata=metadata)
         draw_figure(out / "digits.png", prior, held_out, curves, metrics, seed)
     summary = dict(
         fastprior=__version__,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.diffusion.solvers import StepTable
 from fastprior.draws import drawing
+from fastprior.pipelines.text_encoding import Generators, TextEncoding
 
 if TYPE_CHECKING:
     from fastprior.models.prior_transformer.model import PriorTransformer
@@ -26,22 +27,7 @@ PARTS = {  # all but the prior and the scheduler; transformers has these
     "image_processor": "CLIPImageProcessor",
 }
 _tokenizing = threading.Lock()  # a call changes how the tokenizer pads, for all threads
-Generators = torch.Generator | Sequence[torch.Generator] | None
 Pipeline = TypeVar("Pipeline", bound="PipelineParts")
-
-
-class TextEncoding(NamedTuple):
-    """What a prior is conditioned on, as CLIP gives it.
-
-    Attributes:
-        embeds: (prompts, embedding_proj_dim), the projected text embeddings.
-        encodings: (prompts, num_embeddings, embedding_dim), the last hidden states.
-        mask: (prompts, num_embeddings) bool, False where a token is padding.
-    """
-
-    embeds: Tensor
-    encodings: Tensor
-    mask: Tensor
 
 
 def listed(name: str, texts: str | list[str]) -> list[str]:

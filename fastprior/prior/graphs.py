@@ -13,13 +13,15 @@ from torch.nn.modules import module as all_modules
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastprior.batches import map_rows
-from fastprior.graphs import TABLE_STEPS, Clock, GraphCache, StepGraph, settings
+from fastprior.engine.clock import Clock
+from fastprior.engine.graphs import TABLE_STEPS, GraphCache, StepGraph, settings
 from fastprior.models import snapshot
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
-from fastprior.sampler import HOOKS, SamplingPlan, denoise_step, prefill, run_steps, step_inputs
+from fastprior.prior.loop import denoise_step, prefill, run_steps, step_inputs
+from fastprior.prior.plan import HOOKS, SamplingPlan
 
 if TYPE_CHECKING:
-    from fastprior.prior import DiffusionPrior
+    from fastprior.prior.diffusion_prior import DiffusionPrior
 
 # Not measured: a capture takes about as long as 30 steps without graphs, and a step of so many rows keeps a device busy
 # for longer than its launches take.

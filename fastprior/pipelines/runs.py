@@ -12,17 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior import buckets
 from fastprior.diffusion.solvers import StepTable
-from fastprior.graphs import TABLE_STEPS, Clock, GraphCache, StepGraph, settings
+from fastprior.engine import shapes
+from fastprior.engine.clock import Clock
+from fastprior.engine.graphs import TABLE_STEPS, GraphCache, StepGraph, settings
+from fastprior.engine.step_cost import CountLaunches, StepReads, step_seconds, transformer_reads
 from fastprior.kernels import ops
 from fastprior.models import quantise as quantisation
 from fastprior.models import snapshot
 from fastprior.models.prior_transformer.blocks import HIDDEN, Prefix
 from fastprior.models.prior_transformer.forward import Conditioning
-from fastprior.pipeline_parts import PipelineParts, TextEncoding
-from fastprior.sampler import Step, run_table
-from fastprior.step_cost import CountLaunches, StepReads, step_seconds, transformer_reads
+from fastprior.pipelines.parts import PipelineParts
+from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.prior.loop import Step, run_table
+from fastprior.serving import quality
 
 if TYPE_CHECKING:
     from fastprior.models.prior_transformer.model import PriorTransformer
@@ -118,7 +121,7 @@ def guided_step(
 def _padded(prefix: Prefix, longest: int) -> Prefix:
     """With hidden tokens behind, to the nearest text length; there is always a mask then."""
     tokens = prefix.k.shape[3]
-    missing = buckets.text_length(tokens, longest) - tokens
+    missing = shapes.text_length(tokens, longest) - tokens
     k, v = (F.pad(t, (0, 0, 0, missing)) for t in (prefix.k, prefix.v))
     mask = k.new_zeros(k.shape[1], tokens, dtype=torch.float32) if prefix.mask is None else prefix.mask
     return prefix._replace(k=k, v=v, mask=F.pad(mask, (0, missing), value=HIDDEN))
@@ -147,7 +150,7 @@ class PriorRuns(PipelineParts):
         self,
         *args: Any,
         compile: bool = False,
-        batch_sizes: tuple[int, ...] = buckets.BATCH_SIZES,
+        batch_sizes: tuple[int, ...] = shapes.BATCH_SIZES,
         quantise: str | None = None,
         graphs: bool | None = None,
         graph_memory: int | None = None,
@@ -156,7 +159,7 @@ class PriorRuns(PipelineParts):
         super().__init__(*args, **kwargs)
         quantisation.check(quantise)
         self.quantise, self.quality = quantise, None
-        self.compile, self.batch_sizes = compile, buckets.check_batch_sizes(batch_sizes)
+        self.compile, self.batch_sizes = compile, shapes.check_batch_sizes(batch_sizes)
         if graphs and self.device.type != "cuda":
             raise ValueError(f"graphs=True; the prior is on {self.device}, and CUDA graphs need CUDA")
         self.graphs, self._graphs = graphs, GraphCache(graph_memory)
@@ -165,11 +168,11 @@ class PriorRuns(PipelineParts):
         self._reads, self._example = StepReads(0, 0, 0), None  # of the last run: what a step read, and one of it
         self._compiled: dict[tuple, Callable] = {}
 
-    def _compiled_for(self, *shapes: Any) -> Callable:
+    def _compiled_for(self, *given: Any) -> Callable:
         """`guided_step` compiled for given shapes."""
-        if shapes not in self._compiled:
-            self._compiled[shapes] = buckets.compiled(guided_step)
-        return self._compiled[shapes]
+        if given not in self._compiled:
+            self._compiled[given] = shapes.compiled(guided_step)
+        return self._compiled[given]
 
     def _run(self, run: Run, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         """All steps from x (rows, dim), the rows of a prompt together."""
@@ -213,9 +216,9 @@ class PriorRuns(PipelineParts):
         twin, embeds = quantisation.quantised(self.prior, self.quantise), []
         config, draw = self.prior.config, torch.Generator().manual_seed(0)
         length, dim, count = config["num_embeddings"], config["embedding_dim"], 16
-        shapes = (count, config["embedding_proj_dim"] or dim), (count, length, dim)
+        sizes = (count, config["embedding_proj_dim"] or dim), (count, length, dim)
         lengths = torch.randint(1, length + 1, (count, 1), generator=draw)
-        drawn = (torch.randn(shape, generator=draw) for shape in shapes)
+        drawn = (torch.randn(shape, generator=draw) for shape in sizes)
         text = TextEncoding(*(t.to(self.device) for t in (*drawn, torch.arange(length) < lengths)))
         text = TextEncoding(*(torch.cat((t, t[:1])) for t in text))  # the first is what is guided away from, too
         run = Run(self.schedule.table(25), text, [*range(count), *[count] * count], count, 1, True, 4.0)
@@ -224,7 +227,7 @@ class PriorRuns(PipelineParts):
             x = self.pure_noise(run.table, noise, None, (count, dim))
             x = run_table(run.table, self._plain_step(prior, run, x.dtype)[0], x, noise)
             embeds.append(self.prior.post_process_latents(x))
-        self.quality = quantisation.judge(self.quantise, embeds[1], embeds[0])
+        self.quality = quality.judge(self.quantise, embeds[1], embeds[0])
         return twin
 
     def _run_by_graphs(self, run: Run, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
@@ -234,7 +237,7 @@ class PriorRuns(PipelineParts):
         times = F.pad(torch.tensor(table.times, dtype=torch.float32), (0, missing)).to(self.device)
         rows = F.pad(table.rows.to(x.dtype), (0, 0, 0, missing)).to(self.device)
         runs = []
-        for part, batch in buckets.parts(self.batch_sizes, run.prompts):
+        for part, batch in shapes.parts(self.batch_sizes, run.prompts):
             groups = [group[part] for group in run.groups]
             given = self._padded_texts(run.text, lengths, groups, batch) | dict(times=times, rows=rows)
             own = replace(run, prefixes=[text for group in groups for text in group], prompts=part.stop - part.start)
@@ -268,7 +271,7 @@ class PriorRuns(PipelineParts):
         count = min(n for n in (*counts, batch * min(len(groups), 2)) if n >= len(kinds))
         numbers = [*kinds, *[chosen[0]] * (count - len(kinds))]
         longest = self.prior.config["num_embeddings"]
-        tokens = buckets.text_length(max(lengths[number] for number in kinds) + 1, longest + 1) - 1
+        tokens = shapes.text_length(max(lengths[number] for number in kinds) + 1, longest + 1) - 1
         index = torch.tensor(numbers, device=self.device)
         return dict(
             embeds=text.embeds[index].to(self.dtype),
@@ -282,12 +285,12 @@ class PriorRuns(PipelineParts):
         fixed = self.schedule.clamp, self.schedule.radius, run.table.uses_prediction
         rows = (len(run.groups) - run.guidance) * batch * run.samples
         guided = batch * run.samples if run.guidance else 0
-        shapes = tuple(t.shape for t in given.values()), rows, guided, dtype
-        key = *shapes, *fixed, self.dtype, settings(self.device)
+        sizes = tuple(t.shape for t in given.values()), rows, guided, dtype
+        key = *sizes, *fixed, self.dtype, settings(self.device)
 
         def capture() -> StepGraph:
             prior, net = self.prior, self._quantised or self.prior
-            call = self._compiled_for(*shapes) if self.compile else guided_step
+            call = self._compiled_for(*sizes) if self.compile else guided_step
 
             def prefill(given):
                 text = given["embeds"], given["encodings"], given["mask"]
@@ -309,7 +312,7 @@ class PriorRuns(PipelineParts):
         """How the last 1000 calls went, and what a step takes.
 
         Args:
-            bandwidth: bytes per second that the device reads, such as `fastprior.bench.read_bandwidth` measures.
+            bandwidth: bytes per second that the device reads, such as `serving.measure.read_bandwidth` measures.
         Returns:
             calls: how many.
             p50_ms, p99_ms: of the prefill and all steps, without encoders, on CUDA as the device ran them.
@@ -384,7 +387,7 @@ class PriorRuns(PipelineParts):
         k, v, mask = cond.prefix[:3]
         groups = torch.tensor(run.groups, device=self.device) // share
         parts = []
-        for part, batch in buckets.parts(self.batch_sizes, run.prompts):
+        for part, batch in shapes.parts(self.batch_sizes, run.prompts):
             missing = batch - (part.stop - part.start)
             chosen = F.pad(groups[:, part], (0, missing)).flatten()
             own = cond.prefix._replace(k=k[:, chosen], v=v[:, chosen], mask=mask[chosen], texts=None)

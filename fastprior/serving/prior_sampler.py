@@ -11,18 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior import buckets
 from fastprior.batches import map_rows
 from fastprior.draws import drawing
-from fastprior.graphs import Clock, GraphCache, StepGraph, settings
+from fastprior.engine import shapes
+from fastprior.engine.clock import Clock
+from fastprior.engine.graphs import GraphCache, StepGraph, settings
+from fastprior.engine.step_cost import CountLaunches, StepReads, step_reads, step_seconds
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import huge_pages
 from fastprior.models import quantise as quantisation
 from fastprior.models import snapshot
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
-from fastprior.prior import DiffusionPrior
-from fastprior.sampler import denoise_step, network_obstacles, prefill, prepare_run, run_steps, step_inputs
-from fastprior.step_cost import CountLaunches, StepReads, step_reads, step_seconds
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.loop import denoise_step, prefill, prepare_run, run_steps, step_inputs
+from fastprior.prior.plan import network_obstacles
+from fastprior.serving import quality
 
 
 class PriorSampler:
@@ -67,7 +70,7 @@ class PriorSampler:
         self,
         prior: DiffusionPrior,
         *,
-        batch_sizes: tuple[int, ...] = buckets.BATCH_SIZES,
+        batch_sizes: tuple[int, ...] = shapes.BATCH_SIZES,
         samples_per_prompt: int = 1,
         timesteps: int | None = None,
         solver: str | None = None,
@@ -80,7 +83,7 @@ class PriorSampler:
         graphs: bool | None = None,
         graph_memory: int | None = None,
     ):
-        self.batch_sizes = buckets.check_batch_sizes(batch_sizes)
+        self.batch_sizes = shapes.check_batch_sizes(batch_sizes)
         self.graph_memory, self._graphs = graph_memory, GraphCache(graph_memory)  # by batch size
         prior.check_best_of(samples_per_prompt, "samples_per_prompt")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -152,7 +155,7 @@ class PriorSampler:
 
     def _judge(self) -> None:
         """Compare embeddings of the quantised network with those of the prior as it is, with the same noise."""
-        given = self._quality_prompts or quantisation.random_prompts(self.prior.net)
+        given = self._quality_prompts or quality.random_prompts(self.prior.net)
         if not self.prior.condition_on_text_encodings:
             given = dict(text_embed=given["text_embed"])
         text_cond = self.prior.text_condition(None, **given)
@@ -168,7 +171,7 @@ class PriorSampler:
                     progress=False, **self._eta,
                 )
             )  # fmt: skip
-        self.quality = quantisation.judge(self.quantise, torch.cat(got), torch.cat(wanted))
+        self.quality = quality.judge(self.quantise, torch.cat(got), torch.cat(wanted))
 
     def _step(self, batch: int):
         """`denoise_step` of this network, compiled for one batch size."""
@@ -181,7 +184,7 @@ class PriorSampler:
             if self.compile:
                 # modules and weights are watched in _refresh: no need to check several hundred guards at every step
                 options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-                step = buckets.compiled(step, options=options)
+                step = shapes.compiled(step, options=options)
             self._steps[batch] = step
         return self._steps[batch]
 
@@ -251,7 +254,7 @@ class PriorSampler:
         """How the last 1000 calls went, and what a step takes.
 
         Args:
-            bandwidth: bytes per second that the device reads, such as `fastprior.bench.read_bandwidth` measures.
+            bandwidth: bytes per second that the device reads, such as `serving.measure.read_bandwidth` measures.
         Returns:
             calls: how many.
             p50_ms, p99_ms: of whole calls, on CUDA as the device ran them.
@@ -262,7 +265,7 @@ class PriorSampler:
             graphs, graph_bytes, evictions: captured batch sizes, the memory that they hold, and how often graphs were
                 dropped for others, see `graph_memory`.
             floor_share: with `bandwidth`, the part of the calls' time that all the reads of their steps take at it.
-            modelled_step_ms: with `bandwidth`, see `fastprior.step_cost.step_seconds`.
+            modelled_step_ms: with `bandwidth`, see `fastprior.engine.step_cost.step_seconds`.
         """
         with self._lock:
             times, read = self._clock.milliseconds(), self._clock.read_bytes()
@@ -336,7 +339,7 @@ class PriorSampler:
         draws = self._draws(shape, generator, keep=prompts > self.batch_sizes[-1])
         embeds = [
             self._run(map_rows(text_cond, lambda t, part=part: t[part]), batch, scale, draws, part.start * repeats)
-            for part, batch in buckets.parts(self.batch_sizes, prompts)
+            for part, batch in shapes.parts(self.batch_sizes, prompts)
         ]
         return torch.cat(embeds)
 

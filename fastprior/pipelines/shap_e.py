@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior.pipeline_parts import Generators, PipelineParts
-from fastprior.prior_runs import update
-from fastprior.sampler import run_table
+from fastprior.pipelines.parts import PipelineParts
+from fastprior.pipelines.runs import update
+from fastprior.pipelines.text_encoding import Generators
+from fastprior.prior.loop import run_table
 
 
 class ShapEPrior(PipelineParts):

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoint import choose_root, flatten
-from fastprior.eras import LoadReport, some
+from fastprior.checkpoints.contents import LoadReport, choose_root, flatten, some
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.weight_files import diffusers_folder
 from fastprior.weight_files.safe import read_any_file, read_file

@@ -7,17 +7,18 @@ import contextlib
 import importlib.util
 import io
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastprior.serving.measure import read_bandwidth, seconds
+
 if TYPE_CHECKING:
     import torch
 
-    from fastprior.prior import DiffusionPrior
-    from fastprior.prior_pipeline import PriorPipeline
+    from fastprior.pipelines.prior_pipeline import PriorPipeline
+    from fastprior.prior.diffusion_prior import DiffusionPrior
 
 PEER_STEPS = 5  # evaluations of the peer are all alike: a few are timed
 DTYPES = "float32", "bfloat16", "float16"
@@ -99,7 +100,7 @@ class Timed(NamedTuple):
 
 def _peer(prior: DiffusionPrior, device: torch.device):
     """The same prior in dalle2-pytorch; None where it is not installed, or has no equal."""
-    from fastprior.checkpoint import check_fits_peer
+    from fastprior.peer import check_fits_peer
 
     if importlib.util.find_spec("dalle2_pytorch") is None:
         return None
@@ -121,7 +122,7 @@ def _peer(prior: DiffusionPrior, device: torch.device):
 def _of_sampler(prior: DiffusionPrior, peer, batch: int, args: argparse.Namespace) -> Timed:
     import torch
 
-    from fastprior.serving import PriorSampler
+    from fastprior.serving.prior_sampler import PriorSampler
 
     guided, dtype = args.cond_scale != 1, getattr(torch, args.dtype)
     sampler = PriorSampler(
@@ -140,7 +141,7 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[PriorPipe
 
     from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
     from fastprior.models.prior_transformer.model import PriorTransformer
-    from fastprior.prior_pipeline import PriorPipeline
+    from fastprior.pipelines.prior_pipeline import PriorPipeline
 
     options = dict(compile=not args.eager, batch_sizes=tuple(args.batch_size), quantise=args.quantise)
     dtype, folder = getattr(torch, args.dtype), Path(args.checkpoint)
@@ -161,7 +162,7 @@ def _of_pipeline(pipeline: PriorPipeline, peer, batch: int, args: argparse.Names
     """With ready encodings of full length, and of an empty text of two tokens."""
     import torch
 
-    from fastprior.pipeline_parts import TextEncoding
+    from fastprior.pipelines.text_encoding import TextEncoding
 
     config, device = pipeline.prior.config, pipeline.device
     tokens, dim = config["num_embeddings"], config["embedding_dim"]
@@ -236,21 +237,3 @@ def _peer_seconds(peer, text: dict, args: argparse.Namespace) -> float:
 
     asked, made = (n if n == total else n - 1 for n in (args.timesteps, steps))  # its DDIM makes one less than it says
     return seconds(run, peer.device) * asked / max(made, 1)
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    import torch
-
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading a tensor larger than the caches, best of several."""
-    import torch
-
-    x = torch.ones(2**28, device=device)  # 1 GiB
-    return x.nbytes / min(seconds(x.sum, device) for _ in range(8))

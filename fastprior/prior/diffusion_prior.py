@@ -9,7 +9,6 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from fastprior import prior_graphs
 from fastprior.batches import repeat_rows
 from fastprior.clip import as_clip_adapter, freeze_and_eval
 from fastprior.diffusion.schedule import NoiseScheduler
@@ -18,7 +17,9 @@ from fastprior.draws import randn_like
 from fastprior.kernels import ops
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
-from fastprior.sampler import SamplingPlan, is_overridden, network_obstacles, obstacles, sample_loop
+from fastprior.prior import graphs as prior_graphs
+from fastprior.prior.loop import sample_loop
+from fastprior.prior.plan import SamplingPlan, is_overridden, network_obstacles, obstacles
 
 LOOPS = ("p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim")
 

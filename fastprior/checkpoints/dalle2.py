@@ -10,22 +10,23 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastprior.eras import LoadReport, plan, read_config, some
+from fastprior.checkpoints.contents import _WRAPPERS, LoadReport, choose_root, flatten, some
+from fastprior.checkpoints.eras import plan, read_config
 from fastprior.models.dalle2.layers import RotaryEmbedding
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
-from fastprior.prior import DiffusionPrior
+from fastprior.peer import check_fits_peer
+from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.utils import atomic
 from fastprior.version import __version__
 from fastprior.weight_files.safe import _SAFE_GLOBALS, FORMAT, HEADER, _inert_dict, _version_string, read_file
 
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")  # of DDP and torch.compile
 _ROOT = re.compile(r"(?:(?<=\.)|^)(net\.)?learned_query$")
 
 
@@ -33,39 +34,6 @@ _ROOT = re.compile(r"(?:(?<=\.)|^)(net\.)?learned_query$")
 
 
 _SAFE_GLOBALS += [(dict, "builtins.dict"), (_inert_dict, "collections.defaultdict")]
-
-
-def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts by dotted keys, without what DDP and torch.compile put into them."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        elif torch.is_tensor(value):
-            yield _WRAPPERS.sub("", f"{prefix}{key}"), value
-
-
-def _is_ema(root: str) -> bool:
-    *_, last = parts = ["", *root.split(".")[:-1]]
-    return last != "online_model" and any(part == "ema" or part.startswith("ema_") for part in parts)
-
-
-def choose_root(flat: Mapping, roots: Iterable[str], weights: str, report: LoadReport) -> tuple[str, dict[str, Tensor]]:
-    """Of the places that hold a prior, such as `ema_model.`, the wanted one, and the tensors there by the rest of their
-    keys."""
-    if weights not in ("auto", "model", "ema"):
-        raise ValueError(f"weights={weights!r}; it must be 'auto', 'model' or 'ema'")
-    kinds = {kind: sorted((r for r in roots if _is_ema(r) == (kind == "ema")), key=len) for kind in ("model", "ema")}
-    report.weights = ("ema" if kinds["ema"] else "model") if weights == "auto" else weights
-    if not kinds[report.weights]:
-        other = "model" if weights == "ema" else "ema"
-        raise ValueError(f"weights={weights!r}; {report.path} has {other} weights only")
-    root = kinds[report.weights][0]
-    nested = tuple(other for other in roots if other != root and other.startswith(root))
-    return root, {
-        key[len(root) :]: value
-        for key, value in flat.items()
-        if key.startswith(root) and not (nested and key.startswith(nested))
-    }
 
 
 def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[str, Tensor]:
@@ -262,15 +230,6 @@ def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | 
         safetensors.torch.save_file(state, temporary, metadata={HEADER: header})
 
 
-def check_fits_peer(config: Mapping) -> None:
-    """Raise ValueError for a network's arguments that dalle2-pytorch's has no equal of."""
-    if not config.get("cosine_sim", True):
-        raise ValueError("the network has cosine_sim=False; dalle2-pytorch has cosine similarity attention only")
-    for name in ("text_dim", "text_embed_dim", "conditions"):
-        if config.get(name) not in (None, config.get("dim")):
-            raise ValueError(f"the network has {name}={config[name]!r}; dalle2-pytorch's has no such argument")
-
-
 def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
     """Save the state dict that a `dalle2_pytorch.DiffusionPrior` of the same arguments loads strictly. Atomic.
 
@@ -283,38 +242,3 @@ def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
     check_fits_peer(config["net"])
     with atomic(path) as temporary:
         torch.save(state, temporary)
-
-
-def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    clip_stats: str | os.PathLike | None = None,
-    **load_kwargs,
-) -> LoadReport:
-    """Load a file and save it as what target's suffix says: .safetensors by `save`, .pt or .pth by `save_peer`.
-
-    Any other target is the folder of a PriorTransformer (Kandinsky, Karlo), see `fastprior.convert_prior`.
-
-    Args:
-        overwrite: replace an existing target; FileExistsError otherwise.
-        clip_stats: for a PriorTransformer, the file with the mean and standard deviation of image embeddings.
-        **load_kwargs: see `load`.
-    """
-    if Path(target).suffix not in (".safetensors", ".pt", ".pth"):
-        from fastprior import convert_prior
-
-        return convert_prior.convert(source, target, overwrite=overwrite, clip_stats=clip_stats, **load_kwargs)
-    if clip_stats is not None:
-        raise ValueError(
-            f"clip_stats={os.fspath(clip_stats)!r}; it goes with the folder of a PriorTransformer as target"
-        )
-    if Path(target).exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; overwrite=True replaces it")
-    prior = load(source, **load_kwargs)
-    if Path(target).suffix == ".safetensors":
-        save(prior, target, metadata=prior.load_report.metadata)
-    else:
-        save_peer(prior, target)
-    return prior.load_report

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastprior.diffusion.solvers import StepTable
-from fastprior.pipeline_parts import Generators, TextEncoding, listed
-from fastprior.prior_runs import PriorRuns, Run
+from fastprior.pipelines.parts import listed
+from fastprior.pipelines.runs import PriorRuns, Run
+from fastprior.pipelines.text_encoding import Generators, TextEncoding
 
 
 class ImageEmbeddings(NamedTuple):

@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fastprior.dataloaders.files import (
-    ShardError,
-    ShardFile,
-)
-from fastprior.dataloaders.match import Norms, Shard, _drop_deviants, _Folder, _look_into, _match, _numbers, _title
+from fastprior.dataloaders.files import ShardError
+from fastprior.dataloaders.match import Norms, Shard, match_folders, number_columns, title
 
 if TYPE_CHECKING:
     from fastprior.prior.diffusion_prior import DiffusionPrior
@@ -76,32 +73,19 @@ class EmbeddingShards:
             if not isinstance(url, (str, os.PathLike)) and (url is not None or name == "image_url"):
                 raise TypeError(f"{name}={url!r}; it must be a path or an url")
         sources = {column: os.fspath(url) for column, url in sources.items() if url is not None}
-        numbers = _numbers(conditions or {}, sources)
+        numbers = number_columns(conditions or {}, "text" in sources)
         sources |= {name: os.fspath(source) for name, (kind, source) in (conditions or {}).items() if kind == "vector"}
-        names = dict(text=caption_column) | {column: embedding_column for column in ("image_embed", "text_embed")}
-
-        problems: list[ShardError] = []
-        found: dict[str, dict[int, ShardFile | None]] = {}  # None: the file is there, but of no use
-        for column, url in sources.items():
-            of_image = column == "image_embed"
-            folder = _Folder.find(url, column, file_format if of_image else None)
-            folder.numbers = numbers if column == "text" else {}
-            extra = folder.further_columns(names, sources) if of_image else []
-            for number, files in folder.open(problems, names, [column, *extra]).items():
-                for each in (column, *extra, *folder.numbers):
-                    found.setdefault(each, {})[number] = files and files[each]
-        shards = _match(found, sources, problems)
-        _drop_deviants(shards, problems)
-        notes, norms = [], {}
-        _look_into(shards, problems, notes, norms)
-        if problems and on_problem == "error":
-            raise ValueError(f"{len(problems)} problems with the data:\n" + "\n".join(f"  {p}" for p in problems))
-        shards = [shards[number] for number in sorted(shards)]
+        names = dict(text=caption_column, image_embed=embedding_column, text_embed=embedding_column)
+        matches = match_folders(sources, file_format, names, numbers)
+        if matches.problems and on_problem == "error":
+            listed = "\n".join(f"  {problem}" for problem in matches.problems)
+            raise ValueError(f"{len(matches.problems)} problems with the data:\n{listed}")
+        shards = [matches.shards[number] for number in sorted(matches.shards)]
         if not shards:
-            why = "\n".join(f"  {p}" for p in problems) or "  all files are empty"
+            why = "\n".join(f"  {problem}" for problem in matches.problems) or "  all files are empty"
             raise ValueError(f"{sources['image_embed']}: no shard can be used:\n{why}")
         sources |= dict.fromkeys(numbers, sources.get("text"))
-        return cls(shards, problems, on_problem, sources, notes, norms)
+        return cls(shards, matches.problems, on_problem, sources, matches.notes, matches.norms)
 
     @property
     def pairs(self) -> int:
@@ -147,12 +131,12 @@ class EmbeddingShards:
             kind = "text" if column == "text" else f"{file.dtype}{shape}"
             if norms:
                 kind += f", norms {norms.low:.4g} to {norms.high:.4g} in a sample of {norms.rows}"
-            rows.append((_title(column), f"{self.sources.get(column, self.sources['image_embed'])}: {kind}"))
+            rows.append((title(column), f"{self.sources.get(column, self.sources['image_embed'])}: {kind}"))
         rows.append(("shards", str(len(self.shards))))
         rows.append(("pairs", f"{self.pairs:,}"))
         rows += [("note", note) for note in self.notes]
         rows += [("problem", str(problem)) for problem in self.problems] or [("problems", "none")]
-        return "\n".join(f"{title:<17} {text}" for title, text in rows)
+        return "\n".join(f"{name:<17} {text}" for name, text in rows)
 
 
 def check_conditions(shards: EmbeddingShards, prior: DiffusionPrior, columns: Iterable[str]) -> None:
@@ -165,7 +149,7 @@ def check_conditions(shards: EmbeddingShards, prior: DiffusionPrior, columns: It
     for column, (url, key) in widths.items():
         if column in columns and files[column].shape[-1] != getattr(net, key):
             given, wanted = files[column].shape[-1], getattr(net, key)
-            raise ValueError(f"data.{url} has {_title(column)} of {given}; prior.net.{key} makes it {wanted}")
+            raise ValueError(f"data.{url} has {title(column)} of {given}; prior.net.{key} makes it {wanted}")
     for name, condition in (net.conditions or {}).items():
         if files[name].shape != condition.shape:
             sizes = f"{files[name].shape[0]}; prior.net.conditions.{name}.size={condition.shape[0]}"

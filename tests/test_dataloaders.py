@@ -549,7 +549,7 @@ def test_prefetching_is_bounded_and_ends(shards):
     threading.Event().wait(0.03)
     assert len(made) == 5  # one given out, three ready, one waiting for room
     batches.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "fastprior-pairs"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastprior-pairs")]
 
 
 def overwrite_data(path):

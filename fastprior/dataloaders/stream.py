@@ -9,8 +9,6 @@ row groups can only be decoded whole; the blocks are therefore shuffled within w
 
 from __future__ import annotations
 
-import queue
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -178,8 +176,8 @@ class PairStream:
     def _identity(self) -> dict[str, Any]:
         """What the order depends on, beside the epoch and the rank."""
         names = ("start", "stop", "seed", "world_size", "pad")
-        own = {name: getattr(self, name) for name in names}
-        return own | dict(buffer_rows=self._buffer_rows, digest=self.shards.digest)
+        options = {name: getattr(self, name) for name in names}
+        return options | dict(buffer_rows=self._buffer_rows, digest=self.shards.digest)
 
     def _check_ranks(self) -> None:
         """Every rank opens the shards for itself: one that misses a file would train on other pairs."""
@@ -327,39 +325,13 @@ class PairStream:
 
 
 def made_ahead(items: Iterator, depth: int) -> Iterator:
-    """`items`, made by a thread that is at most `depth` ahead; closing this stops it."""
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(*entry: Any) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(entry, timeout=0.1)
-            except queue.Full:
-                pass
-
-    def make() -> None:
-        try:
-            for item in items:
-                put(item, None)
-                if closed.is_set():
-                    break
-            put(None, None)
-        except BaseException as error:
-            put(None, error)
-        finally:
-            items.close()
-
-    thread = threading.Thread(target=make, daemon=True, name="fastprior-pairs")
-    thread.start()
+    """Make `items` in a thread, so that `depth` are ready beside the one in the making; closing this stops it."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fastprior-pairs")
     try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
+        waiting = deque(pool.submit(next, items, None) for _ in range(depth + 1))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, items, None))
             yield item
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
+        items.close()

@@ -23,19 +23,8 @@ try:
 except ImportError as error:
     raise ImportError(f'{error.name} is not installed: pip install "fastprior[train]"') from error
 
-from fastprior.dataloaders.files import NpyFile, ParquetColumn, ShardError
+from fastprior.dataloaders.files import NpyFile, ParquetColumn
 from fastprior.dataloaders.shards import EmbeddingShards
-from fastprior.dataloaders.stream import PairStream
-
-__all__ = [
-    "EmbeddingShards",
-    "PairStream",
-    "PriorEmbeddingDataset",
-    "ShardError",
-    "distribute_to_rank",
-    "get_reader",
-    "make_splits",
-]
 
 _TOLERANCE = 1e-6  # of shares that are sums of decimal fractions
 

@@ -24,7 +24,9 @@ from fastprior import train_diffusion_prior
 from fastprior.checkpoints import dalle2 as checkpoint
 from fastprior.cli import command_line as cli
 from fastprior.prior.evaluate import evaluate
-from fastprior.trackers.tracker import LOADERS, LOGGERS, SAVERS, read_metrics
+from fastprior.trackers import read_metrics
+from fastprior.trackers.loggers import LOGGERS
+from fastprior.trackers.storage import LOADERS, SAVERS
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import Run, make_accelerator, split_edges
 from helpers import processes

@@ -1,6 +1,6 @@
 """Logging, saving and loading of a training: `Tracker` and its parts, under DALLE2-pytorch's names."""
 
-from fastprior.trackers.loggers import BaseLogger, ConsoleLogger, TensorboardLogger, WandbLogger
+from fastprior.trackers.loggers import BaseLogger, ConsoleLogger, TensorboardLogger, WandbLogger, create_logger
 from fastprior.trackers.storage import (
     BaseLoader,
     BaseSaver,
@@ -11,8 +11,10 @@ from fastprior.trackers.storage import (
     UrlLoader,
     WandbLoader,
     WandbSaver,
+    create_loader,
+    create_saver,
 )
-from fastprior.trackers.tracker import Tracker, create_loader, create_logger, create_saver, read_metrics
+from fastprior.trackers.tracker import Tracker, read_metrics
 
 __all__ = [
     "BaseLoader",

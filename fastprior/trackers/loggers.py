@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fastprior.utils import import_or_print_error
+from fastprior.utils import import_or_print_error, nearest
 
 HIDDEN = "<hidden>"
 _SECRET_KEY = re.compile(r"(?:^|_)(?:token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
@@ -31,27 +32,27 @@ def without_secrets(config: Any) -> Any:
     return config
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """A JSON value: tensors and arrays of one element become numbers, and what is not finite becomes None."""
     if hasattr(value, "item") and getattr(value, "size", None) is not None:
         value = value.item() if math.prod(value.shape) == 1 else value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
-def import_for(what: str, package: str, extra: str):
-    """Import a package that `what` needs. Raises ImportError naming the extra that installs it."""
-    return import_or_print_error(package, f'{what} needs {package}: pip install "fastprior[{extra}]"')
+def import_for(option: str, package: str, extra: str):
+    """Import a package that an option needs. Raises ImportError naming the extra that installs it."""
+    return import_or_print_error(package, f'{option} needs {package}: pip install "fastprior[{extra}]"')
 
 
-def import_wandb(what: str):
+def import_wandb(option: str):
     os.environ.setdefault("WANDB_SILENT", "true")
-    return import_for(what, "wandb", "wandb")
+    return import_for(option, "wandb", "wandb")
 
 
 @dataclass(eq=False)
@@ -67,6 +68,23 @@ class Part:
             if not isinstance(value, hints[field.name]):
                 raise ValueError(f"{field.name}={value!r}; it must be of type {field.type}")
         self.data_path = Path(self.data_path)
+
+
+def create_part(key: str, parts: Mapping[str, type[Part]], name: str, data_path, options: Mapping[str, Any]):
+    """The part of a name; `key` is that of the config which chose it. Raises ValueError naming what does not fit."""
+    if name not in parts:
+        raise ValueError(f"{key}={name!r}; {nearest(name, parts)}")
+    known = {field.name: field for field in fields(parts[name]) if field.name != "data_path"}
+    anywhere = {field.name for part in parts.values() for field in fields(part)}
+    for option in options:
+        if option not in known and option not in anywhere:
+            raise ValueError(f"unknown key {option!r} with {key}={name!r}, {nearest(option, known)}")
+        if option not in known:
+            warnings.warn(f"{option!r} means nothing with {key}={name!r}, and is ignored")
+    required = [option for option, field in known.items() if field.default is MISSING]
+    if missing := [option for option in required if options.get(option) is None]:
+        raise ValueError(f"{key}={name!r} needs {' and '.join(map(repr, missing))}")
+    return parts[name](data_path, **{option: value for option, value in options.items() if option in known})
 
 
 @dataclass(eq=False)
@@ -109,10 +127,11 @@ class BaseLogger(Part):
 
 @dataclass(eq=False)
 class ConsoleLogger(BaseLogger):
-    """Prints."""
+    """Prints, whether `verbose` or not."""
 
-    def log(self, log: dict, step: int | None = None, **kwargs) -> None:
-        print(log if step is None else f"step {step}: {log}")
+    def __post_init__(self):
+        super().__post_init__()
+        self.verbose = True
 
 
 @dataclass(eq=False)
@@ -186,7 +205,7 @@ class TensorboardLogger(BaseLogger):
     def log(self, log: dict, step: int | None = None, **kwargs) -> None:
         super().log(log, step)
         for name, value in log.items():
-            if isinstance(value := plain(value), (bool, int, float)):
+            if isinstance(value := to_json(value), (bool, int, float)):
                 self.writer.add_scalar(name, value, step)
 
     def log_images(self, images, captions=(), image_section="images", step=None, **kwargs) -> None:
@@ -197,3 +216,11 @@ class TensorboardLogger(BaseLogger):
     def log_error(self, error_string: str, step: int | None = None, **kwargs) -> None:
         super().log_error(error_string)
         self.writer.add_text("error", error_string, step)
+
+
+LOGGERS = {"console": ConsoleLogger, "wandb": WandbLogger, "tensorboard": TensorboardLogger}
+
+
+def create_logger(logger_type: str, data_path, **options) -> BaseLogger:
+    """A logger: "console", "wandb" or "tensorboard". Raises ValueError naming an option that does not fit."""
+    return create_part("log_type", LOGGERS, logger_type, data_path, options)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from fastprior.trackers.loggers import BaseLogger, Part, import_for, import_wandb
+from fastprior.trackers.loggers import BaseLogger, Part, create_part, import_for, import_wandb
 from fastprior.utils import atomic, remove_leftovers
 from fastprior.weight_files.safe import read_file
 
@@ -220,8 +220,8 @@ class LocalSaver(BaseSaver):
 
     def init(self, logger: BaseLogger) -> None:
         names = "checkpoint.pth", "model.pth", "model.safetensors", "auto_resume.json", "config.json"
-        own = (self.data_path / name for name in names)
-        for path in (*own, *filter(None, (self.save_latest_to, self.save_best_to))):
+        targets = filter(None, (self.save_latest_to, self.save_best_to))
+        for path in (*(self.data_path / name for name in names), *targets):
             remove_leftovers(path)
 
     def save_file(self, local_path, save_path: str, **kwargs) -> None:
@@ -288,3 +288,20 @@ class HuggingfaceSaver(BaseSaver):
         self.api.upload_file(
             path_or_fileobj=str(local_path), path_in_repo=str(save_path), repo_id=self.huggingface_repo
         )
+
+
+# by name
+
+
+LOADERS = {"local": LocalLoader, "url": UrlLoader, "wandb": WandbLoader, "huggingface": HuggingfaceLoader}
+SAVERS = {"local": LocalSaver, "wandb": WandbSaver, "huggingface": HuggingfaceSaver}
+
+
+def create_loader(loader_type: str, data_path, **options) -> BaseLoader:
+    """A loader: "local", "url", "wandb" or "huggingface". Raises ValueError naming an option that does not fit."""
+    return create_part("load_from", LOADERS, loader_type, data_path, options)
+
+
+def create_saver(saver_type: str, data_path, **options) -> BaseSaver:
+    """A saver: "local", "wandb" or "huggingface". Raises ValueError naming an option that does not fit."""
+    return create_part("save_to", SAVERS, saver_type, data_path, options)

@@ -9,77 +9,19 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastprior import checkpoints
+from fastprior.checkpoints import save as save_prior
 from fastprior.peer import PEER_VERSION
-from fastprior.trackers.loggers import (
-    BaseLogger,
-    ConsoleLogger,
-    Part,
-    TensorboardLogger,
-    WandbLogger,
-    plain,
-    without_secrets,
-)
-from fastprior.trackers.storage import (  # fmt: skip
-    BaseLoader,
-    BaseSaver,
-    HuggingfaceLoader,
-    HuggingfaceSaver,
-    LocalLoader,
-    LocalSaver,
-    UrlLoader,
-    WandbLoader,
-    WandbSaver,
-)
-from fastprior.utils import atomic, nearest
+from fastprior.trackers.loggers import BaseLogger, to_json, without_secrets
+from fastprior.trackers.storage import BaseLoader, BaseSaver
+from fastprior.utils import atomic
 
 RESERVED = ("scaler", "optimizer", "model", "version", "step", "steps")  # a checkpoint's own keys
-
-LOGGERS = {"console": ConsoleLogger, "wandb": WandbLogger, "tensorboard": TensorboardLogger}
-LOADERS = {"local": LocalLoader, "url": UrlLoader, "wandb": WandbLoader, "huggingface": HuggingfaceLoader}
-SAVERS = {"local": LocalSaver, "wandb": WandbSaver, "huggingface": HuggingfaceSaver}
-
-
-def _create(kind: str, parts: dict[str, type[Part]], name: str, data_path, options: dict):
-    if name not in parts:
-        raise ValueError(f"{kind}={name!r}; {nearest(name, parts)}")
-    known = {field.name: field for field in fields(parts[name]) if field.name != "data_path"}
-    anywhere = {field.name for part in parts.values() for field in fields(part)}
-    for key in options:
-        if key not in known and key not in anywhere:
-            raise ValueError(f"unknown key {key!r} with {kind}={name!r}, {nearest(key, known)}")
-        if key not in known:
-            warnings.warn(f"{key!r} means nothing with {kind}={name!r}, and is ignored")
-    required = [key for key, field in known.items() if field.default is MISSING]
-    if missing := [key for key in required if options.get(key) is None]:
-        raise ValueError(f"{kind}={name!r} needs {' and '.join(map(repr, missing))}")
-    return parts[name](data_path, **{key: value for key, value in options.items() if key in known})
-
-
-def create_logger(logger_type: str, data_path, **options) -> BaseLogger:
-    """A logger: "console", "wandb" or "tensorboard". Raises ValueError naming an option that does not fit."""
-    return _create("log_type", LOGGERS, logger_type, data_path, options)
-
-
-def create_loader(loader_type: str, data_path, **options) -> BaseLoader:
-    """A loader: "local", "url", "wandb" or "huggingface". Raises ValueError naming an option that does not fit."""
-    return _create("load_from", LOADERS, loader_type, data_path, options)
-
-
-def create_saver(saver_type: str, data_path, **options) -> BaseSaver:
-    """A saver: "local", "wandb" or "huggingface". Raises ValueError naming an option that does not fit."""
-    return _create("save_to", SAVERS, saver_type, data_path, options)
-
-
-# the tracker
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
@@ -222,7 +164,11 @@ class Tracker:
             file.write(text.encode())
 
     def _record(self, log: dict, step: int | None) -> None:
-        record = {**{str(key): plain(value) for key, value in log.items()}, "step": plain(step), "time": time.time()}
+        record = {
+            **{str(key): to_json(value) for key, value in log.items()},
+            "step": to_json(step),
+            "time": time.time(),
+        }
         self._append(json.dumps(record) + "\n")
 
     # logging
@@ -297,8 +243,8 @@ class Tracker:
     def _write(self, trainer, name: str, values: dict) -> Path:
         path = self.data_path / name
         if name == "model.safetensors":
-            metadata = {**values, **self.save_metadata}
-            checkpoints.save(trainer.accelerator.unwrap_model(_sampling_prior(trainer)), path, metadata=plain(metadata))
+            prior = trainer.accelerator.unwrap_model(_sampling_prior(trainer))
+            save_prior(prior, path, metadata=to_json({**values, **self.save_metadata}))
             return path
         # never written over: the savers' files may be further names of it
         with atomic(path) as temporary:

@@ -1,4 +1,4 @@
-"""Adam and AdamW with weight decay on matrices only, the learning rate, and the moments by parameter name."""
+"""Adam and AdamW with weight decay on matrices only, and the learning rate over the steps."""
 
 from __future__ import annotations
 

@@ -6,19 +6,17 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.diffusion_prior import DiffusionPrior
 
 
 def wants_shards(accelerator: Accelerator) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import inspect
 import math
 import os
@@ -14,30 +12,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
-
-try:
-    from accelerate import Accelerator, DistributedType
-    from accelerate.utils import gather_object
-except ImportError as error:
-    raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
 
 from fastprior.batches import prior_sample_in_chunks, split_args_and_kwargs
 from fastprior.optimizer import get_optimizer, learning_rate_factor
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior, in_eval_mode
 from fastprior.trainer.ema import EMA
-from fastprior.trainer.fsdp import Frame, equalize, shard, wants_shards, whole
-from fastprior.trainer.state import capture, plain, restore, rng_state, to_peer
+from fastprior.trainer.fsdp import Frame, equalize, shard, wants_shards
+from fastprior.trainer.options import check_ranges, checked_accelerator, recompute_activations, sort_options
+from fastprior.trainer.state import capture, check_plain, restore, rng_state, to_peer
+from fastprior.trainer.stepper import Stepper
 from fastprior.trainer.zero import Zero
 from fastprior.utils import atomic
 from fastprior.weight_files.safe import read_file
-
-EMA_OPTIONS = {f"ema_{name}" for name in inspect.signature(EMA).parameters if name != "model"}
-ACCELERATOR_OPTIONS = {f"accelerator_{name}" for name in inspect.signature(Accelerator).parameters}
 
 
 class TrainingDiverged(RuntimeError):
@@ -46,50 +37,6 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, bad_steps: int, step: int):
         super().__init__(f"{bad_steps} steps in a row after step {step} had a non-finite loss or gradient")
         self.bad_steps = bad_steps
-
-
-def _reject_unknown(unknown: Mapping, known: set[str]) -> None:
-    for name in unknown:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "see DiffusionPriorTrainer"
-        raise TypeError(f"unknown argument {name}={unknown[name]!r}; {hint}")
-
-
-def _make_accelerator(accelerator: Accelerator | None, options: dict, amp: bool, device) -> Accelerator:
-    """The accelerator given, or one of these options; `amp` and `device` hold for either."""
-    device = None if device is None else torch.device(device)
-    if accelerator is None:
-        if device is not None and device.type == "cpu":
-            options.setdefault("cpu", True)
-        if amp:
-            on_gpu = torch.cuda.is_available() and not options.get("cpu")
-            options.setdefault("mixed_precision", "fp16" if on_gpu else "bf16")
-        accelerator = Accelerator(**options)
-    elif options:
-        raise ValueError(f"accelerator_{min(options)} was given with accelerator=; it must be set in that one")
-    if amp and accelerator.mixed_precision == "no":
-        raise ValueError(
-            "amp=True, but the accelerator has mixed_precision='no'; it must be made with 'fp16' or 'bf16'"
-        )
-    if device is not None:
-        own = accelerator.device
-        if device.type != own.type or device.index not in (None, own.index or 0):
-            raise ValueError(f"device={str(device)!r}; it must be the accelerator's, {str(own)!r}")
-    return accelerator
-
-
-def _checkpoint_activations(prior: DiffusionPrior) -> None:
-    """Keep only queries, keys, values and the residual stream of each layer, and compute the rest again in backward."""
-    if hasattr(prior.net, "enable_gradient_checkpointing"):
-        prior.net.enable_gradient_checkpointing()
-        return
-    layers = getattr(getattr(prior.net, "causal_transformer", None), "layers", None)
-    if layers is None:
-        kind = type(prior.net).__name__
-        raise ValueError(f"checkpoint_activations=True needs a net with a causal_transformer; this is a {kind}")
-    for attention, feed_forward in layers:
-        attention.attend = functools.partial(checkpoint, attention.attend, use_reentrant=False)
-        feed_forward.forward = functools.partial(checkpoint, feed_forward.forward, use_reentrant=False)
 
 
 class DiffusionPriorTrainer(nn.Module):
@@ -156,68 +103,60 @@ class DiffusionPriorTrainer(nn.Module):
         super().__init__()
         if not isinstance(diffusion_prior, DiffusionPrior):
             raise TypeError(f"diffusion_prior is a {type(diffusion_prior).__name__}; it must be a DiffusionPrior")
-        ranges = dict(
-            max_grad_norm=(max_grad_norm, 0), warmup_steps=(warmup_steps, -1), max_bad_steps=(max_bad_steps, 0),
-            cosine_decay_max_steps=(cosine_decay_max_steps, 0), draws=(draws, 0),
+        check_ranges(
+            diffusion_prior, draws, max_grad_norm=(max_grad_norm, 0), warmup_steps=(warmup_steps, -1),
+            cosine_decay_max_steps=(cosine_decay_max_steps, 0), max_bad_steps=(max_bad_steps, 0),
         )  # fmt: skip
-        for name, (value, bound) in ranges.items():
-            if value is not None and not value > bound:
-                raise ValueError(f"{name}={value}; it must be greater than {bound}")
-        if draws != 1 and "draws" not in inspect.signature(diffusion_prior.forward).parameters:
-            raise ValueError(f"draws={draws}; {type(diffusion_prior).__name__}.forward takes no `draws`: it must be 1")
-        ema = dict(ema_beta=ema_beta, ema_update_after_step=ema_update_after_step, ema_update_every=ema_update_every)
-        ema.update({key: kwargs.pop(key) for key in EMA_OPTIONS & kwargs.keys()})
-        options = {key[12:]: kwargs.pop(key) for key in ACCELERATOR_OPTIONS & kwargs.keys()}
-        amp, device = kwargs.pop("amp", False), kwargs.pop("device", None)
-        known = inspect.signature(DiffusionPriorTrainer).parameters.keys() | EMA_OPTIONS | ACCELERATOR_OPTIONS
-        _reject_unknown(kwargs, known | {"amp", "device"})
-
-        self.accelerator = _make_accelerator(accelerator, options, amp, device)
+        signature = inspect.signature(DiffusionPriorTrainer).parameters
+        average, accelerator_options, legacy = sort_options(kwargs, signature)
+        average |= dict(beta=ema_beta, update_after_step=ema_update_after_step, update_every=ema_update_every)
+        self.accelerator = checked_accelerator(accelerator, accelerator_options, **legacy)
         self.device = self.accelerator.device
         self.text_conditioned = diffusion_prior.condition_on_text_encodings
         self.use_ema, self.max_grad_norm, self.lr, self.draws = use_ema, max_grad_norm, lr, draws
         self.max_bad_steps, self.bad_steps, self._bad_in_a_row = max_bad_steps, 0, 0
         self.cosine_decay_max_steps = cosine_decay_max_steps
         self._batches_counted = self.accelerator.step
+        self._gathered: tuple[dict, DiffusionPrior] | None = None
 
         diffusion_prior.to(self.device)
-        self._frame: Frame | None = None  # where weights are in shards
-        self._zero: Zero | None = None  # under DeepSpeed
-        self._gathered: tuple[dict, DiffusionPrior] | None = None
-        if wants_shards(self.accelerator):
-            equalize(diffusion_prior)
-            self._frame = Frame(diffusion_prior)
-        self.ema_diffusion_prior = None
-        if use_ema:  # copied before anything is wrapped
-            options = {key[4:]: value for key, value in ema.items() if value is not None}
-            self.ema_diffusion_prior = EMA(diffusion_prior, **options)
-        if checkpoint_activations:
-            _checkpoint_activations(diffusion_prior)
-        if compile:
-            diffusion_prior.net.compile(**{"fullgraph": True, **(compile if isinstance(compile, dict) else {})})
-        if self._frame is not None:
-            shard(diffusion_prior, self.accelerator)
-            if use_ema:
-                self.ema_diffusion_prior.shard()
-        fused = True if self.device.type in ("cpu", "cuda") else None
+        self._frame = self._make_frame(diffusion_prior)
+        average = {name: value for name, value in average.items() if value is not None}
+        self.ema_diffusion_prior = EMA(diffusion_prior, **average) if use_ema else None  # before anything is wrapped
+        self._wrap(diffusion_prior, compile, checkpoint_activations)
         optimizer = get_optimizer(
             diffusion_prior.parameters(), lr=lr, wd=wd, betas=betas, eps=eps, filter_by_requires_grad=True,
-            group_wd_params=group_wd_params, fused=fused,
+            group_wd_params=group_wd_params, fused=True if self.device.type in ("cpu", "cuda") else None,
         )  # fmt: skip
         # not prepared: accelerate would step it once per process
         self.scheduler = LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, warmup_steps, cosine_decay_max_steps)
         )
-        if self._frame is not None:
-            self.diffusion_prior, self.optimizer = diffusion_prior, self.accelerator.prepare_optimizer(optimizer)
-        elif self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self._zero = Zero(self.accelerator, diffusion_prior, optimizer, max_grad_norm)
-            self.diffusion_prior, self.optimizer = self._zero.engine, self._zero.optimizer
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.stepper = Zero(self.accelerator, diffusion_prior, optimizer, max_grad_norm)
         else:
-            self.diffusion_prior, self.optimizer = self.accelerator.prepare(diffusion_prior, optimizer)
+            self.stepper = Stepper(self.accelerator, diffusion_prior, optimizer)
+        self.diffusion_prior, self.optimizer = self.stepper.model, self.stepper.optimizer
         if use_ema:
             self.ema_diffusion_prior.copy_params_from_model_to_ema()  # DDP has made the ranks' weights equal
         self.register_buffer("step", torch.tensor([0], device=self.device))
+
+    def _make_frame(self, prior: DiffusionPrior) -> Frame | None:
+        """What holds the whole weights where they are in shards, of a prior that all processes share."""
+        if not wants_shards(self.accelerator):
+            return None
+        equalize(prior)
+        return Frame(prior)
+
+    def _wrap(self, prior: DiffusionPrior, compile: bool | dict, checkpoint_activations: bool) -> None:
+        if checkpoint_activations:
+            recompute_activations(prior)
+        if compile:
+            prior.net.compile(**{"fullgraph": True, **(compile if isinstance(compile, dict) else {})})
+        if self._frame is not None:
+            shard(prior, self.accelerator)
+            if self.use_ema:
+                self.ema_diffusion_prior.shard()
 
     @property
     def prior(self) -> DiffusionPrior:
@@ -257,7 +196,7 @@ class DiffusionPriorTrainer(nn.Module):
         return self.accelerator.accumulate(self.diffusion_prior)
 
     def loss_tensor(self, *args, max_batch_size: int | None = None, **kwargs) -> Tensor:
-        """As calling the trainer, but the loss is a detached 0-d tensor, and the host does not wait for it."""
+        """The loss that calling the trainer returns, as a detached 0-d tensor for which the host does not wait."""
         args, kwargs = map(self._on_device, args), self._on_device(kwargs)
         if self.draws != 1:
             kwargs["draws"] = self.draws
@@ -272,16 +211,12 @@ class DiffusionPriorTrainer(nn.Module):
         with self._accumulate():
             for index, (share, (args, kwargs)) in enumerate(chunks):
                 is_last = index == len(chunks) - 1
-                syncs = is_last or self._zero is not None
-                with nullcontext() if syncs else self.accelerator.no_sync(self.diffusion_prior):
-                    with nullcontext() if self._zero is None else self._zero.autocast():
+                with self.stepper.syncing(is_last):
+                    with self.stepper.autocast():
                         loss = self.diffusion_prior(*args, **kwargs) * share
                     # a non-finite loss makes the gradient NaN, of all ranks when they add theirs up: `update` sees it
                     poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
-                    if self._zero is None:
-                        self.accelerator.backward(loss * poison)
-                    else:
-                        self._zero.backward(loss * poison, is_last)
+                    self.stepper.backward(loss * poison, is_last)
                 total = total + loss.detach()
         self._batches_counted = self.accelerator.step
         return total
@@ -306,7 +241,7 @@ class DiffusionPriorTrainer(nn.Module):
         """
         if not self.accelerator.sync_gradients:
             return
-        if not (self._step_optimizer() if self._zero is None else self._zero.step()):
+        if not self.stepper.step(self.max_grad_norm):
             self._skip()
             return
         self.scheduler.step()
@@ -314,19 +249,6 @@ class DiffusionPriorTrainer(nn.Module):
         if self.use_ema:
             self.ema_diffusion_prior.update()
         self._bad_in_a_row = 0
-
-    def _step_optimizer(self) -> bool:
-        """Whether a step was taken, and not skipped because the gradient is not finite."""
-        self.accelerator.unscale_gradients(self.optimizer)
-        trained = [p for p in self.diffusion_prior.parameters() if p.grad is not None]
-        norm = whole(get_total_norm([p.grad for p in trained]))  # the same on all ranks
-        finite = bool(norm.isfinite())  # the host waits for the backward here
-        if finite:
-            if self.max_grad_norm is not None:
-                clip_grads_with_norm_(trained, self.max_grad_norm, norm)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return finite
 
     def _skip(self) -> None:
         if self.accelerator.scaler is not None:
@@ -378,13 +300,13 @@ class DiffusionPriorTrainer(nn.Module):
         for name, value in kwargs.items():
             if name in state or name == "version":
                 raise ValueError(f"{name}={value!r}; this entry is the trainer's own")
-            plain(value, name)
+            check_plain(value, name)
         self._write({**state, **kwargs}, path, overwrite)
 
     @property
     def _in_parts(self) -> bool:
         """Whether the processes hold parts of what a checkpoint holds."""
-        return not (self._frame is None and self._zero is None)
+        return self._frame is not None or isinstance(self.stepper, Zero)
 
     def export_for_peer(self, path: str | os.PathLike, overwrite: bool = True) -> None:
         """Write a checkpoint that the trainer of dalle2-pytorch 1.15.6 loads, with the CLIP where there is one.
@@ -434,8 +356,8 @@ class DiffusionPriorTrainer(nn.Module):
         """
         is_file = not isinstance(path_or_state, Mapping)
         payload = read_file(Path(path_or_state))[0] if is_file else path_or_state
-        where = str(path_or_state) if is_file else "the state given"
-        restore(self, payload, where, overwrite_lr, strict, restore_rng)
+        source = str(path_or_state) if is_file else "the state given"
+        restore(self, payload, source, overwrite_lr, strict, restore_rng)
         self._bad_in_a_row = 0
         return payload
 

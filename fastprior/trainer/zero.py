@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from fastprior.trainer.stepper import Stepper
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 
 
-class Zero:
+class Zero(Stepper):
     """A prior and its optimizer under a DeepSpeed engine, which trains fp32 weights as the other modes do.
 
     bf16 is autocast's, and not the engine's, whose weights would be of that dtype. A step whose gradient is not finite
@@ -28,9 +28,8 @@ class Zero:
     """
 
     def __init__(self, accelerator: Accelerator, prior: nn.Module, optimizer: Optimizer, max_grad_norm: float | None):
-        self.accelerator, self.precision = accelerator, accelerator.mixed_precision
-        plugin = accelerator.state.deepspeed_plugin
-        config = plugin.deepspeed_config
+        self.base, self.precision = optimizer, accelerator.mixed_precision
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
         stage = config["zero_optimization"]["stage"]
         if stage not in (1, 2):
             raise ValueError(f"accelerator runs stage {stage} of ZeRO; it must be 1 or 2, or FSDP")
@@ -45,8 +44,10 @@ class Zero:
         config.update(gradient_clipping=max_grad_norm or 0.0, train_micro_batch_size_per_gpu=1)
         config["train_batch_size"] = "auto"
         config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
-        self.base = optimizer
-        self.engine, self.optimizer = accelerator.prepare(prior, optimizer)
+        super().__init__(accelerator, prior, optimizer)
+
+    def syncing(self, is_last: bool) -> AbstractContextManager:
+        return nullcontext()  # see `backward`
 
     def autocast(self) -> AbstractContextManager:
         if self.precision == "no":
@@ -55,16 +56,14 @@ class Zero:
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add to the gradient, and add up over the processes with the last chunk of the last batch of a step."""
-        self.engine.set_gradient_accumulation_boundary(is_last and self.accelerator.sync_gradients)
-        self.engine.backward(loss)
+        self.model.set_gradient_accumulation_boundary(is_last and self.accelerator.sync_gradients)
+        self.model.backward(loss)
 
-    def step(self) -> bool:
-        """Whether a step was taken; the gradient is cleared in any case."""
-        self.engine.step()
-        return not self.engine.optimizer.overflow
+    def step(self, max_grad_norm: float | None) -> bool:
+        self.model.step()
+        return not self.model.optimizer.overflow
 
     def named_state(self, names: Mapping[Parameter, str]) -> dict:
-        """As `optimizer.named_state`, on every process; all must call."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         groups = [{**group, "params": []} for group in self.base.param_groups]
@@ -72,8 +71,8 @@ class Zero:
         state = {}
         if steps:
             self._link_moments()
-        for group, own in zip(self.engine.optimizer.bit16_groups, groups):
-            own["params"] = [names[parameter] for parameter in group]
+        for group, named in zip(self.model.optimizer.bit16_groups, groups):
+            named["params"] = [names[parameter] for parameter in group]
             for parameter in group if steps else ():
                 moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
                 state[names[parameter]] = {"step": steps[0].clone(), **moments}
@@ -81,14 +80,13 @@ class Zero:
 
     def _link_moments(self) -> None:
         """Let parameters find their moments: DeepSpeed does that in the first step, before the last group has any."""
-        self.engine.optimizer._hp_optimizer_states_linked = False
-        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self.model.optimizer._hp_optimizer_states_linked = False
+        self.model.optimizer._lazy_init_hp_params_optimizer_state()
 
     def load_moments(self, moments: Mapping[str, Mapping[str, Any]], names: Mapping[Parameter, str]) -> None:
-        """Take over what this process needs of moments that fit."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        optimizer = self.engine.optimizer
+        optimizer = self.model.optimizer
         self.base.state.clear()
         if not moments:
             return
@@ -104,5 +102,4 @@ class Zero:
                     safe_set_full_optimizer_state(parameter, value, key)
 
     def weights_changed(self) -> None:
-        """Take over weights that were loaded into the prior."""
-        self.engine.optimizer.refresh_fp32_params()
+        self.model.optimizer.refresh_fp32_params()

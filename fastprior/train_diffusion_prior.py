@@ -66,7 +66,7 @@ def split_edges(shares: tuple[float, ...], pairs: int) -> list[int]:
     return [0, *(min(end, pairs) for end in ends)]
 
 
-class Run:
+class TrainingRun:
     """One training run: data, trainer and tracker, and how far it is."""
 
     def __init__(self, config: TrainDiffusionPriorConfig, accelerator: Accelerator, config_path: Path | None = None):
@@ -292,7 +292,7 @@ class Run:
 
 
 def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
-    """As the launcher set it up; `train.amp` asks for mixed precision where the launcher did not."""
+    """The accelerator that the launcher set up; `train.amp` asks for mixed precision where the launcher did not."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if config.train.amp and precision == "no":
         precision = "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
@@ -319,7 +319,7 @@ def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
 def train(config: TrainDiffusionPriorConfig, config_path: Path | None = None) -> int:
     """Train as the config says; returns the exit status."""
     accelerator = make_accelerator(config)
-    status = Run(config, accelerator, config_path).train()
+    status = TrainingRun(config, accelerator, config_path).train()
     accelerator.end_training()  # processes that leave a group open may abort at exit
     return status
 

@@ -81,6 +81,16 @@ def peer():
 
 
 @pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its precision and accumulation for the whole process."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
 def lenient(monkeypatch):
     """float8 rounds to 6 %, which random weights do not forgive."""
     monkeypatch.setattr(quality, "MEDIAN", 0.9)

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.commands import launch
-from accelerate.state import AcceleratorState
 from pydantic import BaseModel
 
 from fastprior import train_diffusion_prior
@@ -31,6 +30,7 @@ from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import TrainingRun, make_accelerator, split_edges
 from helpers import processes
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 ROOT = Path(__file__).parent.parent
 DIM, SHARDS, ROWS = 16, 3, 120
 
@@ -49,13 +49,6 @@ def data(tmp_path_factory):
         np.save(folder / "texts" / f"text_emb_{shard}.npy", text.astype(np.float32))
         np.save(folder / "images" / f"img_emb_{shard}.npy", (text @ rotation).astype(np.float32))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its settings for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_config(data, out, *, train=None, data_options=None, resume=True) -> dict:

@@ -7,7 +7,8 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -87,7 +88,7 @@ def create_part(key: str, parts: Mapping[str, type[Part]], name: str, data_path,
     return parts[name](data_path, **{option: value for option, value in options.items() if option in known})
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class BaseLogger(Part):
     """Takes what a run logs.
 
@@ -97,7 +98,6 @@ class BaseLogger(Part):
         verbose: print as well.
     """
 
-    _: KW_ONLY
     resume: bool = False
     auto_resume: bool = False
     verbose: bool = False
@@ -134,11 +134,10 @@ class ConsoleLogger(BaseLogger):
         self.verbose = True
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class WandbLogger(BaseLogger):
     """Logs to a run of Weights & Biases; `wandb_resume` is an old name of `resume`."""
 
-    _: KW_ONLY
     wandb_entity: str
     wandb_project: str
     wandb_run_id: str | None = None
@@ -170,8 +169,9 @@ class WandbLogger(BaseLogger):
         self.run.log(log, step=step, **kwargs)
 
     def log_images(self, images, captions=(), image_section="images", step=None, **kwargs) -> None:
-        captions = [*captions, *[None] * (len(images) - len(captions))]
-        logged = [self.wandb.Image(image, caption=caption) for image, caption in zip(images, captions)]
+        logged = [
+            self.wandb.Image(image, caption=caption) for image, caption in zip(images, chain(captions, repeat(None)))
+        ]
         self.run.log({image_section: logged}, step=step, **kwargs)
 
     def log_file(self, file_path, base_path=None, **kwargs) -> None:
@@ -189,11 +189,10 @@ class WandbLogger(BaseLogger):
         super().set_resume_data(data)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class TensorboardLogger(BaseLogger):
     """Writes TensorBoard events to `tensorboard_path`, by default the folder `tensorboard` in `data_path`."""
 
-    _: KW_ONLY
     tensorboard_path: str | None = None
 
     def init(self, full_config, extra_config: dict) -> None:
@@ -209,8 +208,7 @@ class TensorboardLogger(BaseLogger):
                 self.writer.add_scalar(name, value, step)
 
     def log_images(self, images, captions=(), image_section="images", step=None, **kwargs) -> None:
-        captions = [*captions, *[""] * (len(images) - len(captions))]
-        for index, (image, caption) in enumerate(zip(images, captions)):
+        for index, (image, caption) in enumerate(zip(images, chain(captions, repeat("")))):
             self.writer.add_image(f"{image_section}/{index} {caption}".rstrip(), image, step)
 
     def log_error(self, error_string: str, step: int | None = None, **kwargs) -> None:

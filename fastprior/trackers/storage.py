@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastprior.trackers.loggers import BaseLogger, Part, create_part, import_for, import_wandb
@@ -25,11 +25,10 @@ def _token(path: str | None) -> str | None:
 # loaders
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class BaseLoader(Part):
     """Gets a checkpoint; with `only_auto_resume`, only in a run that goes on by itself after it was interrupted."""
 
-    _: KW_ONLY
     only_auto_resume: bool = False
 
     def init(self, logger: BaseLogger) -> None:
@@ -50,9 +49,8 @@ class BaseLoader(Part):
             return dict(read_file(self.fetch(Path(folder)))[0])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class LocalLoader(BaseLoader):
-    _: KW_ONLY
     file_path: str
 
     def init(self, logger: BaseLogger) -> None:
@@ -66,11 +64,10 @@ class LocalLoader(BaseLoader):
         return Path(self.file_path)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class UrlLoader(BaseLoader):
     """Downloads from http(s), or from what else fsspec knows: s3, gs, hdfs, ..."""
 
-    _: KW_ONLY
     url: str
 
     def __post_init__(self):
@@ -94,11 +91,10 @@ class UrlLoader(BaseLoader):
         return target
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class WandbLoader(BaseLoader):
     """Loads a file of a run, by default of the run that is logged to."""
 
-    _: KW_ONLY
     wandb_file_path: str
     wandb_run_path: str | None = None
 
@@ -116,11 +112,10 @@ class WandbLoader(BaseLoader):
         return Path(file.name)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class HuggingfaceLoader(BaseLoader):
     """Loads a file of a model repository on the Hugging Face hub; `token_path` is a file that holds a token."""
 
-    _: KW_ONLY
     huggingface_repo: str
     file_path: str
     revision: str | None = None
@@ -135,7 +130,7 @@ class HuggingfaceLoader(BaseLoader):
 # savers
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class BaseSaver(Part):
     """Puts checkpoints somewhere.
 
@@ -149,7 +144,6 @@ class BaseSaver(Part):
         save_all, save_every: keep every, or each `save_every`-th, latest checkpoint, with its step in its name.
     """
 
-    _: KW_ONLY
     save_latest_to: str | bool | None = None
     save_best_to: str | bool | None = None
     save_meta_to: str | None = None
@@ -169,6 +163,9 @@ class BaseSaver(Part):
                 raise ValueError(f"{name}={path!r}; it must be a path, or false")
             if path and path.endswith(".safetensors") and self.save_type == "checkpoint":
                 raise ValueError(f"{name}={path!r}; .safetensors is for save_type 'model'")
+        self.saving_latest = bool(self.save_latest_to) and self.save_latest
+        self.saving_best = bool(self.save_best_to) and self.save_best
+        self.saving_meta = self.save_meta_to is not None
         if not (self.saving_latest or self.saving_best or self.saving_meta):
             raise ValueError("nothing would be saved; give at least one of save_latest_to, save_best_to, save_meta_to")
         if self.save_every is not None and self.save_every < 1:
@@ -176,18 +173,6 @@ class BaseSaver(Part):
         if (self.save_all or self.save_every) and not self.saving_latest:
             raise ValueError("save_all and save_every keep what goes to save_latest_to; it must be given")
         self.saved = 0
-
-    @property
-    def saving_latest(self) -> bool:
-        return bool(self.save_latest_to) and self.save_latest
-
-    @property
-    def saving_best(self) -> bool:
-        return bool(self.save_best_to) and self.save_best
-
-    @property
-    def saving_meta(self) -> bool:
-        return self.save_meta_to is not None
 
     def targets(self, is_best: bool, is_latest: bool, values: dict) -> Iterator[str]:
         """The paths to save to this time. Raises ValueError for a placeholder that has no value."""
@@ -234,11 +219,10 @@ class LocalSaver(BaseSaver):
                 shutil.copyfile(local_path, temporary)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class WandbSaver(BaseSaver):
     """Saves to the run that is logged to, or to that of `wandb_run_path` (entity/project/id)."""
 
-    _: KW_ONLY
     wandb_run_path: str | None = None
 
     def __post_init__(self):
@@ -266,11 +250,10 @@ class WandbSaver(BaseSaver):
         self.run.save(str(kept), base_path=str(self.data_path / "wandb_files"), policy="now")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class HuggingfaceSaver(BaseSaver):
     """Saves to a model repository on the Hugging Face hub that exists; `token_path` is a file that holds a token."""
 
-    _: KW_ONLY
     huggingface_repo: str
     token_path: str | None = None
 

@@ -199,14 +199,13 @@ def to_peer(trainer: Training) -> dict:
     prior, ema, steps = trainer.prior, trainer.ema_diffusion_prior, int(trainer.step)
     names, keep = _names(prior), trainer.accelerator.is_main_process
     optimizer = collected(trainer.stepper.named_state(names), keep)
-    groups, state, count = [], {}, 0
-    named_groups = optimizer["param_groups"]
-    for parameters, group in zip(_grouped(list(names), len(named_groups)), named_groups):
-        numbers = range(count, count + len(parameters))
-        moments = ((n, optimizer["state"].get(names[p])) for n, p in zip(numbers, parameters))
-        state.update({n: kept for n, kept in moments if kept is not None})
-        groups.append({**group, "params": list(numbers), "fused": None, "foreach": None})
-        count += len(parameters)
+    grouped = _grouped(list(names), len(optimizer["param_groups"]))
+    numbers = {names[p]: number for number, p in enumerate(p for parameters in grouped for p in parameters)}
+    state = {numbers[name]: moments for name, moments in optimizer["state"].items()}
+    groups = [
+        {**group, "params": [numbers[names[p]] for p in parameters], "fused": None, "foreach": None}
+        for parameters, group in zip(grouped, optimizer["param_groups"])
+    ]
     scheduler = dict(
         base_lrs=list(trainer.scheduler.base_lrs),
         last_epoch=steps,

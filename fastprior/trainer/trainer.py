@@ -120,7 +120,10 @@ class DiffusionPriorTrainer(nn.Module):
         self._gathered: tuple[dict, DiffusionPrior] | None = None
 
         diffusion_prior.to(self.device)
-        self._frame = self._make_frame(diffusion_prior)
+        self._frame: Frame | None = None  # where weights are in shards
+        if wants_shards(self.accelerator):
+            equalize(diffusion_prior)
+            self._frame = Frame(diffusion_prior)
         average = {name: value for name, value in average.items() if value is not None}
         self.ema_diffusion_prior = EMA(diffusion_prior, **average) if use_ema else None  # before anything is wrapped
         self._wrap(diffusion_prior, compile, checkpoint_activations)
@@ -140,13 +143,6 @@ class DiffusionPriorTrainer(nn.Module):
         if use_ema:
             self.ema_diffusion_prior.copy_params_from_model_to_ema()  # DDP has made the ranks' weights equal
         self.register_buffer("step", torch.tensor([0], device=self.device))
-
-    def _make_frame(self, prior: DiffusionPrior) -> Frame | None:
-        """What holds the whole weights where they are in shards, of a prior that all processes share."""
-        if not wants_shards(self.accelerator):
-            return None
-        equalize(prior)
-        return Frame(prior)
 
     def _wrap(self, prior: DiffusionPrior, compile: bool | dict, checkpoint_activations: bool) -> None:
         if checkpoint_activations:

@@ -403,3 +403,15 @@ def test_embedding_in_chunks():
         assert torch.equal(found.text_encodings, wanted.text_encodings)
     with pytest.raises(ValueError, match="has no clip"):
         make_trainer().embed_image(torch.zeros(1, 3, 8, 8))
+
+
+def test_another_optimizer_takes_the_place_of_the_first():
+    trainer = make_trainer()
+    trainer.optimizer = trainer.accelerator.prepare_optimizer(torch.optim.SGD(trainer.prior.parameters(), lr=0.5))
+    weight = trainer.prior.net.learned_query
+    before = weight.detach().clone()
+    trainer(**batch())
+    gradient = weight.grad.clone()
+    trainer.update()
+    assert gradient.abs().max() > 0
+    torch.testing.assert_close(weight.detach(), before - 0.5 * gradient)

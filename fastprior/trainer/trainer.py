@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastprior.batches import prior_sample_in_chunks, split_args_and_kwargs
@@ -139,7 +140,7 @@ class DiffusionPriorTrainer(nn.Module):
             self.stepper = Zero(self.accelerator, diffusion_prior, optimizer, max_grad_norm)
         else:
             self.stepper = Stepper(self.accelerator, diffusion_prior, optimizer)
-        self.diffusion_prior, self.optimizer = self.stepper.model, self.stepper.optimizer
+        self.diffusion_prior = self.stepper.model
         if use_ema:
             self.ema_diffusion_prior.copy_params_from_model_to_ema()  # DDP has made the ranks' weights equal
         self.register_buffer("step", torch.tensor([0], device=self.device))
@@ -158,6 +159,15 @@ class DiffusionPriorTrainer(nn.Module):
     def prior(self) -> DiffusionPrior:
         """The prior that is trained, without wrappers."""
         return self.accelerator.unwrap_model(self.diffusion_prior)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The one that steps, in accelerate's wrapper; another may be put in its place."""
+        return self.stepper.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self.stepper.optimizer = optimizer
 
     @property
     def sampling_prior(self) -> DiffusionPrior:

@@ -354,8 +354,7 @@ def test_interrupt_and_warnings(capsys, monkeypatch):
         warnings.warn("look\nout")
         raise KeyboardInterrupt("half way")
 
-    interrupted.__name__ = "info"
-    monkeypatch.setattr(cli, "info", interrupted)
+    monkeypatch.setattr(info, "run", interrupted)
     status, _, err = run(capsys, "info")
     assert status == 130
     assert err == "fastprior: warning: look out\nfastprior: interrupted: half way\n"

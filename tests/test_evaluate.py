@@ -12,7 +12,7 @@ from accelerate import Accelerator
 import fastprior
 from fastprior import DiffusionPrior
 from fastprior.checkpoints import dalle2 as checkpoint
-from fastprior.cli.training import add_evaluate_parser
+from fastprior.cli.evaluate import add_parser
 from fastprior.demos import digits
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.prior import evaluate as module
@@ -400,7 +400,7 @@ def test_curves_are_written_whole_or_not(tmp_path, monkeypatch):
 
 def parse(*argv: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_evaluate_parser(parser.add_subparsers())
+    add_parser(parser.add_subparsers())
     return parser.parse_args(["evaluate", *map(str, argv)])
 
 

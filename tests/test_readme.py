@@ -71,7 +71,7 @@ def test_commands_of_the_training_section_are_understood():
     commands = [
         line.replace("accelerate launch -m fastprior.train_diffusion_prior", "fastprior train") for line in lines
     ]
-    parsed = [cli._parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    parsed = [cli.make_parser().parse_args(shlex.split(command)[1:]) for command in commands]
     assert [arguments.command for arguments in parsed] == ["inspect", "train", "evaluate"]
     config = TrainDiffusionPriorConfig.from_json_path(ROOT / parsed[1].config_file)
     assert parsed[2].checkpoint == config.tracker.save[0].save_best_to

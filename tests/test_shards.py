@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastprior.cli.inspect import add_inspect_parser
+from fastprior.cli.inspect import add_parser
 from fastprior.dataloaders import (
     EmbeddingShards,
     PairStream,
@@ -132,7 +132,7 @@ def test_what_cannot_be_opened(folder, tmp_path):
 @pytest.mark.parametrize("damage", [False, True])
 def test_inspect(folder, capsys, damage):
     parser = argparse.ArgumentParser()
-    add_inspect_parser(parser.add_subparsers())
+    add_parser(parser.add_subparsers())
     if damage:
         truncate(image(folder, 10))
     for argv in ([folder], [folder / "img_emb", "--meta", folder / "metadata", "--text", folder / "text_emb"]):

@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastprior.cli.common import add_command, add_device_option, device_of
 from fastprior.serving.measure import read_bandwidth, seconds
 
 if TYPE_CHECKING:
     import torch
 
     from fastprior.pipelines.prior_pipeline import PriorPipeline
+    from fastprior.pipelines.text_encoding import TextEncoding
     from fastprior.prior.diffusion_prior import DiffusionPrior
 
 PEER_STEPS = 5  # evaluations of the peer are all alike: a few are timed
@@ -27,26 +29,26 @@ FAMILIES = {"dalle2-pytorch": (64, 1.0), "diffusers": (25, 4.0)}  # by peer: ste
 COLUMNS = "batch", "p50 ms", "p99 ms", "ms/step", "modelled", "MB/step", "of reads", "launches", "vs peer"
 
 
-def add_bench_parser(subparsers) -> None:
-    """Add `fastprior bench` to the subparsers of a command line."""
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "measure how fast a checkpoint samples on this machine, beside its peer where that is installed"
-    sub = subparsers.add_parser("bench", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    sub.set_defaults(run=bench_command)
-    sub.add_argument("--checkpoint", required=True, metavar="PATH", help="a prior's file, or a folder of diffusers")
-    sub.add_argument("--config", metavar="FILE.json", help="where a file holds none")
-    sub.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
-    sub.add_argument("--timesteps", type=int, help="(64; of diffusers 25)")
-    sub.add_argument("--cond-scale", type=float, help="guidance; 1 is none (1; of diffusers 4)")
-    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of our run; the peer's is fp32 (%(default)s)")
-    sub.add_argument("--quantise", choices=QUANTISED, help="weights of 8 bits that our steps read")
-    sub.add_argument("--runs", type=int, default=10, help="that are timed, after one that is not (%(default)s)")
-    sub.add_argument("--eager", action="store_true", help="without torch.compile")
-    sub.add_argument("--no-peer", action="store_true", help="do not run dalle2-pytorch or diffusers")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is one")
+    parser = add_command(subparsers, "bench", run, summary)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a prior's file, or a folder of diffusers")
+    parser.add_argument("--config", metavar="FILE.json", help="where a file holds none")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
+    parser.add_argument("--timesteps", type=int, help="(64; of diffusers 25)")
+    parser.add_argument("--cond-scale", type=float, help="guidance; 1 is none (1; of diffusers 4)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of our run; the peer's is fp32 (%(default)s)"
+    )
+    parser.add_argument("--quantise", choices=QUANTISED, help="weights of 8 bits that our steps read")
+    parser.add_argument("--runs", type=int, default=10, help="that are timed, after one that is not (%(default)s)")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--no-peer", action="store_true", help="do not run dalle2-pytorch or diffusers")
+    add_device_option(parser)
 
 
-def bench_command(args: argparse.Namespace) -> int:
-    """`fastprior bench`: whole runs, prefill included, encoders not; of diffusers itself all forwards of its prior.
+def run(args: argparse.Namespace) -> int:
+    """Time whole runs, prefill included and encoders not; of diffusers itself all forwards of its prior.
 
     "modelled" is what a step should take (see `step_cost.step_seconds`), "of reads" the share of its reads in its time,
     and "launches" of kernels are those of a step: none on the CPU, where linears, or all of them, are calls of C.
@@ -58,7 +60,7 @@ def bench_command(args: argparse.Namespace) -> int:
     for option, value in (("--runs", args.runs), *(("--batch-size", batch) for batch in args.batch_size)):
         if value < 1:
             raise ValueError(f"{option} {value}: it must be at least 1")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device_of(args))
     name = "diffusers" if Path(args.checkpoint).is_dir() else "dalle2-pytorch"
     steps, scale = FAMILIES[name]
     args.timesteps = steps if args.timesteps is None else args.timesteps
@@ -67,32 +69,32 @@ def bench_command(args: argparse.Namespace) -> int:
         if args.config:
             raise ValueError(f"--config {args.config}: a folder of diffusers holds its own; it must not be given")
         pipeline, peer = _pipeline(args, device)
-        timed = [partial(_of_pipeline, pipeline, peer, batch, args) for batch in args.batch_size]
+        make = partial(_pipeline_runs, pipeline, peer, args)
     else:
         prior = fastprior.load(args.checkpoint, config=args.config).to(device).eval()
         peer = None if args.no_peer else _peer(prior, device)
-        timed = [partial(_of_sampler, prior, peer, batch, args) for batch in args.batch_size]
+        make = partial(_sampler_runs, prior, peer, args)
     bandwidth = read_bandwidth(device)
     weights = f"{args.dtype}, steps of {args.quantise}" if args.quantise else args.dtype
     print(f"{device}, {weights}, {args.timesteps} steps, cond_scale {args.cond_scale:g}; ", end="")
     print(f"memory reads {bandwidth / 1e9:.1f} GB/s; {name}: {'fp32, eager' if peer else 'not measured'}")
     print(*(f"{title:>9}" for title in COLUMNS))
-    for batch, make in zip(args.batch_size, timed):
-        print(*(f"{cell:>9}" for cell in _row(make(), batch, bandwidth, args.runs, device)), flush=True)
+    for batch in args.batch_size:
+        print(*(f"{cell:>9}" for cell in _row(make(batch), batch, bandwidth, args.runs, device)), flush=True)
     return 0
 
 
-class Timed(NamedTuple):
-    """What a row times.
+class Runs(NamedTuple):
+    """What a row of the table times.
 
     Attributes:
-        run: a whole run of ours; it ran before.
-        peer_seconds: of a whole run of the peer; None without it.
-        stats: of ours, given the bandwidth.
+        ours: makes a whole run of fastprior, which ran before.
+        peer_seconds: measures the seconds of a whole run of the peer; None without it.
+        stats: says, given the bandwidth, what a step of ours reads and should take.
         evaluations: of the network in a run of ours.
     """
 
-    run: Callable[[], object]
+    ours: Callable[[], object]
     peer_seconds: Callable[[], float] | None
     stats: Callable[[float], dict[str, float]]
     evaluations: int
@@ -112,31 +114,35 @@ def _peer(prior: DiffusionPrior, device: torch.device):
     import dalle2_pytorch
 
     options = {name: value for name, value in prior.config.items() if name != "clamp"}
-    known = {name: v for name, v in prior.net.config.items() if name not in ("cosine_sim", "dot_scale")}
-    peer = dalle2_pytorch.DiffusionPrior(dalle2_pytorch.DiffusionPriorNetwork(**known), **options)
-    own = {name: t for name, t in prior.state_dict().items() if not name.startswith("clip.")}
-    peer.load_state_dict(own)
+    net_options = {name: v for name, v in prior.net.config.items() if name not in ("cosine_sim", "dot_scale")}
+    peer = dalle2_pytorch.DiffusionPrior(dalle2_pytorch.DiffusionPriorNetwork(**net_options), **options)
+    peer.load_state_dict({name: t for name, t in prior.state_dict().items() if not name.startswith("clip.")})
     return peer.to(device).eval()
 
 
-def _of_sampler(prior: DiffusionPrior, peer, batch: int, args: argparse.Namespace) -> Timed:
+def _sampler_runs(prior: DiffusionPrior, peer, args: argparse.Namespace, batch: int) -> Runs:
+    """Runs of a PriorSampler on random captions of full length."""
     import torch
+    import torch.nn.functional as F
 
     from fastprior.serving.prior_sampler import PriorSampler
 
-    guided, dtype = args.cond_scale != 1, getattr(torch, args.dtype)
     sampler = PriorSampler(
-        prior, batch_sizes=(batch,), timesteps=args.timesteps, dtype=dtype, guidance=guided, compile=not args.eager,
-        quantise=args.quantise,
+        prior, batch_sizes=(batch,), timesteps=args.timesteps, dtype=getattr(torch, args.dtype),
+        guidance=args.cond_scale != 1, compile=not args.eager, quantise=args.quantise,
     )  # fmt: skip
     sampler.warmup()
-    text = _text(prior, batch)
-    run = partial(sampler, **text, cond_scale=args.cond_scale)
-    return Timed(run, peer and partial(_peer_seconds, peer, text, args), sampler.stats, len(sampler.plan.table))
+    draw, net = torch.Generator().manual_seed(batch), prior.net
+    text = dict(text_embed=F.normalize(torch.randn(batch, net.text_embed_dim, generator=draw), dim=-1))
+    if prior.condition_on_text_encodings:
+        text["text_encodings"] = torch.randn(batch, net.max_text_len, net.text_dim, generator=draw)
+    text = {name: t.to(prior.device) for name, t in text.items()}
+    ours = partial(sampler, **text, cond_scale=args.cond_scale)
+    return Runs(ours, peer and partial(_peer_seconds, peer, text, args), sampler.stats, len(sampler.plan.table))
 
 
 def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[PriorPipeline, object]:
-    """The pipeline of a folder, or one of its prior's folder, and diffusers' model of the same weights."""
+    """The pipeline of a whole folder, or of a prior's alone, and diffusers' model of the same weights."""
     import torch
 
     from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
@@ -158,36 +164,35 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[PriorPipe
     return pipeline, diffusers.PriorTransformer.from_pretrained(folder).to(device).eval()
 
 
-def _of_pipeline(pipeline: PriorPipeline, peer, batch: int, args: argparse.Namespace) -> Timed:
-    """With ready encodings of full length, and of an empty text of two tokens."""
+def _pipeline_runs(pipeline: PriorPipeline, peer, args: argparse.Namespace, batch: int) -> Runs:
+    """Runs of a PriorPipeline on random encodings of full length, and on those of an empty text of two tokens."""
     import torch
 
     from fastprior.pipelines.text_encoding import TextEncoding
 
     config, device = pipeline.prior.config, pipeline.device
     tokens, dim = config["num_embeddings"], config["embedding_dim"]
-    draw, given = torch.Generator().manual_seed(batch), []
+    draw, texts = torch.Generator().manual_seed(batch), []
     for count, length in (batch, tokens), (1, min(2, tokens)):
         shapes = (count, config["embedding_proj_dim"] or dim), (count, tokens, dim)
         encoding = (torch.randn(shape, generator=draw) for shape in shapes)
-        shown = (torch.arange(tokens) < length).expand(count, -1)
-        given.append(TextEncoding(*(t.to(device) for t in (*encoding, shown))))
+        mask = (torch.arange(tokens) < length).expand(count, -1)
+        texts.append(TextEncoding(*(t.to(device) for t in (*encoding, mask))))
     options = dict(num_inference_steps=args.timesteps, guidance_scale=args.cond_scale)
-    run = partial(pipeline, *given, **options, zero_embed=torch.zeros(1, dim, device=device))
-    run()
+    ours = partial(pipeline, *texts, **options, zero_embed=torch.zeros(1, dim, device=device))
+    ours()
     evaluations = len(pipeline.schedule.table(args.timesteps))
-    theirs = peer and partial(_diffusers_seconds, peer, given, evaluations, args.cond_scale > 1)
-    return Timed(run, theirs, pipeline.stats, evaluations)
+    peer_seconds = peer and partial(_diffusers_seconds, peer, *texts, evaluations, args.cond_scale > 1)
+    return Runs(ours, peer_seconds, pipeline.stats, evaluations)
 
 
-def _diffusers_seconds(peer, given: list, evaluations: int, guided: bool) -> float:
-    """Of all forwards of a run, without its scheduler, from a few of them."""
+def _diffusers_seconds(peer, text: TextEncoding, empty: TextEncoding, evaluations: int, guided: bool) -> float:
+    """Seconds of all forwards of a run, without its scheduler, from a few of them."""
     import torch
 
-    (embeds, encodings, mask), null = given
+    embeds, encodings, mask = text
     if guided:  # as pipelines do: the unconditional rows lie in front
-        expanded = (t.expand(len(embeds), *t.shape[1:]) for t in null)
-        embeds, encodings, mask = (torch.cat(pair) for pair in zip(expanded, given[0]))
+        embeds, encodings, mask = (torch.cat((e.expand_as(t), t)) for e, t in zip(empty, text))
     x = torch.zeros(len(embeds), encodings.shape[-1], device=embeds.device)
 
     @torch.no_grad()
@@ -198,12 +203,13 @@ def _diffusers_seconds(peer, given: list, evaluations: int, guided: bool) -> flo
     return statistics.median(times) * evaluations
 
 
-def _row(timed: Timed, batch: int, bandwidth: float, runs: int, device: torch.device) -> list[str]:
+def _row(timed: Runs, batch: int, bandwidth: float, runs: int, device: torch.device) -> list[str]:
+    """The cells of a batch size, in the order of COLUMNS."""
     theirs, ours = [], []
     for number in range(runs):
         if timed.peer_seconds is not None and number < 3:  # in turns, so that both see the same machine
             theirs.append(timed.peer_seconds())
-        ours.append(seconds(timed.run, device))
+        ours.append(seconds(timed.ours, device))
     whole, stats = statistics.median(ours), timed.stats(bandwidth)
     read = stats["weight_bytes"] + stats["prefix_bytes"] + stats["table_bytes"]
     step_s = whole / max(timed.evaluations, 1)
@@ -214,20 +220,8 @@ def _row(timed: Timed, batch: int, bandwidth: float, runs: int, device: torch.de
     return [str(batch), *times, f"{read / 1e6:.2f}", floor, str(stats["launches"] or "none"), ratio]
 
 
-def _text(prior: DiffusionPrior, batch: int) -> dict:
-    """Random captions of full length."""
-    import torch
-    import torch.nn.functional as F
-
-    draw, net = torch.Generator().manual_seed(batch), prior.net
-    text = dict(text_embed=F.normalize(torch.randn(batch, net.text_embed_dim, generator=draw), dim=-1))
-    if prior.condition_on_text_encodings:
-        text["text_encodings"] = torch.randn(batch, net.max_text_len, net.text_dim, generator=draw)
-    return {name: t.to(prior.device) for name, t in text.items()}
-
-
 def _peer_seconds(peer, text: dict, args: argparse.Namespace) -> float:
-    """Of a whole run, from a few of its evaluations."""
+    """Seconds of a whole run, from a few of its evaluations."""
     total, steps = peer.noise_scheduler.num_timesteps, min(args.timesteps, PEER_STEPS)
 
     def run() -> None:

@@ -10,12 +10,15 @@ import shutil
 import sys
 from pathlib import Path
 
+from fastprior.cli.common import add_command
 from fastprior.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
-
-
 OPTIONAL = ("open-clip-torch", "embedding-reader", "accelerate", "diffusers", "xformers", "dalle2-pytorch")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    add_command(subparsers, "info", run, "print versions, devices, and which fast paths work here")
 
 
 def _version_of(package: str) -> str:
@@ -99,7 +102,7 @@ def _fast_paths() -> list[tuple[str, str]]:
     return rows
 
 
-def info(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     versions = [("fastprior", __version__), ("python", platform.python_version())]
     versions += [(package, _version_of(package)) for package in (*PACKAGES, *OPTIONAL)]
     for title, rows in (("versions", versions), ("devices", _devices()), ("fast paths", _fast_paths())):

@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 
+from fastprior.cli.common import add_command
 
-def add_inspect_parser(subparsers: argparse._SubParsersAction) -> None:
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "say what folders of embeddings and captions hold, what is wrong, and how many pairs"
-    sub = subparsers.add_parser("inspect", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    sub.set_defaults(run=inspect_command)
-    sub.add_argument("folder", metavar="DIR", help="image embeddings, or what clip-retrieval wrote; a path or an url")
-    sub.add_argument("--meta", metavar="DIR", help="captions, in parquet files")
-    sub.add_argument("--text", metavar="DIR", help="text embeddings")
-    sub.add_argument("--encodings", metavar="DIR", help="text encodings")
-    sub.add_argument("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")
-    sub.add_argument("--format", choices=("npy", "parquet", "parquet_npy", "webdataset"), help="by default as found")
+    parser = add_command(subparsers, "inspect", run, summary)
+    parser.add_argument(
+        "folder", metavar="DIR", help="image embeddings, or what clip-retrieval wrote; a path or an url"
+    )
+    parser.add_argument("--meta", metavar="DIR", help="captions, in parquet files")
+    parser.add_argument("--text", metavar="DIR", help="text embeddings")
+    parser.add_argument("--encodings", metavar="DIR", help="text encodings")
+    parser.add_argument("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")
+    parser.add_argument("--format", choices=("npy", "parquet", "parquet_npy", "webdataset"), help="by default as found")
 
 
-def inspect_command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print the report: 0, or 1 where there is a problem."""
     from fastprior.dataloaders import EmbeddingShards
 

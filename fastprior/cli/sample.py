@@ -5,12 +5,41 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastprior.cli.common import _say, load_clip
+from fastprior.cli import common
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastprior.prior.diffusion_prior import DiffusionPrior
 
 
-def _load_array(path: str, option: str, ndim: int, device: str):
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = common.add_command(subparsers, "sample", run, "sample image embeddings for captions or text embeddings")
+    parser.add_argument("captions", nargs="*", metavar="CAPTION")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of a prior; old ones: see convert")
+    parser.add_argument("--steps", type=int, default=64, help="sampling steps (%(default)s)")
+    parser.add_argument("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
+    parser.add_argument(
+        "--solver", help="ddpm, ddim, ddim_trailing or dpm++; by default ddpm over all steps, else ddim"
+    )
+    parser.add_argument(
+        "--samples-per-prompt", type=int, default=4, metavar="N",
+        help="candidates, of which the most similar to the text is kept (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=common.seed, help="of the noise; another each time by default")
+    parser.add_argument("--out", metavar="FILE.npy", help="write the embeddings (prompts, dim), fp32")
+    parser.add_argument("--text-embed", metavar="FILE.npy", help="text embeddings (prompts, dim) instead of captions")
+    parser.add_argument("--text-encodings", metavar="FILE.npy", help="text encodings (prompts, length, dim)")
+    parser.add_argument(
+        "--condition", type=common.named, action="append", default=[], metavar="NAME=VALUE",
+        help="an extra condition: a number, or a vector's FILE.npy (prompts, size); any may be left out",
+    )  # fmt: skip
+    common.add_clip_options(parser)
+
+
+def _load_array(path: str, option: str, ndim: int, device: torch.device) -> torch.Tensor:
     """A .npy file as an fp32 tensor."""
     import numpy as np
     import torch
@@ -25,95 +54,86 @@ def _load_array(path: str, option: str, ndim: int, device: str):
     return torch.from_numpy(array.astype(np.float32)).to(device)
 
 
-def _load_conditions(prior, given: list[tuple[str, str]], prompts: int, device: str) -> dict:
+def _load_conditions(prior: DiffusionPrior, named_values: list[tuple[str, str]], prompts: int) -> dict:
     """The values of extra conditions: a number for all prompts, or of a vector a file with a row for each."""
     import torch
 
     from fastprior.models.dalle2.conditions import find
 
     values = {}
-    for name, value in given:
+    for name, value in named_values:
         kind = find(prior.net.conditions, name, "--condition").kind
         if kind == "vector":
-            values[name] = _load_array(value, f"--condition {name}", 2, device)
+            values[name] = _load_array(value, f"--condition {name}", 2, prior.device)
             continue
         number, rule = (int, "an integer") if kind == "category" else (float, "a number")
         try:
-            values[name] = torch.full((prompts,), number(value), device=device)
+            values[name] = torch.full((prompts,), number(value), device=prior.device)
         except ValueError:
             raise ValueError(f"--condition {name}={value}: it must be {rule}") from None
     return values
 
 
-def _check_sample(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
     if not math.isfinite(args.cond_scale):
         raise ValueError(f"--cond-scale {args.cond_scale}: it must be finite")
     if bool(args.captions) == bool(args.text_embed):
         raise ValueError("give either captions or --text-embed")
     if args.text_encodings and not args.text_embed:
         raise ValueError("--text-encodings goes with --text-embed")
-    if bool(args.clip_model) != bool(args.clip_pretrained):
-        raise ValueError("--clip-model and --clip-pretrained go together")
     if args.clip_model and args.text_embed:
         raise ValueError("--clip-model encodes captions; it does not go with --text-embed")
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {args.out}: its folder does not exist")
-    if args.out and Path(args.out).is_dir():
-        raise IsADirectoryError(f"--out {args.out} is a folder; it must be a file")
+    common.check_clip_and_out(args)
 
 
-def sample(args: argparse.Namespace) -> int:
+def _text(args: argparse.Namespace, prior: DiffusionPrior) -> dict:
+    """The prompts, as `DiffusionPrior.sample` takes them."""
+    from fastprior.demos import digits
+
+    if args.captions:
+        if prior.clip is None and common.is_of_digits(prior):
+            strange = sorted({word for c in args.captions for word in digits.words_of(c)} - digits.KNOWN_WORDS)
+            if strange:
+                common.say("note", f"words that the training never saw: {', '.join(strange)}")
+        common.need_clip(prior, args.checkpoint, "--text-embed and --text-encodings")
+        return {"text": args.captions}
+    text = {"text_embed": _load_array(args.text_embed, "--text-embed", 2, prior.device)}
+    if args.text_encodings:
+        text["text_encodings"] = _load_array(args.text_encodings, "--text-encodings", 3, prior.device)
+    elif prior.condition_on_text_encodings:
+        raise ValueError(f"{args.checkpoint} is conditioned on text encodings: give --text-encodings too")
+    return text
+
+
+def run(args: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from fastprior import checkpoints
-    from fastprior.demos import digits
+    from fastprior.demos.digits import terminal_picture
     from fastprior.utils import atomic
 
-    _check_sample(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    clip = load_clip(args.clip_model, args.clip_pretrained, device) if args.clip_model else None
-    prior = checkpoints.load(args.checkpoint, clip=clip, device=device)
-    of_digits = prior.load_report.metadata.get("text_encoder") == digits.NAME
-    if not of_digits and not args.out:
+    _check(args)
+    prior = common.load_prior(args)
+    drawn = common.is_of_digits(prior)
+    if not drawn and not args.out:
         raise ValueError("give --out FILE.npy: only the quickstart's embeddings can be drawn")
-    text = {}
-    if args.captions:
-        if of_digits and clip is None:
-            prior.clip = digits.DigitsClip()
-            strange = sorted({word for c in args.captions for word in digits.words_of(c)} - digits.KNOWN_WORDS)
-            if strange:
-                _say("note", f"words that the training never saw: {', '.join(strange)}")
-        if prior.clip is None:
-            raise ValueError(
-                f"{args.checkpoint} does not say how to encode captions: give --clip-model and --clip-pretrained, or "
-                "embeddings with --text-embed and --text-encodings"
-            )
-        text["text"] = args.captions
-    else:
-        text["text_embed"] = _load_array(args.text_embed, "--text-embed", 2, device)
-        if args.text_encodings:
-            text["text_encodings"] = _load_array(args.text_encodings, "--text-encodings", 3, device)
-        elif prior.condition_on_text_encodings:
-            raise ValueError(f"{args.checkpoint} is conditioned on text encodings: give --text-encodings too")
+    text = _text(args, prior)
     prompts = len(args.captions or text["text_embed"])
     embeds = prior.sample(
-        conditions=_load_conditions(prior, args.condition, prompts, device),
+        conditions=_load_conditions(prior, args.condition, prompts),
         num_samples_per_batch=args.samples_per_prompt,
         cond_scale=args.cond_scale,
         timesteps=args.steps,
         solver=args.solver,
-        generator=None if args.seed is None else torch.Generator(device).manual_seed(args.seed),
+        generator=None if args.seed is None else torch.Generator(prior.device).manual_seed(args.seed),
         progress=sys.stderr.isatty(),
         **text,
     )
-    if of_digits:
-        for title, embed in zip(args.captions or [f"row {i}" for i in range(len(embeds))], embeds):
-            print(f"{title}\n\n{digits.terminal_picture(embed[None])}\n")
+    if drawn:
+        for title, embed in zip(args.captions or [f"row {i}" for i in range(prompts)], embeds):
+            print(f"{title}\n\n{terminal_picture(embed[None])}\n")
     if args.out:
-        with atomic(Path(args.out)) as path, open(path, "wb") as file:
+        with atomic(args.out) as path, open(path, "wb") as file:
             np.save(file, embeds.float().cpu().numpy())
         print(f"wrote {args.out}: {embeds.shape[0]} embeddings of {embeds.shape[1]}")
     return 0

@@ -1,0 +1,45 @@
+"""`fastprior quickstart`: a small prior is trained on handwritten digits and judged."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from fastprior.cli.common import add_command, say, seed
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    from fastprior.demos.quickstart import BATCH, STEPS
+
+    summary = "train a small prior on handwritten digits, and measure it"
+    parser = add_command(subparsers, "quickstart", run, summary)
+    parser.add_argument("--out", default="quickstart-out", metavar="DIR", help="folder to write (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="training steps; with fewer no goal is judged (%(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=BATCH, help="pairs in a step (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of everything random (%(default)s)")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastprior.demos import quickstart
+
+    summary = quickstart.run(args.out, steps=args.steps, batch=args.batch, seed=args.seed, progress=args.progress)
+    goal, files = summary["goal"], summary["files"]
+    print(quickstart.report(summary))
+    print(f"\nwrote {', '.join(files.values())}")
+    print("sample from it with")
+    print(f'  fastprior sample --checkpoint {shlex.quote(files["checkpoint"])} "a handwritten three"')
+    if not summary["samplers"]["agree"]:
+        say("failed", f"the cached and the uncached sampler differ by more than {quickstart.TOLERANCE:g}")
+        return 1
+    accuracy = f"{summary['metrics'][goal['metric']]:.1%} of the sampled embeddings show the right digit"
+    if not goal["judged"]:
+        print(f"{accuracy}; the goal of {goal['at_least']:.0%} is not judged for a training this short")
+    elif goal["reached"]:
+        print(f"goal reached: {accuracy}, at least {goal['at_least']:.0%} were wanted")
+    else:
+        say("failed", f"only {accuracy}, at least {goal['at_least']:.0%} were wanted")
+        return 1
+    return 0

@@ -58,7 +58,7 @@ def pairs(runs):
 @pytest.mark.slow
 def test_text_encoding_is_the_same_in_every_process():
     code = (
-        "from fastprior.digits import DigitsClip as C, PHRASINGS, NUMBERS; import hashlib; c = C();"
+        "from fastprior.demos.digits import DigitsClip as C, PHRASINGS, NUMBERS; import hashlib; c = C();"
         "e = c.embed_text(c.tokenize([p.format(n) for p in PHRASINGS for n in NUMBERS]));"
         "print(*(hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in e))"
     )

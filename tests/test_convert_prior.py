@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fastprior
-from fastprior.checkpoints.prior_transformer import convert, load
+from fastprior.checkpoints.convert import convert
+from fastprior.checkpoints.prior_transformer import load
 from fastprior.cli.command_line import main
 from fastprior.models.prior_transformer.model import PriorTransformer
 from helpers.priors import make_prior, relative_error

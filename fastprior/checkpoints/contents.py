@@ -10,16 +10,30 @@ import torch
 from torch import Tensor
 
 GAMMA, UNPADDED, ONE_NULL, CURRENT = "before 0.16.0", "0.16.0 to 0.23.0", "0.23.1 to 1.8.4", "1.9.0 or later"
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")  # of DDP and torch.compile
+
+
+def without_wrappers(key: str) -> str:
+    """A tensor's key without what DDP and torch.compile put into it."""
+    return re.sub(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.", "", key)
+
+
+def renamed(key: str, renames: Iterable[tuple[str, str | None]]) -> str | None:
+    """A key after a map of renames, patterns and what replaces them, in order; None where one drops it."""
+    for pattern, replacement in renames:
+        if replacement is not None:
+            key = re.sub(pattern, replacement, key)
+        elif re.search(pattern, key):
+            return None
+    return key
 
 
 def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts by dotted keys, without what DDP and torch.compile put into them."""
+    """The tensors of nested dicts by dotted keys, see `without_wrappers`."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
         elif torch.is_tensor(value):
-            yield _WRAPPERS.sub("", f"{prefix}{key}"), value
+            yield without_wrappers(f"{prefix}{key}"), value
 
 
 def _is_ema(root: str) -> bool:
@@ -28,8 +42,10 @@ def _is_ema(root: str) -> bool:
 
 
 def choose_root(flat: Mapping, roots: Iterable[str], weights: str, report: LoadReport) -> tuple[str, dict[str, Tensor]]:
-    """Of the places that hold a prior, such as `ema_model.`, the wanted one, and the tensors there by the rest of their
-    keys."""
+    """Choose one of the places that hold a prior, such as `ema_model.`: it, and its tensors by the rest of their keys.
+
+    Raises ValueError where there are no weights of the wanted kind.
+    """
     if weights not in ("auto", "model", "ema"):
         raise ValueError(f"weights={weights!r}; it must be 'auto', 'model' or 'ema'")
     kinds = {kind: sorted((r for r in roots if _is_ema(r) == (kind == "ema")), key=len) for kind in ("model", "ema")}
@@ -84,6 +100,6 @@ class LoadReport:
 
 
 def some(items, count: int = 5) -> str:
-    """The first few of them, as text."""
+    """The first few items, as text."""
     items = list(map(str, items))
     return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")

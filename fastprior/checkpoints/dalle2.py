@@ -17,23 +17,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints.contents import _WRAPPERS, LoadReport, choose_root, flatten, some
-from fastprior.checkpoints.eras import plan, read_config
+from fastprior.checkpoints.contents import LoadReport, choose_root, flatten, some, without_wrappers
+from fastprior.checkpoints.eras import read_config, translate
 from fastprior.models.dalle2.layers import RotaryEmbedding
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.utils import atomic
 from fastprior.version import __version__
-from fastprior.weight_files.safe import _SAFE_GLOBALS, FORMAT, HEADER, _inert_dict, _version_string, read_file
+from fastprior.weight_files.safe import HEADER, read_file, version_string
 
+FORMAT = 1  # of our own files
 _ROOT = re.compile(r"(?:(?<=\.)|^)(net\.)?learned_query$")
-
-
-# reading files
-
-
-_SAFE_GLOBALS += [(dict, "builtins.dict"), (_inert_dict, "collections.defaultdict")]
 
 
 def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[str, Tensor]:
@@ -55,7 +50,15 @@ def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[st
     return {prefix + key: value for key, value in state.items()}
 
 
-# loading
+def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
+    """The arguments of network and prior in the header of a file of ours, or in place of them the config's."""
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{report.path} has format {header.get('format')!r}; this release reads format {FORMAT}")
+    given_net, given_prior = read_config(config, report)
+    net, prior = read_config(header, report)
+    report.kind, report.version, report.metadata = "fastprior file", header.get("version"), header.get("metadata", {})
+    report.architecture = "recorded" if config is None else "given"
+    return net | given_net, prior | given_prior
 
 
 def _restore_constants(state: dict[str, Tensor], betas_named: bool, report: LoadReport) -> None:
@@ -97,6 +100,35 @@ def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadRe
         )
 
 
+def _build(
+    state: dict[str, Tensor],
+    net_config: dict,
+    prior_config: dict,
+    clip: nn.Module | None,
+    dtype: torch.dtype | None,
+    report: LoadReport,
+    strict: bool,
+) -> DiffusionPrior:
+    """The prior of these arguments and tensors; the weights of the network are random where `report` says missing."""
+    file_dtype = state["net.learned_query"].dtype
+    _restore_constants(state, "beta_schedule" in prior_config, report)
+    if dtype is not None and dtype != file_dtype:
+        report.notes.append(f"weights are {file_dtype} in the file, and were cast to {dtype}")
+    with torch.device("meta"):
+        net = DiffusionPriorNetwork(**net_config)
+    prior = DiffusionPrior(net, clip=clip, **prior_config)
+    wanted = {key: value for key, value in prior.state_dict().items() if not key.startswith("clip.")}
+    _compare(state, wanted, report, strict)
+    if any(key.startswith("net.") for key in report.missing):
+        with torch.random.fork_rng(devices=[]):
+            prior.net = DiffusionPriorNetwork(**net_config)
+    else:
+        prior.net.to_empty(device="cpu")
+    prior.net.to(file_dtype if dtype is None else dtype)
+    prior.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
+    return prior
+
+
 def load(
     path: str | os.PathLike,
     *,
@@ -136,35 +168,12 @@ def load(
     state = _find_weights(payload, weights, report)
     clip_state = {key[5:]: state.pop(key) for key in list(state) if key.startswith("clip.")}
     if header is None:
-        report.version = version or _version_string(payload.get("version"))
-        state, net_config, prior_config = plan(state, config, report, strict)
+        report.version = version or version_string(payload.get("version"))
+        state, net_config, prior_config = translate(state, config, report, strict)
     else:
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {header.get('format')!r}; this release reads format {FORMAT}")
-        given_net, given_prior = ({}, {}) if config is None else read_config(config, report)
-        net_config, prior_config = read_config(header, report)
-        net_config, prior_config = {**net_config, **given_net}, {**prior_config, **given_prior}
-        report.kind, report.version = "fastprior file", header.get("version")
-        report.metadata = header.get("metadata", {})
-        report.architecture = "recorded" if config is None else "given"
+        net_config, prior_config = _recorded(header, config, report)
     del payload  # a trainer's is several times the model
-
-    file_dtype = state["net.learned_query"].dtype
-    _restore_constants(state, "beta_schedule" in prior_config, report)
-    if dtype is not None and dtype != file_dtype:
-        report.notes.append(f"weights are {file_dtype} in the file, and were cast to {dtype}")
-    with torch.device("meta"):
-        net = DiffusionPriorNetwork(**net_config)
-    prior = DiffusionPrior(net, clip=clip, **prior_config)
-    wanted = {key: value for key, value in prior.state_dict().items() if not key.startswith("clip.")}
-    _compare(state, wanted, report, strict)
-    if any(key.startswith("net.") for key in report.missing):
-        with torch.random.fork_rng(devices=[]):
-            prior.net = DiffusionPriorNetwork(**net_config)
-    else:
-        prior.net.to_empty(device="cpu")
-    prior.net.to(file_dtype if dtype is None else dtype)
-    prior.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
+    prior = _build(state, net_config, prior_config, clip, dtype, report, strict)
     if clip_state and clip is None:
         report.notes.append(f"{len(clip_state)} tensors of a CLIP were ignored; they need clip=")
     elif clip_state:
@@ -198,7 +207,7 @@ def _contents(prior: DiffusionPrior) -> tuple[dict[str, Tensor], dict]:
             if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:
                 value = value.clone()
             storages.add(value.untyped_storage().data_ptr())
-            state[_WRAPPERS.sub("", key)] = value
+            state[without_wrappers(key)] = value
     with torch.device("meta"):
         built = {
             f"net.{key}": value.shape for key, value in DiffusionPriorNetwork(**config["net"]).state_dict().items()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastprior.checkpoints.contents import CURRENT, GAMMA, ONE_NULL, UNPADDED, LoadReport
+from fastprior.checkpoints.contents import CURRENT, GAMMA, ONE_NULL, UNPADDED, LoadReport, renamed
 from fastprior.diffusion.schedule import BETA_SCHEDULES
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
@@ -44,18 +44,20 @@ NET_KEYS = _parameters(DiffusionPriorNetwork) | _parameters(CausalTransformer)
 PRIOR_KEYS = _parameters(DiffusionPrior, "net", "clip")
 
 
-def _checked(name: str, given, known: set[str]) -> Mapping:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{name} is a {type(given).__name__}; it must be a dict")
-    for key in given:
+def _checked(name: str, section, known: set[str]) -> Mapping:
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name} is a {type(section).__name__}; it must be a dict")
+    for key in section:
         if key not in known:
             nearest = max(sorted(known), key=lambda other: difflib.SequenceMatcher(None, str(key), other).ratio())
             raise ValueError(f"{name} has the unknown key {key!r}; did you mean {nearest!r}?")
-    return given
+    return section
 
 
-def read_config(config, report: LoadReport) -> tuple[dict, dict]:
+def read_config(config: Mapping | str | os.PathLike | None, report: LoadReport) -> tuple[dict, dict]:
     """The arguments of network and prior in our configuration, or in DALLE2-pytorch's of a training or of a prior."""
+    if config is None:
+        return {}, {}
     if isinstance(config, (str, os.PathLike)):
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
@@ -129,7 +131,7 @@ def _infer(state: dict[str, Tensor], report: LoadReport) -> tuple[dict, dict]:
 
 def _rename(state: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
     """Today's keys. Raises ValueError for layers of the earliest releases, which are not here."""
-    renamed = {}
+    current = {}
     for key, value in state.items():
         if key.endswith(".post_norm.gamma"):
             raise ValueError(f"{report.path}: {key} belongs to a layer of early releases; no such layer exists")
@@ -137,13 +139,9 @@ def _rename(state: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
             if value.any():
                 raise ValueError(f"{report.path}: {key} is not zero; the LayerNorm here has no offset")
             continue
-        for pattern, replacement in RENAMES:
-            if re.search(pattern, key):
-                key = None if replacement is None else re.sub(pattern, replacement, key)
-                break
-        if key is not None:
-            renamed[key] = value
-    return renamed
+        if (key := renamed(key, RENAMES)) is not None:
+            current[key] = value
+    return current
 
 
 def _read_era(state: dict[str, Tensor], number: tuple[int, ...] | None, report: LoadReport) -> int | None:
@@ -182,7 +180,9 @@ def _differences(number: tuple[int, ...] | None, net: dict, prior: dict, padded:
     return found
 
 
-def plan(state: dict[str, Tensor], config, report: LoadReport, strict: bool) -> tuple[dict[str, Tensor], dict, dict]:
+def translate(
+    state: dict[str, Tensor], config: Mapping | str | os.PathLike | None, report: LoadReport, strict: bool
+) -> tuple[dict[str, Tensor], dict, dict]:
     """Today's tensors, and the arguments of network and prior, of a file without our header."""
     numbers = re.match(r"v?(\d+(?:\.\d+)+)", report.version or "")
     number = tuple(map(int, numbers[1].split("."))) if numbers else None
@@ -192,7 +192,7 @@ def plan(state: dict[str, Tensor], config, report: LoadReport, strict: bool) -> 
     factor = _read_era(state, number, report)
     state = _rename(state, report)
     net, prior = _infer(state, report)
-    given_net, given_prior = ({}, {}) if config is None else read_config(config, report)
+    given_net, given_prior = read_config(config, report)
     padded = "net.null_text_encodings" in state
     conditions = sorted({key.split(".")[2] for key in state if key.startswith("net.conditions.")})
     if strict and conditions and "conditions" not in given_net:

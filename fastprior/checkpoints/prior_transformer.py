@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints.contents import LoadReport, choose_root, flatten, some
+from fastprior.checkpoints.contents import LoadReport, choose_root, flatten, renamed, some
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.weight_files import diffusers_folder
 from fastprior.weight_files.safe import read_any_file, read_file
@@ -43,7 +43,7 @@ DIM_HEAD = 64  # of both originals; the shapes do not show it
 
 
 def _split_qkv(state: Mapping[str, Tensor], heads: int) -> Iterator[tuple[str, Tensor]]:
-    """Queries, keys and values are one projection in the originals, with rows (heads, 3, dim_head)."""
+    """Take apart queries, keys and values, one projection in the originals with rows (heads, 3, dim_head)."""
     for key, value in state.items():
         if ".attn.c_qkv." not in key:
             yield key, value
@@ -52,17 +52,10 @@ def _split_qkv(state: Mapping[str, Tensor], heads: int) -> Iterator[tuple[str, T
             yield key.replace(".c_qkv.", f".c_{name}."), part.flatten(0, 1)
 
 
-def rename(state: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
+def _rename(state: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
     """The state dict of a PriorTransformer of an original one, which begins with `model.`."""
-    renamed = {}
-    for key, value in _split_qkv(state, heads):
-        for pattern, replacement in RENAMES:
-            if replacement is None and re.search(pattern, key):
-                break
-            key = key if replacement is None else re.sub(pattern, replacement, key)
-        else:
-            renamed[key] = value
-    return renamed
+    pairs = ((renamed(key, RENAMES), value) for key, value in _split_qkv(state, heads))
+    return {key: value for key, value in pairs if key is not None}
 
 
 def _infer(state: Mapping[str, Tensor], path: str) -> dict:
@@ -99,7 +92,7 @@ def _read_config(config: Mapping | str | os.PathLike | None) -> dict:
     return config
 
 
-def _read_file(path: Path, weights: str, given: dict, report: LoadReport) -> tuple[dict, dict[str, Tensor]]:
+def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tuple[dict, dict[str, Tensor]]:
     """The constructor's arguments and the tensors, under diffusers' names, of a file of either make."""
     flat = dict(flatten(read_file(path)[0]))
     roots = {key[: match.start()] for key in flat if (match := _ROOT.search(key))}
@@ -112,17 +105,17 @@ def _read_file(path: Path, weights: str, given: dict, report: LoadReport) -> tup
     if "model.prd_emb" not in state:
         report.kind, report.era = "state dict", "diffusers"
         beside = path.with_name("config.json")
-        if not given and not beside.is_file():
+        if not config and not beside.is_file():
             raise ValueError(f"config=None; {path} has no config.json beside it, so it must be given")
-        return _read_config(None if given else beside), state
+        return _read_config(None if config else beside), state
     report.kind, report.era = "original prior", "Kandinsky 2.1 and Karlo"
-    arguments = _infer(state, str(path)) | given
+    arguments = _infer(state, str(path)) | config
     heads, dim_head = arguments["num_attention_heads"], arguments["attention_head_dim"]
     if heads * dim_head != (width := len(state["model.clip_img_proj.weight"])):
         rule = f"with heads of {dim_head} they must make up the width, {width}: give both in config"
         raise ValueError(f"num_attention_heads={heads}; {rule}")
     report.notes.append(f"{heads} heads of {dim_head}")
-    return arguments, rename(state, heads)
+    return arguments, _rename(state, heads)
 
 
 def load(
@@ -167,31 +160,3 @@ def load(
     for name, value in stats.items():
         setattr(prior, name, nn.Parameter(value))  # not rounded with the weights
     return prior.eval(), report
-
-
-def convert(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    version: str | None = None,
-    **load_kwargs,
-) -> LoadReport:
-    """Load a file and save it as the folder that `PriorTransformer.from_pretrained` reads, here and in diffusers.
-
-    Args:
-        target: the folder, which must not exist, or be empty.
-        overwrite: replace its files; FileExistsError otherwise.
-        version: must be None: it means releases of dalle2-pytorch.
-        **load_kwargs: see `load`.
-    """
-    if version is not None:
-        raise ValueError(f"version={version!r}; it is for priors of dalle2-pytorch")
-    target = Path(target)
-    if target.is_file():
-        raise FileExistsError(f"{target} is a file; it must be a folder")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"{target} exists; overwrite=True replaces it")
-    prior, report = load(source, **load_kwargs)
-    prior.save_pretrained(target)
-    return report

@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-FORMAT = 1
-
-
 HEADER = "fastprior"  # the entry of a safetensors file's metadata that holds our configuration
 
 
@@ -39,25 +36,25 @@ def _inert_dict(*args) -> dict:
 
 
 # all that DALLE2-pytorch's trainer pickles besides plain types, with any release of packaging and torch
-_STAND_INS = (
-    "packaging.version.Version",
-    "packaging.version._Version",
-    "packaging._structures.InfinityType",
-    "packaging._structures.NegativeInfinityType",
-    "pytorch_warmup.base.LinearWarmup",
-    "torch.optim.adam.Adam",
-    "torch.optim.adamw.AdamW",
-)
-
-
+_SAFE_GLOBALS = [
+    (dict, "builtins.dict"),
+    (_inert_dict, "collections.defaultdict"),
+    (_Inert, "packaging.version.Version"),
+    (_Inert, "packaging.version._Version"),
+    (_Inert, "packaging._structures.InfinityType"),
+    (_Inert, "packaging._structures.NegativeInfinityType"),
+    (_Inert, "pytorch_warmup.base.LinearWarmup"),
+    (_Inert, "torch.optim.adam.Adam"),
+    (_Inert, "torch.optim.adamw.AdamW"),
+]
 _READING = threading.Lock()  # safe_globals is one list for all threads
 
 
-_SAFE_GLOBALS = [(_Inert, name) for name in _STAND_INS]
-
-
 def read_any_file(path: Path) -> tuple[Any, dict | None]:
-    """The contents of a file, on the CPU, and our header where it has one."""
+    """The contents of a file, on the CPU, and our header where it has one.
+
+    Raises FileNotFoundError, and ValueError where the file is damaged or holds more than tensors and plain values.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a directory; it must be a checkpoint file")
     if not path.exists():
@@ -87,14 +84,14 @@ def read_any_file(path: Path) -> tuple[Any, dict | None]:
 
 
 def read_file(path: Path) -> tuple[Mapping, dict | None]:
-    """`read_any_file` of a file that must hold a dict."""
+    """The dict that a file holds, and our header where it has one: see `read_any_file`."""
     payload, header = read_any_file(path)
     if not isinstance(payload, Mapping):
         raise ValueError(f"{path} holds a {type(payload).__name__}; it must hold a dict")
     return payload, header
 
 
-def _version_string(value) -> str | None:
+def version_string(value) -> str | None:
     """The version in a string or in any pickled form of packaging's Version; None where there is none."""
     if not isinstance(value, _Inert):
         return str(value) if isinstance(value, str) or type(value).__name__ == "Version" else None

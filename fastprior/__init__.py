@@ -5,6 +5,7 @@ import importlib
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
 from fastprior.diffusion.schedule import NoiseScheduler
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.peer import PACKAGE_NAMES, peer_attribute, stand_in
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.plan import SamplingPlan
 from fastprior.version import __version__
@@ -41,8 +42,6 @@ _LATER = {  # imported when first asked for, so that `import fastprior` stays li
     "load": "checkpoints",
     "save": "checkpoints",
 }
-# part of dalle2-pytorch, and not replaced here: the installed one's, or a stand-in that raises ImportError on use
-_PEER = ("CLIP", "DALLE2", "Decoder", "DecoderTrainer", "Unet", "VQGanVAE")
 
 
 def __getattr__(name):
@@ -50,13 +49,9 @@ def __getattr__(name):
         try:
             value = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
         except ImportError as error:  # of an extra: clients may name what they never use
-            from fastprior import peer
-
-            return peer.stand_in(name, str(error))
+            return stand_in(name, str(error))
         globals()[name] = value
         return value
-    if name in _PEER:
-        from fastprior import peer
-
-        return peer.peer_attribute(peer.PACKAGE_NAMES[name], name)
+    if name in PACKAGE_NAMES:  # Decoder, Unet, …: the installed peer's, or a stand-in that raises ImportError on use
+        return peer_attribute(PACKAGE_NAMES[name], name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""The installed dalle2-pytorch, under a private name, or stand-ins for its names where it is not installed."""
+"""The installed dalle2-pytorch, under a private name, or stand-ins for its names where it is not installed.
+
+Modules of fastprior, whatever their layer, are imported here by name when a client asks for what they hold (`OURS`).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ OURS = {
         "dalle2_pytorch", "dataloaders", "optimizer", "tokenizer", "trackers", "train_configs", "trainer", "utils",
     )},
 }  # fmt: skip
-# names of the peer's package that are not, or not yet, fastprior's, and the module that defines each
+# names of the peer's package itself that fastprior's has not, or only on demand, and the module that defines each
 PACKAGE_NAMES = {
     "CLIP": "x_clip",
     "DALLE2": f"{PEER}.dalle2_pytorch",
@@ -115,7 +118,7 @@ class _PeerLoader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__ == PRIVATE:  # its __init__ would import every trainer for the sake of one Unet
-            module.__getattr__ = lambda name: getattr(_ALIASES[PEER], name)
+            module.__getattr__ = lambda name: getattr(ALIASES[PEER], name)
             return
         super().exec_module(module)
         if module.__name__ == f"{PRIVATE}.dalle2_pytorch":
@@ -183,7 +186,7 @@ class _Alias(ModuleType):
         if not name.startswith("_"):
             if self.__name__ == PEER and name in PACKAGE_NAMES:
                 module = PACKAGE_NAMES[name]
-                return getattr(_ALIASES[module], name) if module in _ALIASES else peer_attribute(module, name)
+                return getattr(ALIASES[module], name) if module in ALIASES else peer_attribute(module, name)
             try:
                 ours = _ours(self.__name__)
             except ImportError as error:  # of an extra: clients may name what they never use
@@ -207,11 +210,12 @@ class _Alias(ModuleType):
         return sorted(name for name in names if not name.startswith("_"))
 
 
-_ALIASES = {name: _Alias(name) for name in MODULES}
-for _name, _alias in _ALIASES.items():
+# what stands in `sys.modules` while the drop-in is installed, by the peer's names
+ALIASES = {name: _Alias(name) for name in MODULES}
+for _name, _alias in ALIASES.items():
     if _name != PEER:
         _parent, _, _child = _name.rpartition(".")
-        setattr(_ALIASES[_parent], _child, _alias)
+        setattr(ALIASES[_parent], _child, _alias)
 
 sys.meta_path.insert(0, _PeerFinder())
 

@@ -29,14 +29,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from fastprior.peer import _ALIASES, PEER
+from fastprior.peer import ALIASES, PEER
 
 _LOCK = threading.RLock()
 _REPLACED: dict[str, ModuleType] = {}
 
 
 def is_installed() -> bool:
-    return sys.modules.get(PEER) is _ALIASES[PEER]
+    return sys.modules.get(PEER) is ALIASES[PEER]
 
 
 def _take_out() -> dict[str, ModuleType]:
@@ -50,7 +50,7 @@ def _install() -> bool:
         if is_installed():
             return False
         _REPLACED.update(_take_out())
-        sys.modules.update(_ALIASES)
+        sys.modules.update(ALIASES)
         return bool(_REPLACED)
 
 

@@ -392,7 +392,7 @@ def diffusion_step(
         null_pred: (rows, dim), the unconditional prediction; without it and `null_table` there is no guidance.
         cond_scale: 0-d or (rows,), fp32.
         noise: None draws it from `seed` (`philox_normal`).
-        table: (steps, 6), fp32, see `fastprior.solvers`.
+        table: (steps, 6), fp32, see `fastprior.diffusion.solvers`.
         index: 0-d or (rows,) int64: the step, or that of each row.
         clamp, radius: see `clamp_x0`.
         null_table: (steps, dim), unconditional predictions by step, in place of `null_pred`.

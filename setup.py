@@ -15,7 +15,7 @@ exec((ROOT / "fastprior" / "version.py").read_text(), version)
 CLIP = ["open-clip-torch>=2.24"]
 DATA = ["embedding-reader>=1.5", "pandas>=2", "pyarrow>=14", "fsspec"]
 PLOT = ["matplotlib>=3.7"]
-QUICKSTART = [*DATA, *PLOT, "scikit-learn>=1.3"]
+QUICKSTART = [*DATA, *PLOT, "accelerate>=1.0", "scikit-learn>=1.3"]
 TRAIN = [*DATA, *PLOT, "accelerate>=1.0", "pydantic>=2"]
 # the peers that parity is tested against; dalle2-pytorch 1.15.6 imports pkg_resources, so it needs an older setuptools;
 # from 70.1 on it builds wheels by itself

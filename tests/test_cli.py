@@ -312,8 +312,10 @@ def test_quickstart_judges_its_goal(capsys, monkeypatch, changes, status, messag
 @pytest.mark.slow
 def test_quickstart_then_the_command_that_it_prints(capsys, tmp_path, monkeypatch):
     """A shortened run into a folder with a space in its name, and the printed command as a shell reads it."""
-    for package in ("sklearn", "matplotlib", "embedding_reader"):
+    for package in ("sklearn", "matplotlib", "embedding_reader", "accelerate"):
         pytest.importorskip(package)
+    from accelerate.state import AcceleratorState
+
     from fastprior.demos import quickstart
 
     monkeypatch.setattr(quickstart, "TIMED_ROUNDS", 1)
@@ -329,6 +331,7 @@ def test_quickstart_then_the_command_that_it_prints(capsys, tmp_path, monkeypatc
     status, out, _ = run(capsys, *argv, "--out", "three.npy")
     assert status == 0 and out.startswith("a handwritten three\n")
     assert np.load("three.npy").shape == (1, 64)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_quickstart_in_a_place_that_cannot_be_written(capsys, tmp_path):

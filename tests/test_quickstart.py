@@ -19,11 +19,19 @@ from fastprior.demos import digits
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("embedding_reader")
+pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState
 
 from fastprior.demos import quickstart
 from fastprior.utils import atomic
 
 STEPS, BATCH = 20, 32
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import sys
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -137,36 +135,28 @@ def write_digits(folder: Path, seed: int) -> None:
 def read_digits(folder: Path) -> tuple[Tensor, list[str]]:
     """Read the shards back: image embeddings (images, 64) and their captions.
 
-    Raises ValueError where the folder holds shards other than those that `write_digits` leaves: embedding-reader pairs
-    embeddings and captions by the order of the files' names, so a stray one would shift the captions.
+    Raises ValueError where the folder holds shards other than those that `write_digits` leaves.
     """
-    from embedding_reader import EmbeddingReader
+    from fastprior.dataloaders import EmbeddingShards, PairStream
 
     for kind, suffix in (("img_emb", "npy"), ("metadata", "parquet")):
         found = sorted(str(path.relative_to(folder)) for path in folder.glob(f"{kind}/**/*.{suffix}"))
         wanted = [str(Path(kind) / f"{kind}_{shard}.{suffix}") for shard in range(SHARDS)]
         if found != wanted:
             raise ValueError(f"{folder} holds {', '.join(found) or 'nothing'}; it must hold {', '.join(wanted)}")
-    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-        reader = EmbeddingReader(
-            embeddings_folder=str(folder / "img_emb"),
-            metadata_folder=str(folder / "metadata"),
-            file_format="parquet_npy",
-            meta_columns=["caption"],
-        )
-    batches = list(reader(batch_size=512, show_progress=False))
-    captions = [caption for _, meta in batches for caption in meta["caption"]]
-    return torch.from_numpy(np.concatenate([embeds for embeds, _ in batches])), captions
+    shards = EmbeddingShards.open(folder / "img_emb", folder / "metadata")
+    (batch,) = PairStream(shards, batch_size=shards.pairs)
+    return batch["image_embed"], batch["text"]
 
 
 @dataclass
 class Pairs:
-    """Aligned rows: text_embed (rows, 64), text_encodings (rows, 8, 64), image_embed (rows, 64), digits (rows,)."""
+    """Pairs of captions and images by row."""
 
-    text_embed: Tensor
-    text_encodings: Tensor
-    image_embed: Tensor
-    digits: Tensor
+    text_embed: Tensor  # (rows, 64), fp32
+    text_encodings: Tensor  # (rows, 8, 64), fp32
+    image_embed: Tensor  # (rows, 64), fp32
+    digits: Tensor  # (rows,), int64
 
     def __len__(self) -> int:
         return len(self.digits)

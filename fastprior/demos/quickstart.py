@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from fastprior import DiffusionPrior, DiffusionPriorNetwork, __version__, checkpoints
 from fastprior.demos import digits
 from fastprior.demos.digits import Pairs
+from fastprior.prior.evaluate import evaluate, similarities
 from fastprior.utils import atomic
 
 STEPS, BATCH = 500, 128
@@ -44,14 +43,6 @@ METRICS = {
     "right digit, sampled": "share that a classifier of real images reads as the caption's digit",
     "right digit, real": "the same for the held-out images",
 }
-
-
-@dataclass
-class Curves:
-    """What is plotted: the loss of every step, and (step, similarity) every so often."""
-
-    loss: list[float] = field(default_factory=list)
-    similarity: list[tuple[int, float]] = field(default_factory=list)
 
 
 class Uncached(nn.Module):
@@ -84,10 +75,6 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def make_prior() -> DiffusionPrior:
     """An untrained prior, 64 wide and 4 layers deep."""
     net = DiffusionPriorNetwork(
@@ -98,42 +85,38 @@ def make_prior() -> DiffusionPrior:
 
 def sample(prior: DiffusionPrior, text_cond: dict, seed: int, steps: int = SAMPLE_STEPS, cond_scale: float = 1.0):
     """One embedding (rows, 64) for each row of the text condition."""
-    shape = len(text_cond["text_embed"]), prior.image_embed_dim
-    return prior.p_sample_loop(
-        shape, text_cond, cond_scale=cond_scale, timesteps=steps, generator=_generator(seed), progress=False
-    )
+    shape, generator = (len(text_cond["text_embed"]), prior.image_embed_dim), torch.Generator().manual_seed(seed)
+    options = dict(cond_scale=cond_scale, timesteps=steps, generator=generator, progress=False)
+    return prior.p_sample_loop(shape, text_cond, **options)
 
 
 def train(train_set: Pairs, held_out: Pairs, steps: int, batch: int, seed: int, progress: bool):
-    """Train a prior: the moving average of its weights, in eval mode, and the curves."""
-    prior = make_prior()
-    average = AveragedModel(prior, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    averaged = average.module.eval()
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / (WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
-    probe, curves = held_out[:CURVE_CAPTIONS], Curves()
+    """Train a prior: the moving average of its weights, in eval mode, and its curves.
+
+    The curves are "loss", of every step, and "similarity", (step, similarity with the original image) every so often.
+    """
+    from fastprior.trainer import DiffusionPriorTrainer
+
+    trainer = DiffusionPriorTrainer(
+        make_prior(), lr=LEARNING_RATE, warmup_steps=round(WARMUP * steps), cosine_decay_max_steps=steps,
+        ema_beta=EMA_DECAY, ema_update_after_step=0, ema_update_every=1, device="cpu",
+    )  # fmt: skip
+    probe, losses, similarity = held_out[:CURVE_CAPTIONS], [], []
     with tqdm(total=steps, desc="training", unit="step", disable=not progress) as bar:
         for step in range(1, steps + 1):
             pairs = train_set[torch.randint(len(train_set), (batch,))]
-            loss = prior(**pairs.text_cond, image_embed=pairs.image_embed)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            average.update_parameters(prior)
-            curves.loss.append(loss.item())
+            losses.append(trainer(**pairs.text_cond, image_embed=pairs.image_embed))
+            trainer.update()
             if step % max(1, steps // CURVE_POINTS) == 0 or step == steps:
-                sampled = sample(averaged, probe.text_cond, seed, CURVE_SAMPLE_STEPS)
-                curves.similarity.append((step, F.cosine_similarity(sampled, probe.image_embed).mean().item()))
-            bar.set_postfix(loss=f"{curves.loss[-1]:.3f}", refresh=False)
+                sampled = sample(trainer.sampling_prior, probe.text_cond, seed, CURVE_SAMPLE_STEPS)
+                similarity.append((step, F.cosine_similarity(sampled, probe.image_embed).mean().item()))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
-    return averaged, curves
+    return trainer.sampling_prior, dict(loss=losses, similarity=similarity)
 
 
 @torch.no_grad()
-def evaluate(prior: DiffusionPrior, train_set: Pairs, held_out: Pairs, seed: int) -> dict[str, float]:
+def measure(prior: DiffusionPrior, train_set: Pairs, held_out: Pairs, seed: int) -> dict[str, float]:
     """The metrics named in METRICS; the next caption is that of the next held-out row."""
     from sklearn.svm import SVC
 
@@ -142,27 +125,21 @@ def evaluate(prior: DiffusionPrior, train_set: Pairs, held_out: Pairs, seed: int
     def right(embeds: Tensor) -> float:
         return float((classifier.predict(embeds.numpy()) == held_out.digits.numpy()).mean())
 
-    def similarity(a: Tensor, b: Tensor) -> float:
-        return F.cosine_similarity(a, b).mean().item()
-
-    repeated = held_out[torch.arange(len(held_out)).repeat(8)]  # more draws of time and noise
-    loss = prior(**repeated.text_cond, image_embed=repeated.image_embed).item()
     sampled = F.normalize(sample(prior, held_out.text_cond, seed), dim=-1)
-    real, text = held_out.image_embed, held_out.text_embed
+    real, batch = held_out.image_embed, dict(held_out.text_cond, image_embed=held_out.image_embed)
     same_digit = (held_out.digits[:, None] == held_out.digits).fill_diagonal_(False)
-    values = [
-        loss,
-        similarity(sampled, real),
-        (sampled @ sampled.T)[same_digit].mean().item(),
-        (real @ real.T)[same_digit].mean().item(),
-        similarity(sampled, real.roll(-1, 0)),
-        similarity(text, real),
-        similarity(text, sampled),
-        similarity(text.roll(-1, 0), sampled),
-        right(sampled),
-        right(real),
-    ]
-    return dict(zip(METRICS, values))
+    metrics = {name: value.mean().item() for name, value in similarities(held_out.text_embed, real, sampled).items()}
+    metrics |= {
+        "validation loss": evaluate(prior, [batch] * 8, timesteps=(), seed=seed)[
+            "l2-loss"
+        ],  # 8 draws of time and noise
+        "similarity of samples of one digit": (sampled @ sampled.T)[same_digit].mean().item(),
+        "similarity of real images of one digit": (real @ real.T)[same_digit].mean().item(),
+        "similarity with unrelated image": F.cosine_similarity(sampled, real.roll(-1, 0)).mean().item(),
+        "right digit, sampled": right(sampled),
+        "right digit, real": right(real),
+    }
+    return {name: metrics[name] for name in METRICS}
 
 
 def compare_samplers(prior: DiffusionPrior, held_out: Pairs, seed: int) -> list[dict]:
@@ -194,7 +171,7 @@ def compare_samplers(prior: DiffusionPrior, held_out: Pairs, seed: int) -> list[
     return rows
 
 
-def draw_figure(path: Path, prior: DiffusionPrior, held_out: Pairs, curves: Curves, metrics: dict, seed: int) -> None:
+def draw_figure(path: str, prior: DiffusionPrior, held_out: Pairs, curves: dict, metrics: dict, seed: int) -> None:
     """Write a PNG: real and sampled digits, a row for each digit, beside the curves of the training."""
     from matplotlib.figure import Figure
 
@@ -221,23 +198,36 @@ def draw_figure(path: Path, prior: DiffusionPrior, held_out: Pairs, curves: Curv
         axes.tick_params(length=0)
         axes.spines[:].set_color("0.8")
 
-    steps = np.arange(1, len(curves.loss) + 1)
+    steps = np.arange(1, len(curves["loss"]) + 1)
     axes = figure.add_subplot(grid[0, 2])
     window = max(1, len(steps) // 25)
-    smooth = np.convolve(curves.loss, np.ones(window) / window, mode="valid")
-    axes.plot(steps, curves.loss, color="0.8", linewidth=0.8, label="each step")
+    smooth = np.convolve(curves["loss"], np.ones(window) / window, mode="valid")
+    axes.plot(steps, curves["loss"], color="0.8", linewidth=0.8, label="each step")
     axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window}")
     axes.set(title="training loss", xlabel="step", ylim=(0, None))
     axes.legend(frameon=False)
 
     axes = figure.add_subplot(grid[1, 2])
-    axes.plot(*zip(*curves.similarity), "o-", color="tab:orange", label="sampled")
+    axes.plot(*zip(*curves["similarity"]), "o-", color="tab:orange", label="sampled")
     bound = metrics["similarity of real images of one digit"]
     axes.axhline(bound, color="0.5", linestyle="--", label="between real images of one digit")
     axes.set(title="similarity with original image", xlabel="step", ylim=(None, 1))
     axes.legend(frameon=False, loc="upper right")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _check(steps: int, batch: int, seed: int) -> None:
+    for name, value in (("steps", steps), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; it must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}; it must be between 0 and 2**63 - 1")
+    try:
+        for package in ("accelerate", "matplotlib", "pandas", "pyarrow", "sklearn"):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f'the quickstart needs {error.name}: pip install "fastprior[quickstart]"') from error
 
 
 def run(
@@ -257,21 +247,12 @@ def run(
         ImportError: without the packages of the extra `quickstart`.
         KeyboardInterrupt: when interrupted, with a message; files are whole or not there.
     """
-    for name, value in (("steps", steps), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; it must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed}; it must be between 0 and 2**63 - 1")
-    try:
-        import embedding_reader  # noqa: F401
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'the quickstart needs {error.name}: pip install "fastprior[quickstart]"') from error
-    out = Path(out)
-    data = out / "data"
-    digits.write_digits(data, seed)
-    pairs = digits.load_pairs(data)
+    _check(steps, batch, seed)
+    out, arguments = Path(out), dict(steps=steps, batch=batch, seed=seed)
+    names = dict(checkpoint="prior.safetensors", figure="digits.png", metrics="metrics.json", data="data")
+    files = {kind: str(out / name) for kind, name in names.items()}
+    digits.write_digits(out / "data", seed)
+    pairs = digits.load_pairs(out / "data")
     held = round(len(pairs) * HELD_OUT)
     train_set, held_out = pairs[:-held], pairs[-held:]
     with _seeded(seed):
@@ -280,23 +261,22 @@ def run(
             prior, curves = train(train_set, held_out, steps, batch, seed, progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("training was interrupted; no checkpoint was written") from None
-        train_s = time.perf_counter() - start
+        training_s = time.perf_counter() - start
         if progress:
             print("measuring on held-out captions and images", file=sys.stderr)
-        metrics = evaluate(prior, train_set, held_out, seed)
+        metrics = measure(prior, train_set, held_out, seed)
         samplers = compare_samplers(prior, held_out, seed)
-        file = out / "prior.safetensors"
-        metadata = dict(text_encoder=digits.NAME, steps=steps, batch=batch, seed=seed, metrics=metrics)
-        checkpoints.save(prior, file, metadata=metadata)
-        draw_figure(out / "digits.png", prior, held_out, curves, metrics, seed)
+        metadata = dict(text_encoder=digits.NAME, **arguments, metrics=metrics)
+        checkpoints.save(prior, files["checkpoint"], metadata=metadata)
+        draw_figure(files["figure"], prior, held_out, curves, metrics, seed)
     summary = dict(
         fastprior=__version__,
         torch=torch.__version__,
-        arguments=dict(steps=steps, batch=batch, seed=seed),
+        arguments=arguments,
         images=dict(training=len(train_set), held_out=len(held_out)),
         metrics=metrics,
-        curves=dict(loss=curves.loss, similarity=curves.similarity),
-        training_s=train_s,
+        curves=curves,
+        training_s=training_s,
         samplers=dict(
             captions=len(held_out[:TIMED_CAPTIONS]),
             steps=SAMPLE_STEPS,
@@ -309,11 +289,9 @@ def run(
             judged=steps * batch >= STEPS * BATCH,
             reached=metrics["right digit, sampled"] >= GOAL,
         ),
-        files=dict(
-            checkpoint=str(file), figure=str(out / "digits.png"), metrics=str(out / "metrics.json"), data=str(data)
-        ),
+        files=files,
     )
-    with atomic(out / "metrics.json") as temporary:
+    with atomic(files["metrics"]) as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 

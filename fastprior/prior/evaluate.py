@@ -125,7 +125,7 @@ def _inputs(prior: DiffusionPrior, batch: dict) -> tuple[Tensor, dict]:
     return image.float(), text_cond
 
 
-def _similarities(text: Tensor | None, image: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+def similarities(text: Tensor | None, image: Tensor, sampled: Tensor) -> dict[str, Tensor]:
     """Cosine similarities (batch,) by name, in fp64; of a text that cannot be compared, None, those without it."""
     if text is None:
         return {"similarity with original image": F.cosine_similarity(sampled.double(), image.double())}
@@ -200,7 +200,7 @@ def evaluate(
                     )
                     gallery.add(steps, sampled)
                     text = text_cond["text_embed"] if prior.can_compare_text else None
-                    for name, values in _similarities(text, image, sampled).items():
+                    for name, values in similarities(text, image, sampled).items():
                         means.add(_named(name, steps), values)
     finally:
         prior.train(was_training)

@@ -10,17 +10,22 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
+
+import fastprior
+from fastprior.batches import map_rows
 from fastprior.cli.common import add_command, add_device_option, device_of
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.peer import check_fits_peer
+from fastprior.pipelines.prior_pipeline import PriorPipeline
+from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.serving.measure import read_bandwidth, seconds
-
-if TYPE_CHECKING:
-    import torch
-
-    from fastprior.pipelines.prior_pipeline import PriorPipeline
-    from fastprior.pipelines.text_encoding import TextEncoding
-    from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.serving.prior_sampler import PriorSampler
 
 PEER_STEPS = 5  # evaluations of the peer are all alike: a few are timed
 DTYPES = "float32", "bfloat16", "float16"
@@ -53,10 +58,6 @@ def run(args: argparse.Namespace) -> int:
     "modelled" is what a step should take (see `step_cost.step_seconds`), "of reads" the share of its reads in its time,
     and "launches" of kernels are those of a step: none on the CPU, where linears, or all of them, are calls of C.
     """
-    import torch
-
-    import fastprior
-
     for option, value in (("--runs", args.runs), *(("--batch-size", batch) for batch in args.batch_size)):
         if value < 1:
             raise ValueError(f"{option} {value}: it must be at least 1")
@@ -85,25 +86,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Runs(NamedTuple):
-    """What a row of the table times.
+    """What a row of the table times."""
 
-    Attributes:
-        ours: makes a whole run of fastprior, which ran before.
-        peer_seconds: measures the seconds of a whole run of the peer; None without it.
-        stats: says, given the bandwidth, what a step of ours reads and should take.
-        evaluations: of the network in a run of ours.
-    """
-
-    ours: Callable[[], object]
-    peer_seconds: Callable[[], float] | None
-    stats: Callable[[float], dict[str, float]]
-    evaluations: int
+    ours: Callable[[], object]  # a whole run of fastprior, which ran before
+    peer_seconds: Callable[[], float] | None  # measures a whole run of the peer
+    stats: Callable[[float], dict[str, float]]  # of ours, given the bandwidth
+    evaluations: int  # of the network in a run of ours
 
 
 def _peer(prior: DiffusionPrior, device: torch.device):
-    """The same prior in dalle2-pytorch; None where it is not installed, or has no equal."""
-    from fastprior.peer import check_fits_peer
-
+    """The prior made of dalle2-pytorch; None where it is not installed, or has no equal."""
     if importlib.util.find_spec("dalle2_pytorch") is None:
         return None
     try:
@@ -122,11 +114,6 @@ def _peer(prior: DiffusionPrior, device: torch.device):
 
 def _sampler_runs(prior: DiffusionPrior, peer, args: argparse.Namespace, batch: int) -> Runs:
     """Runs of a PriorSampler on random captions of full length."""
-    import torch
-    import torch.nn.functional as F
-
-    from fastprior.serving.prior_sampler import PriorSampler
-
     sampler = PriorSampler(
         prior, batch_sizes=(batch,), timesteps=args.timesteps, dtype=getattr(torch, args.dtype),
         guidance=args.cond_scale != 1, compile=not args.eager, quantise=args.quantise,
@@ -136,19 +123,13 @@ def _sampler_runs(prior: DiffusionPrior, peer, args: argparse.Namespace, batch: 
     text = dict(text_embed=F.normalize(torch.randn(batch, net.text_embed_dim, generator=draw), dim=-1))
     if prior.condition_on_text_encodings:
         text["text_encodings"] = torch.randn(batch, net.max_text_len, net.text_dim, generator=draw)
-    text = {name: t.to(prior.device) for name, t in text.items()}
+    text = map_rows(text, lambda t: t.to(prior.device))
     ours = partial(sampler, **text, cond_scale=args.cond_scale)
     return Runs(ours, peer and partial(_peer_seconds, peer, text, args), sampler.stats, len(sampler.plan.table))
 
 
 def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[PriorPipeline, object]:
     """The pipeline of a whole folder, or of a prior's alone, and diffusers' model of the same weights."""
-    import torch
-
-    from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
-    from fastprior.models.prior_transformer.model import PriorTransformer
-    from fastprior.pipelines.prior_pipeline import PriorPipeline
-
     options = dict(compile=not args.eager, batch_sizes=tuple(args.batch_size), quantise=args.quantise)
     dtype, folder = getattr(torch, args.dtype), Path(args.checkpoint)
     if (folder / "prior").is_dir():
@@ -166,10 +147,6 @@ def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[PriorPipe
 
 def _pipeline_runs(pipeline: PriorPipeline, peer, args: argparse.Namespace, batch: int) -> Runs:
     """Runs of a PriorPipeline on random encodings of full length, and on those of an empty text of two tokens."""
-    import torch
-
-    from fastprior.pipelines.text_encoding import TextEncoding
-
     config, device = pipeline.prior.config, pipeline.device
     tokens, dim = config["num_embeddings"], config["embedding_dim"]
     draw, texts = torch.Generator().manual_seed(batch), []
@@ -188,8 +165,6 @@ def _pipeline_runs(pipeline: PriorPipeline, peer, args: argparse.Namespace, batc
 
 def _diffusers_seconds(peer, text: TextEncoding, empty: TextEncoding, evaluations: int, guided: bool) -> float:
     """Seconds of all forwards of a run, without its scheduler, from a few of them."""
-    import torch
-
     embeds, encodings, mask = text
     if guided:  # as pipelines do: the unconditional rows lie in front
         embeds, encodings, mask = (torch.cat((e.expand_as(t), t)) for e, t in zip(empty, text))

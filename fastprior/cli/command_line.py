@@ -11,7 +11,7 @@ from fastprior.cli import bench, convert, evaluate, info, inspect, quickstart, s
 from fastprior.cli.common import say
 from fastprior.version import __version__
 
-# Commands import what they need when they run, so that --help needs none of it.
+# What takes long to import (data, training, other packages) commands import when they run: --help needs none of it.
 COMMANDS = info, quickstart, sample, convert, inspect, train, evaluate, bench
 
 

@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fastprior.prior.diffusion_prior import DiffusionPrior
+import torch
+
+import fastprior
+from fastprior.demos import digits
+from fastprior.prior.diffusion_prior import DiffusionPrior
 
 
 def add_command(
@@ -48,8 +50,6 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 def device_of(args: argparse.Namespace) -> str:
     """The device that `--device` names, or the best there is."""
-    import torch
-
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device")
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,10 +63,8 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_clip(args: argparse.Namespace, device: str):
-    from fastprior import OpenClipAdapter
-
     try:
-        return OpenClipAdapter(args.clip_model, args.clip_pretrained, device=device)
+        return fastprior.OpenClipAdapter(args.clip_model, args.clip_pretrained, device=device)
     except ImportError:
         raise
     except Exception as error:  # open_clip raises whatever its readers do
@@ -76,11 +74,9 @@ def _load_clip(args: argparse.Namespace, device: str):
 
 def load_prior(args: argparse.Namespace, weights: str = "auto") -> DiffusionPrior:
     """The prior of `--checkpoint` on the device, with the CLIP that the options name, if they do."""
-    from fastprior import checkpoints
-
     device = device_of(args)
     clip = _load_clip(args, device) if args.clip_model else None
-    return checkpoints.load(args.checkpoint, weights=weights, clip=clip, device=device)
+    return fastprior.load(args.checkpoint, weights=weights, clip=clip, device=device)
 
 
 def check_clip_and_out(args: argparse.Namespace) -> None:
@@ -95,15 +91,11 @@ def check_clip_and_out(args: argparse.Namespace) -> None:
 
 def is_of_digits(prior: DiffusionPrior) -> bool:
     """Whether a prior was trained by the quickstart."""
-    from fastprior.demos import digits
-
     return prior.load_report.metadata.get("text_encoder") == digits.NAME
 
 
 def need_clip(prior: DiffusionPrior, checkpoint: str, embeddings: str) -> None:
     """Give the quickstart's prior its CLIP; ValueError, naming the options for embeddings, where another has none."""
-    from fastprior.demos import digits
-
     if prior.clip is None and is_of_digits(prior):
         prior.clip = digits.DigitsClip()
     if prior.clip is None:

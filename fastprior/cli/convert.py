@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fastprior import checkpoints
 from fastprior.cli.common import add_command
 
 
@@ -25,8 +26,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastprior import checkpoints
-
     try:
         report = checkpoints.convert(
             args.source, args.target, overwrite=args.overwrite, clip_stats=args.clip_stats, config=args.config,

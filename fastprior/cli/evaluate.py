@@ -6,7 +6,11 @@ import argparse
 import json
 import sys
 
+from tqdm.auto import tqdm
+
 from fastprior.cli import common
+from fastprior.models.dalle2.conditions import find
+from fastprior.prior.evaluate import METRICS, evaluate
 from fastprior.utils import atomic
 from fastprior.version import __version__
 
@@ -50,11 +54,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
     from fastprior.dataloaders import EmbeddingShards, PairStream
-    from fastprior.models.dalle2.conditions import find
-    from fastprior.prior.evaluate import METRICS, evaluate
 
     _check(args)
     prior = common.load_prior(args, args.weights)

@@ -10,7 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
+from fastprior import DiffusionPrior, DiffusionPriorNetwork
 from fastprior.cli.common import add_command
+from fastprior.kernels import ops
+from fastprior.kernels.cpu import blocks, library, threads
 from fastprior.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
@@ -38,8 +43,6 @@ def _cpu_name() -> str:
 
 
 def _devices() -> list[tuple[str, str]]:
-    import torch
-
     rows = [("cpu", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.cuda.get_device_properties(index)
@@ -50,14 +53,6 @@ def _devices() -> list[tuple[str, str]]:
 
 def _fast_paths() -> list[tuple[str, str]]:
     """Each fast path, and whether it works here: found out, where that takes no time, by trying."""
-    import torch
-
-    from fastprior import DiffusionPrior, DiffusionPriorNetwork
-    from fastprior.kernels import ops
-    from fastprior.kernels.cpu import blocks as cpu_blocks
-    from fastprior.kernels.cpu import library as cpu_library
-    from fastprior.kernels.cpu import threads as cpu_threads
-
     net = DiffusionPriorNetwork(dim=8, depth=1, dim_head=8, heads=1, max_text_len=2)
     plan = DiffusionPrior(net, image_embed_dim=8, timesteps=8, cond_drop_prob=0.1).eval().sampling_plan(8, 2.0)
     reasons = f" ({'; '.join(plan.reasons)})" if plan.reasons else ""
@@ -72,11 +67,11 @@ def _fast_paths() -> list[tuple[str, str]]:
     rows.append(("torch.compile", f"{found}; PriorSampler compiles steps that are no calls of C"))
 
     forced = f"off, FASTPRIOR_KERNELS={ops.forced()}" if ops.forced() else None
-    why = forced or (cpu_library.unavailable() and f"off, {cpu_library.unavailable()}")
-    most = (f"{cpu_blocks.most_tokens(d)} in {str(d).removeprefix('torch.')}" for d in cpu_library.KINDS)
+    why = forced or (library.unavailable() and f"off, {library.unavailable()}")
+    most = (f"{blocks.most_tokens(d)} in {str(d).removeprefix('torch.')}" for d in library.KINDS)
     if not why:
-        paid = "" if cpu_threads.quota() is None else f" (a control group pays for {cpu_threads.quota():g} cores)"
-        why = f"on, threads: {cpu_threads.thread_count()}{paid}, for as many tokens at once: {', '.join(most)}"
+        paid = "" if threads.quota() is None else f" (a control group pays for {threads.quota():g} cores)"
+        why = f"on, threads: {threads.thread_count()}{paid}, for as many tokens at once: {', '.join(most)}"
     rows.append(("CPU kernels", why))
 
     cuda = torch.cuda.is_available()
@@ -95,10 +90,9 @@ def _fast_paths() -> list[tuple[str, str]]:
 
     # what torch itself asks, by names that are not public: absent means unknown
     checks = {"AMX": "_is_amx_tile_supported", "AVX-512 BF16": "_is_avx512_bf16_supported"}
-    probes = {name: getattr(torch.cpu, check, None) for name, check in checks.items()}
-    have = [name for name, probe in probes.items() if probe is not None and probe()]
-    unknown = all(probe is None for probe in probes.values())
-    rows.append(("bf16 on the CPU", f"{' and '.join(have) or ('unknown' if unknown else 'no')} instructions"))
+    probes = {name: getattr(torch.cpu, check) for name, check in checks.items() if hasattr(torch.cpu, check)}
+    have = " and ".join(name for name, probe in probes.items() if probe())
+    rows.append(("bf16 on the CPU", f"{have or ('no' if probes else 'unknown')} instructions"))
     return rows
 
 

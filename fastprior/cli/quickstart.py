@@ -6,25 +6,22 @@ import argparse
 import shlex
 
 from fastprior.cli.common import add_command, say, seed
+from fastprior.demos import quickstart
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    from fastprior.demos.quickstart import BATCH, STEPS
-
     summary = "train a small prior on handwritten digits, and measure it"
     parser = add_command(subparsers, "quickstart", run, summary)
     parser.add_argument("--out", default="quickstart-out", metavar="DIR", help="folder to write (%(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=STEPS, help="training steps; with fewer no goal is judged (%(default)s)"
+        "--steps", type=int, default=quickstart.STEPS, help="training steps; with fewer no goal is judged (%(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=BATCH, help="pairs in a step (%(default)s)")
+    parser.add_argument("--batch", type=int, default=quickstart.BATCH, help="pairs in a step (%(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastprior.demos import quickstart
-
     summary = quickstart.run(args.out, steps=args.steps, batch=args.batch, seed=args.seed, progress=args.progress)
     goal, files = summary["goal"], summary["files"]
     print(quickstart.report(summary))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
 
 from fastprior.cli import common
-
-if TYPE_CHECKING:
-    import torch
-
-    from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.demos import digits
+from fastprior.models.dalle2.conditions import find
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.utils import atomic
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -41,9 +42,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _load_array(path: str, option: str, ndim: int, device: torch.device) -> torch.Tensor:
     """A .npy file as an fp32 tensor."""
-    import numpy as np
-    import torch
-
     try:
         array = np.load(path)  # refuses pickles
     except (EOFError, ValueError) as error:
@@ -56,10 +54,6 @@ def _load_array(path: str, option: str, ndim: int, device: torch.device) -> torc
 
 def _load_conditions(prior: DiffusionPrior, named_values: list[tuple[str, str]], prompts: int) -> dict:
     """The values of extra conditions: a number for all prompts, or of a vector a file with a row for each."""
-    import torch
-
-    from fastprior.models.dalle2.conditions import find
-
     values = {}
     for name, value in named_values:
         kind = find(prior.net.conditions, name, "--condition").kind
@@ -88,8 +82,6 @@ def _check(args: argparse.Namespace) -> None:
 
 def _text(args: argparse.Namespace, prior: DiffusionPrior) -> dict:
     """The prompts, as `DiffusionPrior.sample` takes them."""
-    from fastprior.demos import digits
-
     if args.captions:
         if prior.clip is None and common.is_of_digits(prior):
             strange = sorted({word for c in args.captions for word in digits.words_of(c)} - digits.KNOWN_WORDS)
@@ -106,12 +98,6 @@ def _text(args: argparse.Namespace, prior: DiffusionPrior) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
-    import numpy as np
-    import torch
-
-    from fastprior.demos.digits import terminal_picture
-    from fastprior.utils import atomic
-
     _check(args)
     prior = common.load_prior(args)
     drawn = common.is_of_digits(prior)
@@ -131,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if drawn:
         for title, embed in zip(args.captions or [f"row {i}" for i in range(prompts)], embeds):
-            print(f"{title}\n\n{terminal_picture(embed[None])}\n")
+            print(f"{title}\n\n{digits.terminal_picture(embed[None])}\n")
     if args.out:
         with atomic(args.out) as path, open(path, "wb") as file:
             np.save(file, embeds.float().cpu().numpy())

@@ -11,23 +11,10 @@ from fastprior.prior.plan import SamplingPlan
 from fastprior.version import __version__
 
 __all__ = [
-    "DiffusionPrior",
-    "DiffusionPriorNetwork",
-    "NoiseScheduler",
-    "SamplingPlan",
-    "BaseClipAdapter",
-    "CoCaAdapter",
-    "OpenAIClipAdapter",
-    "OpenClipAdapter",
-    "XClipAdapter",
-    "PriorPipeline",
-    "PriorSampler",
-    "ShapEPrior",
-    "convert",
-    "load",
-    "save",
-    "__version__",
-]
+    "DiffusionPrior", "DiffusionPriorNetwork", "NoiseScheduler", "SamplingPlan",
+    "BaseClipAdapter", "CoCaAdapter", "OpenAIClipAdapter", "OpenClipAdapter", "XClipAdapter",
+    "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "save", "__version__",
+]  # fmt: skip
 
 _LATER = {  # imported when first asked for, so that `import fastprior` stays light
     "DiffusionPriorTrainer": "trainer",

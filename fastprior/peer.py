@@ -29,7 +29,7 @@ MODULES = (
         "utils", "version", "vqgan_vae", "vqgan_vae_trainer",
     )),
 )  # fmt: skip
-# the modules of fastprior that stand in for one of the peer's, those that exist; cli is something else here
+# the modules of fastprior that stand in for one of the peer's; cli is something else here
 OURS = {
     PEER: "fastprior",
     f"{PEER}.dataloaders.prior_loader": "fastprior.dataloaders",
@@ -59,13 +59,10 @@ __path__: list[str] = []  # makes this module a package, so that PRIVATE can be 
 class _StandIn(type):
     """The class of names that could not be imported: to call, subclass or look into one raises ImportError."""
 
-    def __new__(mcs, name: str, bases: tuple[type, ...] = (), namespace: dict | None = None, *, reason: str = ""):
-        for base in bases:
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict, **_):
+        for base in filter(is_stand_in, bases):
             raise ImportError(base._reason)
-        return super().__new__(mcs, name, (), {"_reason": reason})
-
-    def __init__(cls, name, *_, reason: str = ""):
-        super().__init__(name, (), {})
+        return super().__new__(mcs, name, bases, namespace)
 
     def __call__(cls, *args, **kwargs):
         raise ImportError(cls._reason)
@@ -78,7 +75,7 @@ class _StandIn(type):
 
 def stand_in(name: str, reason: str) -> type:
     """A class that can be imported and named, but raises ImportError(reason) when used; nothing is an instance."""
-    return _StandIn(name, reason=reason)
+    return _StandIn(name, (), {"_reason": reason})
 
 
 def is_stand_in(value: Any) -> bool:
@@ -90,9 +87,8 @@ def is_stand_in(value: Any) -> bool:
 
 def _peer_spec(fullname: str) -> ModuleSpec | None:
     """Where the installed peer's module lies, whatever stands in `sys.modules` under its name."""
-    parent, _, _ = fullname.rpartition(".")
     path = None
-    if parent:
+    if parent := fullname.rpartition(".")[0]:
         above = _peer_spec(parent)
         path = above and above.submodule_search_locations
         if path is None:
@@ -134,10 +130,9 @@ class _PeerFinder(importlib.abc.MetaPathFinder):
         found = _peer_spec(name)
         if found is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        loader, places = _PeerLoader(fullname, found.origin), found.submodule_search_locations
-        return importlib.util.spec_from_file_location(
-            fullname, found.origin, loader=loader, submodule_search_locations=places
-        )
+        options = dict(submodule_search_locations=found.submodule_search_locations)
+        loader = _PeerLoader(fullname, found.origin)
+        return importlib.util.spec_from_file_location(fullname, found.origin, loader=loader, **options)
 
 
 def peer_attribute(module: str, name: str) -> Any:
@@ -153,18 +148,16 @@ def peer_attribute(module: str, name: str) -> Any:
             f"{name} is part of dalle2-pytorch, which fastprior passes on but does not replace, and {module} cannot be "
             f'imported here ({error}). Install it: pip install "fastprior[interop]"',
         )
-    try:
-        return getattr(found, name)
-    except AttributeError:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+    if not hasattr(found, name):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return getattr(found, name)
 
 
 # the names that clients see
 
 
 def _ours(fullname: str) -> ModuleType | None:
-    name = OURS.get(fullname)
-    return importlib.import_module(name) if name and importlib.util.find_spec(name) else None
+    return importlib.import_module(OURS[fullname]) if fullname in OURS else None
 
 
 class _Alias(ModuleType):

@@ -55,11 +55,8 @@ def choose_root(flat: Mapping, roots: Iterable[str], weights: str, report: LoadR
         raise ValueError(f"weights={weights!r}; {report.path} has {other} weights only")
     root = kinds[report.weights][0]
     nested = tuple(other for other in roots if other != root and other.startswith(root))
-    return root, {
-        key[len(root) :]: value
-        for key, value in flat.items()
-        if key.startswith(root) and not (nested and key.startswith(nested))
-    }
+    found = {key: value for key, value in flat.items() if key.startswith(root) and not key.startswith(nested)}
+    return root, {key[len(root) :]: value for key, value in found.items()}
 
 
 @dataclass
@@ -94,12 +91,12 @@ class LoadReport:
         version = f", version {self.version}" if self.version else ""
         lines = [f"{self.path}: {self.kind}, {self.weights} weights{version}, keys of {self.era}"]
         lines += [f"architecture: {self.architecture}"]
-        lines += [f"{name}: {some(keys)}" for name in ("missing", "unexpected") if (keys := getattr(self, name))]
+        lines += [f"{name}: {first_few(keys)}" for name in ("missing", "unexpected") if (keys := getattr(self, name))]
         lines += [f"guess: {guess}" for guess in self.guesses] + [f"note: {note}" for note in self.notes]
         return "\n  ".join(lines)
 
 
-def some(items, count: int = 5) -> str:
-    """The first few items, as text."""
+def first_few(items: Iterable) -> str:
+    """The first five items, as text."""
     items = list(map(str, items))
-    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints.contents import LoadReport, choose_root, flatten, some, without_wrappers
+from fastprior.checkpoints.contents import LoadReport, choose_root, first_few, flatten, without_wrappers
 from fastprior.checkpoints.eras import read_config, translate
 from fastprior.models.dalle2.layers import RotaryEmbedding
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
@@ -36,11 +36,9 @@ def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[st
     flat = dict(flatten(payload))
     bare = {key[: match.start()]: match[1] is None for key in flat if (match := _ROOT.search(key))}
     if not bare:
-        transformer = any("prd_emb" in key for key in flat)
-        hint = (
-            " (but a PriorTransformer of diffusers or Karlo, which convert writes to a folder)" if transformer else ""
-        )
-        found = some(flat or payload) or "nothing"
+        other = " (but a PriorTransformer of diffusers or Karlo, which convert writes to a folder)"
+        hint = other if any("prd_emb" in key for key in flat) else ""
+        found = first_few(flat or payload) or "nothing"
         raise ValueError(f"{report.path} holds no diffusion prior{hint}: no key ends in learned_query. Found: {found}")
     root, state = choose_root(flat, bare, weights, report)
     report.kind = "network state dict" if bare[root] else "prior state dict"
@@ -88,7 +86,7 @@ def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadRe
     checked = [key for key in wanted if key in state and key.startswith(("net.", "noise_scheduler.betas"))]
     bad = [key for key in checked if not state[key].isfinite().all()]
     if bad:
-        raise ValueError(f"{report.path} holds NaN or infinity in {some(bad)}")
+        raise ValueError(f"{report.path} holds NaN or infinity in {first_few(bad)}")
     scheduled = any(key.startswith("noise_scheduler.") for key in state)  # all or nothing, but for p2, since 0.9.0
     optional = (lambda key: key.endswith(".p2_loss_weight")) if scheduled else (lambda key: key.startswith("noise_"))
     report.missing = [key for key in wanted if key not in state and not optional(key)]
@@ -96,7 +94,7 @@ def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadRe
     if strict and (report.missing or report.unexpected):
         raise ValueError(
             f"{report.path} does not fit the {report.architecture} architecture; strict=False loads what fits. "
-            f"Missing: {some(report.missing) or 'none'}; unexpected: {some(report.unexpected) or 'none'}"
+            f"Missing: {first_few(report.missing) or 'none'}; unexpected: {first_few(report.unexpected) or 'none'}"
         )
 
 
@@ -193,12 +191,10 @@ def load(
 def _contents(prior: DiffusionPrior) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a prior without its CLIP, none sharing memory, and its configuration; checked to be loadable."""
     config = {"net": getattr(prior.net, "config", None), "prior": getattr(prior, "config", None)}
-    for name, value in config.items():
-        if not isinstance(value, dict):
-            kind = type(prior.net if name == "net" else prior).__name__
-            raise ValueError(
-                f"the {name} is a {kind} without a `config` dict, so a file could not tell how to build it"
-            )
+    for name, part in (("net", prior.net), ("prior", prior)):
+        if not isinstance(config[name], dict):
+            kind = type(part).__name__
+            raise ValueError(f"the {name} is a {kind} without a `config` dict: a file could not tell how to build it")
     state, storages = {}, set()
     for key, value in prior.state_dict().items():
         if not key.startswith("clip."):
@@ -209,12 +205,11 @@ def _contents(prior: DiffusionPrior) -> tuple[dict[str, Tensor], dict]:
             storages.add(value.untyped_storage().data_ptr())
             state[without_wrappers(key)] = value
     with torch.device("meta"):
-        built = {
-            f"net.{key}": value.shape for key, value in DiffusionPriorNetwork(**config["net"]).state_dict().items()
-        }
-    own = {key: value.shape for key, value in state.items() if key.startswith("net.")}
-    if differing := [key for key in {**own, **built} if own.get(key) != built.get(key)]:
-        raise ValueError(f"the network is not what its `config` builds; differing: {some(differing)}")
+        net = DiffusionPriorNetwork(**config["net"])
+    built = {f"net.{key}": value.shape for key, value in net.state_dict().items()}
+    found = {key: value.shape for key, value in state.items() if key.startswith("net.")}
+    if differing := [key for key in {**found, **built} if found.get(key) != built.get(key)]:
+        raise ValueError(f"the network is not what its `config` builds; differing: {first_few(differing)}")
     return state, config
 
 

@@ -49,7 +49,7 @@ def _checked(name: str, section, known: set[str]) -> Mapping:
         raise ValueError(f"{name} is a {type(section).__name__}; it must be a dict")
     for key in section:
         if key not in known:
-            nearest = max(sorted(known), key=lambda other: difflib.SequenceMatcher(None, str(key), other).ratio())
+            nearest = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0)[0]
             raise ValueError(f"{name} has the unknown key {key!r}; did you mean {nearest!r}?")
     return section
 

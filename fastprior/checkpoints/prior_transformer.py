@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints.contents import LoadReport, choose_root, flatten, renamed, some
+from fastprior.checkpoints.contents import LoadReport, choose_root, first_few, flatten, renamed
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.weight_files import diffusers_folder
 from fastprior.weight_files.safe import read_any_file, read_file
@@ -97,14 +97,14 @@ def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tu
     flat = dict(flatten(read_file(path)[0]))
     roots = {key[: match.start()] for key in flat if (match := _ROOT.search(key))}
     if not roots:
+        found = first_few(flat) or "nothing"
         raise ValueError(
-            f"{path} holds no PriorTransformer of diffusers, Kandinsky 2.1 or Karlo: found {some(flat) or 'nothing'}. "
+            f"{path} holds no PriorTransformer of diffusers, Kandinsky 2.1 or Karlo: found {found}. "
             "For a prior of dalle2-pytorch the target must end in .safetensors, .pt or .pth"
         )
     state = choose_root(flat, roots, weights, report)[1]
     if "model.prd_emb" not in state:
-        report.kind, report.era = "state dict", "diffusers"
-        beside = path.with_name("config.json")
+        report.kind, report.era, beside = "state dict", "diffusers", path.with_name("config.json")
         if not config and not beside.is_file():
             raise ValueError(f"config=None; {path} has no config.json beside it, so it must be given")
         return _read_config(None if config else beside), state
@@ -138,21 +138,21 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, unsafe, or no such prior; tensors are missing, not finite, or do not fit.
     """
-    path, report, given = Path(source), LoadReport(str(source)), _read_config(config)
+    path, report, overrides = Path(source), LoadReport(str(source)), _read_config(config)
     stats = {} if clip_stats is None else _read_stats(Path(clip_stats))
     if path.is_dir():
         report.kind, report.era = "folder", "diffusers"
         arguments, state = diffusers_folder.read(path, "prior" if (path / "prior").is_dir() else None, None)
     else:
-        arguments, state = _read_file(path, weights, given, report)
+        arguments, state = _read_file(path, weights, overrides, report)
     if report.era != "diffusers" and not stats and "clip_mean" not in state:
         raise ValueError(f"clip_stats=None; {path} has no clip_mean and clip_std, so their file must be given")
-    report.architecture = "given" if given else "recorded" if report.era == "diffusers" else "inferred"
+    report.architecture = "given" if overrides else "recorded" if report.era == "diffusers" else "inferred"
     for key, value in state.items():
         if not value.is_floating_point() or not value.isfinite().all():
             raise ValueError(f"{path}: {key} must hold finite floating point numbers")
     with torch.device("meta"):
-        prior = PriorTransformer(**arguments | given)
+        prior = PriorTransformer(**arguments | overrides)
     try:
         diffusers_folder.fill(prior, state | stats, next(iter(state.values())).dtype)
     except ValueError as error:

@@ -18,13 +18,12 @@ HEADER = "fastprior"  # the entry of a safetensors file's metadata that holds ou
 class _Inert:
     """Stands in for a foreign class in a pickle: holds its state, and does nothing."""
 
+    state = None
+
     def __new__(cls, *args):
         self = super().__new__(cls)
-        self.args, self.state = args, None
+        self.args = args
         return self
-
-    def __init__(self, *args):
-        pass
 
     def __setstate__(self, state):
         self.state = state

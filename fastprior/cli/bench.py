@@ -37,18 +37,17 @@ COLUMNS = "batch", "p50 ms", "p99 ms", "ms/step", "modelled", "MB/step", "of rea
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "measure how fast a checkpoint samples on this machine, beside its peer where that is installed"
     parser = add_command(subparsers, "bench", run, summary)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a prior's file, or a folder of diffusers")
-    parser.add_argument("--config", metavar="FILE.json", help="where a file holds none")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
-    parser.add_argument("--timesteps", type=int, help="(64; of diffusers 25)")
-    parser.add_argument("--cond-scale", type=float, help="guidance; 1 is none (1; of diffusers 4)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of our run; the peer's is fp32 (%(default)s)"
-    )
-    parser.add_argument("--quantise", choices=QUANTISED, help="weights of 8 bits that our steps read")
-    parser.add_argument("--runs", type=int, default=10, help="that are timed, after one that is not (%(default)s)")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--no-peer", action="store_true", help="do not run dalle2-pytorch or diffusers")
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="a prior's file, or a folder of diffusers")
+    add("--config", metavar="FILE.json", help="where a file holds none")
+    add("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
+    add("--timesteps", type=int, help="(64; of diffusers 25)")
+    add("--cond-scale", type=float, help="guidance; 1 is none (1; of diffusers 4)")
+    add("--dtype", choices=DTYPES, default="float32", help="of our run; the peer's is fp32 (%(default)s)")
+    add("--quantise", choices=QUANTISED, help="weights of 8 bits that our steps read")
+    add("--runs", type=int, default=10, help="that are timed, after one that is not (%(default)s)")
+    add("--eager", action="store_true", help="without torch.compile")
+    add("--no-peer", action="store_true", help="do not run dalle2-pytorch or diffusers")
     add_device_option(parser)
 
 

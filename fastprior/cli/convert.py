@@ -10,19 +10,17 @@ from fastprior.cli.common import add_command
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "rewrite a checkpoint of any era as one safe file, or for dalle2-pytorch"
-    parser = add_command(subparsers, "convert", run, summary)
-    parser.add_argument("source", metavar="SRC")
-    parser.add_argument(
+    add = add_command(subparsers, "convert", run, summary).add_argument
+    add("source", metavar="SRC")
+    add(
         "target", metavar="DST",
         help=".safetensors, .pt / .pth for dalle2-pytorch, or a folder for the prior of Kandinsky 2.1 or Karlo",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
-    parser.add_argument("--config", metavar="JSON", help="file with what weights do not show")
-    parser.add_argument("--weights", choices=("auto", "model", "ema"), default="auto", help="(%(default)s)")
-    parser.add_argument("--clip-stats", metavar="FILE", help="of Kandinsky 2.1 and Karlo: ViT-L-14_stats.th")
-    parser.add_argument(
-        "--trained-with", metavar="RELEASE", help="of dalle2-pytorch, for old files that do not record it"
-    )
+    add("--overwrite", action="store_true", help="replace an existing DST")
+    add("--config", metavar="JSON", help="file with what weights do not show")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="(%(default)s)")
+    add("--clip-stats", metavar="FILE", help="of Kandinsky 2.1 and Karlo: ViT-L-14_stats.th")
+    add("--trained-with", metavar="RELEASE", help="of dalle2-pytorch, for old files that do not record it")
 
 
 def run(args: argparse.Namespace) -> int:

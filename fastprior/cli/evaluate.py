@@ -19,25 +19,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = common.add_command(
         subparsers, "evaluate", run, "measure a checkpoint on pairs of image embeddings and texts"
     )
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of a prior, or of its training")
-    parser.add_argument(
-        "--weights", choices=("auto", "model", "ema"), default="auto", help="of a training (%(default)s)"
-    )
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder or url of image embeddings")
-    parser.add_argument("--captions", metavar="DIR", help="of their captions, which a CLIP encodes")
-    parser.add_argument("--texts", metavar="DIR", help="of their text embeddings, instead (beside, with --condition)")
-    parser.add_argument("--encodings", metavar="DIR", help="of their text encodings, with --texts")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="of a prior, or of its training")
+    add("--weights", choices=("auto", "model", "ema"), default="auto", help="of a training (%(default)s)")
+    add("--images", required=True, metavar="DIR", help="folder or url of image embeddings")
+    add("--captions", metavar="DIR", help="of their captions, which a CLIP encodes")
+    add("--texts", metavar="DIR", help="of their text embeddings, instead (beside, with --condition)")
+    add("--encodings", metavar="DIR", help="of their text encodings, with --texts")
+    add(
         "--condition", type=common.named, action="append", default=[], metavar="NAME=SOURCE",
         help="an extra condition: a column of the parquet files of --captions, or a vector's folder",
     )  # fmt: skip
-    parser.add_argument("--timesteps", type=int, nargs="+", default=[64], metavar="N", help="sampling steps (64)")
-    parser.add_argument("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
-    parser.add_argument("--max-pairs", type=int, metavar="N", help="use the first N pairs only")
-    parser.add_argument("--batch-size", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add("--timesteps", type=int, nargs="+", default=[64], metavar="N", help="sampling steps (64)")
+    add("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
+    add("--max-pairs", type=int, metavar="N", help="use the first N pairs only")
+    add("--batch-size", type=int, default=128, help="(%(default)s)")
+    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     common.add_clip_options(parser)
-    parser.add_argument("--out", metavar="FILE.json", help="write the metrics")
+    add("--out", metavar="FILE.json", help="write the metrics")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -10,15 +10,13 @@ from fastprior.cli.common import add_command
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "say what folders of embeddings and captions hold, what is wrong, and how many pairs"
-    parser = add_command(subparsers, "inspect", run, summary)
-    parser.add_argument(
-        "folder", metavar="DIR", help="image embeddings, or what clip-retrieval wrote; a path or an url"
-    )
-    parser.add_argument("--meta", metavar="DIR", help="captions, in parquet files")
-    parser.add_argument("--text", metavar="DIR", help="text embeddings")
-    parser.add_argument("--encodings", metavar="DIR", help="text encodings")
-    parser.add_argument("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")
-    parser.add_argument("--format", choices=("npy", "parquet", "parquet_npy", "webdataset"), help="by default as found")
+    add = add_command(subparsers, "inspect", run, summary).add_argument
+    add("folder", metavar="DIR", help="image embeddings, or what clip-retrieval wrote; a path or an url")
+    add("--meta", metavar="DIR", help="captions, in parquet files")
+    add("--text", metavar="DIR", help="text embeddings")
+    add("--encodings", metavar="DIR", help="text encodings")
+    add("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")
+    add("--format", choices=("npy", "parquet", "parquet_npy", "webdataset"), help="by default as found")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,14 +11,14 @@ from fastprior.demos import quickstart
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "train a small prior on handwritten digits, and measure it"
-    parser = add_command(subparsers, "quickstart", run, summary)
-    parser.add_argument("--out", default="quickstart-out", metavar="DIR", help="folder to write (%(default)s)")
-    parser.add_argument(
+    add = add_command(subparsers, "quickstart", run, summary).add_argument
+    add("--out", default="quickstart-out", metavar="DIR", help="folder to write (%(default)s)")
+    add(
         "--steps", type=int, default=quickstart.STEPS, help="training steps; with fewer no goal is judged (%(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=quickstart.BATCH, help="pairs in a step (%(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="of everything random (%(default)s)")
-    parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    add("--batch", type=int, default=quickstart.BATCH, help="pairs in a step (%(default)s)")
+    add("--seed", type=seed, default=0, help="of everything random (%(default)s)")
+    add("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:

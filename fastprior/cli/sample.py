@@ -18,22 +18,21 @@ from fastprior.utils import atomic
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = common.add_command(subparsers, "sample", run, "sample image embeddings for captions or text embeddings")
-    parser.add_argument("captions", nargs="*", metavar="CAPTION")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of a prior; old ones: see convert")
-    parser.add_argument("--steps", type=int, default=64, help="sampling steps (%(default)s)")
-    parser.add_argument("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
-    parser.add_argument(
-        "--solver", help="ddpm, ddim, ddim_trailing or dpm++; by default ddpm over all steps, else ddim"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("captions", nargs="*", metavar="CAPTION")
+    add("--checkpoint", required=True, metavar="FILE", help="of a prior; old ones: see convert")
+    add("--steps", type=int, default=64, help="sampling steps (%(default)s)")
+    add("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
+    add("--solver", help="ddpm, ddim, ddim_trailing or dpm++; by default ddpm over all steps, else ddim")
+    add(
         "--samples-per-prompt", type=int, default=4, metavar="N",
         help="candidates, of which the most similar to the text is kept (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=common.seed, help="of the noise; another each time by default")
-    parser.add_argument("--out", metavar="FILE.npy", help="write the embeddings (prompts, dim), fp32")
-    parser.add_argument("--text-embed", metavar="FILE.npy", help="text embeddings (prompts, dim) instead of captions")
-    parser.add_argument("--text-encodings", metavar="FILE.npy", help="text encodings (prompts, length, dim)")
-    parser.add_argument(
+    add("--seed", type=common.seed, help="of the noise; another each time by default")
+    add("--out", metavar="FILE.npy", help="write the embeddings (prompts, dim), fp32")
+    add("--text-embed", metavar="FILE.npy", help="text embeddings (prompts, dim) instead of captions")
+    add("--text-encodings", metavar="FILE.npy", help="text encodings (prompts, length, dim)")
+    add(
         "--condition", type=common.named, action="append", default=[], metavar="NAME=VALUE",
         help="an extra condition: a number, or a vector's FILE.npy (prompts, size); any may be left out",
     )  # fmt: skip

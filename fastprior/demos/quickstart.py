@@ -127,12 +127,11 @@ def measure(prior: DiffusionPrior, train_set: Pairs, held_out: Pairs, seed: int)
 
     sampled = F.normalize(sample(prior, held_out.text_cond, seed), dim=-1)
     real, batch = held_out.image_embed, dict(held_out.text_cond, image_embed=held_out.image_embed)
+    losses = evaluate(prior, [batch] * 8, timesteps=(), seed=seed)  # each batch draws times and noise of its own
     same_digit = (held_out.digits[:, None] == held_out.digits).fill_diagonal_(False)
     metrics = {name: value.mean().item() for name, value in similarities(held_out.text_embed, real, sampled).items()}
     metrics |= {
-        "validation loss": evaluate(prior, [batch] * 8, timesteps=(), seed=seed)[
-            "l2-loss"
-        ],  # 8 draws of time and noise
+        "validation loss": losses["l2-loss"],
         "similarity of samples of one digit": (sampled @ sampled.T)[same_digit].mean().item(),
         "similarity of real images of one digit": (real @ real.T)[same_digit].mean().item(),
         "similarity with unrelated image": F.cosine_similarity(sampled, real.roll(-1, 0)).mean().item(),
@@ -145,7 +144,7 @@ def measure(prior: DiffusionPrior, train_set: Pairs, held_out: Pairs, seed: int)
 def compare_samplers(prior: DiffusionPrior, held_out: Pairs, seed: int) -> list[dict]:
     """Time the cached sampler against running the whole network every step, with the same weights and seeds.
 
-    Without and with guidance; the runs alternate, and the fastest of each counts.
+    Both run without guidance and with it, in turns, and the fastest run of each counts.
     """
     uncached = DiffusionPrior(Uncached(prior.net), **prior.config).eval()
     text_cond = held_out[:TIMED_CAPTIONS].text_cond

@@ -324,18 +324,19 @@ def test_pipeline_graphs_soak():
 
 def test_split_sums_are_the_same_whichever_program_comes_last():
     """The order of arrival changes from run to run; that of the sum must not. Eagerly, and in a graph."""
+    from fastprior.kernels.arguments import LinearArgs
     from fastprior.kernels.gpu import linear, workspace
 
     x, weight = (torch.randn(rows, 3072, device=DEVICE, dtype=torch.bfloat16) for rows in (3, 768))
-    wanted, _ = linear.linear_fwd(x, weight)
+    wanted, _ = linear.linear_fwd(LinearArgs(x, weight))
     assert torch.cosine_similarity(wanted.float().flatten(), (x @ weight.t()).float().flatten(), dim=0) > 0.9999
     with workspace.sharing() as shared:
         for _ in range(500):
-            assert torch.equal(linear.linear_fwd(x, weight)[0], wanted)
+            assert torch.equal(linear.linear_fwd(LinearArgs(x, weight))[0], wanted)
         assert shared._sums is not None, "this shape is to be split"
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out, _ = linear.linear_fwd(x, weight)
+            out, _ = linear.linear_fwd(LinearArgs(x, weight))
     for _ in range(500):
         out.zero_()
         graph.replay()

@@ -120,6 +120,7 @@ def test_what_is_launched_is_what_is_checked():
 LINEARS = """
 import json, re
 import torch
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.gpu import linear
 from fastprior.kernels.gpu.stand_in import standing_in
 
@@ -134,10 +135,13 @@ def note(kernel, compiled):
 
 stream, gain, wide = t(3, 768, dtype=torch.float32), t(768), t(3072)
 with standing_in(90, note):
-    linear.linear_fwd(stream, t(768, 768), t(128, 768), norm_gain=gain, dtype=torch.bfloat16)
-    linear.linear_fwd(t(3, 768), t(768, 768))
-    linear.linear_fwd(t(3, 768), t(6144, 768), stream=stream, stream_gain=gain, norm_gain=gain, activation="swiglu")
-    linear.linear_fwd(t(3, 3072), t(768, 3072), norm_gain=wide, residual=stream)
+    for args in (
+        LinearArgs(stream, t(768, 768), beside=t(128, 768), norm_gain=gain, dtype=torch.bfloat16),
+        LinearArgs(t(3, 768), t(768, 768)),
+        LinearArgs(t(3, 768), t(6144, 768), stream=stream, stream_gain=gain, norm_gain=gain, activation="swiglu"),
+        LinearArgs(t(3, 3072), t(768, 3072), norm_gain=wide, residual=stream),
+    ):
+        linear.linear_fwd(args)
 print(json.dumps(found))
 """
 

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.gpu import attention, barrier, compilations, decode, launch, linear, norm, resources, step
 from fastprior.kernels.gpu.cases import meta
 from helpers.processes import compiling
@@ -276,7 +277,7 @@ def any_launch(draw: random.Random) -> None:
         weight = meta(outputs, dim, dtype=dtype)
         gain = meta(dim) if rows <= linear.MAX_NORM_ROWS and flag else None
         activation = draw.choice([None, "gelu", "swiglu"])
-        linear.linear_fwd(meta(rows, dim, dtype=dtype), weight, norm_gain=gain, activation=activation)
+        linear.linear_fwd(LinearArgs(meta(rows, dim, dtype=dtype), weight, norm_gain=gain, activation=activation))
     elif kind == "decode":
         suffix, prefix, cached = draw.randint(1, 8), draw.randint(1, 2048), draw.choice(launch.FLOATS)
         kv_heads = draw.choice([1, heads])
@@ -290,8 +291,9 @@ def any_launch(draw: random.Random) -> None:
         bias = meta(seq, heads, keys, dtype=dtype) if flag else None
         seed = meta(dtype=torch.int64) if draw.random() < 0.5 else None
         given = q, k, k, None, None, None, bias, None, None, seed, 1.0, flag, draw.random() < 0.5, -1e4, 0.1
-        out, stats = attention.attention_fwd(*given)
-        attention.attention_bwd(out, out, stats, bias is not None, *given)
+        args = attention.AttentionArgs(*given)
+        out, stats = attention.attention_fwd(args)
+        attention.attention_bwd(args, out, out, stats, bias is not None)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..arguments import LinearArgs
 from . import attention, barrier, decode, linear, norm, step
 from .launch import FLOATS
 
@@ -66,7 +67,7 @@ def linear_cases(dtype: torch.dtype, everything: bool, stored: torch.dtype | Non
             x, weight = meta(rows, 768, dtype=dtype), meta(outputs, 768, dtype=stored or dtype)
             scale = meta(outputs) if stored else None
             if not everything:
-                yield partial(linear.linear_fwd, x, weight, scale=scale)
+                yield partial(linear.linear_fwd, LinearArgs(x, weight, scale=scale))
                 continue
             gain = meta(768, dtype=dtype)
             normed = dict(stream=meta(rows, 768), stream_gain=gain, norm_gain=gain, norm_bias=gain)
@@ -78,9 +79,10 @@ def linear_cases(dtype: torch.dtype, everything: bool, stored: torch.dtype | Non
                 )
                 residual = meta(rows, outputs * 2 if beside is not None else outputs // 2, dtype=dtype)
                 around |= dict(scale=None if scale is None else scales, activation=activation, residual=residual)
-                yield partial(linear.linear_fwd, x, weight, beside, bias, **around)
+                yield partial(linear.linear_fwd, LinearArgs(x, weight, bias, beside, **around))
             if rows <= linear.MAX_NORM_ROWS and stored is None:  # a stream of fp32
-                yield partial(linear.linear_fwd, meta(rows, 768), weight, norm_gain=gain, dtype=dtype)
+                args = LinearArgs(meta(rows, 768), weight, norm_gain=gain, dtype=dtype)
+                yield partial(linear.linear_fwd, args)
 
 
 def quantised_cases(arch: int) -> Iterator[Case]:
@@ -151,22 +153,7 @@ def attention_case(
     if dropout:
         seed = meta(dtype=torch.int64)
     causal = prepared or causal_fill > -math.inf
-    given = (
-        q,
-        k,
-        v,
-        null_kv,
-        cos,
-        sin,
-        bias,
-        buckets,
-        mask,
-        seed,
-        dim_head**-0.5,
-        prepared,
-        causal,
-        causal_fill,
-        dropout,
-    )
-    out, stats = attention.attention_fwd(*given)
-    attention.attention_bwd(out, out, stats, relative or dense, *given)
+    numbers = dim_head**-0.5, prepared, causal, causal_fill, dropout
+    args = attention.AttentionArgs(q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, *numbers)
+    out, stats = attention.attention_fwd(args)
+    attention.attention_bwd(args, out, out, stats, relative or dense)

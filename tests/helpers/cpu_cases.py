@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastprior.kernels import ops, reference
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
@@ -171,8 +172,9 @@ def floor(dtype, rows):
 
 
 def check_linear(inputs, run=None):
-    got, rounded = (run or cpu_linear.linear)(**inputs), reference.linear(**inputs)
-    exact, plain = (reference.linear(**cast(inputs, dtype)) for dtype in (torch.float64, FP32))
+    got = run(**inputs) if run else cpu_linear.linear(LinearArgs(**inputs))
+    rounded = reference.linear(LinearArgs(**inputs))
+    exact, plain = (reference.linear(LinearArgs(**cast(inputs, dtype))) for dtype in (torch.float64, FP32))
     if "stream" in inputs:
         (got, total), (rounded, _) = got, rounded
         (exact, true_total), (plain, plain_total) = exact, plain

@@ -44,7 +44,7 @@ class LinearArgs(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What the product is of, and what was normalised is rounded to."""
+        """The dtype of the product, which what was normalised is rounded to."""
         if self.stream is None and self.norm_gain is None:
             return self.x.dtype
         return self.dtype or (self.weight if self.scale is None else self.x).dtype

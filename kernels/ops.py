@@ -61,7 +61,7 @@ def on_triton(x: Tensor) -> bool:
 
 
 def launcher(name: str) -> Callable | None:
-    """What an operation such as "fastprior::linear" runs, where that launches Triton's kernels; else None."""
+    """The launcher of Triton's kernels that an operation such as "fastprior::linear" runs; None where it is another."""
     if not HAS_TRITON:
         return None
     from .gpu import launch

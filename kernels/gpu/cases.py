@@ -65,21 +65,18 @@ def linear_cases(dtype: torch.dtype, everything: bool, stored: torch.dtype | Non
     for rows in (16, 32, 64):
         for outputs in (768, 6144):  # split and not
             x, weight = meta(rows, 768, dtype=dtype), meta(outputs, 768, dtype=stored or dtype)
-            scale = meta(outputs) if stored else None
             if not everything:
-                yield partial(linear.linear_fwd, LinearArgs(x, weight, scale=scale))
+                yield partial(linear.linear_fwd, LinearArgs(x, weight))
                 continue
             gain = meta(768, dtype=dtype)
             normed = dict(stream=meta(rows, 768), stream_gain=gain, norm_gain=gain, norm_bias=gain)
-            around = normed if rows <= linear.MAX_NORM_ROWS else {}
-            for activation in ("gelu", "swiglu"):
-                beside = weight if activation == "gelu" else None
-                bias, scales = (
-                    meta(outputs * (2 if beside is not None else 1), dtype=d) for d in (dtype, torch.float32)
-                )
-                residual = meta(rows, outputs * 2 if beside is not None else outputs // 2, dtype=dtype)
-                around |= dict(scale=None if scale is None else scales, activation=activation, residual=residual)
-                yield partial(linear.linear_fwd, LinearArgs(x, weight, bias, beside, **around))
+            normed = normed if rows <= linear.MAX_NORM_ROWS else {}
+            for activation, beside in ("gelu", weight), ("swiglu", None):
+                args = LinearArgs(x, weight, beside=beside, activation=activation, **normed)
+                scale = meta(args.outputs) if stored else None
+                vectors = dict(bias=meta(args.outputs, dtype=dtype), scale=scale)
+                residual = meta(rows, args.columns, dtype=dtype)
+                yield partial(linear.linear_fwd, args._replace(**vectors, residual=residual))
             if rows <= linear.MAX_NORM_ROWS and stored is None:  # a stream of fp32
                 args = LinearArgs(meta(rows, 768), weight, norm_gain=gain, dtype=dtype)
                 yield partial(linear.linear_fwd, args)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import hashlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -104,7 +102,7 @@ def _sources(kernel) -> tuple[str, ...]:
 
 
 def _value(node: ast.AST, variables: dict) -> object:
-    """What a name, or an attribute of a module, stands for; None if that is not known before the kernel runs."""
+    """The value of a name, or of an attribute of a module; None if that is not known before the kernel runs."""
     if isinstance(node, ast.Name):
         return variables.get(node.id)
     if isinstance(node, ast.Attribute):
@@ -118,7 +116,7 @@ def _of_triton(value: object) -> bool:
 
 
 class Kept:
-    """What compilations measured, by key, in a file; one that is not whole is as good as none, and is made again."""
+    """Results of compilations, by key, in a file; one that is not whole is as good as none, and is made again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -136,12 +134,7 @@ class Kept:
         self.measured = self._read() | self.measured | measured
         text = json.dumps({key: [values[name] for name in MEASURED] for key, values in self.measured.items()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=self.path.parent, suffix=".json")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(part, self.path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
-            raise
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            part = Path(folder, self.path.name)
+            part.write_text(text)
+            part.replace(self.path)

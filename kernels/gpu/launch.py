@@ -26,24 +26,15 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of a kernel: what Triton's compiler is given besides the target.
-
-    Attributes:
-        kernel: the jitted function.
-        signature: (argument, Triton type) of every argument; "constexpr" for the constants.
-        constants: (argument, value) of the constants: constexprs, arguments that are None, and integers that are 1.
-        num_warps, num_stages: of the launch.
-        flags: (option, value) of the launch besides, such as ("launch_pdl", True).
-        divisible: arguments whose value is a multiple of 16; not part of the identity, since any call may differ in it.
-    """
+    """One compilation of a kernel: what Triton's compiler is given besides the target."""
 
     kernel: object
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
+    signature: tuple[tuple[str, str], ...]  # the Triton type of every argument, "constexpr" for the constants
+    constants: tuple[tuple[str, object], ...]  # constexprs, arguments that are None, and integers that are 1
     num_warps: int
     num_stages: int
-    flags: tuple[tuple[str, bool], ...]
-    divisible: tuple[str, ...] = field(compare=False)
+    flags: tuple[tuple[str, bool], ...]  # other options of the launch, such as ("launch_pdl", True)
+    divisible: tuple[str, ...] = field(compare=False)  # arguments that are multiples of 16: any call may differ
 
 
 def launch(
@@ -179,12 +170,7 @@ def custom_op(name: str, launcher: Callable, *, flatten: bool = False) -> torch.
 
 
 def by_reference(op, reference: Callable) -> None:
-    """Give a custom op the gradient of its reference, run again in backward.
-
-    Args:
-        op: from `torch.library.custom_op`.
-        reference: takes the op's arguments and returns its results.
-    """
+    """Give a custom op the gradient of its reference, of the same arguments and results, run again in backward."""
 
     def setup_context(ctx, inputs, output):
         ctx.kinds = [isinstance(i, Tensor) for i in inputs]

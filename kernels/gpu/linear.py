@@ -239,7 +239,7 @@ def _results(args: LinearArgs) -> tuple[Tensor, Tensor]:
 
 
 def _reference(*given) -> Tensor | tuple[Tensor, Tensor]:
-    """The same in plain PyTorch, whose linear takes a bias in the dtype of the product alone."""
+    """`reference.linear`, which takes a bias in the dtype of the product alone."""
     args = LinearArgs(*given)
     if args.bias is not None and args.scale is None:
         args = args._replace(bias=args.bias.to(args.dtype))
@@ -265,14 +265,14 @@ def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     _check(args)
     leading, dtype, gain = args.x.shape[:-1], args.product_dtype, args.norm_gain
     x, residual, stream = (None if t is None else as_rows(t) for t in (args.x, args.residual, args.stream))
-    args = args._replace(x=x, residual=residual, stream=stream, dtype=dtype)
-    args = args._replace(norm_bias=None) if gain is None else args
+    shift = None if gain is None else args.norm_bias
+    args = args._replace(x=x, residual=residual, stream=stream, norm_bias=shift, dtype=dtype)
     total = None
     if len(x) > MAX_NORM_ROWS and (stream is not None or gain is not None):
         if stream is not None:
             x = total = norm.layer_norm(x, args.stream_gain, eps=args.eps, after=stream)
         if gain is not None:
-            x = norm.layer_norm(x, gain, args.norm_bias, args.eps, dtype=dtype)
+            x = norm.layer_norm(x, gain, shift, args.eps, dtype=dtype)
         args = args._replace(x=x.to(dtype), stream=None, stream_gain=None, norm_gain=None, norm_bias=None)
     if len(x) > MAX_ROWS:
         out = _reference(*args)

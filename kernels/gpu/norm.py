@@ -320,8 +320,3 @@ def layer_norm(
     out, total = _layer_norm(rows, gain, bias, residual_rows, after_rows, eps, stable, rms, l2, dtype)
     out = out.view(x.shape)
     return out if residual is None else (out, total.view(x.shape))
-
-
-def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-5, **options) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm `x / sqrt(mean(x^2) + eps) * gain` (Zhang & Sennrich 2019), with the options of `layer_norm`."""
-    return layer_norm(x, gain, eps=eps, rms=True, **options)

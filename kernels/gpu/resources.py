@@ -1,25 +1,25 @@
 """Compile every kernel ahead of time, on a machine that needs no GPU, and say what each takes of the chip.
 
-    python -m fastprior.kernels.gpu.resources [--arch 80 90 100] [--only NAME] [--full] [--limits FILE]
-                                              [--record [FILE]]
+    python -m fastprior.kernels.gpu.resources [--arch 80 90 100] [--only NAME] [--full] [--limits FILE] [--record]
 
 prints a table of registers, shared memory, spills and tensor-core use, and fails where a kernel does not compile, does
 not fit, leaves out the tensor cores that it should use, or takes more than its limits. `cases` reach every launch
-configuration that the launchers can choose; `tests/test_resources.py` holds them to that.
+configuration that the launchers can choose.
 
-Registers and spills are those of one version of Triton. Their limits are what a record of that version says,
-benchmarks/records/resources/ in a checkout; an installed package has none, and `--limits` names one. Without a record
-of the version at hand they are not judged. A record admits no spill that `SPILLS_KNOWN` does not name.
+Registers and spills are limited by what the record of this version of Triton says, benchmarks/records/resources/ in a
+checkout, or the one that `--limits` names; without one they are not judged. A record admits no spill that
+`SPILLS_KNOWN` does not name.
 
-What was compiled before is not compiled again: `compilations.key` tells whether anything changed. Results are kept in
-`$FASTPRIOR_CACHE` or ~/.cache/fastprior. A line of the record with the same key counts too, but every day some others
-of them, a twenty-fifth, are compiled all the same, and have to agree. `--full` compiles everything.
+What was compiled before, by `compilations.key`, is not compiled again: results are kept in `$FASTPRIOR_CACHE` or
+~/.cache/fastprior. Lines of the record with the same key count too, but every day some others of them, a twenty-fifth,
+are compiled all the same, and have to agree. `--full` compiles everything.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,19 +52,13 @@ UNALIGNED = "heads of 65 to 127 features that are no multiple of 16: every eleme
 
 @dataclass(frozen=True)
 class Spill:
-    """A spill that is known, and put up with.
-
-    Attributes:
-        kernel, dtypes, words: its name, types that its first argument may have, and words of its description.
-        limits: bytes, by version of Triton.
-        why: the reason, and what it costs.
-    """
+    """A spill that is known, and put up with."""
 
     kernel: str
-    dtypes: tuple[str, ...]
-    words: str
-    limits: dict[str, int]
-    why: str
+    dtypes: tuple[str, ...]  # types that its first argument may have
+    words: str  # of its description
+    limits: dict[str, int]  # bytes, by version of Triton
+    why: str  # the reason, and what it costs
 
     def is_of(self, line: dict) -> bool:
         first = re.split(r"[ *]", line["pointers"])[0]
@@ -74,13 +68,11 @@ class Spill:
 SPILLS_KNOWN = (
     Spill(
         *("_decode_attention_fwd_kernel", ("fp32",), "unaligned BLOCK_D=128"),
-        {"3.6.0": 184, "3.8.0": 136, "3.9.0": 200},
-        UNALIGNED,
+        *({"3.6.0": 184, "3.8.0": 136, "3.9.0": 200}, UNALIGNED),
     ),
     Spill(
         *("_decode_attention_fwd_kernel", ("bf16",), "unaligned BLOCK_D=128"),
-        {"3.6.0": 168, "3.8.0": 40, "3.9.0": 224},
-        UNALIGNED + "; over a cache of fp32",
+        *({"3.6.0": 168, "3.8.0": 40, "3.9.0": 224}, UNALIGNED + "; over a cache of fp32"),
     ),
     Spill("_attention_bwd_dq_kernel", ("fp32",), "DIM=100", {"3.6.0": 8, "3.8.0": 16, "3.9.0": 16}, UNALIGNED),
     Spill("_attention_bwd_dq_kernel", ("fp32",), "DIM=128", {"3.9.0": 8}, WIDE),
@@ -111,7 +103,7 @@ def variants(arch: int) -> list[Variant]:
 
 
 def identify(variant: Variant, arch: int) -> dict:
-    """What tells a variant from the others of all kernels, whatever its compilation gives."""
+    """The fields that tell a variant from the others of all kernels, whatever its compilation gives."""
     return dict(
         kernel=variant.kernel.__name__,
         arch=arch,
@@ -124,15 +116,13 @@ def identify(variant: Variant, arch: int) -> dict:
 
 def pointers(variant: Variant) -> str:
     """The types of the arguments that are pointers, in order: `fp32 bf16*3 -`; - for one that is absent."""
-    kinds = []
-    for name, kind in variant.signature:
-        if kind.startswith("*") or name.endswith("_ptr"):
-            kind = kind[1:] if kind.startswith("*") else "-"
-            if kinds and kinds[-1][0] == kind:
-                kinds[-1][1] += 1
-            else:
-                kinds.append([kind, 1])
-    return " ".join(kind if count == 1 else f"{kind}*{count}" for kind, count in kinds)
+    kinds = (
+        kind[1:] if kind.startswith("*") else "-"
+        for name, kind in variant.signature
+        if kind.startswith("*") or name.endswith("_ptr")
+    )
+    counted = ((kind, len(list(alike))) for kind, alike in itertools.groupby(kinds))
+    return " ".join(kind if count == 1 else f"{kind}*{count}" for kind, count in counted)
 
 
 def describe(variant: Variant) -> str:
@@ -142,11 +132,11 @@ def describe(variant: Variant) -> str:
     """
     given = {name for name, kind in variant.signature if kind != "constexpr"}
     words = ["unaligned"] if "dim_head" in given - set(variant.divisible) else []
-    for name, value in variant.constants:
-        if value is True:
-            words.append(name)
-        elif value is not False and value is not None:
-            words.append(f"{name}={value}")
+    words += [
+        name if value is True else f"{name}={value}"
+        for name, value in variant.constants
+        if value is not False and value is not None
+    ]
     return " ".join([*words, *(name for name, _ in variant.flags)])
 
 
@@ -157,12 +147,10 @@ def read_record(path: Path) -> dict[tuple, dict]:
 
 
 def write_record(path: Path, lines: list[dict]) -> None:
-    """One line a variant, sorted, so that two records of one state are the same file."""
+    """Write one line a variant, sorted, so that two records of one state are the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for line in sorted(lines, key=_identity):
-            kept = {name: line[name] for name in (*IDENTITY, *MEASURED, "key")}
-            file.write(json.dumps(kept, separators=(",", ":")) + "\n")
+    kept = ({name: line[name] for name in (*IDENTITY, *MEASURED, "key")} for line in sorted(lines, key=_identity))
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in kept))
 
 
 def _identity(line: dict) -> tuple:
@@ -182,7 +170,7 @@ def problem(line: dict, record: dict[tuple, dict] | None, judged: bool = True) -
         record: the limits of registers and spills, by what identifies a variant; None without any.
         judged: whether spills are; without a record only those of what is recorded now.
     """
-    recorded = None if record is None else record.get(_identity(line))
+    recorded = (record or {}).get(_identity(line))
     if recorded is not None and recorded["key"] == line["key"]:
         for name in MEASURED:
             if recorded[name] != line[name]:
@@ -215,7 +203,7 @@ _jobs: list[tuple[Variant, int]] = []
 
 
 def _compile_all(jobs: list[tuple[Variant, int]]) -> Iterator[dict | str]:
-    """What was measured of each, or why it does not compile, in order."""
+    """Compile jobs, in order: what was measured of each, or why it does not compile."""
     if jobs:
         _jobs[:] = jobs
         context = multiprocessing.get_context("fork")  # the jobs are handed over by memory
@@ -241,7 +229,7 @@ def check(
     full: bool = False,
     day: int | None = None,
 ) -> Iterator[dict]:
-    """What each variant takes, in order: compiled, on all cores, where nothing says so already.
+    """Find what each variant takes, in order: compile those, on all cores, of which nothing says so already.
 
     Args:
         jobs: variants and the architectures to compile them for.
@@ -324,8 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Registers and spills were not judged: there is no {path}.")
         print("`python -m fastprior.kernels.gpu.resources --record` makes it, in a checkout.")
     if options.record:
-        measured = [line for line in lines if "registers" in line]
-        write_record(options.record, measured)
+        write_record(options.record, [line for line in lines if "registers" in line])
     return int(problems > 0)
 
 

@@ -18,7 +18,7 @@ from . import launch
 
 
 class Driver:
-    """What `triton.runtime.driver.active` is asked by a launch that ends when its kernel is compiled."""
+    """The driver that `triton.runtime.driver.active` is for a launch that ends when its kernel is compiled."""
 
     def __init__(self, capability: int):
         self.capability = capability

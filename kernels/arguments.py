@@ -70,4 +70,8 @@ def flat(function: Callable) -> tuple[Callable, str]:
     fields = typing.get_type_hints(arguments).items()
     schema = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in (*fields, *others))
     count = len(fields)
-    return lambda *given: function(arguments(*given[:count]), *given[count:]), f"({schema}) -> ({results})"
+
+    def flattened(*given):
+        return function(arguments(*given)) if not others else function(arguments(*given[:count]), *given[count:])
+
+    return flattened, f"({schema}) -> ({results})"

@@ -202,8 +202,10 @@ def attention(
         from .gpu.attention import attention as run
     else:
         run = reference.attention
-    shape = dict(scale=scale, rotary=rotary, cosine=cosine, null_kv=null_kv, bias=bias, buckets=buckets)
-    return run(q, k, v, **shape, causal=causal, causal_fill=causal_fill, mask=mask, dropout=dropout, seed=seed)
+    return run(
+        q, k, v, scale=scale, rotary=rotary, cosine=cosine, null_kv=null_kv, bias=bias, buckets=buckets, causal=causal,
+        causal_fill=causal_fill, mask=mask, dropout=dropout, seed=seed,
+    )  # fmt: skip
 
 
 def decode_attention(
@@ -284,8 +286,9 @@ def diffusion_step(
         from .gpu.step import diffusion_step as run
     else:
         run = reference.diffusion_step
-    given = x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius
-    return run(*given, null_table=null_table, seed=seed)
+    return run(
+        x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table=null_table, seed=seed
+    )
 
 
 Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_blocks.Run

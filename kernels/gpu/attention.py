@@ -160,7 +160,7 @@ def attention_bwd(
     by_row = *stats.unbind(), launch.empty(stats.shape[1:], stats), grad.contiguous()  # the third is made with dq
     dq = _dq(shared, by_row, out, q_length)
     dk, dv, dnull = _dkv(shared, by_row, k_length)
-    return dq, dk, dv, dnull, _dbias(shared, by_row) if bias_grad else launch.empty((0,), q)
+    return dq, dk, dv, dnull, _dbias(shared, by_row) if bias_grad else q.new_empty(0)
 
 
 def _dq(shared: tuple, by_row: tuple[Tensor, ...], out: Tensor, length: Tensor | None) -> Tensor:
@@ -184,7 +184,7 @@ def _dkv(shared: tuple, by_row: tuple[Tensor, ...], length: Tensor | None) -> tu
     grid = batch * kv_heads, tiles, splits
     launch.launch(_attention_bwd_dkv_kernel, grid, *arguments, *by_row, *results, **constants)
     dk, dv = (t.sum(0).to(v.dtype) if splits > 1 else t.view(v.shape) for t in (dk, dv))
-    return dk, dv, launch.empty((0,), v) if dnull is None else dnull.sum(1).to(null_kv.dtype)
+    return dk, dv, v.new_empty(0) if dnull is None else dnull.sum(1).to(null_kv.dtype)
 
 
 def _dbias(shared: tuple, by_row: tuple[Tensor, ...]) -> Tensor:
@@ -205,7 +205,7 @@ def _dbias(shared: tuple, by_row: tuple[Tensor, ...]) -> Tensor:
 
 def _gradients(args: AttentionArgs, grad: Tensor, out: Tensor, stats: Tensor, bias_grad: bool) -> tuple[Tensor, ...]:
     given = args.q, args.k, args.v, args.null_kv, args.bias if bias_grad else None
-    return tuple(launch.empty((0,), args.q) if t is None else launch.empty(t.shape, t) for t in given)
+    return tuple(args.q.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
 
 
 _attention = launch.custom_op("attention", attention_fwd, flatten=True)
@@ -254,12 +254,10 @@ def attention(
         TypeError, ValueError: for an argument that the kernels cannot take. They take dim_head from 16 to 128, and give
             no gradient to rotary tables and masks.
     """
-    cos, sin = rotary or (None, None)
-    args = AttentionArgs(
-        *(q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, scale, cosine, causal, causal_fill, dropout)
-    )
-    _check(args)
-    cos, sin = (None if table is None else table.float().contiguous() for table in (cos, sin))
+    numbers, (cos, sin) = (scale, cosine, causal, causal_fill, dropout), rotary or (None, None)
+    _check(AttentionArgs(q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, *numbers))
+    if rotary is not None:
+        cos, sin = (table.float().contiguous() for table in rotary)
     null_kv = None if null_kv is None else null_kv.to(q.dtype).contiguous()
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask.float()).contiguous()
@@ -267,7 +265,7 @@ def attention(
         seed = None
     elif seed is None:
         seed = torch.randint(2**62, (), device=q.device)
-    return _attention(*args._replace(null_kv=null_kv, cos=cos, sin=sin, mask=mask, seed=seed))[0]
+    return _attention(q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, *numbers)[0]
 
 
 def _check(args: AttentionArgs) -> None:
@@ -289,14 +287,17 @@ def _check(args: AttentionArgs) -> None:
         check(q, None, **{"rotary cos": (cos, (keys, width)), "rotary sin": (args.sin, (keys, width))})
         if width % 2 or width > dim_head:
             raise ValueError(f"rotary tables have width {width}; it must be even and at most dim_head, {dim_head}")
+    if args.buckets is not None or args.seed is not None:
+        check(q, (torch.int64,), buckets=(args.buckets, (keys,)), seed=(args.seed, ()))
     if args.buckets is not None and bias is None:
         raise ValueError("buckets came without bias; they are buckets of the table that bias is")
-    check(q, (torch.int64,), buckets=(args.buckets, (keys,)), seed=(args.seed, ()))
     if bias is not None:
         dense = seq, heads, keys + (args.null_kv is not None)
         check(q, bias=(bias, dense if args.buckets is None else (len(bias), heads)))
-    check(q, None, null_kv=(args.null_kv, (2, kv_heads, dim_head)))
-    check(q, (torch.bool, *FLOATS), mask=(mask, (batch, keys)))
+    if args.null_kv is not None:
+        check(q, None, null_kv=(args.null_kv, (2, kv_heads, dim_head)))
+    if mask is not None:
+        check(q, (torch.bool, *FLOATS), mask=(mask, (batch, keys)))
     for name, tensor in ("rotary cos", cos), ("rotary sin", args.sin), ("mask", mask):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires a gradient, which these kernels do not give; use reference.attention")

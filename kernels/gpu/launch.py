@@ -214,18 +214,19 @@ def check(
         contiguous: in the last dimension.
         **tensors: each with the shape that it must have, without zeros; None is let pass.
     """
+    device = like.device
     for name, (tensor, shape) in tensors.items():
         if tensor is None:
             continue
         if dtypes is not None:
             check_dtype(name, tensor, dtypes)
-        if tuple(tensor.shape) != tuple(shape):
+        if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
         if tensor.numel() == 0:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; no dimension may be zero")
-        if tensor.device != like.device:
-            raise ValueError(f"{name} is on {tensor.device}; it must be on {like.device}, as the other tensors are")
-        if contiguous and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, as the other tensors are")
+        if contiguous and tensor.ndim and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             stride = tensor.stride(-1)
             raise ValueError(f"{name} has stride {stride} in its last dimension; it must be contiguous there")
 

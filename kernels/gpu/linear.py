@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..arguments import LinearArgs, flat
 from . import launch, norm, workspace
-from .launch import FLOATS, as_rows, ceil_div, check, check_dtype, promoted
+from .launch import as_rows, ceil_div, check, check_dtype, promoted
 
 MAX_ROWS = 64
 MAX_NORM_ROWS = 16  # each program normalises all rows for itself
@@ -235,7 +235,7 @@ def linear_fwd(args: LinearArgs) -> tuple[Tensor, Tensor]:
 def _results(args: LinearArgs) -> tuple[Tensor, Tensor]:
     x, stream = args.x, args.stream
     out = launch.empty((len(x), args.columns), x, args.result_dtype)
-    return out, launch.empty((0,), x) if stream is None else launch.empty(x.shape, x, promoted(x, stream))
+    return out, x.new_empty(0) if stream is None else launch.empty(x.shape, x, promoted(x, stream))
 
 
 def _reference(*given) -> Tensor | tuple[Tensor, Tensor]:
@@ -265,16 +265,16 @@ def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     _check(args)
     leading, dtype, gain = args.x.shape[:-1], args.product_dtype, args.norm_gain
     x, residual, stream = (None if t is None else as_rows(t) for t in (args.x, args.residual, args.stream))
-    shift = None if gain is None else args.norm_bias
+    rows, shift = x.shape[0], None if gain is None else args.norm_bias
     args = args._replace(x=x, residual=residual, stream=stream, norm_bias=shift, dtype=dtype)
     total = None
-    if len(x) > MAX_NORM_ROWS and (stream is not None or gain is not None):
+    if rows > MAX_NORM_ROWS and (stream is not None or gain is not None):
         if stream is not None:
             x = total = norm.layer_norm(x, args.stream_gain, eps=args.eps, after=stream)
         if gain is not None:
             x = norm.layer_norm(x, gain, shift, args.eps, dtype=dtype)
         args = args._replace(x=x.to(dtype), stream=None, stream_gain=None, norm_gain=None, norm_bias=None)
-    if len(x) > MAX_ROWS:
+    if rows > MAX_ROWS:
         out = _reference(*args)
     else:
         out, summed = _linear(*args)
@@ -299,15 +299,23 @@ def _check(args: LinearArgs) -> None:
         raise TypeError(f"dtype={args.dtype}; without a norm it must be that of x, {x.dtype}")
     if (args.stream is None) != (args.stream_gain is None):
         raise ValueError("stream and stream_gain must be given together")
-    dim, outputs, kinds = x.shape[-1], args.outputs, (*FLOATS, *QUANTISED)
-    check(x, kinds, contiguous=True, weight=(weight, (len(weight), dim)), beside=(beside, (outputs - len(weight), dim)))
+    dim, outputs = x.shape[-1], args.outputs
     for name, given in ("weight", weight), ("beside", beside):
-        if scale is not None and given is not None:
+        if given is None:
+            continue
+        check(x, None, contiguous=True, **{name: (given, (given.shape[0], dim))})
+        if scale is not None:
             check_dtype(f"{name} (with a scale)", given, QUANTISED)
-        elif given is not None and given.dtype != dtype:
+        elif given.dtype != dtype:
             raise TypeError(f"{name} has dtype {given.dtype}; without a scale it must be that of the product, {dtype}")
-    check(x, (torch.float32,), contiguous=True, scale=(scale, (outputs,)))
-    shift = None if args.norm_gain is None else args.norm_bias
-    gains = dict(stream_gain=(args.stream_gain, (dim,)), norm_gain=(args.norm_gain, (dim,)), norm_bias=(shift, (dim,)))
-    check(x, contiguous=True, bias=(args.bias, (outputs,)), **gains)
-    check(x, residual=(args.residual, (*x.shape[:-1], args.columns)), stream=(args.stream, x.shape))
+    if scale is not None:
+        check(x, (torch.float32,), contiguous=True, scale=(scale, (outputs,)))
+    if args.bias is not None:
+        check(x, contiguous=True, bias=(args.bias, (outputs,)))
+    if args.norm_gain is not None:
+        check(x, contiguous=True, norm_gain=(args.norm_gain, (dim,)), norm_bias=(args.norm_bias, (dim,)))
+    if args.stream is not None:
+        check(x, stream=(args.stream, x.shape))
+        check(x, contiguous=True, stream_gain=(args.stream_gain, (dim,)))
+    if args.residual is not None:
+        check(x, residual=(args.residual, (*x.shape[:-1], args.columns)))

@@ -225,11 +225,11 @@ def layer_norm_bwd(
         STABLE=stable, RMS=rms, L2=l2, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     grads = dx, *(None if parts is None else parts.sum(0) for parts in (dgain, dbias))
-    return tuple(launch.empty((0,), total) if grad is None else grad for grad in grads)
+    return tuple(total.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _total(x: Tensor, residual: Tensor | None) -> Tensor:
-    return launch.empty((0,), x) if residual is None else launch.empty(x.shape, x, promoted(x, residual))
+    return x.new_empty(0) if residual is None else launch.empty(x.shape, x, promoted(x, residual))
 
 
 def _row_stride(t: Tensor | None) -> int:
@@ -247,10 +247,9 @@ def _(x, gain, bias, residual, after, eps, stable, rms, l2, dtype):
 
 @_layer_norm_bwd.register_fake
 def _(dout, dtotal, total, gain, bias, eps, stable, rms, l2, need_dx, *need_vectors):
-    dx = launch.empty(total.shape if need_dx else (0,), total)
+    dx = total.new_empty(total.shape if need_dx else 0)
     dgain, dbias = (
-        launch.empty(total.shape[1:], total, torch.float32) if need else launch.empty((0,), total)
-        for need in need_vectors
+        total.new_empty(total.shape[1:], dtype=torch.float32) if need else total.new_empty(0) for need in need_vectors
     )
     return dx, dgain, dbias
 

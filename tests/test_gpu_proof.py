@@ -238,7 +238,8 @@ sys.path[:0] = sys.argv[1:]
 os.environ["PROOF_FILL"] = "90 1"
 import torch
 import kernel_cases
-from fastprior.kernels.gpu import launch, resources
+from fastprior.kernels.gpu import launch
+import resources
 
 def configuration(variant):
     tiles = tuple((name, value) for name, value in variant.constants if name.startswith("BLOCK") or name == "ROWS")

@@ -131,8 +131,10 @@ def test_the_epoch_turns_with_the_counter():
 
 COMPILE = """
 import json
-from fastprior.kernels.gpu import compilations, launch, resources
-from fastprior.kernels.gpu.cases import barrier_cases
+from fastprior.kernels.gpu import launch
+import compilations
+import resources
+from cases import barrier_cases
 
 found = []
 for arch in resources.ARCHITECTURES:

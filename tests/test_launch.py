@@ -10,10 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
+import stand_in
 import triton
 import triton.language as tl
 
-from fastprior.kernels.gpu import launch, norm, stand_in
+from fastprior.kernels.gpu import launch, norm
 from helpers.processes import compiling
 
 
@@ -83,9 +84,11 @@ from triton.backends.compiler import GPUTarget
 
 # what would be compiled is noted, and not compiled
 triton.compiler.compile = lambda src, target=None, options=None, **_: types.SimpleNamespace(src=src, options=options)
-from fastprior.kernels.gpu import compilations, launch, resources
-from fastprior.kernels.gpu.cases import cases
-from fastprior.kernels.gpu.stand_in import standing_in
+from fastprior.kernels.gpu import launch
+import compilations
+import resources
+from cases import cases
+from stand_in import standing_in
 
 def said(source, options, backend):
     attributes = {place: value for place, value in source.attrs.items() if value}
@@ -122,7 +125,7 @@ import json, re
 import torch
 from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.gpu import linear
-from fastprior.kernels.gpu.stand_in import standing_in
+from stand_in import standing_in
 
 def t(*shape, dtype=torch.bfloat16):
     return torch.zeros(shape, dtype=dtype)
@@ -158,7 +161,7 @@ CHAIN = """
 import json
 import torch
 from fastprior.kernels.gpu.barrier import matvec_chain_fwd
-from fastprior.kernels.gpu.stand_in import standing_in
+from stand_in import standing_in
 
 found = []
 x, out, arrived = torch.zeros(64), torch.zeros(2, 64), torch.zeros((), dtype=torch.int32)

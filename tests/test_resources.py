@@ -5,20 +5,22 @@ import json
 import os
 import random
 
+import compilations
 import pytest
+import resources
 import torch
+from cases import meta
 
 from fastprior.kernels.arguments import LinearArgs
-from fastprior.kernels.gpu import attention, barrier, compilations, decode, launch, linear, norm, resources, step
-from fastprior.kernels.gpu.cases import meta
-from helpers.processes import compiling
+from fastprior.kernels.gpu import attention, barrier, decode, launch, linear, norm, step
+from helpers.processes import PROOF, compiling
 
 RECORDS = sorted(resources.RECORDS.glob("*.jsonl"))
 
 
 @pytest.fixture(scope="module")
 def checked():
-    return compiling("-m", "fastprior.kernels.gpu.resources")
+    return compiling(str(PROOF / "resources.py"))
 
 
 @pytest.mark.slow
@@ -101,8 +103,9 @@ def test_a_kernel_that_spills_or_misses_the_tensor_cores_is_reported(tmp_path):
     (tmp_path / "bad.py").write_text("""
 import json, sys
 import triton, triton.language as tl
-from fastprior.kernels.gpu import launch, resources
-from fastprior.kernels.gpu.cases import meta
+from fastprior.kernels.gpu import launch
+import resources
+from cases import meta
 
 @triton.jit
 def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):  # 512 numbers a thread, all of them needed after the last is there
@@ -146,8 +149,10 @@ def _copy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 CHECK = """
 import importlib, json, linecache, sys
 from pathlib import Path
-from fastprior.kernels.gpu import compilations, launch, resources
-from fastprior.kernels.gpu.cases import meta
+from fastprior.kernels.gpu import launch
+import compilations
+import resources
+from cases import meta
 
 def job(source, block=64):
     Path(folder, "copied.py").write_text(source)

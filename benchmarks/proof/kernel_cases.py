@@ -1,4 +1,4 @@
-"""Calls of every kernel that reach each launch configuration, as `gpu/cases.py` does, with numbers and references.
+"""Calls of every kernel that reach each launch configuration, as `cases.py` does, with numbers and references.
 
 On the CPU the shapes are small, for Triton's interpreter, and the dtypes those that it computes rightly.
 """

@@ -36,7 +36,8 @@ class AttentionConfig:
 
 
 # (bytes of an element, features, plain): tiles whose kernels spill no registers from compute capability 8.0 to 10.0,
-# but for `resources.SPILLS_KNOWN`. Masked features take registers too: the tiles of 64 are for dim_head 64 alone.
+# but for what `SPILLS_KNOWN` (benchmarks/proof/resources.py) says. Masked features take registers too: the tiles of 64
+# are for dim_head 64 alone.
 TILES = {
     (2, 64, True): dict(fwd=(128, 64, 8, 2), dq=(64, 32, 4, 2), dkv=(32, 128, 8, 2)),
     (2, 64, False): dict(fwd=(64, 64, 8, 1), dq=(64, 32, 8, 1), dkv=(32, 64, 8, 1), dbias=(32, 32, 4, 1)),

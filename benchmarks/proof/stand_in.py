@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from . import launch
+from fastprior.kernels.gpu import launch
 
 
 class Driver:

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..arguments import LinearArgs
-from . import attention, barrier, decode, linear, norm, step
-from .launch import FLOATS
+from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.gpu import attention, barrier, decode, linear, norm, step
+from fastprior.kernels.gpu.launch import FLOATS
 
 Case = Callable[[], object]
 WHOLE = 90  # the architecture with every dtype, and without options too

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 
-from .launch import Variant
+from fastprior.kernels.gpu.launch import Variant
 
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
 MISSED = "missed"  # a dot product that does not use the tensor cores

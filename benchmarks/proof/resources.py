@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, on a machine that needs no GPU, and say what each takes of the chip.
 
-    python -m fastprior.kernels.gpu.resources [--arch 80 90 100] [--only NAME] [--full] [--limits FILE] [--record]
+    python benchmarks/proof/resources.py [--arch 80 90 100] [--only NAME] [--full] [--limits FILE] [--record]
 
 prints a table of registers, shared memory, spills and tensor-core use, and fails where a kernel does not compile, does
 not fit, leaves out the tensor cores that it should use, or takes more than its limits. `cases` reach every launch
@@ -32,16 +32,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from cases import cases
+from compilations import MEASURED, MISSED, Kept, compile_variant, key, measure
 
-from ..cpu.library import _cache_dir
-from .cases import cases
-from .compilations import MEASURED, MISSED, Kept, compile_variant, key, measure
-from .launch import Variant, interpreted, recording
+from fastprior.kernels.cpu.library import _cache_dir
+from fastprior.kernels.gpu.launch import Variant, interpreted, recording
 
 ARCHITECTURES = 80, 90, 100
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
 VERSION = re.match(r"\d+(\.\d+)*", triton.__version__)[0]
-RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "records" / "resources"
+RECORDS = Path(__file__).resolve().parents[1] / "records" / "resources"
 DEFAULT_RECORD = RECORDS / f"triton-{VERSION}.jsonl"
 IDENTITY = "kernel", "arch", "pointers", "constants", "num_warps", "num_stages"
 SAMPLED = 25  # one of so many lines of a record is compiled each day
@@ -274,9 +274,7 @@ def sampled(key: str, day: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastprior.kernels.gpu.resources", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python benchmarks/proof/resources.py", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", metavar="NAME", help="kernels with this in their name")
     parser.add_argument("--full", action="store_true", help="compile what was compiled before too")
@@ -310,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
           f" {origins.count('record')} from the record; {problems} problems")  # fmt: skip
     if not judged:
         print(f"Registers and spills were not judged: there is no {path}.")
-        print("`python -m fastprior.kernels.gpu.resources --record` makes it, in a checkout.")
+        print("`python benchmarks/proof/resources.py --record` makes it, in a checkout.")
     if options.record:
         write_record(options.record, [line for line in lines if "registers" in line])
     return int(problems > 0)

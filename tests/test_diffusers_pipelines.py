@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastprior
-from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer import cached_blocks
 from helpers.priors import relative_error
 from helpers.pt_cases import MAKES, kept, make_inputs, make_stock, within_diffusers
 
@@ -150,13 +150,13 @@ def call(name, pipe, seed=0):
 
 @pytest.fixture
 def prefills(monkeypatch):
-    made, run = [], prior_blocks.prefill
+    made, run = [], cached_blocks.prefill
 
     def prefill(*args):
         made.append(1)
         return run(*args)
 
-    monkeypatch.setattr(prior_blocks, "prefill", prefill)
+    monkeypatch.setattr(cached_blocks, "prefill", prefill)
     return made
 
 

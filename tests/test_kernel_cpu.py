@@ -13,7 +13,7 @@ from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
-from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer import cached_blocks
 from helpers.cpu_cases import (
     BF16,
     CONFIGS,
@@ -489,11 +489,11 @@ def test_steps_of_another_model_have_its_weights():
     with torch.no_grad():
         assert torch.equal(other.step(x, cache), other.step(x, cache._replace(blocks=None)))
         blocks = make_blocks()
-        twin, behind = copy.deepcopy(blocks).requires_grad_(False), prior_blocks.prefill(blocks, prefix, mask_of())
+        twin, behind = copy.deepcopy(blocks).requires_grad_(False), cached_blocks.prefill(blocks, prefix, mask_of())
         twin[1].attn1.to_q.weight.mul_(2)
-        alone = prior_blocks.step(twin, x, behind._replace(blocks=None), 1)
-        assert torch.equal(prior_blocks.step(twin, x, behind, 1), alone)
-        assert relative_error(prior_blocks.step(blocks, x, behind, 1), alone) > 1e-3
+        alone = cached_blocks.step(twin, x, behind._replace(blocks=None), 1)
+        assert torch.equal(cached_blocks.step(twin, x, behind, 1), alone)
+        assert relative_error(cached_blocks.step(blocks, x, behind, 1), alone) > 1e-3
 
 
 def test_weights_that_are_replaced_lie_where_they_were():

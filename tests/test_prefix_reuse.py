@@ -12,8 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprior.models import snapshot
-from fastprior.models.prior_transformer import blocks as prior_blocks
-from fastprior.models.prior_transformer import prompt_memory
+from fastprior.models.prior_transformer import cached_blocks, prompt_memory
 from fastprior.models.prior_transformer.in_diffusers import StockPrior
 from helpers.at_once import at_once
 from helpers.priors import relative_error
@@ -30,13 +29,13 @@ LORA = dict(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0
 @pytest.fixture
 def prefills(monkeypatch):
     """A list that grows by one element, the number of prompts, at every prefill."""
-    made, run = [], prior_blocks.prefill
+    made, run = [], cached_blocks.prefill
 
     def prefill(blocks, x, *args):
         made.append(len(x))
         return run(blocks, x, *args)
 
-    monkeypatch.setattr(prior_blocks, "prefill", prefill)
+    monkeypatch.setattr(cached_blocks, "prefill", prefill)
     return made
 
 

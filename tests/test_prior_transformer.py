@@ -12,7 +12,7 @@ import torch
 
 import fastprior
 from fastprior.kernels import ops
-from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer import cached_blocks
 from fastprior.models.prior_transformer.model import PriorTransformer
 from helpers.priors import relative_error
 from helpers.pt_cases import (
@@ -199,7 +199,7 @@ def test_steps_behind_a_prefill(samples, make):
 def test_rows_that_are_the_same_run_once(kinds, chosen, prompts):
     kinds = torch.tensor(kinds)
     tensors = [kinds[:, None].expand(-1, 2).float(), torch.zeros(len(kinds), 3, 2), kinds[:, None] > 0]
-    got, order = prior_blocks.distinct(tensors)
+    got, order = cached_blocks.distinct(tensors)
     repeats = len(kinds) // (len(got) if order is None else len(order))
     order_or_all = torch.arange(len(got)) if order is None else order
     assert torch.equal(kinds[got[order_or_all]].repeat_interleave(repeats), kinds)

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from fastprior import DiffusionPrior, DiffusionPriorTrainer, PriorTransformer, train_diffusion_prior
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
-from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer import cached_blocks
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from fastprior.pipelines.prior_pipeline import PriorPipeline, TextEncoding
 from fastprior.serving.prior_sampler import PriorSampler
@@ -84,13 +84,13 @@ def test_the_loss_needs_statistics():
 def test_packed_text_gives_the_gradients_of_the_whole_pass(monkeypatch, draws):
     """The text runs once for all draws, and padding not at all."""
     prior, image, noise = make(), torch.randn(3, 24), torch.randn(3 * draws, 24)
-    text, tokens, plain = make_text(3), [], prior_blocks.projected
+    text, tokens, plain = make_text(3), [], cached_blocks.projected
 
     def counted(linear, x, *args, **kwargs):
         tokens.append(x.numel() // x.shape[-1])
         return plain(linear, x, *args, **kwargs)
 
-    monkeypatch.setattr(prior_blocks, "projected", counted)
+    monkeypatch.setattr(cached_blocks, "projected", counted)
     found = []
     for whole in (False, True):
         model = copy.deepcopy(prior)

@@ -20,7 +20,7 @@ from fastprior.engine.step_cost import CountLaunches, StepReads, step_seconds, t
 from fastprior.kernels import ops
 from fastprior.models import quantise as quantisation
 from fastprior.models import snapshot
-from fastprior.models.prior_transformer.blocks import HIDDEN, Prefix
+from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
 from fastprior.models.prior_transformer.forward import Conditioning
 from fastprior.pipelines.parts import PipelineParts
 from fastprior.pipelines.text_encoding import TextEncoding

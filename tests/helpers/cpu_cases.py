@@ -15,7 +15,8 @@ from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.models.dalle2.transformer import CausalTransformer
-from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer import cached_blocks
+from fastprior.models.prior_transformer.blocks import Block
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EPS = torch.finfo(FP32).eps
@@ -282,7 +283,7 @@ CONFIGS = {
 
 
 def make_blocks(depth=3, heads=4, dim_head=10, dtype=FP32):
-    blocks = nn.ModuleList(prior_blocks.Block(heads, dim_head, 0.0) for _ in range(depth)).eval()
+    blocks = nn.ModuleList(Block(heads, dim_head, 0.0) for _ in range(depth)).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in blocks.parameters():
@@ -292,7 +293,7 @@ def make_blocks(depth=3, heads=4, dim_head=10, dtype=FP32):
 
 def mask_of(prompts=2, prefix=6):
     mask = torch.zeros(prompts, prefix)
-    mask[1, 3:] = prior_blocks.HIDDEN
+    mask[1, 3:] = cached_blocks.HIDDEN
     mask[0, 0] = -2.0
     return mask
 
@@ -301,7 +302,7 @@ def mask_of(prompts=2, prefix=6):
 def prior_step(blocks, prefix, x, outputs=1):
     mask = mask_of(*prefix.shape[:2]).to(prefix.dtype)
     dtype = None if blocks[0].norm1.weight.dtype != BF16 else BF16
-    return prior_blocks.step(blocks, x, prior_blocks.prefill(blocks, prefix, mask, dtype=dtype), outputs, dtype)
+    return cached_blocks.step(blocks, x, cached_blocks.prefill(blocks, prefix, mask, dtype=dtype), outputs, dtype)
 
 
 def prepare(transformer, heads=3, scale=1.0, **changes):

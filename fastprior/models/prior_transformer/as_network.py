@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastprior.models.dalle2.network import prob_mask_like
 from fastprior.models.prior_transformer import prompt_memory
-from fastprior.models.prior_transformer.blocks import Prefix
+from fastprior.models.prior_transformer.cached_blocks import Prefix
 from fastprior.models.prior_transformer.model import PriorTransformer
 
 

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior.kernels import ops
-from fastprior.models.prior_transformer import blocks as prior_blocks
-from fastprior.models.prior_transformer import prompt_memory
-from fastprior.models.prior_transformer.blocks import HIDDEN, Prefix, normed, projected
+from fastprior.models.prior_transformer import cached_blocks, prompt_memory
+from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix, normed, projected
 from fastprior.models.shared_rows import row_layout
 
 
@@ -146,17 +145,17 @@ class PriorForward:
         positions = torch.cat((positions[:, : tokens.shape[1] - 1], positions[:, longest : longest + 1]), dim=1)
         mask = F.pad((1 - attention_mask.float()) * HIDDEN, (0, 1))
         x = self._placed(tokens, positions)
-        prefix = prior_blocks.prefill(self.transformer_blocks, x, mask, prompts, dtype, pack=False)
+        prefix = cached_blocks.prefill(self.transformer_blocks, x, mask, prompts, dtype, pack=False)
         return Conditioning(prefix, self._time_tokens(times, dtype))
 
     def prepare(self, cond: Conditioning) -> Conditioning:
         """The same for steps of this prior, where another one ran the prefill."""
-        return cond._replace(prefix=cond.prefix._replace(blocks=prior_blocks.prepared(self.transformer_blocks)))
+        return cond._replace(prefix=cond.prefix._replace(blocks=cached_blocks.prepared(self.transformer_blocks)))
 
     def share(self, cond: Conditioning, samples: int) -> Conditioning:
         """The same for steps of `samples` rows of each prompt, see `DiffusionPriorNetwork.share`."""
         layout = row_layout(samples, 2 + (self.prd_embedding is not None), 1, cond.prefix.k.device)
-        return cond if layout is None else cond._replace(prefix=prior_blocks.share(cond.prefix, layout))
+        return cond if layout is None else cond._replace(prefix=cached_blocks.share(cond.prefix, layout))
 
     def step(self, x: Tensor, index: Tensor, cond: Conditioning) -> Tensor:
         """One evaluation behind the cached prefix.
@@ -282,7 +281,7 @@ class PriorForward:
         if not ((mask >= HIDDEN) & (mask <= 0)).all():
             return None
         given = [t for t in (proj_embedding, encoder_hidden_states, mask) if t is not None]
-        chosen, prompts = prior_blocks.distinct(given)
+        chosen, prompts = cached_blocks.distinct(given)
         if encoder_hidden_states is not None:
             encoder_hidden_states = encoder_hidden_states[chosen]
         tokens = self._prefix_tokens(proj_embedding[chosen], encoder_hidden_states)
@@ -291,7 +290,7 @@ class PriorForward:
             return None
         mask = F.pad(mask[chosen], (0, prefix - mask.shape[1]))
         x = self._placed(tokens, self._positions(prefix, suffix, masked=True)[:, :prefix])
-        return prior_blocks.prefill(self.transformer_blocks, x, mask, prompts, self._weight_dtype)
+        return cached_blocks.prefill(self.transformer_blocks, x, mask, prompts, self._weight_dtype)
 
     def _placed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The residual stream at its start, in fp32 or wider."""
@@ -306,6 +305,6 @@ class PriorForward:
         positions = self.positional_embedding[:, -self._count_suffix(hidden_states) :]
         x = self._placed(tokens, positions if layout is None else positions[:, layout.tokens])
         outputs = samples if self.prd_embedding is not None else tokens.shape[1] - 1
-        x = prior_blocks.step(self.transformer_blocks, x, prefix, outputs, self._weight_dtype)
+        x = cached_blocks.step(self.transformer_blocks, x, prefix, outputs, self._weight_dtype)
         pred = projected(self.proj_to_clip_embeddings, normed(self.norm_out, x, self._weight_dtype)).to(x.dtype)
         return pred.flatten(0, 1) if layout is not None or self.prd_embedding is not None else pred

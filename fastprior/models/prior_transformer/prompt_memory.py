@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fastprior.kernels import ops
 from fastprior.models import snapshot
-from fastprior.models.prior_transformer.blocks import Prefix
+from fastprior.models.prior_transformer.cached_blocks import Prefix
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DIM_HEADS, LONGEST_SUFFIX = range(16, 129), 16  # what the kernels take
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-KNOWN = {  # modules that `prior_blocks` runs as they would run themselves
+KNOWN = {  # modules that `cached_blocks` runs as they would run themselves
     "torch.nn.modules": "LayerNorm Linear Dropout ModuleList SiLU Mish GELU ReLU",
     "fastprior.models.prior_transformer.blocks": "Block Attention FeedForward GELU TimeFeatures TimeEmbedding",
     "diffusers.models": "BasicTransformerBlock Attention FeedForward GELU Timesteps TimestepEmbedding",

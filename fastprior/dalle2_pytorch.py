@@ -30,6 +30,7 @@ from fastprior.clip import (
 )
 from fastprior.clip import freeze_and_eval as freeze_model_and_make_eval_
 from fastprior.diffusion.schedule import BETA_SCHEDULES, NoiseScheduler, extract
+from fastprior.draws import prob_mask_like
 from fastprior.models.dalle2.layers import (
     MLP,
     Attention,
@@ -41,7 +42,7 @@ from fastprior.models.dalle2.layers import (
     SwiGLU,
     l2norm,
 )
-from fastprior.models.dalle2.network import DiffusionPriorNetwork, prob_mask_like
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
 from fastprior.peer import is_stand_in, peer_attribute
 from fastprior.prior.diffusion_prior import DiffusionPrior

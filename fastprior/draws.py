@@ -30,3 +30,12 @@ def randn_like(t: Tensor) -> Tensor:
     """Standard normal noise of its shape, dtype and device, from the default generator."""
     with drawing(t.device):
         return torch.randn_like(t)
+
+
+def prob_mask_like(shape: tuple[int, ...], prob: float, device) -> Tensor:
+    """A bool tensor whose elements are True with probability `prob`; 0 and 1 draw no random numbers."""
+    if prob in (0, 1):
+        return torch.full(shape, bool(prob), dtype=torch.bool, device=device)
+    drawn = torch.zeros(shape, device=device)
+    with drawing(drawn.device):
+        return drawn.uniform_(0, 1) < prob

@@ -373,7 +373,7 @@ def test_prior_transformer(dtype):
     x, times = torch.randn(8, 64), torch.tensor([900, 20])
     repeated = (t.repeat_interleave(2, dim=0) for t in text)
     with torch.no_grad():
-        wanted = prior._whole(x, times[1].expand(8), *repeated)
+        wanted = prior.predict_whole(x, times[1].expand(8), *repeated)
         prior = prior.to(DEVICE, dtype)
         embed, encodings, mask = (t.to(DEVICE) for t in text)
         cond = prior.prefill(embed.to(dtype), encodings.to(dtype), mask, times.to(DEVICE))

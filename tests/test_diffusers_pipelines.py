@@ -8,8 +8,9 @@ import torch
 
 import fastprior
 from fastprior.models.prior_transformer import cached_blocks
+from fastprior.models.prior_transformer.prompt_memory import remembered
 from helpers.priors import relative_error
-from helpers.pt_cases import MAKES, kept, make_inputs, make_stock, within_diffusers
+from helpers.pt_cases import MAKES, make_inputs, make_stock, within_diffusers
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -168,7 +169,7 @@ def test_same_as_with_diffusers_own(name, make, clip, prefills):
     pipe = make_pipe(name, clip, MAKES[make])
     assert relative_error(call(name, pipe), wanted) < min(TOLERANCE, of_the_seed / 10)
     assert len(prefills) == PIPELINES[name][3]
-    assert kept(pipe.prior) is None, "the prefix must go when the run ends"
+    assert remembered(pipe.prior) is None, "the prefix must go when the run ends"
 
 
 @pytest.mark.parametrize("make", MAKES)

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastprior.models import snapshot
 from fastprior.models.prior_transformer import cached_blocks, prompt_memory
 from fastprior.models.prior_transformer.in_diffusers import StockPrior
+from fastprior.models.prior_transformer.prompt_memory import Remembered, remembered
 from helpers.at_once import at_once
 from helpers.priors import relative_error
-from helpers.pt_cases import MAKES, TOLERANCE, kept, make_inputs, make_stock, within_diffusers
+from helpers.pt_cases import MAKES, TOLERANCE, make_inputs, make_stock, within_diffusers
 
 pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -157,8 +158,8 @@ CHANGES = {
     "autocast": (as_autocast, "key"),
 }
 CHECKS = {
-    "conditioning": (prompt_memory._Entry, "same_conditioning"),
-    "key": (prompt_memory._Entry, "same_key"),
+    "conditioning": (Remembered, "same_text"),
+    "key": (Remembered, "same_key"),
     "weights": (snapshot.Snapshot, "same_weights"),
     "modules": (snapshot.Snapshot, "same_modules"),
     "values": (snapshot.Snapshot, "same_values"),
@@ -176,7 +177,7 @@ def test_every_change_is_seen(name, blind, monkeypatch):
     scene = Scene(adapters="adapter" in name and "added" not in name)
     change, checks = CHANGES[name]
     run(scene.model, scene.given)
-    entry = kept(scene.model)
+    entry = remembered(scene.model)
     assert entry is not None
     text = scene.given["proj_embedding"]  # held, so that the prefix does not go with it
     change(scene)
@@ -191,7 +192,7 @@ def test_every_change_is_seen(name, blind, monkeypatch):
     with scene.around():
         got, wanted = run(scene.model, scene.given), full(scene.model, scene.given)
     assert got.dtype == wanted.dtype and text is not None
-    assert (kept(scene.model) is entry) == blind
+    assert (remembered(scene.model) is entry) == blind
     if name != "autocast":
         assert (relative_error(got, wanted) > TOLERANCE) == blind, "stale with the check blinded, and only then"
     elif not blind:
@@ -332,13 +333,13 @@ def test_threads_keep_their_own(prefills):
 
 
 def prefix_memory(model) -> weakref.ref:
-    return weakref.ref(kept(model).prefix.k)
+    return weakref.ref(remembered(model).prefix.k)
 
 
 def dropped_conditioning(model, given):
     held = given["proj_embedding"]
     del given["encoder_hidden_states"], given["attention_mask"]
-    assert kept(model) is not None, "the caller still holds a part"
+    assert remembered(model) is not None, "the caller still holds a part"
     del given["proj_embedding"], held
 
 
@@ -410,7 +411,7 @@ def test_conditioning_may_go_in_another_thread():
     thread = threading.Thread(target=held.clear)
     thread.start()
     thread.join()
-    assert memory() is None and kept(model) is None
+    assert memory() is None and remembered(model) is None
 
 
 def test_the_callers_tensors_are_not_kept_or_changed():

@@ -14,12 +14,12 @@ import fastprior
 from fastprior.kernels import ops
 from fastprior.models.prior_transformer import cached_blocks
 from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.models.prior_transformer.prompt_memory import remembered
 from helpers.priors import relative_error
 from helpers.pt_cases import (
     CONFIG,
     MAKES,
     TOLERANCE,
-    kept,
     make_inputs,
     make_stock,
     within_diffusers,
@@ -79,7 +79,7 @@ def test_every_option_as_in_diffusers(name, make):
             wanted = stock(**given).predicted_image_embedding
             for _ in range(2):
                 assert relative_error(ours(**given).predicted_image_embedding, wanted) < TOLERANCE
-        assert kept(ours) is not None or not mask, "the prefix must be kept where there can be one"
+        assert remembered(ours) is not None or not mask, "the prefix must be kept where there can be one"
         got = ours(**given, return_dict=False)[0]
         assert got.requires_grad and relative_error(got.detach(), wanted) < TOLERANCE
         if not SWEEP[name].get("dropout"):
@@ -133,7 +133,7 @@ def test_masks(name, make):
     given["attention_mask"] = MASKS[name](given["attention_mask"])
     with torch.no_grad():
         assert relative_error(ours(**given)[0], stock(**given)[0]) < TOLERANCE
-    entry = kept(ours)
+    entry = remembered(ours)
     if name == "beyond":  # undoes causality, so nothing can be kept
         assert entry is None
     else:
@@ -162,7 +162,7 @@ def test_other_sequences(name, make):
     with torch.no_grad():
         for _ in range(2):
             assert relative_error(ours(**given)[0], stock(**given)[0]) < TOLERANCE
-    assert (kept(ours) is not None) == mask
+    assert (remembered(ours) is not None) == mask
 
 
 @pytest.mark.parametrize("make", MAKES)
@@ -224,7 +224,7 @@ def test_16_bits(autocast, dtype, make):
             ours(**given)
             got = ours(**given)[0]
     assert got.dtype == wanted.dtype == dtype
-    assert kept(ours) is not None
+    assert remembered(ours) is not None
     assert torch.nn.functional.cosine_similarity(got.double(), wanted.double()).min() > 0.999
     errors = [(t.double() - exact).square().mean().sqrt() for t in (got, wanted)]
     assert errors[0] <= 2 * errors[1]
@@ -237,11 +237,11 @@ def test_on_kernels():
     with torch.no_grad(), ops.using("triton"):
         for _ in range(2):
             assert relative_error(ours(**given)[0], stock(**given)[0]) < TOLERANCE
-        assert kept(ours) is not None
+        assert remembered(ours) is not None
     few = without_diffusers(make_stock())
     with torch.no_grad(), ops.using("triton"):
         few(**given)
-        assert kept(few) is None, "the kernels take no heads of 8"
+        assert remembered(few) is None, "the kernels take no heads of 8"
 
 
 # what clients do with the model
@@ -275,7 +275,7 @@ def test_attention_processors(processor):
         got = ours(**given)[0]
         assert Doubling.calls == (3 if processor == "Doubling" else 0)
         assert relative_error(got, stock(**given)[0]) < TOLERANCE
-        assert (kept(ours) is None) == (processor == "Doubling")
+        assert (remembered(ours) is None) == (processor == "Doubling")
         assert (relative_error(got, before) > 0.01) == (processor == "Doubling")
         ours.set_default_attn_processor() if processor != "Doubling" else ours.set_attn_processor(
             attention_processor.AttnProcessor2_0()
@@ -334,7 +334,7 @@ def test_copies_and_pickles_do_not_share_a_prefix(make):
     with torch.no_grad():
         wanted = ours(**given)[0]
         for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            assert type(other) is type(ours) and kept(other) is None
+            assert type(other) is type(ours) and remembered(other) is None
             assert torch.equal(other(**given)[0], wanted)
 
 

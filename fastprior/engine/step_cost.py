@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastprior.kernels import ops
-from fastprior.models.dalle2.network import Conditioning, DiffusionPriorNetwork
+from fastprior.models.dalle2.network import DiffusionPriorNetwork, NetworkConditioning
 
 if TYPE_CHECKING:
-    from fastprior.models.prior_transformer import forward
+    from fastprior.models.prior_transformer.forward import PriorTransformerConditioning
 
 LAUNCH_SECONDS = 1.7e-6
 NO_KERNEL = "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"
@@ -34,14 +34,14 @@ class StepReads(NamedTuple):
     tables: int
 
 
-def step_reads(net: DiffusionPriorNetwork, cond: Conditioning, null_preds: Tensor, rows: Tensor) -> StepReads:
+def step_reads(net: DiffusionPriorNetwork, cond: NetworkConditioning, null_preds: Tensor, rows: Tensor) -> StepReads:
     """For a network, and what `sampler.denoise_step` takes besides."""
     cache, (matrices, vectors) = cond.cache, _weights(net.causal_transformer)
     tables = *vectors, cache.bias, *(cache.rotary or ()), cond.time_tokens[:1], null_preds[:1], rows[:1]
     return StepReads(*(sum(t.nbytes for t in read) for read in (matrices, (cache.k, cache.v), tables)))
 
 
-def transformer_reads(prior: nn.Module, cond: forward.Conditioning, rows: Tensor) -> StepReads:
+def transformer_reads(prior: nn.Module, cond: PriorTransformerConditioning, rows: Tensor) -> StepReads:
     """The same for a `PriorTransformer`, or what is like one: its blocks, and what its suffix tokens pass besides."""
     modules = prior.transformer_blocks, prior.proj_in, prior.norm_in, prior.norm_out, prior.proj_to_clip_embeddings
     matrices, vectors = _weights(*(module for module in modules if module is not None))

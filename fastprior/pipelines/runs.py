@@ -21,7 +21,7 @@ from fastprior.kernels import ops
 from fastprior.models import quantise as quantisation
 from fastprior.models import snapshot
 from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
-from fastprior.models.prior_transformer.forward import Conditioning
+from fastprior.models.prior_transformer.forward import PriorTransformerConditioning
 from fastprior.pipelines.parts import PipelineParts
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.prior.loop import Step, run_table
@@ -194,7 +194,7 @@ class PriorRuns(PipelineParts):
         clock.add(began, self._note(run, conds, x.dtype) * len(run.table))
         return x
 
-    def _note(self, run: Run, conds: list[Conditioning], dtype: torch.dtype) -> int:
+    def _note(self, run: Run, conds: list[PriorTransformerConditioning], dtype: torch.dtype) -> int:
         """Remember a run for `stats`, whose steps run behind all these conditions: the bytes that each step reads."""
         net = self._quantised or self.prior
         self._reads = StepReads(*map(sum, zip(*(transformer_reads(net, cond, run.table.rows) for cond in conds))))
@@ -349,13 +349,13 @@ class PriorRuns(PipelineParts):
             time = torch.empty(1, 1, config["num_attention_heads"] * config["attention_head_dim"], dtype=self.dtype)
             x = torch.empty((groups - run.guidance) * each, config["embedding_dim"], dtype=dtype)
             rows, scale, index = torch.empty(1, 6, dtype=dtype), torch.ones((), dtype=dtype), torch.zeros((), dtype=int)
-            cond = Conditioning(Prefix(k, v, mask), time)
+            cond = PriorTransformerConditioning(Prefix(k, v, mask), time)
             for _ in range(2):  # what the first clears is cleared
                 launches.names.clear()
                 guided_step(self._quantised or self.prior, cond, rows, scale, x, x, x, index, *fixed)
         return launches.count
 
-    def _step(self, run: Run, dtype: torch.dtype) -> tuple[Step, list[Conditioning]]:
+    def _step(self, run: Run, dtype: torch.dtype) -> tuple[Step, list[PriorTransformerConditioning]]:
         """The steps of a run, of x in a dtype, and the conditions that each of them runs behind."""
         step = self._compiled_step if self.compile else self._plain_step
         return step(self._quantised or self.prior, run, dtype)
@@ -367,7 +367,9 @@ class PriorRuns(PipelineParts):
         fixed = self.schedule.clamp, self.schedule.radius, run.table.uses_prediction
         return *(t.to(self.device) for t in tensors), fixed
 
-    def _plain_step(self, prior: PriorTransformer, run: Run, dtype: torch.dtype) -> tuple[Step, list[Conditioning]]:
+    def _plain_step(
+        self, prior: PriorTransformer, run: Run, dtype: torch.dtype
+    ) -> tuple[Step, list[PriorTransformerConditioning]]:
         times, rows, scale, indices, fixed = self._inputs(run, dtype)
         index = torch.tensor(run.prefixes, device=self.device)
         cond = self.prior.prefill(*(tensor[index] for tensor in run.text), times)  # runs the same prompts once
@@ -376,7 +378,9 @@ class PriorRuns(PipelineParts):
         step = partial(guided_step, prior, cond, rows, scale)
         return lambda x, x0, noise, index: step(x, x0, noise(), indices[index], run.guided, *fixed), [cond]
 
-    def _compiled_step(self, prior: PriorTransformer, run: Run, dtype: torch.dtype) -> tuple[Step, list[Conditioning]]:
+    def _compiled_step(
+        self, prior: PriorTransformer, run: Run, dtype: torch.dtype
+    ) -> tuple[Step, list[PriorTransformerConditioning]]:
         """The same in parts of few shapes: each group of prompts is padded to a batch size, each text to a length."""
         times, rows, scale, indices, fixed = self._inputs(run, dtype)
         cond = self.prior.prefill(*run.text, times)

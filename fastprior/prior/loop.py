@@ -17,7 +17,7 @@ from fastprior.draws import drawing
 from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.dalle2.layers import l2norm
-from fastprior.models.dalle2.network import Conditioning, DiffusionPriorNetwork
+from fastprior.models.dalle2.network import DiffusionPriorNetwork, NetworkConditioning
 from fastprior.prior.plan import SamplingPlan, is_overridden, method_overrides
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def null_table(net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
 
 def denoise_step(
     net: DiffusionPriorNetwork,
-    cond: Conditioning,
+    cond: NetworkConditioning,
     null_preds: Tensor,
     rows: Tensor,
     cond_scale: Tensor,
@@ -90,7 +90,7 @@ def denoise_step(
 def prepare_run(
     net: nn.Module,
     plan: SamplingPlan,
-    cond: Conditioning,
+    cond: NetworkConditioning,
     null_preds: Tensor,
     rows: Tensor,
     cond_scale: float,
@@ -184,7 +184,7 @@ def step_inputs(net: DiffusionPriorNetwork, plan: SamplingPlan) -> tuple[Tensor,
 
 def prefill(
     net: DiffusionPriorNetwork, plan: SamplingPlan, text_cond: dict, times: Tensor, samples: int = 1
-) -> Conditioning:
+) -> NetworkConditioning:
     """What the steps of a plan share, for `samples` rows of each prompt."""
     text_embed = text_cond["text_embed"]
     second_branch = len(text_embed) if plan.guidance == "second branch" else 0

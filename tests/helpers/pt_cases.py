@@ -5,7 +5,6 @@ import copy
 import torch
 
 import fastprior
-from fastprior.models.prior_transformer import prompt_memory
 from fastprior.models.prior_transformer.model import PriorTransformer
 
 CONFIG = dict(
@@ -39,13 +38,6 @@ def without_diffusers(stock):
 
 
 MAKES = {"within": within_diffusers, "without": without_diffusers}
-
-
-def kept(model) -> prompt_memory._Entry | None:
-    """What is remembered of the last call of a model in this thread."""
-    local = prompt_memory._SLOTS.get(model)
-    slot = local and vars(local).get("slot")
-    return slot and slot.entry
 
 
 def make_inputs(config, rows: int = 4, tokens: int | None = None, mask: bool = True, seed: int = 0) -> dict:

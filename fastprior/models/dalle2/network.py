@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprior.draws import drawing
+from fastprior.draws import prob_mask_like
 from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.dalle2.conditions import Conditions, find
@@ -25,16 +25,7 @@ from fastprior.models.shared_rows import row_layout
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
 
 
-def prob_mask_like(shape: tuple[int, ...], prob: float, device) -> Tensor:
-    """A bool tensor whose elements are True with probability `prob`; 0 and 1 draw no random numbers."""
-    if prob in (0, 1):
-        return torch.full(shape, bool(prob), dtype=torch.bool, device=device)
-    drawn = torch.zeros(shape, device=device)
-    with drawing(drawn.device):
-        return drawn.uniform_(0, 1) < prob
-
-
-class Conditioning(NamedTuple):
+class NetworkConditioning(NamedTuple):
     """What the steps of one run share: the prefix cache, the time tokens of the schedule, and which rows are null.
 
     Attributes:
@@ -281,7 +272,7 @@ class DiffusionPriorNetwork(nn.Module):
         times: Tensor,
         null_rows: int = 0,
         conditions: Mapping[str, Tensor] | None = None,
-    ) -> Conditioning:
+    ) -> NetworkConditioning:
         """Run the text once, for any number of steps.
 
         Args:
@@ -299,9 +290,9 @@ class DiffusionPriorNetwork(nn.Module):
             pairs = (cache.k, null.k), (cache.v, null.v)
             k, v = (torch.cat((own, other.expand(-1, null_rows, -1, -1, -1)), dim=1) for own, other in pairs)
             cache = cache._replace(k=k, v=v)
-        return Conditioning(cache, times if times.ndim == 3 else self.time_tokens(times), null_rows)
+        return NetworkConditioning(cache, times if times.ndim == 3 else self.time_tokens(times), null_rows)
 
-    def share(self, cond: Conditioning, samples: int) -> Conditioning:
+    def share(self, cond: NetworkConditioning, samples: int) -> NetworkConditioning:
         """The same for steps of `samples` rows of each prompt, which run its time tokens once for several of them.
 
         `step` takes one index for all rows then.
@@ -309,7 +300,7 @@ class DiffusionPriorNetwork(nn.Module):
         layout = row_layout(samples, self.suffix_tokens, self.num_time_embeds, cond.cache.k.device)
         return cond if layout is None else cond._replace(cache=self.causal_transformer.share(cond.cache, layout))
 
-    def prepare(self, cond: Conditioning) -> Conditioning:
+    def prepare(self, cond: NetworkConditioning) -> NetworkConditioning:
         """The same for steps of this network, where another one ran the prefill."""
         return cond._replace(cache=cond.cache._replace(blocks=self.causal_transformer.prepared()))
 
@@ -319,7 +310,7 @@ class DiffusionPriorNetwork(nn.Module):
         nulls = torch.cat((*nulls, self.null_text_encodings, self.null_text_embeds), dim=1)
         return self.causal_transformer.prefill(nulls.to(device, self.stream_dtype), self.suffix_tokens)
 
-    def step(self, x: Tensor, index: Tensor, cond: Conditioning, self_cond: Tensor | None = None) -> Tensor:
+    def step(self, x: Tensor, index: Tensor, cond: NetworkConditioning, self_cond: Tensor | None = None) -> Tensor:
         """One evaluation behind the cached prefix.
 
         Args:
@@ -339,7 +330,7 @@ class DiffusionPriorNetwork(nn.Module):
         suffix = self._suffix(time_tokens, image_tokens, self_cond, cond.cache.samples)
         return self.causal_transformer.step(suffix, cond.cache).to(self.stream_dtype)
 
-    def prepare_run(self, cond: Conditioning, samples: int, **solver) -> ops.Run | None:
+    def prepare_run(self, cond: NetworkConditioning, samples: int, **solver) -> ops.Run | None:
         """A run whose steps are one kernel each; None where there is none for them.
 
         Args:
@@ -368,7 +359,7 @@ class DiffusionPriorNetwork(nn.Module):
         cache = self._null_cache(times.device)
         chunks = []
         for chunk in times.split(NULL_TABLE_ROWS):
-            cond = Conditioning(cache, self.time_tokens(chunk), null_rows=1)
+            cond = NetworkConditioning(cache, self.time_tokens(chunk), null_rows=1)
             x = self.null_image_embed.to(self.stream_dtype).expand(len(chunk), -1)
             chunks.append(self.step(x, torch.arange(len(chunk), device=times.device), cond))
         return torch.cat(chunks)

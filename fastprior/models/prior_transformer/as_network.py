@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from fastprior.models.dalle2.network import prob_mask_like
+from fastprior.draws import prob_mask_like
 from fastprior.models.prior_transformer import prompt_memory
-from fastprior.models.prior_transformer.cached_blocks import Prefix
+from fastprior.models.prior_transformer.forward import PriorTransformerConditioning
 from fastprior.models.prior_transformer.model import PriorTransformer
-
-
-class Conditioning(NamedTuple):
-    """What the steps of one run share: the prefixes, of which the last `null_rows` are unconditional, and the times."""
-
-    prefix: Prefix
-    time_tokens: Tensor
-    null_rows: int
 
 
 class PriorTransformerNet(nn.Module):
@@ -95,7 +85,7 @@ class PriorTransformerNet(nn.Module):
 
     def obstacles(self, dropout: bool = False) -> list[str]:
         """See `fastprior.prior.plan.network_obstacles`."""
-        return prompt_memory.obstacles(self.prior, self.suffix_tokens)
+        return prompt_memory.prefix_obstacles(self.prior, self.suffix_tokens)
 
     def _check(self, text_embed: Tensor, text_encodings: Tensor | None) -> None:
         prompts = len(text_embed)
@@ -153,10 +143,10 @@ class PriorTransformerNet(nn.Module):
         text = self._text(text_embed, text_encodings, keep)
         x = image_embed.to(prior.dtype)
         if not torch.compiler.is_compiling() and not prior.gradient_checkpointing and not self.obstacles():
-            prefix = prior._prefix(*text, self.suffix_tokens)
-            return prior._behind(x, prior._time_tokens(diffusion_timesteps, prior.dtype), prefix)[:, -self.dim :]
+            prefix = prior.encode_prefix(*text, self.suffix_tokens)
+            return prior.predict_behind(x, prior.time_tokens(diffusion_timesteps), prefix)
         text = (t.repeat_interleave(rows // prompts, dim=0) for t in text)
-        return prior._whole(x, diffusion_timesteps, *text)
+        return prior.predict_whole(x, diffusion_timesteps, *text)
 
     def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> Tensor:
         """`forward` with classifier-free guidance; the unconditional branch is the empty text."""
@@ -168,21 +158,20 @@ class PriorTransformerNet(nn.Module):
 
     def prefill(
         self, text_embed: Tensor, text_encodings: Tensor, times: Tensor, null_rows: int = 0, conditions: None = None
-    ) -> Conditioning:
+    ) -> PriorTransformerConditioning:
         """Run the text once, for any number of steps: see `DiffusionPriorNetwork.prefill`."""
         keep = torch.ones(len(text_embed), 1, 1, dtype=torch.bool, device=text_embed.device)
         text = self._text(text_embed, text_encodings, keep)
         if null_rows:
             null = self._text(text_embed[:1], text_encodings[:1], ~keep[:1])
             text = (torch.cat((own, other.expand(null_rows, *own.shape[1:]))) for own, other in zip(text, null))
-        prior = self.prior
-        return Conditioning(prior._prefix(*text, self.suffix_tokens), prior._time_tokens(times, prior.dtype), null_rows)
+        prefix = self.prior.encode_prefix(*text, self.suffix_tokens)
+        return PriorTransformerConditioning(prefix, self.prior.time_tokens(times), null_rows)
 
-    def share(self, cond: Conditioning, samples: int) -> Conditioning:
+    def share(self, cond: PriorTransformerConditioning, samples: int) -> PriorTransformerConditioning:
         """See `DiffusionPriorNetwork.share`."""
-        return cond._replace(prefix=self.prior.share(cond, samples).prefix)
+        return self.prior.share(cond, samples)
 
-    def step(self, x: Tensor, index: Tensor, cond: Conditioning, self_cond: None = None) -> Tensor:
+    def step(self, x: Tensor, index: Tensor, cond: PriorTransformerConditioning, self_cond: None = None) -> Tensor:
         """One evaluation behind the cached prefix: see `DiffusionPriorNetwork.step`."""
-        x = x.to(self.prior.dtype)
-        return self.prior._behind(x, cond.time_tokens.index_select(0, index.reshape(-1)), cond.prefix)
+        return self.prior.step(x, index, cond)

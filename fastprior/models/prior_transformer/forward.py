@@ -10,20 +10,23 @@ from torch import Tensor
 
 from fastprior.kernels import ops
 from fastprior.models.prior_transformer import cached_blocks, prompt_memory
-from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix, normed, projected
+from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix, projected
 from fastprior.models.shared_rows import row_layout
 
 
-class Conditioning(NamedTuple):
-    """What the steps of one run share.
+class PriorTransformerConditioning(NamedTuple):
+    """What the steps of one run share: the text, run once, and the times.
 
     Attributes:
         prefix: keys and values of the prefix, per prompt.
         time_tokens: (steps, 1, dim).
+        null_rows: how many of the prompts, counted from the last, are the unconditional branch of a
+            `PriorTransformerNet`.
     """
 
     prefix: Prefix
     time_tokens: Tensor
+    null_rows: int = 0
 
 
 class PriorTransformerOutput(NamedTuple):
@@ -70,30 +73,28 @@ class PriorForward:
         Raises:
             ValueError: a shape does not fit the others or the config.
         """
-        given = proj_embedding, encoder_hidden_states, attention_mask
-        self._check(*given, hidden_states)
-        time = timestep if torch.is_tensor(timestep) else torch.tensor(timestep, dtype=torch.long)
-        time = time.reshape(-1).to(hidden_states.device)
-        if len(time) not in (1, len(hidden_states)):
-            raise ValueError(f"timestep has {len(time)} elements; it must have 1 or as many as hidden_states has rows")
-        prefix = None
-        if attention_mask is not None and prompt_memory.is_plain_call(given):
+        text, pred = (proj_embedding, encoder_hidden_states, attention_mask), None
+        self._check(*text, hidden_states)
+        times = timestep if torch.is_tensor(timestep) else torch.tensor(timestep, dtype=torch.long)
+        times = times.reshape(-1).to(hidden_states.device)
+        if len(times) not in (1, len(hidden_states)):
+            raise ValueError(f"timestep has {len(times)} elements; it must have 1 or as many as hidden_states has rows")
+        if attention_mask is not None and prompt_memory.is_plain_call(text):
             suffix = self._count_suffix(hidden_states)
             with ops.sharing():
-                prefix = prompt_memory.recall(self, given, suffix, lambda: self._prefix(*given, suffix))
-        if prefix is None:
-            pred = self._whole(hidden_states, time, *given)
-        else:
-            with ops.sharing():
-                pred = self._behind(hidden_states, self._time_tokens(time, self._weight_dtype), prefix)
-            kind = pred.device.type
-            autocast = torch.is_autocast_enabled(kind)
-            pred = pred.to(torch.get_autocast_dtype(kind) if autocast else self._weight_dtype)
+                prefix = prompt_memory.recall(self, text, suffix, lambda: self.encode_prefix(*text, suffix))
+                if prefix is not None:
+                    pred = self.predict_behind(hidden_states, self.time_tokens(times), prefix)
+                    kind = pred.device.type
+                    autocast = torch.is_autocast_enabled(kind)
+                    pred = pred.to(torch.get_autocast_dtype(kind) if autocast else self._weight_dtype)
+        if pred is None:
+            pred = self.predict_whole(hidden_states, times, *text)
         return self.output_class(pred) if return_dict else (pred,)
 
     def prefill(
         self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor, times: Tensor
-    ) -> Conditioning:
+    ) -> PriorTransformerConditioning:
         """Run the text once, for any number of steps. Prompts that are the same run as one.
 
         Args:
@@ -108,16 +109,13 @@ class PriorForward:
         if attention_mask is None:
             raise ValueError("attention_mask is None; it must be given: without it attention is not causal")
         self._check(proj_embedding, encoder_hidden_states, attention_mask)
-        dtype = self._weight_dtype
+        dtype, suffix = self._weight_dtype, self._suffix_behind_prefix()
         proj_embedding = proj_embedding.to(dtype)
         encoder_hidden_states = None if encoder_hidden_states is None else encoder_hidden_states.to(dtype)
-        suffix = 2 + (self.prd_embedding is not None)
-        if reasons := prompt_memory.obstacles(self, suffix):
-            raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(reasons)}")
-        prefix = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, suffix)
+        prefix = self.encode_prefix(proj_embedding, encoder_hidden_states, attention_mask, suffix)
         if prefix is None:
             raise ValueError("attention_mask hides tokens behind the text, or has values beyond 0 and 1; it must not")
-        return Conditioning(prefix, self._time_tokens(times, dtype))
+        return PriorTransformerConditioning(prefix, self.time_tokens(times))
 
     def padded_prefill(
         self,
@@ -126,7 +124,7 @@ class PriorForward:
         attention_mask: Tensor,
         times: Tensor,
         prompts: Tensor,
-    ) -> Conditioning:
+    ) -> PriorTransformerConditioning:
         """`prefill` as a CUDA graph takes it: shapes alone say what is computed, and no value is looked at.
 
         Args:
@@ -137,27 +135,24 @@ class PriorForward:
             prompts: (prompts,) int64, which text each is.
         """
         dtype, longest = self._weight_dtype, self.config["num_embeddings"]
-        suffix = 2 + (self.prd_embedding is not None)
-        if reasons := prompt_memory.obstacles(self, suffix):
-            raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(reasons)}")
+        positions = self._positions(longest + 1, self._suffix_behind_prefix(), masked=True)
         tokens = self._prefix_tokens(proj_embedding.to(dtype), encoder_hidden_states.to(dtype))
-        positions = self._positions(longest + 1, suffix, masked=True)
         positions = torch.cat((positions[:, : tokens.shape[1] - 1], positions[:, longest : longest + 1]), dim=1)
         mask = F.pad((1 - attention_mask.float()) * HIDDEN, (0, 1))
         x = self._placed(tokens, positions)
         prefix = cached_blocks.prefill(self.transformer_blocks, x, mask, prompts, dtype, pack=False)
-        return Conditioning(prefix, self._time_tokens(times, dtype))
+        return PriorTransformerConditioning(prefix, self.time_tokens(times))
 
-    def prepare(self, cond: Conditioning) -> Conditioning:
-        """The same for steps of this prior, where another one ran the prefill."""
+    def prepare(self, cond: PriorTransformerConditioning) -> PriorTransformerConditioning:
+        """Make a conditioning that another prior's prefill ran ready for steps of this one."""
         return cond._replace(prefix=cond.prefix._replace(blocks=cached_blocks.prepared(self.transformer_blocks)))
 
-    def share(self, cond: Conditioning, samples: int) -> Conditioning:
-        """The same for steps of `samples` rows of each prompt, see `DiffusionPriorNetwork.share`."""
-        layout = row_layout(samples, 2 + (self.prd_embedding is not None), 1, cond.prefix.k.device)
+    def share(self, cond: PriorTransformerConditioning, samples: int) -> PriorTransformerConditioning:
+        """Make a conditioning ready for steps of `samples` rows of each prompt, see `DiffusionPriorNetwork.share`."""
+        layout = row_layout(samples, self._count_suffix(), 1, cond.prefix.k.device)
         return cond if layout is None else cond._replace(prefix=cached_blocks.share(cond.prefix, layout))
 
-    def step(self, x: Tensor, index: Tensor, cond: Conditioning) -> Tensor:
+    def step(self, x: Tensor, index: Tensor, cond: PriorTransformerConditioning) -> Tensor:
         """One evaluation behind the cached prefix.
 
         Args:
@@ -168,7 +163,7 @@ class PriorForward:
             (rows, clip_embed_dim) in fp32 or wider.
         """
         time_tokens = cond.time_tokens.index_select(0, index.reshape(-1))
-        pred = self._behind(x.to(self._weight_dtype), time_tokens, cond.prefix)
+        pred = self.predict_behind(x.to(self._weight_dtype), time_tokens, cond.prefix)
         return pred if pred.dim() == 2 else pred.squeeze(1)
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
@@ -190,8 +185,16 @@ class PriorForward:
     def _weight_dtype(self) -> torch.dtype:
         return self.proj_in.weight.dtype
 
-    def _count_suffix(self, hidden_states: Tensor) -> int:
-        return 1 + (hidden_states.shape[1] if hidden_states.dim() == 3 else 1) + (self.prd_embedding is not None)
+    def _count_suffix(self, hidden_states: Tensor | None = None) -> int:
+        noisy = 1 if hidden_states is None or hidden_states.dim() == 2 else hidden_states.shape[1]
+        return 1 + noisy + (self.prd_embedding is not None)
+
+    def _suffix_behind_prefix(self) -> int:
+        """Number of suffix tokens; raises ValueError where they cannot run behind a prefix."""
+        suffix = self._count_suffix()
+        if reasons := prompt_memory.prefix_obstacles(self, suffix):
+            raise ValueError(f"this prior cannot run behind a prefix: {'; '.join(reasons)}")
+        return suffix
 
     def _check(self, proj_embedding, encoder_hidden_states, attention_mask, hidden_states=None) -> None:
         config, rows = self.config, len(proj_embedding)
@@ -225,8 +228,9 @@ class PriorForward:
             )
         return positions
 
-    def _time_tokens(self, times: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.time_embedding(self.time_proj(times).to(dtype))[:, None]
+    def time_tokens(self, times: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tokens of times (steps,): (steps, 1, dim), in the weights' dtype or another one."""
+        return self.time_embedding(self.time_proj(times).to(dtype or self._weight_dtype))[:, None]
 
     def _prefix_tokens(self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
         if self.embedding_proj_norm is not None:
@@ -247,10 +251,17 @@ class PriorForward:
             tokens.append(self.prd_embedding.to(hidden.dtype).expand(rows, samples, -1))
         return torch.cat(tokens, dim=1)
 
-    def _whole(self, hidden_states, time, proj_embedding, encoder_hidden_states, attention_mask) -> Tensor:
-        """The prediction by a pass over all tokens, every module called as it stands."""
+    def predict_whole(
+        self,
+        hidden_states: Tensor,
+        times: Tensor,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Predict as `forward` does, by a pass over all tokens, every module called as it stands."""
         prefix = self._prefix_tokens(proj_embedding, encoder_hidden_states)
-        suffix = self._suffix_tokens(hidden_states, self._time_tokens(time, self.dtype))
+        suffix = self._suffix_tokens(hidden_states, self.time_tokens(times, self.dtype))
         masked = attention_mask is not None
         x = torch.cat((prefix, suffix), dim=1)
         x = x + self._positions(prefix.shape[1], suffix.shape[1], masked).to(x.dtype)
@@ -275,13 +286,18 @@ class PriorForward:
         padding = F.pad(padding, (0, tokens - padding.shape[1]))
         return (padding[:, None] + causal).repeat_interleave(heads, dim=0)
 
-    def _prefix(self, proj_embedding, encoder_hidden_states, attention_mask, suffix: int) -> Prefix | None:
-        """The prefix; None for a mask that hides suffix tokens, or undoes causality with values beyond 0 and 1."""
+    def encode_prefix(
+        self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor, suffix: int
+    ) -> Prefix | None:
+        """Run the text of `forward` once, for steps of `suffix` tokens; texts that are the same run as one.
+
+        None for a mask that hides suffix tokens, or undoes causality with values beyond 0 and 1.
+        """
         mask = (1 - attention_mask.to(proj_embedding.device, torch.float32)) * HIDDEN
         if not ((mask >= HIDDEN) & (mask <= 0)).all():
             return None
-        given = [t for t in (proj_embedding, encoder_hidden_states, mask) if t is not None]
-        chosen, prompts = cached_blocks.distinct(given)
+        text = [t for t in (proj_embedding, encoder_hidden_states, mask) if t is not None]
+        chosen, prompts = cached_blocks.distinct(text)
         if encoder_hidden_states is not None:
             encoder_hidden_states = encoder_hidden_states[chosen]
         tokens = self._prefix_tokens(proj_embedding[chosen], encoder_hidden_states)
@@ -294,17 +310,18 @@ class PriorForward:
 
     def _placed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The residual stream at its start, in fp32 or wider."""
-        stream = torch.promote_types(self._weight_dtype, torch.float32)
+        stream, norm = torch.promote_types(self._weight_dtype, torch.float32), self.norm_in
         x = tokens.to(stream) + positions.to(stream)
-        return x if self.norm_in is None else normed(self.norm_in, x)
+        return x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
-    def _behind(self, hidden_states: Tensor, time_tokens: Tensor, prefix: Prefix) -> Tensor:
-        """The prediction for (all samples, …) noisy embeddings behind a prefix, in fp32 or wider."""
+    def predict_behind(self, hidden_states: Tensor, time_tokens: Tensor, prefix: Prefix) -> Tensor:
+        """Predict from (all samples, …) noisy embeddings behind a prefix, in fp32 or wider."""
         layout, samples = prefix.layout, 1 if prefix.layout is None else prefix.layout.samples
         tokens = self._suffix_tokens(hidden_states, time_tokens, samples)
         positions = self.positional_embedding[:, -self._count_suffix(hidden_states) :]
         x = self._placed(tokens, positions if layout is None else positions[:, layout.tokens])
         outputs = samples if self.prd_embedding is not None else tokens.shape[1] - 1
         x = cached_blocks.step(self.transformer_blocks, x, prefix, outputs, self._weight_dtype)
-        pred = projected(self.proj_to_clip_embeddings, normed(self.norm_out, x, self._weight_dtype)).to(x.dtype)
+        h = ops.layer_norm(x, self.norm_out.weight, self.norm_out.bias, self.norm_out.eps, dtype=self._weight_dtype)
+        pred = projected(self.proj_to_clip_embeddings, h).to(x.dtype)
         return pred.flatten(0, 1) if layout is not None or self.prd_embedding is not None else pred

@@ -1,4 +1,4 @@
-"""Recognising the conditioning of the last call, so that a loop which only ever calls `forward` prefills once."""
+"""Recognising the text of the last call, so that a loop which only ever calls `forward` prefills once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KNOWN = {  # modules that `cached_blocks` runs as they would run themselves
 # processors of diffusers that differ in memory and speed alone
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
-Conditioning = tuple[Tensor | None, ...]
+TextTensors = tuple[Tensor | None, ...]  # embedding, encodings and mask, as a caller of `forward` has them
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -44,12 +44,12 @@ def _strangers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _strangers(child)
 
 
-def obstacles(model: nn.Module, suffix: int) -> list[str]:
+def prefix_obstacles(model: nn.Module, suffix: int) -> list[str]:
     """Why a prior transformer cannot run as a prefix and `suffix` tokens behind it; empty when it can."""
-    return list(dict.fromkeys(_find_obstacles(model, suffix)))
+    return list(dict.fromkeys(_each_obstacle(model, suffix)))
 
 
-def _find_obstacles(model: nn.Module, suffix: int) -> Iterator[str]:
+def _each_obstacle(model: nn.Module, suffix: int) -> Iterator[str]:
     for module in list(model.modules())[1:]:
         name, processor = type(module).__name__, getattr(module, "processor", None)
         if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
@@ -73,7 +73,7 @@ def _find_obstacles(model: nn.Module, suffix: int) -> Iterator[str]:
         yield f"the kernels take at most {LONGEST_SUFFIX} suffix tokens and dim_head from 16 to 128"
 
 
-def is_plain_call(conditioning: Conditioning) -> bool:
+def is_plain_call(text: TextTensors) -> bool:
     """Whether tensors hold what they seem to, and may be looked into: no gradients, tracing, transforms, capture."""
     return not (
         torch.compiler.is_compiling()  # first: of the others a compiler may know nothing
@@ -81,7 +81,7 @@ def is_plain_call(conditioning: Conditioning) -> bool:
         or torch.jit.is_tracing()
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in conditioning if t is not None)
+        or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in text if t is not None)
     )
 
 
@@ -91,39 +91,39 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-class _Entry:
+class Remembered:
     """A prefix and all it was made of."""
 
-    def __init__(self, model: nn.Module, conditioning: Conditioning, key: tuple, prefix: Prefix):
+    def __init__(self, model: nn.Module, text: TextTensors, key: tuple, prefix: Prefix):
         self.prefix, self.key, self.snapshot = prefix, key, snapshot.Snapshot(model)
-        self.conditioning = tuple(None if t is None else t.detach().clone() for t in conditioning)
+        self.text = tuple(None if t is None else t.detach().clone() for t in text)
         self.callers: list[weakref.ref] = []
 
-    def fits(self, conditioning: Conditioning, key: tuple) -> bool:
+    def fits(self, text: TextTensors, key: tuple) -> bool:
         return (
             self.same_key(key)
             and self.snapshot.same_weights()
             and self.snapshot.same_modules()
-            and self.same_conditioning(conditioning)
+            and self.same_text(text)
             and self.snapshot.same_values()
         )
 
     def same_key(self, key: tuple) -> bool:
         return key == self.key
 
-    def same_conditioning(self, conditioning: Conditioning) -> bool:
-        return all(map(_equal, conditioning, self.conditioning))
+    def same_text(self, text: TextTensors) -> bool:
+        return all(map(_equal, text, self.text))
 
 
 class _Slot:
-    """The last prefix of one model in one thread."""
+    """Holds the last prefix of one model in one thread."""
 
-    entry: _Entry | None = None
+    entry: Remembered | None = None
 
-    def watch(self, conditioning: Conditioning) -> None:
-        """Drop the entry when the caller's last tensor of the conditioning is gone: nothing outlives the run."""
+    def watch(self, text: TextTensors) -> None:
+        """Drop the entry when the caller's last tensor of the text is gone: nothing outlives the run."""
         gone = partial(_release, weakref.ref(self))
-        self.entry.callers = [weakref.ref(t, gone) for t in conditioning if t is not None]
+        self.entry.callers = [weakref.ref(t, gone) for t in text if t is not None]
 
 
 def _release(slot_ref: weakref.ref, _: weakref.ref) -> None:
@@ -133,7 +133,17 @@ def _release(slot_ref: weakref.ref, _: weakref.ref) -> None:
         slot.entry = None
 
 
-_SLOTS: weakref.WeakKeyDictionary[nn.Module, threading.local] = weakref.WeakKeyDictionary()
+class _SlotOfThread(threading.local):
+    def __init__(self):
+        self.slot = _Slot()
+
+
+_SLOTS: weakref.WeakKeyDictionary[nn.Module, _SlotOfThread] = weakref.WeakKeyDictionary()
+
+
+def remembered(model: nn.Module) -> Remembered | None:
+    """What the last call of a model in this thread left."""
+    return _SLOTS[model].slot.entry if model in _SLOTS else None
 
 
 def forget(model: nn.Module) -> None:
@@ -142,30 +152,27 @@ def forget(model: nn.Module) -> None:
     snapshot.forget(model)
 
 
-def recall(
-    model: nn.Module, conditioning: Conditioning, suffix: int, make: Callable[[], Prefix | None]
-) -> Prefix | None:
-    """The prefix of this conditioning: that of the last call where everything is the same, else a new one.
+def recall(model: nn.Module, text: TextTensors, suffix: int, make: Callable[[], Prefix | None]) -> Prefix | None:
+    """The prefix of this text: that of the last call where everything is the same, else a new one.
 
     Tensors are compared by value, so that every kind of edit is seen.
 
     Args:
-        conditioning: tensors that the prefix is made of, as the caller gave them.
+        text: tensors that the prefix is made of, as the caller gave them.
         suffix: number of tokens behind the prefix.
-        make: computes the prefix; None where this conditioning has none.
+        make: computes the prefix; None where this text has none.
     Returns:
         None where there are obstacles to running behind a prefix.
     """
-    kind = conditioning[0].device.type
+    kind = text[0].device.type
     key = suffix, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), ops.forced()
-    local = _SLOTS.setdefault(model, threading.local())
-    slot = vars(local).setdefault("slot", _Slot())
+    slot = _SLOTS.setdefault(model, _SlotOfThread()).slot
     entry = slot.entry
-    if entry is None or not entry.fits(conditioning, key):
+    if entry is None or not entry.fits(text, key):
         slot.entry = entry = None  # before the new one is made: there is never room for two
-        prefix = None if any(_find_obstacles(model, suffix)) else make()
+        prefix = None if any(_each_obstacle(model, suffix)) else make()
         if prefix is None:
             return None
-        slot.entry = entry = _Entry(model, conditioning, key, prefix)
-    slot.watch(conditioning)
+        slot.entry = entry = Remembered(model, text, key, prefix)
+    slot.watch(text)
     return entry.prefix

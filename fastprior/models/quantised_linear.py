@@ -42,8 +42,3 @@ class QuantisedLinear(nn.Module):
 def product_dtype(linear: nn.Module) -> torch.dtype:
     """The dtype that a linear takes and gives."""
     return getattr(linear, "product_dtype", linear.weight.dtype)
-
-
-def scale_of(linear: nn.Module) -> Tensor | None:
-    """Of the rows of a quantised weight; None of another."""
-    return linear.scale if type(linear) is QuantisedLinear else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastprior.kernels import ops, reference
 from fastprior.kernels.reference import Rotary
-from fastprior.models.quantised_linear import product_dtype, scale_of
+from fastprior.models.quantised_linear import product_dtype
 
 
 def l2norm(t: Tensor) -> Tensor:
@@ -41,6 +41,8 @@ class LayerNorm(nn.Module):
 
 class Linear(nn.Linear):
     """nn.Linear that is fast for few rows too, see `kernels.reference.linear`."""
+
+    scale: Tensor | None = None  # of the weight's rows, which a `QuantisedLinear` has
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -171,10 +173,10 @@ class FeedForward(nn.Sequential):
         norms = dict(
             stream=stream, stream_gain=stream_gain, norm_gain=norm.g, eps=norm.eps, dtype=product_dtype(expand)
         )
-        h, stream = ops.linear(x, expand.weight, activation="swiglu", scale=scale_of(expand), **norms)
+        h, stream = ops.linear(x, expand.weight, activation="swiglu", scale=expand.scale, **norms)
         gain = None if isinstance(inner_norm, nn.Identity) else inner_norm.g
         around = dict(norm_gain=gain, eps=norm.eps, residual=stream)
-        return ops.linear(h, contract.weight, scale=scale_of(contract), **around)
+        return ops.linear(h, contract.weight, scale=contract.scale, **around)
 
 
 class NormedLinear(nn.Sequential):

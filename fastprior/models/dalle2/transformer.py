@@ -20,25 +20,32 @@ from fastprior.models.dalle2.layers import (
     RotaryEmbedding,
     SwiGLU,
 )
-from fastprior.models.quantised_linear import QuantisedLinear, product_dtype, scale_of
+from fastprior.models.quantised_linear import QuantisedLinear, product_dtype
 from fastprior.models.shared_rows import RowLayout
 
-
-def _own_modules(attn: Attention, ff: FeedForward) -> tuple[nn.Module, ...]:
-    return attn.norm, attn.to_q, attn.to_kv, attn.to_out, *attn.to_out, ff, *ff
+KNOWN = NormedLinear, FeedForward, Linear, QuantisedLinear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call does what the weights say: no subclass, such as an adapter, no hook, no replaced forward."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    own = NormedLinear, FeedForward, Linear, QuantisedLinear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity
-    return type(module) in own and not hooked
+def is_called_as_it_is(module: nn.Module) -> bool:
+    """Whether a call runs the forward of the module's class alone: no hook, and no replaced forward."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _does_what_weights_say(module: nn.Module) -> bool:
+    """Whether kernels may read the weights instead of a call: no subclass, such as an adapter, either."""
+    return type(module) in KNOWN and is_called_as_it_is(module)
 
 
 class KVCache(NamedTuple):
-    """What steps share: of the prefix keys and values (depth, prompts, prefix + 1, 1, dim_head), the null ones first,
-    of the suffix the attention bias (suffix, heads, prefix + 1 + suffix) and rotary table (suffix, width), of the
-    layers what `CausalTransformer.prepared` gives; without it each step asks; and how many samples a row holds."""
+    """What steps behind a prefix share.
+
+    Attributes:
+        k, v: (depth, prompts, prefix + 1, 1, dim_head), the null ones first.
+        bias: (suffix, heads, prefix + 1 + suffix), of the suffix's attention.
+        rotary: the suffix's table (suffix, width).
+        blocks: what `CausalTransformer.prepared` gives; without it each step asks.
+        samples: how many a row holds.
+    """
 
     k: Tensor
     v: Tensor
@@ -99,7 +106,7 @@ class CausalTransformer(nn.Module):
         return bias.masked_fill(hidden[:, None], -math.inf)
 
     def _attention_bias(self, seq: int, x: Tensor) -> dict:
-        """The same for all of a sequence, as `Attention.attend` takes it: kernels read the table themselves."""
+        """Position bias of a whole sequence, as `Attention.attend` takes it: Triton's kernels read the table."""
         if not ops.on_triton(x):
             return dict(bias=self._bias(0, seq, x.device))
         table = self.rel_pos_bias.relative_attention_bias.weight
@@ -141,70 +148,74 @@ class CausalTransformer(nn.Module):
 
     def prefill(self, x: Tensor, suffix: int) -> KVCache:
         """Run the prefix x (prompts, prefix, dim) and return what `suffix` tokens after it need."""
-        prefix, blocks = x.shape[1], self.prepared() if x.is_cpu else None
+        blocks = self.prepared() if x.is_cpu else None
         with ops.one_thread(x):
-            x, end, rotary = self.init_norm(x), prefix + suffix, self._rotary(0, prefix)
+            x, rotary = self.init_norm(x), self._rotary(0, x.shape[1])
             null = torch.stack([attn.null_kv for attn, _ in self.layers])  # (depth, 2, dim_head)
             null = self._as_prefix(reference.at_least_fp32(null)[:, None, None, :, None], None)
-            found = self._keys_values_by_blocks(x, blocks, null, rotary)
-        if found is None:
-            found = self._keys_values(x, rotary)
-        with ops.one_thread(found):
-            own = self._as_prefix(found, rotary)
-            k, v = (torch.cat((n.expand(-1, len(x), -1, -1, -1), t), dim=2) for n, t in zip(null, own))
-            return KVCache(k, v, self._bias(prefix, end, x.device).to(k.dtype), self._rotary(prefix, end), blocks)
+            kv = self._keys_values_by_blocks(x, blocks, null, rotary)
+            if kv is not None:
+                return self._cache(kv, null, rotary, blocks, suffix)
+        return self._cache(self._keys_values(x, rotary), null, rotary, blocks, suffix)
+
+    def _cache(
+        self, kv: Tensor, null: tuple[Tensor, Tensor], rotary: Rotary | None, blocks: ops.Blocks | None, suffix: int
+    ) -> KVCache:
+        (_, prompts, prefix), device = kv.shape[:3], kv.device
+        k, v = (
+            torch.cat((first.expand(-1, prompts, -1, -1, -1), t), dim=2)
+            for first, t in zip(null, self._as_prefix(kv, rotary))
+        )
+        bias = self._bias(prefix, prefix + suffix, device).to(k.dtype)
+        return KVCache(k, v, bias, self._rotary(prefix, prefix + suffix), blocks)
 
     def _as_prefix(self, kv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Keys and values as `decode_attention` takes those of a prefix, rotated and normalised.
-
-        Args:
-            kv: (depth, prompts, seq, 2, 1, dim_head), at least fp32.
-        Returns:
-            Both (depth, prompts, seq, 1, dim_head).
-        """
+        """Rotated and normalised keys, and values, both (depth, prompts, seq, 1, dim_head), of `_keys_values`."""
         k, v = kv.unbind(3)
         return reference.prepare_heads(k, rotary, self.layers[0][0].cosine_sim), v
 
     def _keys_values(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         """Keys and values of all layers for a prefix, (depth, prompts, seq, 2, 1, dim_head), at least fp32."""
-        bias, found = self._attention_bias(x.shape[1], x), []
+        bias, layers = self._attention_bias(x.shape[1], x), []
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
             kv = attn.keys_values(h)
-            found.append(torch.stack(kv, dim=2))
+            layers.append(torch.stack(kv, dim=2))
             if index < len(self.layers) - 1:
                 x = attn.attend(attn.queries(h), *kv, rotary, bias, residual=x)
                 x = ff(x) + x
-        return reference.at_least_fp32(torch.stack(found))
+        return reference.at_least_fp32(torch.stack(layers))
 
     def _keys_values_by_blocks(
         self, x: Tensor, blocks: ops.Blocks | None, null: tuple[Tensor, Tensor], rotary: Rotary | None
     ) -> Tensor | None:
-        """The same by `ops.run_blocks`, for which the null keys are the prefix; None where it does not compute this."""
+        """`_keys_values` by `ops.run_blocks`, whose prefix the null keys are; None where it does not compute this."""
         if blocks is None:
             return None
-        seq, found = x.shape[1], []
-        around = dict(outputs=0, rotary=rotary, bias=self._bias(0, seq, x.device))
+        seq, parts = x.shape[1], []
+        bias = self._bias(0, seq, x.device)
         for part in x.split(max(1, ops.most_tokens(blocks) // seq)):
-            kv = ops.run_blocks(part, blocks, *(t.expand(-1, len(part), -1, -1, -1) for t in null), **around)
-            if kv is None:
+            k, v = (t.expand(-1, len(part), -1, -1, -1) for t in null)
+            parts.append(ops.run_blocks(part, blocks, k, v, outputs=0, rotary=rotary, bias=bias))
+            if parts[-1] is None:
                 return None
-            found.append(kv)
-        return torch.cat(found, dim=1)
+        return torch.cat(parts, dim=1)
 
     def share(self, cache: KVCache, layout: RowLayout) -> KVCache:
-        """The cache for steps whose rows hold several samples of a prompt."""
+        """Make a cache ready for steps whose rows hold several samples of a prompt."""
         tokens, prefix = layout.tokens, cache.k.shape[2]
         bias = cache.bias[tokens]
-        own = bias[..., prefix + tokens].masked_fill(layout.hidden[:, None], -math.inf)
+        of_suffix = bias[..., prefix + tokens].masked_fill(layout.hidden[:, None], -math.inf)
+        bias = torch.cat((bias[..., :prefix], of_suffix), dim=-1)
         rotary = cache.rotary and tuple(t[tokens] for t in cache.rotary)
-        bias = torch.cat((bias[..., :prefix], own), dim=-1)
         return cache._replace(bias=bias, rotary=rotary, samples=layout.samples)
 
     def _is_plain(self) -> bool:
         """Whether kernels that compute several modules at once compute what these do."""
-        modules = [module for layer in self.layers for module in _own_modules(*layer)]
-        plain = not self.training and all(map(_is_plain, modules))
+        modules = []
+        for attn, ff in self.layers:
+            modules += attn.norm, attn.to_q, attn.to_kv, attn.to_out, *attn.to_out, ff, *ff
+        plain = not self.training and all(map(_does_what_weights_say, modules))
         return plain and len({module.eps for module in modules if isinstance(module, LayerNorm)}) == 1
 
     def _by_blocks(self, x: Tensor, cache: KVCache, outputs: int) -> Tensor | None:
@@ -225,27 +236,30 @@ class CausalTransformer(nn.Module):
         if torch.compiler.is_compiling() or not self._is_plain():
             return None
         attn = self.layers[0][0]
-        sizes = dict(owner=self, heads=attn.heads, kv_heads=1, dim_head=attn.null_kv.shape[-1])
-        how = dict(scale=attn.scale, cosine=attn.cosine_sim, activation="swiglu", eps=attn.norm.eps)
-        return ops.prepare_blocks(self._blocks(), **sizes, **how, head=self._head_block())
+        return ops.prepare_blocks(
+            self._blocks(), owner=self, heads=attn.heads, kv_heads=1, dim_head=attn.null_kv.shape[-1], scale=attn.scale,
+            cosine=attn.cosine_sim, activation="swiglu", eps=attn.norm.eps, head=self._head_block(),
+        )  # fmt: skip
 
     def _head_block(self) -> ops.Block | None:
         norm, linear, attn = self.norm, self.project_out, self.layers[0][0]
-        plain = type(norm) is LayerNorm and type(linear) is type(attn.to_q) and _is_plain(norm) and _is_plain(linear)
-        if not plain or not norm.stable or norm.eps != attn.norm.eps or linear.weight.dtype != attn.to_q.weight.dtype:
+        as_layers = type(norm) is LayerNorm and type(linear) is type(attn.to_q) and norm.eps == attn.norm.eps
+        if not as_layers or not norm.stable or not all(map(_does_what_weights_say, (norm, linear))):
             return None
-        return ops.Block(q=linear.weight, q_scale=scale_of(linear), norm_gain=norm.g)
+        if linear.weight.dtype != attn.to_q.weight.dtype:
+            return None
+        return ops.Block(q=linear.weight, q_scale=linear.scale, norm_gain=norm.g)
 
     def _blocks(self) -> list[ops.Block]:
-        found = []
+        blocks, names = [], ("q", "k", "out", "expand", "contract")
         for attn, ff in self.layers:
-            linears = attn.to_q, attn.to_kv, None, attn.to_out[0], ff[1], ff[5]
-            parts = [(None, None) if linear is None else (linear.weight, scale_of(linear)) for linear in linears]
-            weights, scales = zip(*parts)
-            gains = dict(norm_gain=attn.norm.g, out_gain=attn.to_out[1].g, ff_gain=ff[0].g)
-            inner = None if isinstance(ff[3], nn.Identity) else ff[3].g
-            found.append(ops.Block(*weights, *scales, **gains, inner_gain=inner))
-        return found
+            norm, expand, _, inner_norm, _, contract = ff
+            linears = dict(zip(names, (attn.to_q, attn.to_kv, attn.to_out[0], expand, contract)))
+            weights = {name: linear.weight for name, linear in linears.items()}
+            scales = {f"{name}_scale": linear.scale for name, linear in linears.items()}
+            gains = dict(norm_gain=attn.norm.g, out_gain=attn.to_out[1].g, ff_gain=norm.g)
+            blocks.append(ops.Block(**weights, **scales, **gains, inner_gain=getattr(inner_norm, "g", None)))
+        return blocks
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """The output of the last suffix token of each sample behind the cached prefix.

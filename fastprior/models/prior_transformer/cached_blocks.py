@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
-from fastprior.models.quantised_linear import QuantisedLinear, scale_of
+from fastprior.models.quantised_linear import QuantisedLinear
 from fastprior.models.shared_rows import RowLayout
 
 HIDDEN = -10000.0  # added to the logit of a key that must not be seen: what the weights were trained with
@@ -39,24 +39,28 @@ class Prefix(NamedTuple):
     bias: Tensor | None = None
 
 
-def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
-
-
 def projected(linear: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """`residual + activation(linear(x))`; whatever stands in the place of a linear (LoRA) is called."""
     if type(linear) in PLAIN:
-        around = dict(scale=scale_of(linear), activation=activation, residual=residual)
-        return ops.linear(x, linear.weight, linear.bias, **around)
+        scale = _scale(linear)
+        return ops.linear(x, linear.weight, linear.bias, scale=scale, activation=activation, residual=residual)
     y = linear(x)
     y = y if activation is None else F.gelu(y)
     return y if residual is None else y + residual
 
 
+def _scale(linear: nn.Module) -> Tensor | None:
+    return linear.scale if type(linear) is QuantisedLinear else None
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
+
+
 def _after_attention(block: nn.Module, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     expand, _, contract = block.ff.net
     x = projected(block.attn1.to_out[0], out.to(dtype), residual=x)
-    h = projected(expand.proj, normed(block.norm3, x, dtype), activation="gelu")
+    h = projected(expand.proj, _normed(block.norm3, x, dtype), activation="gelu")
     return projected(contract, h, residual=x)
 
 
@@ -118,7 +122,7 @@ def prefill(
 
     cache = []
     for index, block in enumerate(blocks):
-        attn, h = block.attn1, normed(block.norm1, x, dtype)
+        attn, h = block.attn1, _normed(block.norm1, x, dtype)
         k, v = spread(projected(attn.to_k, h)), spread(projected(attn.to_v, h))
         if not cache:
             # the reference computes in fp32 what kernels read as it is
@@ -136,28 +140,11 @@ def prefill(
 
 
 def share(prefix: Prefix, layout: RowLayout) -> Prefix:
-    """The prefix for steps whose rows hold several samples of a prompt."""
+    """Make a prefix ready for steps whose rows hold several samples of a prompt."""
     heads, tokens = prefix.k.shape[2:4]
     bias = torch.zeros(layout.hidden.shape, device=prefix.k.device).masked_fill(layout.hidden, -math.inf)
     bias = F.pad(bias, (tokens, 0))[:, None].repeat(1, heads, 1)
     return prefix._replace(layout=layout, bias=bias)
-
-
-def _decode(prefix: Prefix, index: int, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of suffix tokens in one block."""
-    cache = (t[index].transpose(1, 2) for t in (prefix.k, prefix.v))
-    return ops.decode_attention(q, k, v, *cache, scale=attn.scale, bias=prefix.bias, mask=prefix.mask)
-
-
-def _by_blocks(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int) -> Tensor | None:
-    """`ops.run_blocks`; None where it does not compute this."""
-    if not x.is_cpu:
-        return None
-    found = prefix.blocks
-    if found is None or found.owner is not blocks:
-        found = prepared(blocks)
-    k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
-    return ops.run_blocks(x, found, k, v, outputs=outputs, bias=prefix.bias, mask=prefix.mask)
 
 
 def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
@@ -166,24 +153,28 @@ def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
     None where there is no such kernel, something stands in the place of a linear (LoRA), norms differ, or a trace must
     look at each module.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or len({norm.eps for b in blocks for norm in (b.norm1, b.norm3)}) > 1:
         return None
-    found = []
-    if len({norm.eps for block in blocks for norm in (block.norm1, block.norm3)}) > 1:
-        return None
+    parts = []
     for block in blocks:
         attn, (expand, _, contract) = block.attn1, block.ff.net
         linears = attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], expand.proj, contract
         if any(type(linear) not in PLAIN for linear in linears):
             return None
-        scales = {f"{name}_scale": scale_of(linear) for name, linear in zip(ops.Block._fields, linears)}
-        biases = {f"{name}_bias": linear.bias for name, linear in zip(ops.Block._fields, linears)}
-        norms = dict(norm_gain=block.norm1.weight, norm_bias=block.norm1.bias)
-        norms |= dict(ff_gain=block.norm3.weight, ff_bias=block.norm3.bias)
-        found.append(ops.Block(*(linear.weight for linear in linears), **scales, **biases, **norms))
+        named = list(zip(ops.Block._fields, linears))
+        part = ops.Block(
+            *(linear.weight for linear in linears),
+            **{f"{name}_scale": _scale(linear) for name, linear in named},
+            **{f"{name}_bias": linear.bias for name, linear in named},
+            norm_gain=block.norm1.weight, norm_bias=block.norm1.bias,
+            ff_gain=block.norm3.weight, ff_bias=block.norm3.bias,
+        )  # fmt: skip
+        parts.append(part)
     attn, eps = blocks[0].attn1, blocks[0].norm1.eps
-    sizes = dict(owner=blocks, heads=attn.heads, kv_heads=attn.heads, dim_head=len(found[0].q) // attn.heads)
-    return ops.prepare_blocks(found, **sizes, scale=attn.scale, cosine=False, activation="gelu", eps=eps)
+    return ops.prepare_blocks(
+        parts, owner=blocks, heads=attn.heads, kv_heads=attn.heads, dim_head=len(parts[0].q) // attn.heads,
+        scale=attn.scale, cosine=False, activation="gelu", eps=eps,
+    )  # fmt: skip
 
 
 def step(
@@ -194,13 +185,21 @@ def step(
     `rows` is a multiple of the prefix's prompts; the rows of one prompt lie together. `dtype`: see `prefill`.
     """
     dtype = dtype or x.dtype
-    if (found := _by_blocks(blocks, x, prefix, outputs)) is not None:
-        return found
+    if x.is_cpu:
+        found = prefix.blocks
+        if found is None or found.owner is not blocks:
+            found = prepared(blocks)
+        k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
+        out = ops.run_blocks(x, found, k, v, outputs=outputs, bias=prefix.bias, mask=prefix.mask)
+        if out is not None:
+            return out
     for index, block in enumerate(blocks):
-        attn, h = block.attn1, normed(block.norm1, x, dtype)
+        attn, h = block.attn1, _normed(block.norm1, x, dtype)
         k, v = projected(attn.to_k, h), projected(attn.to_v, h)
         if index == len(blocks) - 1:
             x, h = x[:, -outputs:], h[:, -outputs:]
         q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (projected(attn.to_q, h), k, v))
-        x = _after_attention(block, _decode(prefix, index, attn, q, k, v), x, dtype)
+        cache = (t[index].transpose(1, 2) for t in (prefix.k, prefix.v))
+        out = ops.decode_attention(q, k, v, *cache, scale=attn.scale, bias=prefix.bias, mask=prefix.mask)
+        x = _after_attention(block, out, x, dtype)
     return x

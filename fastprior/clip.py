@@ -50,8 +50,7 @@ def resize_image_to(image: Tensor, size: int) -> Tensor:
     height, width = image.shape[-2:]
     if width == size:
         return image
-    scale = size / width
-    # size / width * width can exceed size by one rounding (293 -> 224): the width is given, never recomputed
+    scale = size / width  # which times width can exceed size by one rounding (293 -> 224): the width is given
     out_shape = (size if height == width else math.ceil(scale * height), size)
     try:
         from resize_right import resize
@@ -63,11 +62,18 @@ def resize_image_to(image: Tensor, size: int) -> Tensor:
 class BaseClipAdapter(nn.Module):
     """What a prior needs of a CLIP; subclass it to plug in your own.
 
-    A subclass defines the properties `dim_latent`, `image_size`, `image_channels`, `max_text_len`, the methods
-    `embed_text` and `embed_image`, and `tokenize` where strings are to be accepted. `overrides` are kept in
-    `self.overrides`. An adapter stays in eval mode when the model around it is put in training mode: its embeddings
-    are conditioning and targets, which dropout must not blur.
+    A subclass defines the methods `embed_text` and `embed_image`, `tokenize` where strings are to be accepted, and the
+    properties `dim_latent` (width of `text_embed` and `image_embed`), `dim_text_encodings` (that of `text_encodings`,
+    which a prior can be conditioned on only where it equals `dim_latent`, the default), `image_size`, `image_channels`
+    and `max_text_len`. `overrides` are kept in `self.overrides`. An adapter stays in eval mode when the model around it
+    is put in training mode: its embeddings are conditioning and targets, which dropout must not blur.
     """
+
+    def _undefined(self):
+        raise NotImplementedError
+
+    dim_latent = image_size = image_channels = max_text_len = property(_undefined)
+    dim_text_encodings = property(lambda self: self.dim_latent)
 
     def __init__(self, clip: nn.Module, **overrides: Any):
         super().__init__()
@@ -76,28 +82,6 @@ class BaseClipAdapter(nn.Module):
 
     def train(self, mode: bool = True) -> BaseClipAdapter:
         return super().train(False)
-
-    @property
-    def dim_latent(self) -> int:
-        """Width of the joint embedding: of `text_embed` and `image_embed`."""
-        raise NotImplementedError
-
-    @property
-    def dim_text_encodings(self) -> int:
-        """Width of `text_encodings`; a prior can be conditioned on them only where it equals `dim_latent`."""
-        return self.dim_latent
-
-    @property
-    def image_size(self) -> int:
-        raise NotImplementedError
-
-    @property
-    def image_channels(self) -> int:
-        raise NotImplementedError
-
-    @property
-    def max_text_len(self) -> int:
-        raise NotImplementedError
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids of `texts`: (batch, max_text_len), int64, on the CPU."""
@@ -153,7 +137,7 @@ class CoCaAdapter(BaseClipAdapter):
     The embeddings are CoCa's layer-normed CLS tokens, (batch, dim), not l2-normed; encodings are 0 at token 0.
     """
 
-    def _override(self, name: str) -> Any:
+    def _override(self, name: str) -> int:
         if name not in self.overrides:
             raise ValueError(f"CoCaAdapter needs {name}=: a CoCa does not know it (given: {sorted(self.overrides)})")
         return self.overrides[name]
@@ -200,12 +184,10 @@ class OpenClipAdapter(BaseClipAdapter):
         pretrained = None if pretrained is None else os.fspath(pretrained)
         name = name if ":" in name else name.replace("/", "-")  # hf-hub:owner/model keeps its slash
         quick_gelu = force_quick_gelu or pretrained == "openai"
-        clip, preprocess = _load_open_clip(
-            name, pretrained, cache_dir=cache_dir, device=device, force_quick_gelu=quick_gelu
-        )
+        options = dict(cache_dir=cache_dir, device=device, force_quick_gelu=quick_gelu)
+        clip, preprocess = _load_open_clip(name, pretrained, **options)
         super().__init__(clip)
-        self.name = name
-        self.cleared = False
+        self.name, self.cleared = name, False
         self._captured: dict[int, Tensor | None] = {}  # by thread, so that concurrent calls do not mix
         ln_final = getattr(self._tower, "ln_final", None)
         if ln_final is None:
@@ -235,9 +217,9 @@ class OpenClipAdapter(BaseClipAdapter):
     @property
     def dim_latent(self) -> int:
         projection = self._tower.text_projection
-        if projection is None:
-            return self.dim_text_encodings
-        return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+        if isinstance(projection, nn.Linear):
+            return projection.out_features
+        return self.dim_text_encodings if projection is None else projection.shape[1]
 
     @property
     def image_size(self) -> int:
@@ -310,10 +292,10 @@ def as_clip_adapter(clip: nn.Module, **overrides: Any) -> nn.Module:
     """
     if isinstance(clip, BaseClipAdapter):
         return clip
-    if _is_instance(clip, "x_clip", "CLIP"):
-        return XClipAdapter(clip, **overrides)
-    if _is_instance(clip, "coca_pytorch", "CoCa"):
-        return CoCaAdapter(clip, **overrides)
+    ancestors = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(clip).__mro__}
+    for package_class, adapter in ((("x_clip", "CLIP"), XClipAdapter), (("coca_pytorch", "CoCa"), CoCaAdapter)):
+        if package_class in ancestors:  # by name: the package need not be imported
+            return adapter(clip, **overrides)
     wanted = ("embed_text", "embed_image", "dim_latent")
     if isinstance(clip, nn.Module) and all(hasattr(type(clip), n) or n in vars(clip) for n in wanted):
         return clip
@@ -322,11 +304,6 @@ def as_clip_adapter(clip: nn.Module, **overrides: Any) -> nn.Module:
         f"or a subclass of BaseClipAdapter), an x_clip.CLIP or a coca_pytorch.CoCa, not {type(clip).__module__}."
         f"{type(clip).__qualname__}"
     )
-
-
-def _is_instance(obj: object, package: str, name: str) -> bool:
-    """isinstance by name, so that `package` need not be imported."""
-    return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(obj).__mro__)
 
 
 def _import_open_clip() -> Any:
@@ -346,13 +323,12 @@ def _load_open_clip(name: str, pretrained: str | None, **options: Any) -> tuple[
     """The model and its inference transform; reads OpenAI's TorchScript archives itself, where OpenCLIP fails."""
     open_clip = _import_open_clip()
     is_archive = pretrained is not None and _is_torchscript(pretrained)
-    tag = None if is_archive else pretrained
-    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag, **options)
+    pretrained_by_open_clip = None if is_archive else pretrained
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained_by_open_clip, **options)
     if is_archive:
         state = torch.jit.load(pretrained, map_location="cpu").state_dict()
-        for scalar in ("input_resolution", "context_length", "vocab_size"):
-            state.pop(scalar, None)
-        model.load_state_dict(state)
+        scalars = "input_resolution", "context_length", "vocab_size"
+        model.load_state_dict({key: value for key, value in state.items() if key not in scalars})
     return model, preprocess
 
 

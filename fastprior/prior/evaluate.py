@@ -116,8 +116,8 @@ def _inputs(prior: DiffusionPrior, batch: dict) -> tuple[Tensor, dict]:
     if image is None or image.shape[1:] != (prior.image_embed_dim,):
         found = f"the keys {sorted(batch)}" if image is None else f"an image_embed of shape {tuple(image.shape)}"
         raise ValueError(f"a batch has {found}; it must have an image_embed (batch, {prior.image_embed_dim})")
-    given = {key: batch.get(key) for key in ("text", "text_embed", "text_encodings", "conditions")}
-    text_cond = prior.text_condition(**given)
+    keys = "text", "text_embed", "text_encodings", "conditions"
+    text_cond = prior.text_condition(**{key: batch.get(key) for key in keys})
     if len(text_cond["text_embed"]) != len(image):
         raise ValueError(
             f"a batch has {len(image)} images and {len(text_cond['text_embed'])} texts; they must be pairs"
@@ -127,17 +127,16 @@ def _inputs(prior: DiffusionPrior, batch: dict) -> tuple[Tensor, dict]:
 
 def similarities(text: Tensor | None, image: Tensor, sampled: Tensor) -> dict[str, Tensor]:
     """Cosine similarities (batch,) by name, in fp64; of a text that cannot be compared, None, those without it."""
-    if text is None:
-        return {"similarity with original image": F.cosine_similarity(sampled.double(), image.double())}
-    text, image, sampled = text.double(), image.double(), sampled.double()
-    # what a caption's neighbour sampled: no second run is needed for that
-    unrelated = F.cosine_similarity(text, sampled.roll(1, 0))
-    return {
-        "baseline similarity": F.cosine_similarity(text, image),
-        "similarity with original image": F.cosine_similarity(sampled, image),
-        "similarity with text": F.cosine_similarity(sampled, text),
-        "similarity with unrelated caption": unrelated[: 0 if len(text) == 1 else None],
-    }
+    image, sampled = image.double(), sampled.double()
+    similarities = {"similarity with original image": F.cosine_similarity(sampled, image)}
+    if text is not None:
+        text = text.double()
+        # what a caption's neighbour sampled: no second run is needed for that
+        unrelated = F.cosine_similarity(text, sampled.roll(1, 0))
+        similarities["baseline similarity"] = F.cosine_similarity(text, image)
+        similarities["similarity with text"] = F.cosine_similarity(sampled, text)
+        similarities["similarity with unrelated caption"] = unrelated[: 0 if len(text) == 1 else None]
+    return similarities
 
 
 def _named(name: str, steps: int) -> str:
@@ -157,15 +156,14 @@ def evaluate(
     """Measure a prior on pairs of text and image, in eval mode.
 
     Every pair weighs the same, whatever its batch and process. The same seed gives the same result on as many
-    processes, and the same loss whatever the timesteps; the global random generators are not touched. Of several
-    processes all must call, and all get the result.
+    processes, and the same loss whatever the timesteps; the global random generators are not touched. All processes
+    must call, and all get the result.
 
     Args:
         prior: the online prior, or the `ema_model` of its average.
         batches: this process's share: dicts of `image_embed` (batch, dim) with `text_embed` (batch, dim) and, where the
             prior is conditioned on them, `text_encodings` (batch, length, dim); or with `text`, strings or tokens
-            (batch, length), for a prior that has a CLIP. With `conditions`, a dict of the values of extra conditions;
-            those left out are missing. Batches may differ in size.
+            (batch, length), for a prior that has a CLIP. `conditions` is a dict of the values of extra conditions.
         cond_scale: guidance of the sampling.
         timesteps: the numbers of sampling steps to measure with; none measures the loss alone.
         accelerator: from accelerate; None is one process.
@@ -179,7 +177,9 @@ def evaluate(
         prior = accelerator.unwrap_model(prior)
     for steps in timesteps:
         prior.sampling_plan(steps, cond_scale)  # raises before anything is read
-    quiet = {} if is_overridden(prior, "p_sample_loop", DiffusionPrior) else {"progress": False}
+    options = dict(cond_scale=cond_scale)
+    if not is_overridden(prior, "p_sample_loop", DiffusionPrior):
+        options["progress"] = False
     loss_name = f"{prior.noise_scheduler.loss_type}-loss"
     means = _Means([loss_name, *(_named(name, steps) for steps in timesteps for name in SIMILARITIES)])
     gallery = _Gallery(prior.image_embed_dim, prior.device, accelerator)
@@ -190,16 +190,14 @@ def evaluate(
         with _own_randomness(prior.device):
             for index, batch in enumerate(batches):
                 image, text_cond = _inputs(prior, batch)
+                text = text_cond["text_embed"] if prior.can_compare_text else None
                 gallery.add("image", image)
                 _seed(seed, rank, index, 0)
                 means.add(loss_name, prior(image_embed=image, **text_cond).expand(len(image)))
                 for steps in timesteps:
                     _seed(seed, rank, index, steps)
-                    sampled = prior.p_sample_loop(
-                        image.shape, text_cond=text_cond, cond_scale=cond_scale, timesteps=steps, **quiet
-                    )
+                    sampled = prior.p_sample_loop(image.shape, text_cond=text_cond, timesteps=steps, **options)
                     gallery.add(steps, sampled)
-                    text = text_cond["text_embed"] if prior.can_compare_text else None
                     for name, values in similarities(text, image, sampled).items():
                         means.add(_named(name, steps), values)
     finally:
@@ -210,14 +208,18 @@ def evaluate(
     images = gallery.gathered("image") if timesteps else None
     for steps in timesteps:
         if prior.can_compare_text:
-            with_text = metrics[_named("similarity with text", steps)]
-            baseline = metrics[_named("baseline similarity", steps)]
-            metrics[_named("difference from baseline similarity", steps)] = with_text - baseline
-        ranks = retrieval_ranks(gallery.gathered(steps), images)
-        metrics[_named("median rank", steps)] = ranks.quantile(0.5).item()
-        for k in RECALL_AT:
-            metrics[_named(f"recall@{k}", steps)] = (ranks <= k).double().mean().item()
+            similarity, baseline = (
+                metrics[_named(name, steps)] for name in ("similarity with text", "baseline similarity")
+            )
+            metrics[_named("difference from baseline similarity", steps)] = similarity - baseline
+        metrics |= {_named(name, steps): value for name, value in _ranking(gallery.gathered(steps), images).items()}
     return metrics
+
+
+def _ranking(sampled: Tensor, images: Tensor) -> dict[str, float]:
+    ranks = retrieval_ranks(sampled, images)
+    recall = {f"recall@{k}": (ranks <= k).double().mean().item() for k in RECALL_AT}
+    return {"median rank": ranks.quantile(0.5).item(), **recall}
 
 
 # the curves of a run
@@ -233,13 +235,16 @@ PANELS = {
 
 
 def _series(records: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) by name, in order of the steps; of several values of a step, the last."""
+    """(step, value) by name, in order of the steps; where a step has several values, the last."""
     series: dict[str, dict[float, float]] = defaultdict(dict)
     for record in records:
-        step = record.get("step")
         for name, value in record.items():
-            if step is not None and name not in ("step", "time") and isinstance(value, (int, float, type(None))):
-                series[name][step] = math.nan if value is None else value
+            if (
+                record.get("step") is not None
+                and name not in ("step", "time")
+                and isinstance(value, (int, float, type(None)))
+            ):
+                series[name][record["step"]] = math.nan if value is None else value
     return {name: sorted(points.items()) for name, points in series.items()}
 
 

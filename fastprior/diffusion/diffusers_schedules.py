@@ -35,15 +35,20 @@ DEFAULTS = {
 }
 # `from_config` of another scheduler leaves its entries in the file, where they mean nothing
 _KNOWN = {key for config in DEFAULTS.values() for key in config} | {"dynamic_thresholding_ratio", "sample_max_value"}
-_BETAS = {
-    "UnCLIPScheduler": ("squaredcos_cap_v2",),
-    "DDPMScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-    "DDIMScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "HeunDiscreteScheduler": ("linear", "scaled_linear", "squaredcos_cap_v2", "exp"),
-}
-_VARIANCES = {
-    "UnCLIPScheduler": ("fixed_small_log",),
-    "DDPMScheduler": ("fixed_small", "fixed_small_log", "fixed_large"),
+_ALLOWED = dict(
+    prediction_type=("epsilon", "sample", "v_prediction"), timestep_spacing=("leading", "linspace", "trailing"),
+    thresholding=(False,), rescale_betas_zero_snr=(False,),
+)  # fmt: skip
+_BETAS = "linear", "scaled_linear", "squaredcos_cap_v2"
+_ALLOWED_BY_KIND = {
+    "UnCLIPScheduler": dict(beta_schedule=_BETAS[2:], variance_type=("fixed_small_log",)),
+    "DDPMScheduler": dict(
+        beta_schedule=(*_BETAS, "sigmoid"), variance_type=("fixed_small", "fixed_small_log", "fixed_large")
+    ),
+    "DDIMScheduler": dict(beta_schedule=_BETAS),
+    "HeunDiscreteScheduler": dict(
+        beta_schedule=(*_BETAS, "exp"), use_exponential_sigmas=(False,), use_beta_sigmas=(False,)
+    ),
 }
 
 
@@ -85,19 +90,10 @@ class DiffusersSchedule:
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         for key in config:
             if key not in _KNOWN:
-                raise ValueError(
-                    f"{key}={config[key]!r} is no entry of a {kind}'s configuration; {nearest(key, _KNOWN)}"
-                )
+                rule = f"is no entry of a {kind}'s configuration; {nearest(key, _KNOWN)}"
+                raise ValueError(f"{key}={config[key]!r} {rule}")
         self.kind, self.config = kind, DEFAULTS[kind] | config
-        allowed = {
-            "beta_schedule": _BETAS[kind],
-            "prediction_type": ("epsilon", "sample", "v_prediction"),
-            "timestep_spacing": ("leading", "linspace", "trailing"),
-            **({"variance_type": _VARIANCES[kind]} if kind in _VARIANCES else {}),
-            **dict.fromkeys(("thresholding", "rescale_betas_zero_snr"), (False,)),
-            **dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas") if kind.startswith("Heun") else (), (False,)),
-        }
-        for key, values in allowed.items():
+        for key, values in (_ALLOWED_BY_KIND[kind] | _ALLOWED).items():
             if self.config[key] not in values:
                 rule = f"for a {kind} it must be {' or '.join(map(repr, values))}"
                 raise ValueError(f"{key}={self.config[key]!r}; {rule}")
@@ -149,7 +145,7 @@ class DiffusersSchedule:
             raise ValueError(f"strength={strength}; a HeunDiscreteScheduler runs from pure noise, so it must be 1")
         make = {"DDIMScheduler": self._ddim, "HeunDiscreteScheduler": self._heun}.get(self.kind, self._ancestral)
         rows = make(steps, eta)[start:]
-        coefficients = [(*self._x0_from_prediction(alpha), a, b, c, s) for _, alpha, a, b, c, s, _ in rows]
+        coefficients = [(*self._x0_from_prediction(alpha), *row) for _, alpha, *row, _ in rows]
         heun_from_sigma = self.kind == "HeunDiscreteScheduler" and self.config["timestep_spacing"] != "leading"
         return StepTable(
             solver=self.kind,
@@ -183,9 +179,8 @@ class DiffusersSchedule:
         if spacing == "leading":
             offset, ratio = self.config["steps_offset"], timesteps // steps
             if not 0 <= offset < timesteps - (steps - 1) * ratio:
-                raise ValueError(
-                    f"steps_offset={offset}; with {steps} steps of {ratio} it leaves the {timesteps} timesteps"
-                )
+                rule = f"with {steps} steps of {ratio} it leaves the {timesteps} timesteps"
+                raise ValueError(f"steps_offset={offset}; {rule}")
             return np.arange(steps)[::-1] * ratio + float(offset)
         times = np.linspace(0, timesteps - 1, steps)[::-1]
         return times if self.kind == "HeunDiscreteScheduler" else np.round(times)

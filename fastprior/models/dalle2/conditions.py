@@ -136,7 +136,7 @@ class Conditions(nn.ModuleDict):
 
     Args:
         dim: width of the tokens.
-        specs: of each name, `kind` ("scalar", "category" or "vector") and the options of `Scalar`, `Category` or
+        specs: for each name, `kind` ("scalar", "category" or "vector") and the options of `Scalar`, `Category` or
             `Vector`, as in {"aesthetic": {"kind": "scalar", "mean": 5.5, "dropout": 0.1}}.
     Raises:
         ValueError: a name, kind or option that cannot be, with its rule.
@@ -148,9 +148,8 @@ class Conditions(nn.ModuleDict):
             raise ValueError(f"conditions={specs!r}; it must be a dict of names and their options")
         for name in sorted(specs, key=str):
             if not isinstance(name, str) or not name.isidentifier() or hasattr(self, name):
-                raise ValueError(
-                    f"conditions has the name {name!r}; it must be an identifier, and no attribute of a module"
-                )
+                rule = "it must be an identifier, and no attribute of a module"
+                raise ValueError(f"conditions has the name {name!r}; {rule}")
             self[name] = _condition(dim, name, specs[name])
 
     def nulls(self) -> Tensor:
@@ -185,10 +184,9 @@ class Conditions(nn.ModuleDict):
         self.check(values, prompts)
         for name, value in values.items():
             if isinstance(self[name], Category):
-                if value.numel() and (highest := int(value.max())) >= self[name].size:
-                    raise ValueError(
-                        f"conditions[{name!r}] holds {highest}; it must be below its size, {self[name].size}"
-                    )
+                size = self[name].size
+                if value.numel() and (highest := int(value.max())) >= size:
+                    raise ValueError(f"conditions[{name!r}] holds {highest}; it must be below its size, {size}")
             elif value.isinf().any():
                 raise ValueError(f"conditions[{name!r}] holds infinity; a value that is missing must be NaN")
 

@@ -19,7 +19,7 @@ from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.dalle2.conditions import Conditions, find
 from fastprior.models.dalle2.layers import MLP, Linear, SinusoidalPosEmb
-from fastprior.models.dalle2.transformer import CausalTransformer, KVCache
+from fastprior.models.dalle2.transformer import CausalTransformer, KVCache, is_called_as_it_is
 from fastprior.models.shared_rows import row_layout
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
@@ -90,15 +90,13 @@ class DiffusionPriorNetwork(nn.Module):
         self.num_text_embeds = num_text_embeds
         self.continuous_embedded_time = num_timesteps is None
 
-        def tokens(count: int, source: nn.Module | None = None) -> nn.Sequential:
-            if source is None:
-                source = Linear(dim, dim * count) if count > 1 else nn.Identity()
+        def tokens(count: int, source: nn.Module) -> nn.Sequential:
             return nn.Sequential(source, nn.Unflatten(-1, (count, dim)))
 
-        def projection(width: int, count: int = 1) -> nn.Module | None:
-            return None if width == dim else Linear(width, dim * count)
+        def projection(width: int, count: int = 1) -> nn.Module:
+            return nn.Identity() if width == dim and count == 1 else Linear(width, dim * count)
 
-        self.to_text_encodings = nn.Sequential(projection(self.text_dim) or nn.Identity())
+        self.to_text_encodings = nn.Sequential(projection(self.text_dim))
         self.to_text_embeds = tokens(num_text_embeds, projection(self.text_embed_dim, num_text_embeds))
         time_width = dim * num_time_embeds
         if self.continuous_embedded_time:
@@ -106,7 +104,7 @@ class DiffusionPriorNetwork(nn.Module):
         else:
             embed_time = nn.Embedding(num_timesteps, time_width)
         self.to_time_embeds = tokens(num_time_embeds, embed_time)
-        self.to_image_embeds = tokens(num_image_embeds)
+        self.to_image_embeds = tokens(num_image_embeds, projection(dim, num_image_embeds))
         self.learned_query = nn.Parameter(torch.randn(dim))
         self.causal_transformer = CausalTransformer(dim=dim, **kwargs)
         self.null_text_encodings = nn.Parameter(torch.randn(1, max_text_len, dim))
@@ -144,26 +142,18 @@ class DiffusionPriorNetwork(nn.Module):
         with ops.one_thread(times):
             return self.to_time_embeds(times.long()).to(self.stream_dtype)
 
-    def _prefix(
-        self,
-        text_embed: Tensor,
-        text_encodings: Tensor | None,
-        conditions: Mapping[str, Tensor] | None,
-        keep: Tensor,
-    ) -> Tensor:
+    def _prefix(self, text_embed, text_encodings, conditions, keep: Tensor) -> Tensor:
         """The tokens (batch, prefix_tokens, dim); padding and rows not kept (batch, 1, 1) get the learned nulls."""
         dtype = self.stream_dtype
-        null_encodings = self.null_text_encodings.to(dtype).expand(len(text_embed), -1, -1)
+        encodings = self.null_text_encodings.to(dtype).expand(len(text_embed), -1, -1)
         if text_encodings is not None:
-            given = text_encodings[:, : self.max_text_len]
-            real = keep & given.ne(0).any(dim=-1, keepdim=True)
-            length = given.shape[1]
-            given = torch.where(real, self._embed(self.to_text_encodings, given), null_encodings[:, :length])
-            null_encodings = torch.cat((given, null_encodings[:, length:]), dim=1)
+            text_encodings = text_encodings[:, : self.max_text_len]
+            length, real = text_encodings.shape[1], keep & text_encodings.ne(0).any(dim=-1, keepdim=True)
+            text = torch.where(real, self._embed(self.to_text_encodings, text_encodings), encodings[:, :length])
+            encodings = torch.cat((text, encodings[:, length:]), dim=1)
         text_tokens = torch.where(keep, self._embed(self.to_text_embeds, text_embed), self.null_text_embeds.to(dtype))
-        if self.conditions is None:
-            return torch.cat((null_encodings, text_tokens), dim=1)
-        return torch.cat((self.conditions(conditions, keep[:, 0]).to(dtype), null_encodings, text_tokens), dim=1)
+        extra = [] if self.conditions is None else [self.conditions(conditions, keep[:, 0]).to(dtype)]
+        return torch.cat((*extra, encodings, text_tokens), dim=1)
 
     def _suffix(self, time_tokens: Tensor, image_tokens: Tensor, self_cond: Tensor | None, samples: int = 1) -> Tensor:
         """What rows of some samples hold, see `RowLayout`, (rows, suffix, dim), of image tokens (samples, any, dim)."""
@@ -176,13 +166,7 @@ class DiffusionPriorNetwork(nn.Module):
         image_tokens = image_tokens.reshape(rows, -1, self.dim)
         return torch.cat((time_tokens.expand(rows, -1, -1), image_tokens, query), dim=1)
 
-    def _check(
-        self,
-        text_embed: Tensor,
-        text_encodings: Tensor | None,
-        conditions: Mapping[str, Tensor] | None,
-        image_embed: Tensor | None = None,
-    ) -> None:
+    def _check(self, text_embed, text_encodings, conditions, image_embed=None) -> None:
         batch = len(text_embed)
         wanted = {"text_embed": (text_embed, (batch, self.text_embed_dim))}
         if image_embed is not None:
@@ -287,21 +271,20 @@ class DiffusionPriorNetwork(nn.Module):
         cache = self.causal_transformer.prefill(prefix, self.suffix_tokens)
         if null_rows:
             null = self._null_cache(text_embed.device)
-            pairs = (cache.k, null.k), (cache.v, null.v)
-            k, v = (torch.cat((own, other.expand(-1, null_rows, -1, -1, -1)), dim=1) for own, other in pairs)
-            cache = cache._replace(k=k, v=v)
+            k, v = (t.expand(-1, null_rows, -1, -1, -1) for t in (null.k, null.v))
+            cache = cache._replace(k=torch.cat((cache.k, k), dim=1), v=torch.cat((cache.v, v), dim=1))
         return NetworkConditioning(cache, times if times.ndim == 3 else self.time_tokens(times), null_rows)
 
     def share(self, cond: NetworkConditioning, samples: int) -> NetworkConditioning:
-        """The same for steps of `samples` rows of each prompt, which run its time tokens once for several of them.
+        """Make a conditioning ready for steps of `samples` rows of each prompt, with one index for all rows.
 
-        `step` takes one index for all rows then.
+        Time tokens then run once for several samples.
         """
         layout = row_layout(samples, self.suffix_tokens, self.num_time_embeds, cond.cache.k.device)
         return cond if layout is None else cond._replace(cache=self.causal_transformer.share(cond.cache, layout))
 
     def prepare(self, cond: NetworkConditioning) -> NetworkConditioning:
-        """The same for steps of this network, where another one ran the prefill."""
+        """Make a conditioning that another network's prefill ran ready for steps of this one."""
         return cond._replace(cache=cond.cache._replace(blocks=self.causal_transformer.prepared()))
 
     def _null_cache(self, device) -> KVCache:
@@ -338,15 +321,17 @@ class DiffusionPriorNetwork(nn.Module):
             samples: of all prompts.
             **solver: what `kernels.cpu.blocks.prepare_run` takes of the solver.
         """
-        around, cache = (self.to_image_embeds, *self.to_image_embeds, self.causal_transformer.init_norm), cond.cache
-        as_it_is = type(around[1]) is type(around[-1]) is nn.Identity and self.num_image_embeds == 1
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in around)
-        own = cache.blocks is not None and cache.blocks.owner is self.causal_transformer
-        if not as_it_is or hooked or self.self_cond or cond.null_rows or not own:
+        cache, embed, norm = cond.cache, self.to_image_embeds, self.causal_transformer.init_norm
+        if cache.blocks is None or cache.blocks.owner is not self.causal_transformer:
             return None
-        tokens = dict(time_tokens=cond.time_tokens, query=self.learned_query, rotary=cache.rotary, bias=cache.bias)
-        sizes = dict(rows=samples // cache.samples, samples=cache.samples)
-        return ops.prepare_run(cache.blocks, cache.k, cache.v, **sizes, **tokens, **solver)
+        if self.self_cond or cond.null_rows or self.num_image_embeds != 1:
+            return None
+        if not (type(embed[0]) is type(norm) is nn.Identity and all(map(is_called_as_it_is, (embed, *embed, norm)))):
+            return None
+        return ops.prepare_run(
+            cache.blocks, cache.k, cache.v, rows=samples // cache.samples, samples=cache.samples, rotary=cache.rotary,
+            bias=cache.bias, time_tokens=cond.time_tokens, query=self.learned_query, **solver,
+        )  # fmt: skip
 
     def null_table(self, times: Tensor) -> Tensor:
         """The unconditional prediction at each of the times (steps,): (steps, dim), in fp32 or wider.

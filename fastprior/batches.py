@@ -85,6 +85,4 @@ def repeat_rows(text_cond: dict, rows: int) -> dict:
     if "text_embed" not in text_cond:
         return text_cond  # a foreign network's own condition
     repeats = rows // len(text_cond["text_embed"])
-    if repeats == 1:
-        return text_cond
-    return map_rows(text_cond, lambda t: t.repeat_interleave(repeats, dim=0))
+    return text_cond if repeats == 1 else map_rows(text_cond, lambda t: t.repeat_interleave(repeats, dim=0))

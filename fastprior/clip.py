@@ -60,7 +60,7 @@ def resize_image_to(image: Tensor, size: int) -> Tensor:
 
 
 class BaseClipAdapter(nn.Module):
-    """What a prior needs of a CLIP; subclass it to plug in your own.
+    """Base of CLIP adapters; subclass it to plug in your own.
 
     A subclass defines the methods `embed_text` and `embed_image`, `tokenize` where strings are to be accepted, and the
     properties `dim_latent` (width of `text_embed` and `image_embed`), `dim_text_encodings` (that of `text_encodings`,

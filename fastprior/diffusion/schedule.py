@@ -125,12 +125,10 @@ class NoiseScheduler(nn.Module):
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0)."""
-        mean = (
-            extract(self.posterior_mean_coef1, t, x_t.shape) * x_start
-            + extract(self.posterior_mean_coef2, t, x_t.shape) * x_t
-        )
-        variance = extract(self.posterior_variance, t, x_t.shape)
-        return mean, variance, extract(self.posterior_log_variance_clipped, t, x_t.shape)
+        tables = self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_variance
+        of_start, of_now, variance = (extract(table, t, x_t.shape) for table in tables)
+        log_variance = extract(self.posterior_log_variance_clipped, t, x_t.shape)
+        return of_start * x_start + of_now * x_t, variance, log_variance
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """A draw of x_t given x_0."""

@@ -35,13 +35,13 @@ def row_layout(samples: int, suffix: int, shared: int, device: torch.device) -> 
         suffix: tokens of one sample.
         shared: how many of these, the first, are the same for all samples of a prompt.
     """
-    own = suffix - shared
-    samples = max(n for n in range(1, samples + 1) if samples % n == 0 and (n == 1 or shared + n * own <= MAX_TOKENS))
+    apart = suffix - shared  # tokens of each sample alone
+    samples = max(n for n in range(1, samples + 1) if samples % n == 0 and (n == 1 or shared + n * apart <= MAX_TOKENS))
     if samples == 1:
         return None
-    first, last = (torch.arange(n, device=device) for n in (samples * (own - 1), samples))
-    parts = torch.arange(shared, device=device), shared + first % max(own - 1, 1), torch.full_like(last, suffix - 1)
+    first, last = (torch.arange(n, device=device) for n in (samples * (apart - 1), samples))
+    parts = torch.arange(shared, device=device), shared + first % max(apart - 1, 1), torch.full_like(last, suffix - 1)
     tokens = torch.cat(parts)
-    sample = torch.cat((torch.full_like(parts[0], -1), first // max(own - 1, 1), last))
+    sample = torch.cat((torch.full_like(parts[0], -1), first // max(apart - 1, 1), last))
     other = (sample >= 0) & (sample != sample[:, None])
     return RowLayout(samples, tokens, other | (tokens > tokens[:, None]))

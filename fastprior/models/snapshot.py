@@ -16,7 +16,7 @@ class Snapshot:
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
         # one level deep: hooks, parameters and what peft switches are in dicts and lists of the modules
-        self.states = [(vars(module), self._copy(vars(module))) for module in modules[1:]]
+        self.states = [(vars(module), _copy(vars(module))) for module in modules[1:]]
         parts = model._parameters, model._modules, model._forward_hooks, model._forward_pre_hooks
         self.states += [(part, dict(part)) for part in parts]
         self.weights = [
@@ -25,27 +25,8 @@ class Snapshot:
             for name, weight in module._parameters.items()
             if weight is not None
         ]
-        self.views = [self._middle(weight.detach()) for _, _, weight, _, _ in self.weights]
-        self.sample = self._sample()
-
-    @staticmethod
-    def _copy(state: dict) -> dict:
-        copied = {
-            name: kind(value) for name, value in state.items() for kind in (dict, list) if isinstance(value, kind)
-        }
-        return state | copied
-
-    @staticmethod
-    def _middle(weight: Tensor) -> Tensor:
-        """A few elements, (n,), in the weight's own memory."""
-        if not weight.numel():
-            return weight.view(-1)
-        while weight.dim() > 1:
-            weight = weight[len(weight) // 2]
-        return weight.view(-1)[max(0, weight.numel() - SAMPLE) // 2 :][:SAMPLE]
-
-    def _sample(self) -> Tensor:
-        return torch.cat(self.views)
+        self.views = [_middle(weight.detach()) for _, _, weight, _, _ in self.weights]
+        self.sample = torch.cat(self.views)
 
     def same_weights(self) -> bool:
         """Whether every weight is the tensor it was, with no edit that autograd counted."""
@@ -65,7 +46,19 @@ class Snapshot:
 
     def same_values(self) -> bool:
         """Whether no whole weight was edited behind autograd's back, as `weight.data.copy_` does it."""
-        return torch.equal(self._sample(), self.sample)
+        return torch.equal(torch.cat(self.views), self.sample)
+
+
+def _copy(state: dict) -> dict:
+    copies = {name: type_(value) for name, value in state.items() for type_ in (dict, list) if isinstance(value, type_)}
+    return state | copies
+
+
+def _middle(weight: Tensor) -> Tensor:
+    """A few elements, (n,), in the weight's own memory."""
+    while weight.dim() > 1 and weight.numel():
+        weight = weight[len(weight) // 2]
+    return weight.view(-1)[max(0, weight.numel() - SAMPLE) // 2 :][:SAMPLE]
 
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[State]] = weakref.WeakKeyDictionary()
@@ -83,7 +76,7 @@ class State:
 
 
 def state(model: nn.Module) -> State:
-    """The same object for as long as nothing changes in the model, and the caller keeps it."""
+    """The state of a model: the same object for as long as nothing changes in the model, and the caller keeps it."""
     found = _STATES[model]() if model in _STATES else None
     if found is None or not found.is_current():
         found = State(model)

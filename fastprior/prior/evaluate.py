@@ -69,15 +69,6 @@ class _Means:
         return {name: total / count for name, (total, count) in zip(self.sums, sums.tolist()) if count}
 
 
-def _gathered(rows: Tensor, accelerator) -> Tensor:
-    """The rows (n, dim) of all processes, n differing among them."""
-    if accelerator is None:
-        return rows
-    real = torch.ones(len(rows), device=rows.device)
-    rows, real = (accelerator.gather(accelerator.pad_across_processes(t, dim=0)) for t in (rows, real))
-    return rows[real.bool()]
-
-
 def retrieval_ranks(sampled: Tensor, images: Tensor, chunk: int = 1024) -> Tensor:
     """The rank (n,), from 1, of each row's own image among all images by cosine similarity with the sampled embedding.
 
@@ -88,9 +79,8 @@ def retrieval_ranks(sampled: Tensor, images: Tensor, chunk: int = 1024) -> Tenso
     ranks = []
     for start in range(0, len(sampled), chunk):
         similarity = F.normalize(sampled[start : start + chunk], dim=-1) @ images.T
-        rows = torch.arange(len(similarity), device=similarity.device)
-        own = similarity[rows, start + rows, None]
-        ranks.append((similarity > own).sum(dim=1) + ((similarity == own).sum(dim=1) + 1) / 2)
+        original = similarity.diagonal(start)[:, None]
+        ranks.append((similarity > original).sum(dim=1) + ((similarity == original).sum(dim=1) + 1) / 2)
     return torch.cat(ranks).double()
 
 
@@ -106,7 +96,13 @@ class _Gallery:
         self.rows[key].append(embeds[: max(0, self.room - sum(map(len, self.rows[key])))])
 
     def gathered(self, key: str | int) -> Tensor:
-        return _gathered(torch.cat(self.rows[key]), self.accelerator)
+        """The rows (n, dim) of all processes, which have different numbers of them."""
+        rows, accelerator = torch.cat(self.rows[key]), self.accelerator
+        if accelerator is None:
+            return rows
+        real = torch.ones(len(rows), device=rows.device)
+        rows, real = (accelerator.gather(accelerator.pad_across_processes(t, dim=0)) for t in (rows, real))
+        return rows[real.bool()]
 
 
 def _inputs(prior: DiffusionPrior, batch: dict) -> tuple[Tensor, dict]:
@@ -128,15 +124,15 @@ def _inputs(prior: DiffusionPrior, batch: dict) -> tuple[Tensor, dict]:
 def similarities(text: Tensor | None, image: Tensor, sampled: Tensor) -> dict[str, Tensor]:
     """Cosine similarities (batch,) by name, in fp64; of a text that cannot be compared, None, those without it."""
     image, sampled = image.double(), sampled.double()
-    similarities = {"similarity with original image": F.cosine_similarity(sampled, image)}
+    found = {"similarity with original image": F.cosine_similarity(sampled, image)}
     if text is not None:
         text = text.double()
-        # what a caption's neighbour sampled: no second run is needed for that
+        # a caption's neighbour has been sampled too: no second run is needed
         unrelated = F.cosine_similarity(text, sampled.roll(1, 0))
-        similarities["baseline similarity"] = F.cosine_similarity(text, image)
-        similarities["similarity with text"] = F.cosine_similarity(sampled, text)
-        similarities["similarity with unrelated caption"] = unrelated[: 0 if len(text) == 1 else None]
-    return similarities
+        found["baseline similarity"] = F.cosine_similarity(text, image)
+        found["similarity with text"] = F.cosine_similarity(sampled, text)
+        found["similarity with unrelated caption"] = unrelated[: 0 if len(text) == 1 else None]
+    return found
 
 
 def _named(name: str, steps: int) -> str:

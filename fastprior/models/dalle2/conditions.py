@@ -41,7 +41,7 @@ class Condition(nn.Module):
         self.null = nn.Parameter(torch.randn(dim))
         self.dropout = nn.Dropout(dropout)
 
-    def given(self, value: Tensor) -> Tensor:
+    def has_value(self, value: Tensor) -> Tensor:
         """Which prompts have a value: (prompts,) bool."""
         return ~value.isnan().unsqueeze(-1).flatten(1).any(dim=1)
 
@@ -56,7 +56,7 @@ class Condition(nn.Module):
         """The token (prompts, dim) of value (prompts, *shape), None where all are missing; keep: (prompts, 1) bool."""
         if value is None:  # embedded all the same: in distributed training every weight takes part in every step
             value = self.none(len(keep), keep.device)
-        given = self.given(value)
+        given = self.has_value(value)
         # a NaN would reach the gradient through where, and a negative index has no embedding
         value = value.where(given.view(-1, *(1,) * (value.ndim - 1)), 0)
         kept = self.dropout(torch.ones(len(keep), 1, device=keep.device)).bool()
@@ -99,7 +99,7 @@ class Category(Condition):
         self.size = _size(size)
         self.embedding = nn.Embedding(size, dim)
 
-    def given(self, value: Tensor) -> Tensor:
+    def has_value(self, value: Tensor) -> Tensor:
         return value >= 0
 
     def embed(self, value: Tensor) -> Tensor:

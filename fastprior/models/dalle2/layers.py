@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -70,12 +69,11 @@ class MLP(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, *, expansion_factor: float = 2.0, depth: int = 2, norm: bool = False):
         super().__init__()
         hidden = int(expansion_factor * dim_out)
-        widths = [dim_in] + [hidden] * depth
-        hidden_layers = [
-            nn.Sequential(nn.Linear(i, o), nn.SiLU(), nn.LayerNorm(o) if norm else nn.Identity())
-            for i, o in itertools.pairwise(widths)
+        layers = [
+            nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.LayerNorm(hidden) if norm else nn.Identity())
+            for width in [dim_in, *[hidden] * depth][:depth]
         ]
-        self.net = nn.Sequential(*hidden_layers, nn.Linear(hidden, dim_out))
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, dim_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.to(self.net[-1].weight.dtype))
@@ -170,13 +168,12 @@ class FeedForward(nn.Sequential):
     def fused(self, x: Tensor, stream: Tensor, stream_gain: Tensor) -> Tensor:
         """`y + self(y)` of `y = stream + norm(x) * stream_gain`, without dropout, by two kernels."""
         norm, expand, _, inner_norm, _, contract = self
-        norms = dict(
-            stream=stream, stream_gain=stream_gain, norm_gain=norm.g, eps=norm.eps, dtype=product_dtype(expand)
-        )
-        h, stream = ops.linear(x, expand.weight, activation="swiglu", scale=expand.scale, **norms)
+        h, stream = ops.linear(
+            x, expand.weight, activation="swiglu", scale=expand.scale, stream=stream, stream_gain=stream_gain,
+            norm_gain=norm.g, eps=norm.eps, dtype=product_dtype(expand),
+        )  # fmt: skip
         gain = None if isinstance(inner_norm, nn.Identity) else inner_norm.g
-        around = dict(norm_gain=gain, eps=norm.eps, residual=stream)
-        return ops.linear(h, contract.weight, scale=contract.scale, **around)
+        return ops.linear(h, contract.weight, scale=contract.scale, norm_gain=gain, eps=norm.eps, residual=stream)
 
 
 class NormedLinear(nn.Sequential):
@@ -245,10 +242,11 @@ class Attention(nn.Module):
 
     def fused_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`projections` by one kernel, with the norm before."""
-        dim_head, norm = self.null_kv.shape[-1], dict(norm_gain=self.norm.g, eps=self.norm.eps)
-        weights = dict(beside=self.to_kv.weight, scale=self.qkv_scale, dtype=product_dtype(self.to_q))
-        y = ops.linear(x, self.to_q.weight, **weights, **norm)
-        return y.unflatten(-1, (-1, dim_head)).split((self.heads, 1, 1), dim=-2)
+        y = ops.linear(
+            x, self.to_q.weight, beside=self.to_kv.weight, scale=self.qkv_scale, norm_gain=self.norm.g,
+            eps=self.norm.eps, dtype=product_dtype(self.to_q),
+        )  # fmt: skip
+        return y.unflatten(-1, (-1, self.null_kv.shape[-1])).split((self.heads, 1, 1), dim=-2)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, attn_bias: Tensor | None = None) -> Tensor:
         """Attend.
@@ -270,19 +268,18 @@ class Attention(nn.Module):
         bias = None if attn_bias is None else attn_bias.transpose(0, 1)
         return self.attend(q, k, v, rotary, dict(bias=bias, causal=self.causal), mask=mask)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, bias: dict, **kwargs) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, bias: dict, *, mask=None, residual=None
+    ) -> Tensor:
         """Attention of raw queries, keys and values, and the output projection; `residual` is added to it.
 
-        Args:
-            bias: `bias`, `buckets` and `causal` of `kernels.reference.attention`.
-            **kwargs: `mask`, `residual`.
+        `bias` holds `bias`, `buckets` and `causal` of `kernels.reference.attention`.
         """
-        residual = kwargs.pop("residual", None)
         if rotary is not None and rotary[0].requires_grad:  # learned frequencies: kernels give them no gradient
             q, k = (reference.rotate(t, *(table[-t.shape[1] :, None] for table in rotary)) for t in (q, k))
             rotary = None
         out = ops.attention(
             q, k, v, scale=self.scale, rotary=rotary, cosine=self.cosine_sim, null_kv=self.null_kv[:, None],
-            dropout=self.dropout.p if self.training else 0.0, **bias, **kwargs,
+            dropout=self.dropout.p if self.training else 0.0, mask=mask, **bias,
         )  # fmt: skip
         return self.to_out(out.to(product_dtype(self.to_q)), after=residual)

@@ -26,7 +26,7 @@ NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds it
 
 
 class NetworkConditioning(NamedTuple):
-    """What the steps of one run share: the prefix cache, the time tokens of the schedule, and which rows are null.
+    """The text, run once, and the times: all that the steps of one run share.
 
     Attributes:
         cache: keys and values of the prefix, per prompt.
@@ -156,7 +156,7 @@ class DiffusionPriorNetwork(nn.Module):
         return torch.cat((*extra, encodings, text_tokens), dim=1)
 
     def _suffix(self, time_tokens: Tensor, image_tokens: Tensor, self_cond: Tensor | None, samples: int = 1) -> Tensor:
-        """What rows of some samples hold, see `RowLayout`, (rows, suffix, dim), of image tokens (samples, any, dim)."""
+        """Tokens (rows, suffix, dim) of image tokens (all samples, any, dim), in the order of `RowLayout`."""
         if self.self_cond:
             if self_cond is None:
                 self_cond = torch.zeros_like(image_tokens[:, 0])

@@ -37,7 +37,7 @@ def _does_what_weights_say(module: nn.Module) -> bool:
 
 
 class KVCache(NamedTuple):
-    """What steps behind a prefix share.
+    """Keys and values of a prefix, and all else that steps behind it share.
 
     Attributes:
         k, v: (depth, prompts, prefix + 1, 1, dim_head), the null ones first.

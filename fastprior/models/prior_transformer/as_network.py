@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.draws import prob_mask_like
@@ -72,7 +73,7 @@ class PriorTransformerNet(nn.Module):
         self.null_text_encodings.zero_()[:, : text_encodings.shape[1]].copy_(text_encodings)
 
     def normalize(self, image_embed: Tensor) -> Tensor:
-        """What diffusion runs on. Raises ValueError where `clip_std` is not set."""
+        """Normalise embeddings, which diffusion runs on then. Raises ValueError where `clip_std` is not set."""
         if not torch.compiler.is_compiling() and not self.prior.clip_std.all():
             raise ValueError("clip_std holds zeros; it must be loaded, or taken from data by `set_statistics`")
         return (image_embed - self.prior.clip_mean) / self.prior.clip_std
@@ -84,34 +85,28 @@ class PriorTransformerNet(nn.Module):
         self.prior.enable_gradient_checkpointing()
 
     def obstacles(self, dropout: bool = False) -> list[str]:
-        """See `fastprior.prior.plan.network_obstacles`."""
+        """Why the network cannot run as prefill and steps; empty when it can. Dropout always stands in the way."""
         return prompt_memory.prefix_obstacles(self.prior, self.suffix_tokens)
 
     def _check(self, text_embed: Tensor, text_encodings: Tensor | None) -> None:
         prompts = len(text_embed)
         if text_embed.shape != (prompts, self.text_embed_dim):
-            raise ValueError(
-                f"text_embed has shape {tuple(text_embed.shape)}; it must be {(prompts, self.text_embed_dim)}"
-            )
+            rule = f"it must be {(prompts, self.text_embed_dim)}"
+            raise ValueError(f"text_embed has shape {tuple(text_embed.shape)}; {rule}")
         if text_encodings is None:
             raise ValueError("text_encodings=None; a PriorTransformer is conditioned on text encodings")
         length = text_encodings.shape[1]
         if text_encodings.shape != (prompts, length, self.text_dim) or length > self.max_text_len:
-            raise ValueError(
-                f"text_encodings has shape {tuple(text_encodings.shape)}; it must be ({prompts}, at most "
-                f"{self.max_text_len}, {self.text_dim})"
-            )
+            rule = f"it must be ({prompts}, at most {self.max_text_len}, {self.text_dim})"
+            raise ValueError(f"text_encodings has shape {tuple(text_encodings.shape)}; {rule}")
 
     def _text(self, text_embed: Tensor, text_encodings: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The text as the prior takes it, with a mask; rows that are not kept (prompts, 1, 1) are the empty text."""
         self._check(text_embed, text_encodings)
         dtype = self.prior.dtype
-        missing = self.max_text_len - text_encodings.shape[1]
-        encodings = torch.cat(
-            (text_encodings, text_encodings.new_zeros(len(text_embed), missing, self.text_dim)), dim=1
-        )
         embed = torch.where(keep[:, 0], text_embed.to(dtype), self.null_text_embed.to(dtype))
-        encodings = torch.where(keep, encodings.to(dtype), self.null_text_encodings.to(dtype))
+        encodings = F.pad(text_encodings, (0, 0, 0, self.max_text_len - text_encodings.shape[1])).to(dtype)
+        encodings = torch.where(keep, encodings, self.null_text_encodings.to(dtype))
         return embed, encodings, encodings.ne(0).any(dim=-1)
 
     def forward(
@@ -164,12 +159,12 @@ class PriorTransformerNet(nn.Module):
         text = self._text(text_embed, text_encodings, keep)
         if null_rows:
             null = self._text(text_embed[:1], text_encodings[:1], ~keep[:1])
-            text = (torch.cat((own, other.expand(null_rows, *own.shape[1:]))) for own, other in zip(text, null))
+            text = (torch.cat((t, empty.expand(null_rows, *t.shape[1:]))) for t, empty in zip(text, null))
         prefix = self.prior.encode_prefix(*text, self.suffix_tokens)
         return PriorTransformerConditioning(prefix, self.prior.time_tokens(times), null_rows)
 
     def share(self, cond: PriorTransformerConditioning, samples: int) -> PriorTransformerConditioning:
-        """See `DiffusionPriorNetwork.share`."""
+        """Make a conditioning ready for several samples of each prompt: see `DiffusionPriorNetwork.share`."""
         return self.prior.share(cond, samples)
 
     def step(self, x: Tensor, index: Tensor, cond: PriorTransformerConditioning, self_cond: None = None) -> Tensor:

@@ -51,13 +51,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in (self.to_q, self.to_k, self.to_v)
-        )
+        projections = (linear(x) for linear in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projections)
         if attention_mask is not None:
             attention_mask = attention_mask.unflatten(0, (len(x), -1))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-        out = out.transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask).transpose(1, 2).flatten(2)
         for module in self.to_out:
             out = module(out)
         return out

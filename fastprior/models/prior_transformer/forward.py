@@ -15,7 +15,7 @@ from fastprior.models.shared_rows import row_layout
 
 
 class PriorTransformerConditioning(NamedTuple):
-    """What the steps of one run share: the text, run once, and the times.
+    """The text, run once, and the times: all that the steps of one run share.
 
     Attributes:
         prefix: keys and values of the prefix, per prompt.
@@ -218,14 +218,12 @@ class PriorForward:
 
     def _positions(self, prefix: int, suffix: int, masked: bool) -> Tensor:
         """(1, tokens, dim); where there are too few they belong to the noisy embeddings, and others have none."""
-        positions, tokens = self.positional_embedding, prefix + suffix
-        if positions.shape[1] < tokens and not masked:
+        positions, tokens, most = self.positional_embedding, prefix + suffix, self.positional_embedding.shape[1]
+        if most < tokens and not masked:
             positions = F.pad(positions, (0, 0, prefix + 1, int(self.prd_embedding is not None)))
         if positions.shape[1] != tokens:
-            raise ValueError(
-                f"there are {tokens} tokens; they must be num_embeddings + additional_embeddings, "
-                f"{self.positional_embedding.shape[1]}, or without a mask hidden_states may have as many"
-            )
+            rule = f"num_embeddings + additional_embeddings, {most}, or without a mask hidden_states may have as many"
+            raise ValueError(f"there are {tokens} tokens; they must be {rule}")
         return positions
 
     def time_tokens(self, times: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -244,21 +242,14 @@ class PriorForward:
         return torch.cat((encoder_hidden_states, tokens), dim=1)
 
     def _suffix_tokens(self, hidden_states: Tensor, time_tokens: Tensor, samples: int = 1) -> Tensor:
-        """What rows of some samples hold, see `RowLayout`."""
+        """Tokens (rows, suffix, dim) of all samples' noisy embeddings, in the order of `RowLayout`."""
         hidden, rows = self.proj_in(hidden_states), len(hidden_states) // samples
         tokens = [time_tokens.expand(rows, -1, -1), hidden.reshape(rows, -1, hidden.shape[-1])]
         if self.prd_embedding is not None:
             tokens.append(self.prd_embedding.to(hidden.dtype).expand(rows, samples, -1))
         return torch.cat(tokens, dim=1)
 
-    def predict_whole(
-        self,
-        hidden_states: Tensor,
-        times: Tensor,
-        proj_embedding: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-    ) -> Tensor:
+    def predict_whole(self, hidden_states, times, proj_embedding, encoder_hidden_states, attention_mask) -> Tensor:
         """Predict as `forward` does, by a pass over all tokens, every module called as it stands."""
         prefix = self._prefix_tokens(proj_embedding, encoder_hidden_states)
         suffix = self._suffix_tokens(hidden_states, self.time_tokens(times, self.dtype))
@@ -279,11 +270,10 @@ class PriorForward:
         return self.proj_to_clip_embeddings(x)
 
     def _attention_mask(self, attention_mask: Tensor, x: Tensor) -> Tensor:
-        """What is added to the logits: (batch * heads, tokens, tokens), as attention processors take it."""
+        """Causality and padding as processors add them to the logits: (batch * heads, tokens, tokens)."""
         tokens, heads = x.shape[1], self.config["num_attention_heads"]
         causal = torch.full((tokens, tokens), HIDDEN, dtype=x.dtype, device=x.device).triu(1)
-        padding = (1 - attention_mask.to(x.dtype)) * HIDDEN
-        padding = F.pad(padding, (0, tokens - padding.shape[1]))
+        padding = F.pad((1 - attention_mask.to(x.dtype)) * HIDDEN, (0, tokens - attention_mask.shape[1]))
         return (padding[:, None] + causal).repeat_interleave(heads, dim=0)
 
     def encode_prefix(

@@ -142,7 +142,7 @@ _SLOTS: weakref.WeakKeyDictionary[nn.Module, _SlotOfThread] = weakref.WeakKeyDic
 
 
 def remembered(model: nn.Module) -> Remembered | None:
-    """What the last call of a model in this thread left."""
+    """The prefix that the last call of a model in this thread left, and what it was made of."""
     return _SLOTS[model].slot.entry if model in _SLOTS else None
 
 

@@ -344,7 +344,7 @@ class DiffusionPriorNetwork(nn.Module):
         Args:
             cond: see `step`.
             samples: of all prompts.
-            **solver: what `kernels.cpu.blocks.prepare_run` takes of the solver.
+            **solver: what `kernels.cpu.run.prepare_run` takes of the solver.
         """
         around, cache = (self.to_image_embeds, *self.to_image_embeds, self.causal_transformer.init_norm), cond.cache
         as_it_is = type(around[1]) is type(around[-1]) is nn.Identity and self.num_image_embeds == 1

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cpu import attention as cpu_attention
 from .cpu import blocks as cpu_blocks
 from .cpu import linear as cpu_linear
+from .cpu import run as cpu_run
 from .cpu import threads as cpu_threads
 from .gpu import workspace
 
@@ -89,8 +91,8 @@ def decode_attention(q: Tensor, *args, dropout: float = 0.0, **kwargs) -> Tensor
         from .gpu.decode import decode_attention as run
 
         return run(q, *args, **kwargs)
-    takes = _forced is None and cpu_linear.takes_decode(q, *args, dropout=dropout, **kwargs)
-    run = cpu_linear.decode_attention if takes else reference.decode_attention
+    takes = _forced is None and cpu_attention.takes_decode(q, *args, dropout=dropout, **kwargs)
+    run = cpu_attention.decode_attention if takes else reference.decode_attention
     return run(q, *args, dropout=dropout, **kwargs)
 
 
@@ -112,7 +114,7 @@ def linear(x: Tensor, *args, **kwargs) -> Tensor:
     return run(x, *args, **kwargs)
 
 
-Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_blocks.Run
+Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run
 one_thread = cpu_threads.one_thread
 Workspace, sharing = workspace.Workspace, workspace.sharing
 
@@ -128,8 +130,8 @@ def most_tokens(blocks: Blocks) -> int:
 
 
 def prepare_run(blocks: Blocks | None, *args, **kwargs) -> Run | None:
-    """See `kernels.cpu.blocks`; None without blocks, too."""
-    return None if blocks is None or _forced is not None else cpu_blocks.prepare_run(blocks, *args, **kwargs)
+    """See `kernels.cpu.run`; None without blocks, too."""
+    return None if blocks is None or _forced is not None else cpu_run.prepare_run(blocks, *args, **kwargs)
 
 
 def run_blocks(x: Tensor, blocks: Blocks | None, *args, **kwargs) -> Tensor | None:

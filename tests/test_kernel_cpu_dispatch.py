@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from fastprior.kernels.cpu import attention as cpu_attention
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import linear as cpu_linear
 from torch import nn
@@ -369,7 +370,7 @@ def test_messages_of_linear(change, message):
 )
 def test_messages_of_decode(change, message):
     with pytest.raises(ValueError) as raised:
-        cpu_linear.decode_attention(**make_decode() | change)
+        cpu_attention.decode_attention(**make_decode() | change)
     assert message in str(raised.value)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.kernels.cpu import run as cpu_run
 from torch import nn
 
 from fastprior import DiffusionPriorNetwork, PriorSampler, sampler
@@ -253,7 +254,7 @@ def test_runs_of_a_prior(monkeypatch, solver, eta):
 
     def noted(step, make=sampler.run_table):
         def run_table(table, step, *args):
-            kinds.append(type(step) is cpu_blocks.Run)
+            kinds.append(type(step) is cpu_run.Run)
             return make(table, step, *args)
 
         return run_table

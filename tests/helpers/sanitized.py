@@ -62,7 +62,7 @@ def sanitized():
         with threads(count):
             prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)
     print("every access was within bounds", flush=True)
-    cpu_linear._fit = lambda *args: None
+    cpu_linear.check_shape = lambda *args: None
     cpu_linear.linear(x=random(3, 64), weight=random(5, 7))
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,23 @@ def test_a_cache_that_was_filled_is_only_read(tmp_path):
         refuses = refusing(tmp_path, '[ "$1" = --version ] && exec cc --version\nexit 1\n')
         with built(QUICK, CC=refuses):
             assert cpu_library.build() == path and cpu_library.unavailable() is None
+
+
+def test_every_source_has_a_part_in_the_name_of_the_library(tmp_path, monkeypatch):
+    """A library that was kept is never that of other sources."""
+    sources = tmp_path / "c"
+    shutil.copytree(cpu_library.SOURCES, sources)
+    found = subprocess.run(["cc", *cpu_library.FLAGS, "-MM", sources / "library.c"], capture_output=True, check=True)
+    included = {Path(name) for name in found.stdout.decode().replace("\\\n", " ").split()[1:]}
+    assert included == set(sources.iterdir()), "each is shipped, and has a part in the library"
+    monkeypatch.setattr(cpu_library, "SOURCES", sources)
+    empty = refusing(tmp_path, '[ "$1" = --version ] && exec cc --version\nexit 0\n')
+    with built(CC=empty, FASTPRIOR_CACHE=tmp_path / "cache"):
+        paths = {cpu_library.build()}
+        for source in sorted(included):
+            source.write_text(source.read_text() + "\n")
+            paths.add(cpu_library.build())
+    assert len(paths) == 1 + len(included)
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ int main(void) {
 def compiled(folder, *flags) -> list[str]:
     """The command that runs the program; skips where the compiler does not have what the flags ask for."""
     (folder / "team.c").write_text(TEAM)
-    command = ["cc", "-O2", "-fopenmp", *flags, f"-I{cpu_library.SOURCES[0].parent}", "team.c", "-o", "team"]
+    command = ["cc", "-O2", "-fopenmp", *flags, f"-I{cpu_library.SOURCES}", "team.c", "-o", "team"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode and "sanitize" in " ".join(flags):
         pytest.skip(f"the compiler has no such sanitizer: {done.stderr[-200:]}")
@@ -132,7 +132,7 @@ def test_no_race_in_teams(tmp_path, look_ns):
 @pytest.mark.slow
 def test_the_sanitizer_sees_a_race(tmp_path):
     """What the test before shows is worth something: without meetings there is one."""
-    source = cpu_library.SOURCES[1].read_text() + "\n#define meet(me) ((void)(me))\n"
+    source = (cpu_library.SOURCES / "team.h").read_text() + "\n#define meet(me) ((void)(me))\n"
     (tmp_path / "without_meetings.h").write_text(source)
     (tmp_path / "team.c").write_text(TEAM.replace("team.h", "without_meetings.h"))
     command = ["cc", "-O2", "-g", "-fopenmp", "-DSHARED=1", "-I.", "-fsanitize=thread", "team.c", "-o", "team"]
@@ -165,7 +165,7 @@ int main(void) {
     printf("%ld\n", (long)parts);
 }
 """)
-    include = f"-I{cpu_library.SOURCES[0].parent}"
+    include = f"-I{cpu_library.SOURCES}"
     subprocess.run(["cc", "-fopenmp", include, "few.c", "-o", "few"], cwd=tmp_path, check=True)
     done = subprocess.run([tmp_path / "few"], capture_output=True, text=True, timeout=60)
     assert done.stdout == f"{3 * 99 + 100}\n"

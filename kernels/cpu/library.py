@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = tuple(Path(__file__).parent / "c" / name for name in ("linear.c", "team.h"))
+SOURCES = Path(__file__).parent / "c"  # of which library.c includes all
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as the source counts them
 OMP_PAUSE_SOFT = 1
@@ -76,7 +76,7 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def build() -> Path:
-    """Compile the source unless it was: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
+    """Compile the sources unless they were: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
 
     Its hash stands behind it in the file, so that what a crash or a full disk left of one is made again.
 
@@ -86,13 +86,14 @@ def build() -> Path:
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
-    parts = *(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode(), _machine().encode()
+    sources = (source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]")))
+    parts = *sources, version, " ".join(FLAGS).encode(), _machine().encode()
     path = _cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):
             if not _is_whole(path):  # as another process left it
-                _compile([*compiler, *FLAGS, str(SOURCES[0])], path)
+                _compile([*compiler, *FLAGS, str(SOURCES / "library.c")], path)
     return path
 
 
@@ -106,7 +107,10 @@ def _load() -> None:
     try:
         _loaded = ctypes.CDLL(str(build()))
     except subprocess.CalledProcessError as error:
-        _loaded = f"{error.cmd[0]} failed: {error.stderr.decode(errors='replace').strip()[:300]}"
+        said = error.stderr.decode(errors="replace").strip()
+        _loaded = (
+            f"{error.cmd[0]} failed: {said[max(0, said.find('error')) :][:300]}"  # behind the files that lead there
+        )
     except (OSError, RuntimeError) as error:  # a user without a home directory is a RuntimeError
         _loaded = f"no C compiler, or no place for what it makes: {error}"
     else:

@@ -7,6 +7,7 @@
    look for work of PyTorch's at the same time. Once a thread was waited for as long as only another process takes a core,
    threads of our own compute, which no one else keeps awake. */
 
+#pragma once
 #include <limits.h>
 #include <omp.h>
 #include <pthread.h>

@@ -1,5 +1,6 @@
 """The CPU kernels as a library: how it is compiled and kept, threads and forks that share it, and its memory."""
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ import torch
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.kernels.cpu import structs
 
 from fastprior.kernels import ops, reference
 from helpers.at_once import at_once
@@ -164,8 +166,7 @@ def test_a_cache_that_was_filled_is_only_read(tmp_path):
 
 def test_every_source_has_a_part_in_the_name_of_the_library(tmp_path, monkeypatch):
     """A library that was kept is never that of other sources."""
-    sources = tmp_path / "c"
-    shutil.copytree(cpu_library.SOURCES, sources)
+    sources = shutil.copytree(cpu_library.SOURCES, tmp_path / "c")
     found = subprocess.run(["cc", *cpu_library.FLAGS, "-MM", sources / "library.c"], capture_output=True, check=True)
     included = {Path(name) for name in found.stdout.decode().replace("\\\n", " ").split()[1:]}
     assert included == set(sources.iterdir()), "each is shipped, and has a part in the library"
@@ -177,6 +178,23 @@ def test_every_source_has_a_part_in_the_name_of_the_library(tmp_path, monkeypatc
             source.write_text(source.read_text() + "\n")
             paths.add(cpu_library.build())
     assert len(paths) == 1 + len(included)
+
+
+def test_a_struct_of_another_size_is_not_filled(tmp_path, monkeypatch):
+    """A field that one side alone has: the library is not used, or is not compiled."""
+    for mirror in structs.ALL:
+        name = mirror.__name__
+        longer = type(name, (mirror,), {"_fields_": [("more", ctypes.c_long)]})
+        with built(QUICK, FASTPRIOR_CACHE=tmp_path), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(structs, "ALL", (*structs.ALL, longer))
+            assert cpu_library.unavailable() == (
+                f"struct {name.lower()} of C has not the {ctypes.sizeof(longer)} bytes of its mirror in structs.py"
+            )
+    monkeypatch.setattr(cpu_library, "SOURCES", shutil.copytree(cpu_library.SOURCES, tmp_path / "c"))
+    source = cpu_library.SOURCES / "run.c"
+    source.write_text(source.read_text().replace("double cond_scale,", "double more, cond_scale,"))
+    with built(QUICK, FASTPRIOR_CACHE=tmp_path):
+        goes_on("structs.py mirrors struct run")
 
 
 @pytest.mark.slow

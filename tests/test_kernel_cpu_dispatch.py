@@ -313,7 +313,7 @@ def test_op_decode(dtype):
 
 def test_op_blocks():
     x, blocks, *prefix, outputs, (cos, sin), bias = block_arguments().values()
-    arguments = x, blocks.table, *prefix, outputs, blocks.sizes, 1.0, cos, sin, True, bias, None, "swiglu", 1e-5
+    arguments = x, blocks.table, *prefix, outputs, blocks.shape, 1.0, cos, sin, True, bias, None, "swiglu", 1e-5
     torch.library.opcheck(torch.ops.fastprior.cpu_blocks.default, arguments)
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
+from . import structs
 from .calls import FLOATS, address_of, are_plain, check_shape, define_operation, is_watched
 from .library import KINDS, library, most_rows
 from .threads import thread_count
 
-DECODE = struct.Struct("=36qd")  # of the source
 MAX_DIM_HEAD, MAX_KEYS, MAX_OWN = 256, 4096, 2**16  # its threads keep keys, own ones in full, on stacks
 
 
@@ -31,22 +29,6 @@ def takes_decode(
     return are_plain(q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not is_watched()
 
 
-def check_attention(rows, heads, seq, suffix, dim_head, prefix_k, cos, sin, bias, mask) -> None:
-    prompts, prefix, kv_heads, _ = prefix_k.shape
-    if not prompts or rows % prompts or not kv_heads or heads % kv_heads:
-        raise ValueError(
-            f"{rows} rows of {heads} heads; they must be multiples of {prompts} prompts, {kv_heads} kv_heads"
-        )
-    if not 0 < seq <= suffix:
-        raise ValueError(f"{seq} tokens of queries; they must be 1 to {suffix}, as many as those of keys")
-    check_shape("prefix_k", prefix_k, prompts, prefix, kv_heads, dim_head)
-    check_shape("mask", mask, prompts, prefix)
-    check_shape("bias", bias, suffix, heads if bias is None or bias.shape[1] != 1 else 1, prefix + suffix)
-    if cos is not None:
-        check_shape("cos", cos, suffix, min(dim_head, cos.shape[-1]) // 2 * 2)
-        check_shape("sin", sin, *cos.shape)
-
-
 def _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
     return torch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), dtype=q.dtype, device=q.device)
 
@@ -56,37 +38,66 @@ def _heads(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] else t.contiguous()
 
 
-def cache_of(t: Tensor, kept: list) -> tuple[int, ...]:
-    """Where keys or values (…, dim_head) lie, and their strides but the last, which is 1."""
-    if t.stride(-1) != 1:
-        t = t.contiguous()
-        kept.append(t)
-    return t.data_ptr(), *t.stride()[:-1]
+def caches_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a prefix, or copies, with the same strides, of which the last is 1."""
+    strides = k.stride()
+    return (k, v) if strides[-1] == 1 and strides == v.stride() else (k.contiguous(), v.contiguous())
+
+
+def attention_of(
+    rows, heads, seq, suffix, dim_head, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask, kept,
+    **own,
+) -> structs.Decode:  # fmt: skip
+    """Own tokens as the caller has them, behind what `caches_of` gives, of several layers that of the first.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    *_, prompts, prefix, kv_heads, prefix_dim = prefix_k.shape
+    if not prompts or rows % prompts or not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"{rows} rows of {heads} heads; they must be multiples of {prompts} prompts, {kv_heads} kv_heads"
+        )
+    if not 0 < seq <= suffix:
+        raise ValueError(f"{seq} tokens of queries; they must be 1 to {suffix}, as many as those of keys")
+    if prefix_dim != dim_head:
+        check_shape("prefix_k", prefix_k, *prefix_k.shape[:-1], dim_head)
+    check_shape("mask", mask, prompts, prefix)
+    if bias is not None:
+        check_shape("bias", bias, suffix, 1 if bias.shape[1] == 1 else heads, prefix + suffix)
+        bias = bias if bias.shape[1] == heads else bias.expand(-1, heads, -1)
+    if cos is not None:
+        check_shape("cos", cos, suffix, min(dim_head, cos.shape[-1]) // 2 * 2)
+        check_shape("sin", sin, *cos.shape)
+    *_, prefix_prompt, prefix_token, prefix_head, _ = prefix_k.stride()
+    return structs.Decode(
+        prefix_k=prefix_k.data_ptr(), prefix_v=prefix_v.data_ptr(),
+        prefix_prompt=prefix_prompt, prefix_token=prefix_token, prefix_head=prefix_head,
+        bias=address_of(bias, kept), mask=address_of(mask, kept), cos=address_of(cos, kept), sin=address_of(sin, kept),
+        rows=rows, seq=seq, suffix=suffix, heads=heads, kv_heads=kv_heads, dim_head=dim_head, prompts=prompts,
+        prefix=prefix, rotated=0 if cos is None else cos.shape[-1], cosine=cosine, scale=scale, **own,
+    )  # fmt: skip
 
 
 def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
     out = _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask)
     rows, seq, heads, dim_head = q.shape
-    prompts, prefix, kv_heads, _ = prefix_k.shape
-    kept, kind = [], KINDS[q.dtype]
+    kept = []
     q, k, v = map(_heads, (q, k, v))
     if k.stride()[:2] != v.stride()[:2]:
         k, v = k.contiguous(), v.contiguous()
-    check_shape("k", k, rows, k.shape[1], kv_heads, dim_head)
+    suffix = k.shape[1]
+    check_shape("k", k, rows, suffix, prefix_k.shape[2], dim_head)
     check_shape("v", v, *k.shape)
     check_shape("prefix_v", prefix_v, *prefix_k.shape)
-    check_attention(rows, heads, seq, k.shape[1], dim_head, prefix_k, cos, sin, bias, mask)
-    bias = None if bias is None else bias.expand(-1, heads, -1)
-    library().decode_attention(
-        DECODE.pack(
-            q.data_ptr(), kind, q.stride(1), k.data_ptr(), kind, k.stride(1), v.data_ptr(), kind, v.stride(1),
-            out.data_ptr(), kind, out.shape[-1], *cache_of(prefix_k, kept), *cache_of(prefix_v, kept),
-            address_of(bias, kept), address_of(mask, kept), address_of(cos, kept), address_of(sin, kept),
-            q.stride(0), k.stride(0), rows, seq, k.shape[1], heads, kv_heads, dim_head, prompts, prefix,
-            0 if cos is None else cos.shape[-1], cosine, scale,
-        ),
-        thread_count(),
+    prefix_k, prefix_v = caches_of(prefix_k, prefix_v)
+    (q_row, q_token, *_), (kv_row, kv_token, *_) = q.stride(), k.stride()
+    call = attention_of(
+        rows, heads, seq, suffix, dim_head, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask, kept,
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), kind=KINDS[q.dtype],
+        q_row=q_row, q_token=q_token, kv_row=kv_row, kv_token=kv_token,
     )  # fmt: skip
+    library().decode_attention(call, thread_count())
     return out
 
 

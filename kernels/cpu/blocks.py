@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import huge_pages
-from .attention import MAX_DIM_HEAD, MAX_KEYS, MAX_OWN, cache_of, check_attention
+from . import huge_pages, structs
+from .attention import MAX_DIM_HEAD, MAX_KEYS, MAX_OWN, attention_of, caches_of
 from .calls import (
     ACTIVATIONS,
     address_of,
@@ -23,17 +22,17 @@ from .calls import (
     define_operation,
     is_watched,
     vector_of,
-    weight_of,
 )
 from .library import KINDS, library, most_rows
 from .threads import thread_count
-
-BLOCKS = struct.Struct("=48qdd")  # of the source
 
 
 def most_tokens(dtype: torch.dtype) -> int:
     """The most tokens that `run_blocks` takes with weights of this dtype: what it saves between linears counts, too."""
     return max(most_rows(dtype), min(128, most_rows(torch.float32)))
+
+
+MATRICES = structs.Block.MATRICES
 
 
 class Block(NamedTuple):
@@ -70,9 +69,6 @@ class Block(NamedTuple):
     inner_gain: Tensor | None = None
 
 
-MATRICES = 6
-
-
 class Blocks(NamedTuple):
     """The blocks of a step as C reads them, from `prepare_blocks`.
 
@@ -81,7 +77,7 @@ class Blocks(NamedTuple):
         kept: what lies there.
         owner: whose weights they are.
         dtype: of the matrices.
-        sizes: depth, dim, inner, heads, kv_heads, dim_head, whether there is a head, and columns of the result.
+        shape: depth, dim, inner, heads, kv_heads, dim_head, whether there is a head, and columns of the result.
         scale, cosine, activation, eps: see `prepare_blocks`.
         requires_grad: whether a weight does.
     """
@@ -90,7 +86,7 @@ class Blocks(NamedTuple):
     kept: object
     owner: nn.Module
     dtype: torch.dtype
-    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
     scale: float
     cosine: bool
     activation: str
@@ -99,7 +95,7 @@ class Blocks(NamedTuple):
 
     @property
     def has_head(self) -> bool:
-        return bool(self.sizes[-2])
+        return bool(self.shape[-2])
 
 
 def prepare_blocks(
@@ -129,13 +125,13 @@ def prepare_blocks(
     """
     first, everything = blocks[0], [*blocks, *([] if head is None else [head])]
     weights = [t for t in itertools.chain(*everything) if t is not None]
-    matrices = [t for block in everything for t in block[:MATRICES] if t is not None]
+    matrices = [t for block in everything for name in MATRICES if (t := getattr(block, name)) is not None]
     if not are_numbers(weights) or any(t.dtype != first.q.dtype or t.stride(1) != 1 for t in matrices):
         return None
     if is_watched() or first.q.dtype not in KINDS or not most_tokens(first.q.dtype):
         return None
     own, shared, dim, inner = heads * dim_head, kv_heads * dim_head, first.q.shape[1], first.contract.shape[1]
-    kept, numbers = [t.untyped_storage() for t in weights], []  # those of a parameter may be replaced
+    kept = [t.untyped_storage() for t in weights]  # those of a parameter may be replaced
     shapes = {
         "q": (own, dim), "k": (shared, dim), "v": (shared, dim), "out": (dim, own),
         "expand": (inner * 2 if activation == "swiglu" else inner, dim), "contract": (dim, inner),
@@ -144,16 +140,13 @@ def prepare_blocks(
     for block in everything:
         given = {"q": (columns, dim)} if block is head else shapes
         given = given if block is head or block.v is not None else shapes | {"k": (2 * shared, dim)}
-        _fit_block(block, given, dim, inner)
-        for at in range(MATRICES):
-            numbers += weight_of(block[at], block[MATRICES + at], kept)
-        for at in range(2 * MATRICES, len(block)):
-            numbers += vector_of(block[at], kept)
-    table = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(len(everything), -1)
-    sizes = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
+        _check_block(block, given, dim, inner)
+    table = (structs.Block * len(everything))(*(_struct_of(block, kept) for block in everything))
+    table = torch.frombuffer(table, dtype=torch.int64).view(len(everything), -1)
+    shape = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
     requires_grad = any(t.requires_grad for t in weights)
     huge_pages.settle(owner, matrices)
-    return Blocks(table, kept, owner, first.q.dtype, sizes, scale, cosine, activation, eps, requires_grad)
+    return Blocks(table, kept, owner, first.q.dtype, shape, scale, cosine, activation, eps, requires_grad)
 
 
 def takes_blocks(
@@ -173,60 +166,81 @@ def takes_blocks(
     return are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not is_watched()
 
 
-def _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes, *_) -> Tensor:
+def _struct_of(block: Block, kept: list) -> structs.Block:
+    vectors = *structs.Block.BIASES, *structs.Block.NORMS
+    fields = {name: vector_of(getattr(block, name), kept) for name in vectors}
+    for name in MATRICES:
+        if (t := getattr(block, name)) is not None:
+            scale = vector_of(getattr(block, f"{name}_scale"), kept)
+            fields[name] = structs.Weight((t.data_ptr(), KINDS[t.dtype], t.stride(0)), scale)
+    return structs.Block(**fields)
+
+
+def _check_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
+    for name, shape in shapes.items():
+        check_shape(name, getattr(block, name), *shape)
+        check_shape(f"{name}_scale", getattr(block, f"{name}_scale"), shape[0])
+        check_shape(f"{name}_bias", getattr(block, f"{name}_bias"), shape[0])
+    for name in structs.Block.NORMS:
+        check_shape(name, getattr(block, name), inner if name == "inner_gain" else dim)
+
+
+def _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape, *_) -> Tensor:
     rows, suffix, _ = x.shape
     depth, _, _, *heads_and_dim = prefix_k.shape
-    shape = (rows, outputs, sizes[-1]) if outputs else (depth, rows, suffix, 2, *heads_and_dim)
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-
-def _fit_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
-    for at, (name, shape) in enumerate(shapes.items()):
-        for kind, given, wanted in ("", block[at], shape), ("_scale", block[MATRICES + at], shape[:1]):
-            if given is not None and given.shape != wanted:
-                check_shape(name + kind, given, *wanted)
-        check_shape(f"{name}_bias", block[2 * MATRICES + at], shape[0])
-    for name in "norm_gain", "norm_bias", "out_gain", "ff_gain", "ff_bias":
-        check_shape(name, getattr(block, name), dim)
-    check_shape("inner_gain", block.inner_gain, inner)
+    out = (rows, outputs, shape[-1]) if outputs else (depth, rows, suffix, 2, *heads_and_dim)
+    return torch.empty(out, dtype=torch.float32, device=x.device)
 
 
 def _run_blocks(
-    x, table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps
+    x, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps
 ):  # fmt: skip
-    kept = []
-    check_shape("x", x, *x.shape[:2], sizes[1])
-    given = table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps
-    numbers = numbers_of_blocks(*x.shape[:2], *given, kept)
-    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
-    call = BLOCKS.pack(address_of(x, kept), out.data_ptr(), *numbers)
+    kept, (rows, suffix, _) = [], x.shape
+    check_shape("x", x, rows, suffix, shape[1])
+    call = blocks_of(
+        rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps,
+        kept,
+    )  # fmt: skip
+    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape)
+    call.x, call.out = address_of(x, kept), out.data_ptr()
     check_memory(library().run_blocks(call, thread_count()), x)
     return out
 
 
-def numbers_of_blocks(
-    rows, suffix, table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps, kept
-):  # fmt: skip
-    """`struct blocks` behind x and out, of shapes that fit."""
-    depth, dim, inner, heads, kv_heads, dim_head, head, columns = sizes
-    prompts, prefix = prefix_k.shape[1:3]
+def blocks_of(
+    rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps, kept
+) -> structs.Blocks:  # fmt: skip
+    """Everything but x and out, which the caller sets.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    depth, dim, inner, heads, kv_heads, dim_head, head, columns = shape
     check_rows(rows * suffix)
-    check_shape("prefix_k", prefix_k, depth, prompts, prefix, kv_heads, dim_head)
+    check_shape("prefix_k", prefix_k, depth, *prefix_k.shape[1:3], kv_heads, dim_head)
     check_shape("prefix_v", prefix_v, *prefix_k.shape)
-    check_attention(rows, heads, outputs or suffix, suffix, dim_head, prefix_k[0], cos, sin, bias, mask)
-    bias = None if bias is None else bias.expand(-1, heads, -1)
-    (first_k, layer_k, *of_k), (first_v, layer_v, *of_v) = cache_of(prefix_k, kept), cache_of(prefix_v, kept)
-    return (
-        table.data_ptr(), depth, dim, inner, outputs, head, columns, ACTIVATIONS[activation], layer_k, layer_v,
-        *(0,) * 12, first_k, *of_k, first_v, *of_v,
-        address_of(bias, kept), address_of(mask, kept), address_of(cos, kept), address_of(sin, kept),
-        0, 0, rows, 0, suffix, heads, kv_heads, dim_head, prompts, prefix, 0 if cos is None else cos.shape[-1], cosine,
-        scale, eps,
+    prefix_k, prefix_v = caches_of(prefix_k, prefix_v)
+    kept += prefix_k, prefix_v
+    return structs.Blocks(
+        blocks=table.data_ptr(),
+        depth=depth,
+        dim=dim,
+        inner=inner,
+        outputs=outputs,
+        head=head,
+        columns=columns,
+        activation=ACTIVATIONS[activation],
+        prefix_layer=prefix_k.stride(0),
+        attention=attention_of(
+            rows, heads, outputs or suffix, suffix, dim_head, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask,
+            kept,
+        ),
+        eps=eps,
     )  # fmt: skip
 
 
 define_operation(
-    "cpu_blocks(Tensor x, Tensor table, Tensor prefix_k, Tensor prefix_v, int outputs, int[] sizes, float scale, "
+    "cpu_blocks(Tensor x, Tensor table, Tensor prefix_k, Tensor prefix_v, int outputs, int[] shape, float scale, "
     "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps) -> Tensor",
     _run_blocks,
     _fake_blocks,
@@ -258,5 +272,5 @@ def run_blocks(
         neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
     """
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
-    given, tables = (blocks.table, prefix_k, prefix_v, outputs, blocks.sizes, blocks.scale), rotary or (None, None)
+    given, tables = (blocks.table, prefix_k, prefix_v, outputs, blocks.shape, blocks.scale), rotary or (None, None)
     return run(x, *given, *tables, blocks.cosine, bias, mask, blocks.activation, blocks.eps)

@@ -51,20 +51,13 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 
 def vector_of(t: Tensor | None, kept: list, first: int = 0) -> tuple[int, int]:
-    """`struct vector`, from an element on; what has to be copied for it is kept."""
+    """`structs.Vector` of a tensor from an element on; what has to be copied for it is kept."""
     if t is None:
         return 0, 0
     if t.dtype not in FLOATS or not t.is_contiguous():
         t = t.float().contiguous()
         kept.append(t)
-    return t.data_ptr() + first * t.element_size(), KINDS[t.dtype]
-
-
-def weight_of(t: Tensor | None, scale: Tensor | None, kept: list, first: int = 0) -> tuple[int, int, int, int, int]:
-    """`struct weight`, with the scales of its rows, of which those from `first` on belong to it."""
-    if t is None:
-        return 0, 0, 0, 0, 0
-    return t.data_ptr(), KINDS[t.dtype], t.stride(0), *vector_of(scale, kept, first)
+    return t.data_ptr() + (first and first * t.element_size()), KINDS[t.dtype]
 
 
 def address_of(t: Tensor | None, kept: list) -> int:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from . import structs
+
 SOURCES = Path(__file__).parent / "c"  # of which library.c includes all
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as the source counts them
@@ -97,6 +99,14 @@ def build() -> Path:
     return path
 
 
+def _check_structs(loaded: ctypes.CDLL) -> None:
+    """Raise TypeError where a struct of C has another size than its mirror, which calls would fill wrongly."""
+    for mirror in structs.ALL:
+        name, size = mirror.__name__.lower(), ctypes.sizeof(mirror)
+        if ctypes.c_long.in_dll(loaded, f"size_of_{name}").value != size:
+            raise TypeError(f"struct {name} of C has not the {size} bytes of its mirror in structs.py")
+
+
 _loaded: ctypes.CDLL | str | None = None
 _most_rows: dict[torch.dtype, int] = {}
 
@@ -106,17 +116,21 @@ def _load() -> None:
     global _loaded
     try:
         _loaded = ctypes.CDLL(str(build()))
+        _check_structs(_loaded)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip()
-        _loaded = (
-            f"{error.cmd[0]} failed: {said[max(0, said.find('error')) :][:300]}"  # behind the files that lead there
-        )
+        said = said[max(0, said.find("error")) :]  # behind the files that lead there
+        _loaded = f"{error.cmd[0]} failed: {said[:300]}"
     except (OSError, RuntimeError) as error:  # a user without a home directory is a RuntimeError
         _loaded = f"no C compiler, or no place for what it makes: {error}"
+    except TypeError as error:
+        _loaded = str(error)
     else:
-        for function in (_loaded.linear, _loaded.decode_attention, _loaded.run_blocks):
-            function.argtypes = ctypes.c_char_p, ctypes.c_long
-        _loaded.run_steps.argtypes = ctypes.c_char_p, ctypes.c_char_p, *(ctypes.c_long,) * 3
+        _loaded.linear.argtypes = ctypes.POINTER(structs.Linear), ctypes.c_long
+        _loaded.decode_attention.argtypes = ctypes.POINTER(structs.Decode), ctypes.c_long
+        _loaded.run_blocks.argtypes = ctypes.POINTER(structs.Blocks), ctypes.c_long
+        pointers = ctypes.POINTER(ctypes.c_void_p)
+        _loaded.run_steps.argtypes = ctypes.POINTER(structs.Run), pointers, *(ctypes.c_long,) * 3
         _loaded.most_rows.restype = ctypes.c_long
         _loaded.set_threads.argtypes = (ctypes.c_long,)
         # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones

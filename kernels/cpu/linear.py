@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
+from . import structs
 from .calls import (
     ACTIVATIONS,
     FLOATS,
@@ -18,12 +17,9 @@ from .calls import (
     define_operation,
     is_watched,
     vector_of,
-    weight_of,
 )
 from .library import KINDS, library, most_rows
 from .threads import thread_count
-
-LINEAR = struct.Struct("=42qd")  # of the source
 
 
 def takes_linear(
@@ -71,7 +67,7 @@ def _fake(
 
 
 def _rows(t: Tensor) -> Tensor:
-    t = t.reshape(-1, t.shape[-1])
+    t = t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
 
@@ -90,21 +86,27 @@ def _run(
     check_rows(len(of_x))
     check_shape("weight", weight, len(weight), dim)
     check_shape("beside", beside, more, dim)
-    check_shape("bias", bias, outputs)
-    check_shape("scale", scale, outputs)
-    check_shape("norm_gain", norm_gain, dim)
-    check_shape("norm_bias", norm_bias, dim)
-    check_shape("stream_gain", stream_gain, dim)
-    check_shape("stream", stream, *x.shape)
-    check_shape("residual", residual, *out.shape)
-    call = LINEAR.pack(
-        of_x.data_ptr(), KINDS[x.dtype], of_x.stride(0), out.data_ptr(), KINDS[out.dtype], columns,
-        *weight_of(weight, scale, kept), *weight_of(beside, scale, kept, len(weight)), 0, 0, 0, 0, 0,
-        *vector_of(bias, kept), *(vector_of(bias, kept, len(weight)) if more else (0, 0)), 0, 0,
-        *vector_of(stream_gain, kept), *vector_of(norm_gain, kept), *vector_of(norm_bias, kept),
-        address_of(stream, kept), address_of(residual, kept), total.data_ptr(),
-        columns - more, more, 0, *of_x.shape, ACTIVATIONS[activation], eps,
+    fields, vectors = {}, (("scale", scale, outputs), ("bias", bias, outputs), ("norm_gain", norm_gain, dim))
+    for name, t, length in (*vectors, ("norm_bias", norm_bias, dim), ("stream_gain", stream_gain, dim)):
+        if t is not None:
+            check_shape(name, t, length)
+            fields[name], fields[f"{name}_kind"] = vector_of(t, kept)
+    for name, t, rows in ("stream", stream, x), ("residual", residual, out):
+        if t is not None:
+            check_shape(name, t, *rows.shape)
+            fields[name] = address_of(t, kept)
+    call = structs.Linear(
+        x=of_x.data_ptr(), x_kind=KINDS[x.dtype], x_stride=of_x.stride(0),
+        out=out.data_ptr(), out_kind=KINDS[out.dtype], out_stride=columns,
+        weight=weight.data_ptr(), weight_kind=KINDS[weight.dtype], weight_stride=weight.stride(0),
+        total=total.data_ptr(), columns=columns - more, rows=len(of_x), dim=dim,
+        activation=ACTIVATIONS[activation], eps=eps, **fields,
     )  # fmt: skip
+    if more:
+        call.beside, call.beside_kind, call.beside_stride = beside.data_ptr(), call.weight_kind, beside.stride(0)
+        call.beside_columns = more
+        call.beside_scale, call.beside_scale_kind = vector_of(scale, kept, len(weight))
+        call.beside_bias, call.beside_bias_kind = vector_of(bias, kept, len(weight))
     check_memory(run(call, thread_count()), x)
     return out, total
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import struct
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .blocks import BLOCKS, Blocks, numbers_of_blocks, takes_blocks
+from . import structs
+from .blocks import Blocks, blocks_of, takes_blocks
 from .calls import address_of, are_plain, check_memory, check_shape, vector_of
 from .library import library
 from .threads import thread_count
 
 CLAMPS = {None: 0, "range": 1, "l2": 2}
-RUN = struct.Struct(f"{BLOCKS.format}8qdd")
 
 
 class Run:
@@ -25,7 +25,7 @@ class Run:
         steps: how many there are.
     """
 
-    def __init__(self, call: bytes, x: Tensor, x0: Tensor, kept: object, steps: int):
+    def __init__(self, call: structs.Run, x: Tensor, x0: Tensor, kept: object, steps: int):
         self.x, self.steps = x, steps
         self._x0, self._call, self._kept, self._run = x0, call, kept, library().run_steps
 
@@ -49,7 +49,7 @@ class Run:
             raise IndexError(f"steps {first} to {first + count - 1}; there are {self.steps}")
         for drawn in noise:
             check_shape("noise", drawn, *self.x.shape)
-        pointers = struct.pack(f"={count}q", *(address_of(drawn, kept) for drawn in noise))
+        pointers = (ctypes.c_void_p * count)(*(address_of(drawn, kept) for drawn in noise))
         check_memory(self._run(self._call, pointers, first, count, thread_count()), self.x)
 
 
@@ -89,7 +89,7 @@ def prepare_run(
     x0, suffix = torch.empty_like(x), times + 2 * samples
     given, (cos, sin) = (prefix_k, prefix_v, time_tokens, coefficients, null_table), rotary or (None, None)
     kept = [blocks, query, cos, sin, bias, *given]
-    if not blocks.has_head or blocks.sizes[-1] != dim or not are_plain(query, *given):
+    if not blocks.has_head or blocks.shape[-1] != dim or not are_plain(query, *given):
         return None
     tokens = x.new_empty(rows, suffix, 0)
     taken = takes_blocks(tokens, blocks, prefix_k, prefix_v, rotary=rotary, bias=bias)
@@ -98,12 +98,19 @@ def prepare_run(
     check_shape("query", query, dim)
     check_shape("coefficients", coefficients, steps, 6)
     check_shape("null_table", null_table, steps, dim)
-    numbers = numbers_of_blocks(
-        rows, suffix, blocks.table, prefix_k, prefix_v, samples, blocks.sizes, blocks.scale, cos, sin, blocks.cosine,
-        bias, None, blocks.activation, blocks.eps, kept,
+    call = structs.Run(
+        blocks=blocks_of(
+            rows, suffix, blocks.table, prefix_k, prefix_v, samples, blocks.shape, blocks.scale, cos, sin,
+            blocks.cosine, bias, None, blocks.activation, blocks.eps, kept,
+        ),
+        time=address_of(time_tokens, kept),
+        null=address_of(null_table, kept),
+        coefficients=address_of(coefficients, kept),
+        query=vector_of(query, kept),
+        x=x.data_ptr(),
+        x0=x0.data_ptr(),
+        clamp=CLAMPS[clamp],
+        cond_scale=cond_scale,
+        radius=radius,
     )  # fmt: skip
-    tables = (address_of(t, kept) for t in (time_tokens, null_table, coefficients))
-    call = RUN.pack(
-        0, 0, *numbers, *tables, *vector_of(query, kept), x.data_ptr(), x0.data_ptr(), CLAMPS[clamp], cond_scale, radius
-    )
     return Run(call, x, x0, kept, steps)

@@ -3,25 +3,24 @@
 #include "numbers.h"
 #include "team.h"
 
-struct cache { /* keys or values of the prefix, fp32 */
-    const float *data;
-    long prompt, token, head; /* strides */
-};
-
 struct decode {
-    struct matrix q, k, v, out; /* strides of tokens; heads lie side by side */
-    struct cache prefix_k, prefix_v;
-    const float *bias, *mask, *cos, *sin;
-    long q_row, kv_row, rows, seq, suffix, heads, kv_heads, dim_head, prompts, prefix, width, cosine;
+    const char *q, *k, *v; /* (rows, seq, heads, dim_head), (rows, suffix, kv_heads, dim_head) twice; heads side by side */
+    char *out; /* (rows, seq, heads * dim_head) */
+    long kind, q_row, q_token, kv_row, kv_token; /* of these numbers, and strides */
+    const float *prefix_k, *prefix_v; /* (prompts, prefix, kv_heads, dim_head) */
+    long prefix_prompt, prefix_token, prefix_head; /* strides of both */
+    const float *bias, *mask, *cos, *sin; /* (suffix, heads, prefix + suffix), (prompts, prefix), (suffix, rotated) twice */
+    long rows, seq, suffix, heads, kv_heads, dim_head, prompts, prefix, rotated, cosine;
     double scale;
 };
+MIRRORED(decode, 29);
 
 /* A head of a suffix token, rotated, then of length 1 with `cosine`, then times `scale`. */
-static void prepare(const struct decode *a, struct matrix t, long from, long token, float scale, float *to) {
+static void prepare(const struct decode *a, const char *heads, long from, long token, float scale, float *to) {
     const long dim = a->dim_head;
-    const float *cos = a->cos + token * a->width, *sin = a->sin + token * a->width;
-    for (long d = 0; d < dim; d++) to[d] = at((struct vector){t.data, t.kind}, from + d);
-    for (long d = 0; d < a->width; d += 2) {
+    const float *cos = a->cos + token * a->rotated, *sin = a->sin + token * a->rotated;
+    for (long d = 0; d < dim; d++) to[d] = at((struct vector){heads, a->kind}, from + d);
+    for (long d = 0; d < a->rotated; d += 2) {
         const float x = to[d], y = to[d + 1];
         to[d] = x * cos[d] + y * sin[d];
         to[d + 1] = y * cos[d + 1] + x * sin[d + 1];
@@ -51,12 +50,12 @@ static void attend(const struct decode *a, long row, long kv_head, long first, c
         const long s = (first + lane) / group, head = kv_head * group + (first + lane) % group;
         token[lane] = a->suffix - a->seq + s;
         of_bias[lane] = a->bias + (token[lane] * a->heads + head) * keys;
-        prepare(a, a->q, row * a->q_row + s * a->q.stride + head * dim, token[lane], a->scale, query);
+        prepare(a, a->q, row * a->q_row + s * a->q_token + head * dim, token[lane], a->scale, query);
         for (long d = 0; d < dim; d++) laid[d][lane] = query[d];
     }
     for (long j = 0; j < a->prefix; j++) {
-        key[j] = a->prefix_k.data + prompt * a->prefix_k.prompt + j * a->prefix_k.token + kv_head * a->prefix_k.head;
-        value[j] = a->prefix_v.data + prompt * a->prefix_v.prompt + j * a->prefix_v.token + kv_head * a->prefix_v.head;
+        key[j] = a->prefix_k + prompt * a->prefix_prompt + j * a->prefix_token + kv_head * a->prefix_head;
+        value[j] = a->prefix_v + prompt * a->prefix_prompt + j * a->prefix_token + kv_head * a->prefix_head;
     }
     for (long j = 0; j < a->suffix; j++)
         key[a->prefix + j] = own_keys + j * dim, value[a->prefix + j] = own_values + j * dim;
@@ -88,7 +87,7 @@ static void attend(const struct decode *a, long row, long kv_head, long first, c
     }
     for (long lane = 0; lane < count; lane++) {
         const long s = (first + lane) / group, head = kv_head * group + (first + lane) % group;
-        for (long d = 0; d < dim; d++) put(a->out, row * a->seq + s, head * dim + d, laid[d][lane]);
+        for (long d = 0; d < dim; d++) put((struct matrix){a->out, a->kind, a->heads * dim}, row * a->seq + s, head * dim + d, laid[d][lane]);
     }
 }
 
@@ -101,8 +100,8 @@ static void decode_of_team(const struct decode *a, const struct member *me) {
         const long row = i / parts / a->kv_heads, kv_head = i / parts % a->kv_heads;
         const long from = row * a->kv_row + kv_head * dim;
         for (long j = 0; j < a->suffix && known != i / parts; j++) {
-            prepare(a, a->k, from + j * a->k.stride, j, 1, keys[j]);
-            for (long d = 0; d < dim; d++) values[j][d] = at((struct vector){a->v.data, a->v.kind}, from + j * a->v.stride + d);
+            prepare(a, a->k, from + j * a->kv_token, j, 1, keys[j]);
+            for (long d = 0; d < dim; d++) values[j][d] = at((struct vector){a->v, a->kind}, from + j * a->kv_token + d);
         }
         known = i / parts;
         attend(a, row, kv_head, i % parts * LANES, keys[0], values[0]);

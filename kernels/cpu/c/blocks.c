@@ -6,17 +6,19 @@
 struct block {
     struct weight q, k, v, out, expand, contract; /* without v, k has the values' rows behind the keys' */
     struct vector q_bias, k_bias, v_bias, out_bias, expand_bias, contract_bias;
-    struct vector gain, norm_bias, out_gain, ff_gain, ff_norm_bias, inner_gain;
+    struct vector norm_gain, norm_bias, out_gain, ff_gain, ff_bias, inner_gain;
 };
+MIRRORED(block, 54);
 
 struct blocks {
     const float *x; /* (rows * suffix, dim) */
     float *out; /* (rows * outputs, columns); without outputs raw keys and values (depth, rows * suffix, 2, kv_heads, dim_head) */
     const struct block *blocks; /* and where there is a head one more: q, of a norm of rows divided by their maximum */
-    long depth, dim, inner, outputs, head, columns, activation, of_k, of_v; /* strides of the caches from layer to layer */
+    long depth, dim, inner, outputs, head, columns, activation, prefix_layer; /* the caches' stride from layer to layer */
     struct decode attention; /* of layer 0, without q, k, v, out */
     double eps;
 };
+MIRRORED(blocks, 41);
 
 /* Memory for what blocks give each other: (tokens, width) each. */
 struct scratch {
@@ -56,7 +58,7 @@ static void blocks_of_team(const struct blocks *a, const struct scratch *s, cons
         const long left = last ? decode.rows * outputs : rows;
         const struct linear project = {
             {(char *)stream, FLOAT32, dim}, {(char *)y, FLOAT32, width}, {b->q, b->k, b->v}, {b->q_bias, b->k_bias, b->v_bias},
-            {0}, b->gain, b->norm_bias, NULL, NULL, NULL,
+            {0}, b->norm_gain, b->norm_bias, NULL, NULL, NULL,
             {own, b->v.matrix.data ? shared : 2 * shared, b->v.matrix.data ? shared : 0}, rows, dim, NONE, a->eps};
         linear_of_team(&project, scratch, me);
         if (!outputs) {
@@ -69,13 +71,14 @@ static void blocks_of_team(const struct blocks *a, const struct scratch *s, cons
                 memmove(stream + r * outputs * dim, stream + ((r + 1) * suffix - outputs) * dim, outputs * dim * sizeof *stream);
         }
         decode.seq = last ? outputs : suffix;
-        decode.q = (struct matrix){(char *)(y + (last ? (suffix - outputs) * width : 0)), FLOAT32, width};
-        decode.k = (struct matrix){(char *)(y + own), FLOAT32, width};
-        decode.v = (struct matrix){(char *)(y + own + shared), FLOAT32, width};
-        decode.out = (struct matrix){(char *)mixed, FLOAT32, own};
+        decode.q = (char *)(y + (last ? (suffix - outputs) * width : 0));
+        decode.k = (char *)(y + own);
+        decode.v = (char *)(y + own + shared);
+        decode.out = (char *)mixed;
         decode.q_row = decode.kv_row = suffix * width;
-        decode.prefix_k.data = a->attention.prefix_k.data + i * a->of_k;
-        decode.prefix_v.data = a->attention.prefix_v.data + i * a->of_v;
+        decode.q_token = decode.kv_token = width;
+        decode.prefix_k = a->attention.prefix_k + i * a->prefix_layer;
+        decode.prefix_v = a->attention.prefix_v + i * a->prefix_layer;
         decode_of_team(&decode, me);
         const int normed = b->out_gain.data != NULL;
         const struct linear merge = {
@@ -84,7 +87,7 @@ static void blocks_of_team(const struct blocks *a, const struct scratch *s, cons
         linear_of_team(&merge, scratch, me);
         const struct linear expand = {
             {(char *)(normed ? o : total), FLOAT32, dim}, {(char *)hidden, FLOAT32, a->inner}, {b->expand}, {b->expand_bias},
-            b->out_gain, b->ff_gain, b->ff_norm_bias, normed ? stream : NULL, NULL, total,
+            b->out_gain, b->ff_gain, b->ff_bias, normed ? stream : NULL, NULL, total,
             {a->inner}, left, dim, a->activation, a->eps};
         linear_of_team(&expand, scratch, me);
         const struct linear contract = {
@@ -100,7 +103,7 @@ static void blocks_of_team(const struct blocks *a, const struct scratch *s, cons
         meet(me);
         const struct linear head = {
             {(char *)stream, FLOAT32, dim}, {(char *)a->out, FLOAT32, a->columns}, {b[1].q}, {b[1].q_bias},
-            {0}, b[1].gain, b[1].norm_bias, NULL, NULL, NULL, {a->columns}, left, dim, NONE, a->eps};
+            {0}, b[1].norm_gain, b[1].norm_bias, NULL, NULL, NULL, {a->columns}, left, dim, NONE, a->eps};
         linear_of_team(&head, scratch, me);
     }
 }

@@ -205,7 +205,7 @@ static void rows_of_team(const struct linear *a, float *x, const struct member *
             normalise(row, dim, a->eps, a->stream_gain, (struct vector){0}, a->stream + m * dim);
             if (!alone || !thread) memcpy(a->total + m * dim, row, dim * sizeof *row);
         }
-        if (a->gain.data) normalise(row, dim, a->eps, a->gain, a->norm_bias, NULL);
+        if (a->norm_gain.data) normalise(row, dim, a->eps, a->norm_gain, a->norm_bias, NULL);
         if (rounded) round_row(row, padded);
         else if (words) laid[m] = to_words(row, padded, (int16_t *)(laid + WIDTH) + m * padded);
         else if (dots && span > 1)

@@ -63,34 +63,43 @@ enum { AHEAD_DOT = 2048, READS_NEXT = 0 };
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
+/* Python has a mirror of the struct in structs.py, of so many fields of 8 bytes. */
+#define MIRRORED(name, fields) \
+    _Static_assert(sizeof(struct name) == 8 * (fields), "structs.py mirrors struct " #name); \
+    const long size_of_##name = sizeof(struct name)
+
 static const long BYTES[] = {4, 2, 1};
 
 struct vector {
     const char *data; /* NULL where it is not given */
     long kind;
 };
+MIRRORED(vector, 2);
 
 struct matrix {
     const char *data;
     long kind, stride; /* of rows, in numbers */
 };
+MIRRORED(matrix, 3);
 
 struct weight {
     struct matrix matrix;
     struct vector scale; /* of each row, where it is quantised */
 };
+MIRRORED(weight, 5);
 
 enum { MATRICES = 3 }; /* whose results stand side by side */
 
 struct linear {
     struct matrix x, out;
     struct weight weight[MATRICES];
-    struct vector bias[MATRICES], stream_gain, gain, norm_bias;
+    struct vector bias[MATRICES], stream_gain, norm_gain, norm_bias;
     const float *stream, *residual; /* of contiguous rows, as is the sum with the stream */
     float *total;
     long columns[MATRICES], rows, dim, activation; /* columns of the result; SWIGLU makes them of twice as many rows */
     double eps;
 };
+MIRRORED(linear, 43);
 
 /* Weights come in blocks of one vector of memory, LANES * SPAN numbers. Part j of a block holds its numbers j, j + SPAN,
    j + 2 * SPAN, …, which takes a shift or two; x is laid out in that order. */

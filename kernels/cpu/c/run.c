@@ -12,6 +12,7 @@ struct run {
     long clamp;
     double cond_scale, radius;
 };
+MIRRORED(run, 51);
 
 /* Products and sums apart, as PyTorch rounds them. */
 #ifdef __clang__

@@ -1,5 +1,6 @@
-/* Linears in the form "amx". A tile of the processor holds 16 rows of 64 bytes; tiles 0 to 3 are sums of 16 columns and 16 rows
-   each, 4 to 6 the parts of 16 columns of weights, 32 numbers of each, and 7 one part of as much of x.
+/* Linears in the form "amx": the processor multiplies tiles of bf16. A tile holds 16 rows of 64 bytes; tiles 0 to 3 are
+   sums of 16 columns and 16 rows each, 4 to 6 the parts of 16 columns of weights, 32 numbers of each, and 7 one part of
+   as much of x.
 
    A number of fp32 is the sum of three of bf16, of 8 bits each. Of the nine products of two such sums those of the order
    of fp32's rounding are left out. Weights of bf16 or int8 have one part, and x two then: 16 bits, rounded. Numbers that
@@ -8,7 +9,16 @@
 #pragma once
 #include "numbers.h"
 
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#define HAS_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define HAS_AMX 0
+#endif
+
 enum { PART = 512 /* numbers of a tile */, DEPTH = 32 /* numbers of a column in it */ };
+enum { AHEAD_AMX = 512, AHEAD_ROWS = 128, CACHED = 5 << 18 }; /* bytes */
 #define TILE_COLUMNS(kind) ((kind) == BFLOAT16 ? 32 : 16) /* at once */
 #define PARTS(kind) ((kind) == FLOAT32 ? 3 : 2) /* of x */
 
@@ -24,15 +34,15 @@ static void begin_amx(void) {
 }
 static void end_amx(void) { _tile_release(); }
 
-/* The upper halves of a and b side by side, as tiles hold pairs of numbers, and in `to + i * PART` those of what is left
-   of them: their parts. */
-INLINE void split(int parts, __m512 a, __m512 b, uint16_t *to) {
+/* The upper halves of a and b side by side, as tiles hold pairs of numbers, and in the next tiles those of what is left of
+   them: their parts. */
+INLINE void split(int parts, __m512 a, __m512 b, uint16_t *tile) {
     const __m512i upper = _mm512_set1_epi32(-65536);
-    for (int i = 0; i < parts; i++, to += PART) {
+    for (int i = 0; i < parts; i++, tile += PART) {
         const __m512i half = _mm512_set1_epi32(parts == 2 && i ? 1 << 15 : 0); /* rounds; three parts leave nothing */
         const __m512i first = _mm512_add_epi32(_mm512_castps_si512(a), half);
         const __m512i second = _mm512_add_epi32(_mm512_castps_si512(b), half);
-        _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_srli_epi32(first, 16), second, upper, 0xf8)); /* | & */
+        _mm512_store_si512(tile, _mm512_ternarylogic_epi32(_mm512_srli_epi32(first, 16), second, upper, 0xf8)); /* | & */
         a = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_and_si512(first, upper)));
         b = _mm512_sub_ps(b, _mm512_castsi512_ps(_mm512_and_si512(second, upper)));
     }
@@ -42,39 +52,39 @@ INLINE void split(int parts, __m512 a, __m512 b, uint16_t *to) {
 #define PAIR(kind, i) ((kind) == BFLOAT16 ? 2 * (i) : (i))
 #define PAIR_STEP(kind) ((kind) == BFLOAT16 ? 1 : 16)
 
-/* Numbers k to k + DEPTH of 16 columns of a weight, of which there are `count`, as tiles. */
-INLINE void lay(int kind, const struct linear *a, const char *weight, long stride, long count, long k, uint16_t *to) {
-    const long left = a->dim - k, bytes = BYTES[kind];
-    const long ahead = look_ahead(k * bytes, AHEAD_AMX, a->dim * bytes, 16, stride * bytes);
-    char some[16][DEPTH * 4] __attribute__((aligned(64)));
-    long step = stride * bytes;
-    const char *p = weight + k * bytes;
-    if (count < 16 || left < DEPTH) {
-        memset(some, 0, sizeof some);
-        for (int i = 0; i < count && i < 16; i++) memcpy(some[i], p + i * step, (left < DEPTH ? left : DEPTH) * bytes);
-        p = some[0], step = sizeof some[0];
+/* Numbers k to k + DEPTH of 16 columns, or fewer and zeros, as tiles: (parts, 16, DEPTH). */
+INLINE void tiles_of_weight(int kind, struct columns c, long k, uint16_t *tiles) {
+    const long left = c.dim - k, bytes = BYTES[kind];
+    const long ahead = look_ahead(k * bytes, AHEAD_AMX, c.dim * bytes, 16, c.stride * bytes);
+    char copy[16][DEPTH * 4] __attribute__((aligned(64)));
+    long step = c.stride * bytes;
+    const char *p = c.weight + k * bytes;
+    if (c.count < 16 || left < DEPTH) {
+        memset(copy, 0, sizeof copy);
+        for (int i = 0; i < c.count && i < 16; i++) memcpy(copy[i], p + i * step, least(left, DEPTH) * bytes);
+        p = copy[0], step = sizeof copy[0];
     }
-    UNROLLED for (int i = 0; i < 16; i++, p += step, to += 32) {
+    UNROLLED for (int i = 0; i < 16; i++, p += step, tiles += DEPTH) {
         for (long line = 0; line < DEPTH * bytes; line += 64)
-            __builtin_prefetch(weight + i * stride * bytes + ahead + line, 0, 2);
-        if (kind == FLOAT32) split(3, _mm512_loadu_ps(p), _mm512_loadu_ps(p + 64), to);
-        else if (kind == BFLOAT16) _mm512_store_si512(to, _mm512_loadu_si512(p));
+            __builtin_prefetch(c.weight + i * c.stride * bytes + ahead + line, 0, 2);
+        if (kind == FLOAT32) split(3, _mm512_loadu_ps(p), _mm512_loadu_ps(p + 64), tiles);
+        else if (kind == BFLOAT16) _mm512_store_si512(tiles, _mm512_loadu_si512(p));
         else
             split(1, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))),
-                  _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)))), to);
+                  _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)))), tiles);
     }
 }
 
-/* Rows of x, `stride` numbers apart, from k to k + DEPTH as tiles: of 16 rows each part, then of the next. */
-static void lay_rows(int kind, const float *x, long rows, long stride, long k, uint16_t *to) {
-    for (long first = 0; first < rows; first += 16, to += PARTS(kind) * PART) {
+/* Numbers k to k + DEPTH of rows of x, `stride` numbers apart, as tiles: (groups of 16 rows, parts, 16, DEPTH). */
+static void tiles_of_rows(int kind, const float *x, long rows, long stride, long k, uint16_t *tiles) {
+    for (long first = 0; first < rows; first += 16, tiles += PARTS(kind) * PART) {
         int32_t place[16];
         for (int n = 0; n < 16; n++) place[n] = first + n < rows ? n * stride : 0; /* some number: its sums go nowhere */
         const __m512i places = _mm512_loadu_si512(place);
-        const float *from = x + first * stride + k;
+        const float *row = x + first * stride + k;
         for (int i = 0; i < 16; i++)
-            split(PARTS(kind), _mm512_i32gather_ps(places, from + PAIR(kind, i), 4),
-                  _mm512_i32gather_ps(places, from + PAIR(kind, i) + PAIR_STEP(kind), 4), to + i * 32);
+            split(PARTS(kind), _mm512_i32gather_ps(places, row + PAIR(kind, i), 4),
+                  _mm512_i32gather_ps(places, row + PAIR(kind, i) + PAIR_STEP(kind), 4), tiles + i * DEPTH);
     }
 }
 
@@ -91,17 +101,29 @@ static void lay_rows(int kind, const float *x, long rows, long stride, long k, u
     _tile_dpbf16ps(sum, 4, 7); \
     if (kind == FLOAT32) { _tile_dpbf16ps(sum, 5, 7); LOAD_TILE(7, x + 2 * PART); _tile_dpbf16ps(sum, 4, 7); }
 
-/* tile[column][row] of 16 columns and `groups` times 16 rows, for numbers `begin` to `end` of the dimension that is
-   summed; unless that is the first of them they are added. The next tiles of weights are stored well before they are loaded. */
-INLINE void multiply(int kind, int groups, const uint16_t *x, const struct linear *a, const char *weight, long stride,
-                     long count, long begin, long end, float *tile) {
-    uint16_t parts[2][3 * PART] __attribute__((aligned(64)));
+INLINE void clear_sums(void) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
+
+/* Add the sums of `sides` times 16 columns and `groups` times 16 rows to tile[column][row], or store them at first. */
+INLINE void store_sums(int sides, int groups, int first, float *tile) {
     float sums[4][16][16] __attribute__((aligned(64)));
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    lay(kind, a, weight, stride, count, begin, parts[0]);
+    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64); _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
+    for (int n = 0; n < 16 * sides; n++)
+        for (int group = 0; group < groups; group++) {
+            vec *place = (vec *)(tile + n * WIDTH + group * 16), total = first ? (vec){0} : *place;
+            *place = total + *(vec *)sums[sides * group + n / 16][n % 16];
+        }
+}
+
+/* tile[column][row] of 16 columns and `groups` times 16 rows, for numbers `begin` to `end` of the dimension that is
+   summed; unless that is the first of them they are added. x: (numbers / DEPTH, groups, parts, 16, DEPTH). The next tiles
+   of weights are stored well before they are loaded. */
+INLINE void multiply(int kind, int groups, const uint16_t *x, struct columns c, long begin, long end, float *tile) {
+    uint16_t parts[2][3 * PART] __attribute__((aligned(64)));
+    clear_sums();
+    tiles_of_weight(kind, c, begin, parts[0]);
     x += begin / DEPTH * groups * PARTS(kind) * PART;
     for (long k = begin, odd = 0; k < end; k += DEPTH, odd = !odd, x += groups * PARTS(kind) * PART) {
-        if (k + DEPTH < end) lay(kind, a, weight, stride, count, k + DEPTH, parts[!odd]);
+        if (k + DEPTH < end) tiles_of_weight(kind, c, k + DEPTH, parts[!odd]);
         LOAD_TILE(4, parts[odd]);
         if (kind == FLOAT32) { LOAD_TILE(5, parts[odd] + PART); LOAD_TILE(6, parts[odd] + 2 * PART); }
         PRODUCTS(kind, 0, x)
@@ -109,25 +131,18 @@ INLINE void multiply(int kind, int groups, const uint16_t *x, const struct linea
         if (groups > 2) { PRODUCTS(kind, 2, x + 2 * PARTS(kind) * PART) }
         if (groups > 3) { PRODUCTS(kind, 3, x + 3 * PARTS(kind) * PART) }
     }
-    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64); _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
-    for (int n = 0; n < 16; n++)
-        for (int group = 0; group < groups; group++) {
-            vec *to = (vec *)(tile + n * WIDTH + group * 16), total = begin ? *to : (vec){0};
-            *to = total + *(vec *)sums[group][n];
-        }
+    store_sums(1, groups, !begin, tile);
 }
 
-/* The same for 32 columns of bf16, straight from where they lie, which share each tile of x. */
-INLINE void multiply_two(int groups, long all, const uint16_t *x, const struct linear *a, const char *weight, long stride,
-                         long begin, long end, float *tile) {
-    float sums[4][16][16] __attribute__((aligned(64)));
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+/* As `multiply`, of 32 columns of bf16, straight from where they lie, which share each tile of x; it has `all` groups. */
+INLINE void multiply_two(int groups, long all, const uint16_t *x, struct columns c, long begin, long end, float *tile) {
+    clear_sums();
     x += begin / DEPTH * all * 2 * PART;
     for (long k = begin; k < end; k += DEPTH, x += all * 2 * PART) {
-        const long ahead = look_ahead(2 * k, AHEAD_ROWS, 2 * a->dim, 32, 2 * stride);
-        UNROLLED for (int i = 0; i < 32; i++) __builtin_prefetch(weight + i * stride * 2 + ahead, 0, 3);
-        LOAD_ROWS(4, weight + k * 2, stride * 2);
-        LOAD_ROWS(5, weight + k * 2 + 32 * stride, stride * 2);
+        const long ahead = look_ahead(2 * k, AHEAD_ROWS, 2 * c.dim, 32, 2 * c.stride);
+        UNROLLED for (int i = 0; i < 32; i++) __builtin_prefetch(c.weight + i * c.stride * 2 + ahead, 0, 3);
+        LOAD_ROWS(4, c.weight + k * 2, c.stride * 2);
+        LOAD_ROWS(5, c.weight + k * 2 + 32 * c.stride, c.stride * 2);
         for (int part = 0; part < 2; part++) {
             LOAD_TILE(6, x + part * PART);
             _tile_dpbf16ps(0, 4, 6);
@@ -139,41 +154,34 @@ INLINE void multiply_two(int groups, long all, const uint16_t *x, const struct l
             }
         }
     }
-    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64); _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
-    for (int n = 0; n < 32; n++)
-        for (int group = 0; group < groups; group++) {
-            vec *to = (vec *)(tile + n * WIDTH + group * 16), total = begin ? *to : (vec){0};
-            *to = total + *(vec *)sums[2 * group + n / 16][n % 16];
-        }
+    store_sums(2, groups, !begin, tile);
 }
 
-INLINE void multiply_rows(int kind, const uint16_t *x, const struct linear *a, const char *weight, long stride,
-                          long count, long begin, long end, float *tile) {
-    switch ((a->rows + 15) / 16) {
-    case 1: multiply(kind, 1, x, a, weight, stride, count, begin, end, tile); return;
-    case 2: multiply(kind, 2, x, a, weight, stride, count, begin, end, tile); return;
-    case 3: multiply(kind, 3, x, a, weight, stride, count, begin, end, tile); return;
-    default: multiply(kind, 4, x, a, weight, stride, count, begin, end, tile);
+INLINE void multiply_groups(int kind, long groups, const uint16_t *x, struct columns c, long begin, long end, float *tile) {
+    switch (groups) {
+    case 1: multiply(kind, 1, x, c, begin, end, tile); return;
+    case 2: multiply(kind, 2, x, c, begin, end, tile); return;
+    case 3: multiply(kind, 3, x, c, begin, end, tile); return;
+    default: multiply(kind, 4, x, c, begin, end, tile);
     }
 }
 
-static void product_amx(long kind, const uint16_t *x, const struct linear *a, const char *weight, long stride,
-                        long count, long begin, long end, float *tile) {
-    if (kind == FLOAT32) multiply_rows(FLOAT32, x, a, weight, stride, count, begin, end, tile);
-    else if (kind == INT8) multiply_rows(INT8, x, a, weight, stride, count, begin, end, tile);
-    else if (a->dim % DEPTH == 0 && count == 32) {
-        const long all = (a->rows + 15) / 16;
-        for (long g = 0; g < all; g += 2)
-            if (all - g > 1) multiply_two(2, all, x + g * 2 * PART, a, weight, stride, begin, end, tile + g * 16);
-            else multiply_two(1, all, x + g * 2 * PART, a, weight, stride, begin, end, tile + g * 16);
-    } else
-        for (; count > 0; weight += 32 * stride, tile += 16 * WIDTH, count -= 16)
-            multiply_rows(BFLOAT16, x, a, weight, stride, count, begin, end, tile);
+/* As `multiply`, of up to TILE_COLUMNS columns and any rows. */
+static void product_amx(long kind, long rows, const uint16_t *x, struct columns c, long begin, long end, float *tile) {
+    const long groups = (rows + 15) / 16;
+    if (kind == FLOAT32) multiply_groups(FLOAT32, groups, x, c, begin, end, tile);
+    else if (kind == INT8) multiply_groups(INT8, groups, x, c, begin, end, tile);
+    else if (c.dim % DEPTH == 0 && c.count == 32)
+        for (long g = 0; g < groups; g += 2)
+            if (groups - g > 1) multiply_two(2, groups, x + g * 2 * PART, c, begin, end, tile + g * 16);
+            else multiply_two(1, groups, x + g * 2 * PART, c, begin, end, tile + g * 16);
+    else
+        for (long n = 0; n < c.count; n += 16)
+            multiply_groups(BFLOAT16, groups, x, columns_from(BFLOAT16, c, n), begin, end, tile + n * WIDTH);
 }
 #else
 static void begin_amx(void) {}
 static void end_amx(void) {}
-static void lay_rows(int kind, const float *x, long rows, long stride, long k, uint16_t *to) {}
-static void product_amx(long kind, const uint16_t *x, const struct linear *a, const char *weight, long stride,
-                        long count, long begin, long end, float *tile) {}
+static void tiles_of_rows(int kind, const float *x, long rows, long stride, long k, uint16_t *tiles) {}
+static void product_amx(long kind, long rows, const uint16_t *x, struct columns c, long begin, long end, float *tile) {}
 #endif

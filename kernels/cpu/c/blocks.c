@@ -12,7 +12,7 @@ MIRRORED(block, 54);
 
 struct blocks {
     const float *x; /* (rows * suffix, dim) */
-    float *out; /* (rows * outputs, columns); without outputs raw keys and values (depth, rows * suffix, 2, kv_heads, dim_head) */
+    float *out; /* (rows * outputs, columns), or without outputs raw keys and values: (depth, rows * suffix, 2 * of_kv) */
     const struct block *blocks; /* and where there is a head one more: q, of a norm of rows divided by their maximum */
     long depth, dim, inner, outputs, head, columns, activation, prefix_layer; /* the caches' stride from layer to layer */
     struct decode attention; /* of layer 0, without q, k, v, out */
@@ -20,92 +20,128 @@ struct blocks {
 };
 MIRRORED(blocks, 41);
 
-/* Memory for what blocks give each other: (tokens, width) each. */
+/* Memory for what blocks give each other, and its widths. */
 struct scratch {
-    float *linears, *projected, *mixed, *hidden, *stream, *merged, *total;
+    long tokens, of_q, of_kv, width; /* numbers of a token's queries, of its keys, and of its queries, keys and values */
+    float *room; /* of linears */
+    float *projected, *mixed; /* (tokens, width); (tokens, of_q): what attention gives */
+    float *hidden; /* (tokens, inner): of the feed-forward */
+    float *stream, *merged, *total; /* (tokens, dim): the residual stream; attention's linear; the stream behind that */
 };
 
-/* False where there is none; else `linears` is to be freed. */
+static long larger(long a, long b) { return a > b ? a : b; }
+
+/* False where there is none; else `room` is to be freed. */
 static int get_scratch(const struct blocks *a, long threads, struct scratch *s) {
     const struct decode *decode = &a->attention;
-    const long own = decode->heads * decode->dim_head, shared = decode->kv_heads * decode->dim_head, dim = a->dim;
-    const long tokens = decode->rows * decode->suffix, width = own + 2 * shared;
-    long widest = a->inner > own ? a->inner : own;
-    widest = widest > dim ? widest : dim;
-    widest = widest > a->columns ? widest : a->columns;
-    const long for_linears = (room(tokens, widest, widest > 2 * shared ? widest : 2 * shared, threads) + 15) / 16 * 16;
-    const long need = for_linears + tokens * (width + own + a->inner + 3 * dim);
-    if (!(s->linears = aligned_alloc(64, (need * sizeof(float) + 63) / 64 * 64))) return 0;
-    s->projected = s->linears + for_linears;
-    s->mixed = s->projected + tokens * width;
-    s->hidden = s->mixed + tokens * own;
-    s->stream = s->hidden + tokens * a->inner;
-    s->merged = s->stream + tokens * dim;
-    s->total = s->merged + tokens * dim;
+    s->tokens = decode->rows * decode->suffix;
+    s->of_q = decode->heads * decode->dim_head;
+    s->of_kv = decode->kv_heads * decode->dim_head;
+    s->width = s->of_q + 2 * s->of_kv;
+    const long widest = larger(larger(a->inner, s->of_q), larger(a->dim, a->columns));
+    const long of_room = (room(s->tokens, widest, larger(widest, 2 * s->of_kv), threads) + 15) / 16 * 16;
+    s->room = allocate(of_room + s->tokens * (s->width + s->of_q + a->inner + 3 * a->dim));
+    if (!s->room) return 0;
+    s->projected = s->room + of_room;
+    s->mixed = s->projected + s->tokens * s->width;
+    s->hidden = s->mixed + s->tokens * s->of_q;
+    s->stream = s->hidden + s->tokens * a->inner;
+    s->merged = s->stream + s->tokens * a->dim;
+    s->total = s->merged + s->tokens * a->dim;
     return 1;
+}
+
+INLINE struct matrix floats(const float *data, long stride) { return (struct matrix){(const char *)data, FLOAT32, stride}; }
+
+/* Queries, keys and values of all tokens: stream (tokens, dim) -> projected (tokens, width). */
+static void project(const struct blocks *a, const struct block *b, const struct scratch *s, const struct member *me) {
+    const int has_v = b->v.matrix.data != NULL;
+    const struct linear linear = {
+        .x = floats(s->stream, a->dim), .out = floats(s->projected, s->width), .rows = s->tokens, .dim = a->dim,
+        .eps = a->eps, .weight = {b->q, b->k, b->v}, .bias = {b->q_bias, b->k_bias, b->v_bias},
+        .columns = {s->of_q, has_v ? s->of_kv : 2 * s->of_kv, has_v ? s->of_kv : 0},
+        .norm_gain = b->norm_gain, .norm_bias = b->norm_bias};
+    linear_of_team(&linear, s->room, me);
+}
+
+/* Keys and values of all tokens: projected (tokens, width) -> a layer of out (tokens, 2 * of_kv). */
+static void keep_keys(const struct blocks *a, long layer, const struct scratch *s, const struct member *me) {
+    const long both = 2 * s->of_kv;
+    for (long r = begin_of(me, s->tokens); r < end_of(me, s->tokens); r++)
+        memcpy(a->out + (layer * s->tokens + r) * both, s->projected + r * s->width + s->of_q, both * sizeof *a->out);
+}
+
+/* Attention of the last `seq` tokens of each row: projected (rows, suffix, width) -> mixed (rows, seq, of_q). */
+static void mix(const struct blocks *a, long layer, long seq, const struct scratch *s, const struct member *me) {
+    struct decode decode = a->attention;
+    decode.seq = seq;
+    decode.q = (char *)(s->projected + (decode.suffix - seq) * s->width);
+    decode.k = (char *)(s->projected + s->of_q);
+    decode.v = (char *)(s->projected + s->of_q + s->of_kv);
+    decode.out = (char *)s->mixed;
+    decode.q_row = decode.kv_row = decode.suffix * s->width;
+    decode.q_token = decode.kv_token = s->width;
+    decode.prefix_k += layer * a->prefix_layer;
+    decode.prefix_v += layer * a->prefix_layer;
+    decode_of_team(&decode, me);
+}
+
+/* What attention gave onto the stream, and the feed-forward behind it: mixed (rows, of_q), stream (rows, dim) -> total
+   and out (rows, dim). */
+static void feed_forward(const struct blocks *a, const struct block *b, long rows, float *out, const struct scratch *s,
+                         const struct member *me) {
+    const int is_normed = b->out_gain.data != NULL; /* then the next linear adds the stream */
+    const struct matrix merged = floats(is_normed ? s->merged : s->total, a->dim), hidden = floats(s->hidden, a->inner);
+    const struct linear merge = {
+        .x = floats(s->mixed, s->of_q), .out = merged, .rows = rows, .dim = s->of_q, .eps = a->eps,
+        .weight = {b->out}, .bias = {b->out_bias}, .columns = {a->dim}, .residual = is_normed ? NULL : s->stream};
+    linear_of_team(&merge, s->room, me);
+    const struct linear expand = {
+        .x = merged, .out = hidden, .rows = rows, .dim = a->dim, .eps = a->eps,
+        .weight = {b->expand}, .bias = {b->expand_bias}, .columns = {a->inner}, .activation = a->activation,
+        .stream = is_normed ? s->stream : NULL, .stream_gain = b->out_gain, .total = s->total,
+        .norm_gain = b->ff_gain, .norm_bias = b->ff_bias};
+    linear_of_team(&expand, s->room, me);
+    const struct linear contract = {
+        .x = hidden, .out = floats(out, a->dim), .rows = rows, .dim = a->inner, .eps = a->eps,
+        .weight = {b->contract}, .bias = {b->contract_bias}, .columns = {a->dim}, .norm_gain = b->inner_gain,
+        .residual = s->total};
+    linear_of_team(&contract, s->room, me);
+}
+
+/* The head, of rows divided by their maximum: stream (rows, dim), which is overwritten -> out (rows, columns). */
+static void project_out(const struct blocks *a, const struct block *b, long rows, const struct scratch *s,
+                        const struct member *me) {
+    const long dim = a->dim;
+    for (long r = begin_of(me, rows); r < end_of(me, rows); r++) {
+        float *row = s->stream + r * dim, most = row[0];
+        for (long k = 1; k < dim; k++) most = row[k] > most ? row[k] : most;
+        for (long k = 0; k < dim; k++) row[k] /= most;
+    }
+    meet(me);
+    const struct linear head = {
+        .x = floats(s->stream, dim), .out = floats(a->out, a->columns), .rows = rows, .dim = dim, .eps = a->eps,
+        .weight = {b->q}, .bias = {b->q_bias}, .columns = {a->columns}, .norm_gain = b->norm_gain,
+        .norm_bias = b->norm_bias};
+    linear_of_team(&head, s->room, me);
 }
 
 /* All blocks, and the head, by all threads of a team, of the tokens in `stream`, which they overwrite. */
 static void blocks_of_team(const struct blocks *a, const struct scratch *s, const struct member *me) {
-    struct decode decode = a->attention;
-    const long own = decode.heads * decode.dim_head, shared = decode.kv_heads * decode.dim_head, dim = a->dim;
-    const long rows = decode.rows * decode.suffix, width = own + 2 * shared, outputs = a->outputs, suffix = decode.suffix;
-    float *const y = s->projected, *const mixed = s->mixed, *const hidden = s->hidden, *const stream = s->stream;
-    float *const o = s->merged, *const total = s->total, *const scratch = s->linears;
-    for (long i = 0; i < a->depth; i++) {
-        const struct block *b = a->blocks + i;
-        const int last = i == a->depth - 1;
-        const long left = last ? decode.rows * outputs : rows;
-        const struct linear project = {
-            {(char *)stream, FLOAT32, dim}, {(char *)y, FLOAT32, width}, {b->q, b->k, b->v}, {b->q_bias, b->k_bias, b->v_bias},
-            {0}, b->norm_gain, b->norm_bias, NULL, NULL, NULL,
-            {own, b->v.matrix.data ? shared : 2 * shared, b->v.matrix.data ? shared : 0}, rows, dim, NONE, a->eps};
-        linear_of_team(&project, scratch, me);
-        if (!outputs) {
-            for (long r = rows * me->thread / me->threads; r < rows * (me->thread + 1) / me->threads; r++)
-                memcpy(a->out + (i * rows + r) * 2 * shared, y + r * width + own, 2 * shared * sizeof *y);
-            if (last) break;
-        }
-        if (last && outputs < suffix && !me->thread) { /* which is read when all have met behind attention */
-            for (long r = 0; r < decode.rows; r++)
-                memmove(stream + r * outputs * dim, stream + ((r + 1) * suffix - outputs) * dim, outputs * dim * sizeof *stream);
-        }
-        decode.seq = last ? outputs : suffix;
-        decode.q = (char *)(y + (last ? (suffix - outputs) * width : 0));
-        decode.k = (char *)(y + own);
-        decode.v = (char *)(y + own + shared);
-        decode.out = (char *)mixed;
-        decode.q_row = decode.kv_row = suffix * width;
-        decode.q_token = decode.kv_token = width;
-        decode.prefix_k = a->attention.prefix_k + i * a->prefix_layer;
-        decode.prefix_v = a->attention.prefix_v + i * a->prefix_layer;
-        decode_of_team(&decode, me);
-        const int normed = b->out_gain.data != NULL;
-        const struct linear merge = {
-            {(char *)mixed, FLOAT32, own}, {(char *)(normed ? o : total), FLOAT32, dim}, {b->out}, {b->out_bias},
-            {0}, {0}, {0}, NULL, normed ? NULL : stream, NULL, {dim}, left, own, NONE, a->eps};
-        linear_of_team(&merge, scratch, me);
-        const struct linear expand = {
-            {(char *)(normed ? o : total), FLOAT32, dim}, {(char *)hidden, FLOAT32, a->inner}, {b->expand}, {b->expand_bias},
-            b->out_gain, b->ff_gain, b->ff_bias, normed ? stream : NULL, NULL, total,
-            {a->inner}, left, dim, a->activation, a->eps};
-        linear_of_team(&expand, scratch, me);
-        const struct linear contract = {
-            {(char *)hidden, FLOAT32, a->inner}, {(char *)(last && !a->head ? a->out : stream), FLOAT32, dim}, {b->contract}, {b->contract_bias},
-            {0}, b->inner_gain, {0}, NULL, total, NULL, {dim}, left, a->inner, NONE, a->eps};
-        linear_of_team(&contract, scratch, me);
-        if (!last || !a->head) continue;
-        for (long r = left * me->thread / me->threads; r < left * (me->thread + 1) / me->threads; r++) {
-            float most = stream[r * dim];
-            for (long k = 1; k < dim; k++) most = stream[r * dim + k] > most ? stream[r * dim + k] : most;
-            for (long k = 0; k < dim; k++) stream[r * dim + k] /= most;
-        }
-        meet(me);
-        const struct linear head = {
-            {(char *)stream, FLOAT32, dim}, {(char *)a->out, FLOAT32, a->columns}, {b[1].q}, {b[1].q_bias},
-            {0}, b[1].norm_gain, b[1].norm_bias, NULL, NULL, NULL, {a->columns}, left, dim, NONE, a->eps};
-        linear_of_team(&head, scratch, me);
+    const long rows = a->attention.rows, suffix = a->attention.suffix, outputs = a->outputs, dim = a->dim;
+    float *const stream = s->stream;
+    for (long layer = 0; layer < a->depth; layer++) {
+        const int last = layer == a->depth - 1;
+        const long seq = last ? outputs : suffix;
+        project(a, a->blocks + layer, s, me);
+        if (!outputs) keep_keys(a, layer, s, me);
+        if (!seq) break;
+        for (long r = 0; r < rows && seq < suffix && !me->thread; r++) /* read when all have met behind attention */
+            memmove(stream + r * seq * dim, stream + ((r + 1) * suffix - seq) * dim, seq * dim * sizeof *stream);
+        mix(a, layer, seq, s, me);
+        feed_forward(a, a->blocks + layer, rows * seq, last && !a->head ? a->out : stream, s, me);
     }
+    if (outputs && a->head) project_out(a, a->blocks + a->depth, rows * outputs, s, me);
 }
 
 struct blocks_call {
@@ -121,8 +157,8 @@ static void blocks_by_member(const void *argument, const struct member *me) {
 int run_blocks(const struct blocks *a, long threads) {
     struct blocks_call call = {.blocks = a};
     if (!get_scratch(a, threads, &call.scratch)) return 1;
-    memcpy(call.scratch.stream, a->x, a->attention.rows * a->attention.suffix * a->dim * sizeof(float));
+    memcpy(call.scratch.stream, a->x, call.scratch.tokens * a->dim * sizeof *a->x);
     in_team(blocks_by_member, &call, threads);
-    free(call.scratch.linears);
+    free(call.scratch.room);
     return 0;
 }

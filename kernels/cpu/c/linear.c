@@ -11,139 +11,90 @@
 #include "outer.h"
 #include "team.h"
 
-/* Whether x is rounded to bf16, where the form is "dot". */
-INLINE int rounds(long kind, long rows) { return HAS_PAIRS && kind == BFLOAT16 && rows > 6; }
+enum { NONE, GELU, SWIGLU };
+enum { MATRICES = 3 }; /* whose results stand side by side */
 
-/* Whether the form is "outer", or "amx". */
-INLINE int is_outer(long rows) { return LANES != 16 && rows > MOST_DOTS; }
-INLINE int has_tiles(long kind, long rows) { return amx && rows > (kind == FLOAT32 ? MOST_DOTS : 6); }
+struct linear {
+    struct matrix x, out; /* (rows, dim), (rows, all columns) */
+    struct weight weight[MATRICES];
+    struct vector bias[MATRICES], stream_gain, norm_gain, norm_bias;
+    const float *stream, *residual; /* (rows, dim), (rows, all columns), contiguous */
+    float *total; /* (rows, dim): the sum with the stream */
+    long columns[MATRICES], rows, dim, activation; /* columns of the result; SWIGLU makes them of twice as many rows */
+    double eps;
+};
+MIRRORED(linear, 43);
+
+enum { AHEAD_NEXT = 12 << 10 /* bytes */, ROWS_OF_PASS = 8, GROUP = 24 /* columns that passes of rows share in a cache */ };
 
 /* The form of a linear; "dot" of bf16 may round x. */
 enum { IS_DOT, IS_ROUNDED_DOT, IS_OUTER, IS_AMX };
 long form(long kind, long rows) {
-    return has_tiles(kind, rows) ? IS_AMX : is_outer(rows) ? IS_OUTER : rounds(kind, rows) ? IS_ROUNDED_DOT : IS_DOT;
+    if (amx && rows > (kind == FLOAT32 ? MOST_DOTS : 6)) return IS_AMX;
+    if (LANES != 16 && rows > MOST_DOTS) return IS_OUTER;
+    return HAS_PAIRS && kind == BFLOAT16 && rows > 6 ? IS_ROUNDED_DOT : IS_DOT;
 }
 
-/* Rows of a pass: all, or as many as share their columns in registers best. */
-static long rows_of_pass(long rows) {
-    const long passes = rows > MOST_DOTS ? (rows + ROWS_OF_PASS - 1) / ROWS_OF_PASS : 1;
-    return (rows + passes - 1) / passes;
+/* The most rows that a linear has here; beyond them PyTorch is as fast. */
+long most_rows(long kind) {
+    if (LANES != 16) return 4 * LANES;
+    return kind == FLOAT32 ? 8 * WIDTH : form(kind, WIDTH) == IS_AMX ? WIDTH : 4 * WIDTH;
 }
 
-/* `count` columns of a group, some rows at a time: see `rows_of_team` for how x is laid out. */
-static void product(long kind, const float *x, const struct linear *a, const char *weight, long stride, long count,
-                    long after, float *tile) {
-    const long block = LANES * SPAN(kind), padded = (a->dim + block - 1) / block * block, each = rows_of_pass(a->rows);
-    if (is_outer(a->rows)) {
-        for (long left = a->rows, rows; left; left -= rows, x += rows * padded, tile += rows) {
-            rows = rows_of_outer(left);
-            if (rows > BESIDE) {
-                for (long n = 0; n < count; n += SUMS / (rows > LANES ? 2 : 1))
-                    if (kind == FLOAT32) { OUTER(FLOAT32) } else if (kind == BFLOAT16) { OUTER(BFLOAT16) } else { OUTER(INT8) }
-            } else if (kind == FLOAT32) pass_float32(rows, x, a, weight, stride, count, after, tile);
-            else if (kind == BFLOAT16) pass_bfloat16(rows, x, a, weight, stride, count, after, tile);
-            else pass_int8(rows, x, a, weight, stride, count, after, tile);
-        }
-        return;
-    }
-    for (long m = 0; m < a->rows; m += each, tile += each * ROW_STEP) {
-        const long rows = a->rows - m < each ? a->rows - m : each;
-        const float *own = x + m * (padded + BETWEEN);
-        if (kind == FLOAT32) pass_float32(rows, own, a, weight, stride, count, after, tile);
-        else if (rounds(kind, a->rows)) pass_rounded(rows, own, a, weight, stride, count, after, tile);
-        else if (kind == BFLOAT16) pass_bfloat16(rows, own, a, weight, stride, count, after, tile);
-        else if (!HAS_WORDS) pass_int8(rows, own, a, weight, stride, count, after, tile);
-        else pass_words(rows, x + m, (const int16_t *)(x + WIDTH) + m * padded, a, weight, stride, count, after, tile);
-    }
+/* How x is laid out for a linear's form: rows in fp32, and as the form reads them. */
+struct layout {
+    long form, kind, span, rows, dim;
+    long block, padded, stride; /* numbers that are read at once; numbers of a row in whole blocks, and from row to row */
+    int is_dot, has_words; /* "dot", rounded or not; of 16 bits */
+    int alone; /* each thread lays all rows out for itself, without a meeting */
+    float *x, *laid; /* (rows, stride); for "dot" the same, or (rows, padded) words behind their scales; else by columns */
+};
+
+/* Of `rows` rows, how many are computed at a time. */
+static long rows_at_once(long rows) {
+    const long times = (rows + WIDTH - 1) / WIDTH;
+    return ((rows + times - 1) / times + 15) / 16 * 16;
 }
 
-INLINE vec activated(long activation, vec y, vec gate) {
-    if (activation == GELU) return gelu(y);
-    return activation == SWIGLU ? (vec)(y * (gate / (1 + exponential(-gate)))) : y;
+/* Parts of the dimension that is summed, of each of which all tiles of x stay in a cache. */
+static long parts_of_sum(long rows, long padded) { return ((rows + 15) / 16 * 16 * padded * 6 - 1) / CACHED + 1; }
+
+/* Numbers of room that a linear needs. */
+static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 4 * LANES + BETWEEN) + WIDTH; }
+static long room(long rows, long dim, long columns, long threads) {
+    const long alone = threads * room_of_thread(least(rows, MOST_DOTS), dim); /* a last layer's */
+    const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
+    const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 32 * threads) * 2 * WIDTH : 0;
+    const long shared = amx ? once * (padded + BETWEEN + 3 * padded / 2) + sums : room_of_thread(once, dim);
+    return shared > alone ? shared : alone;
 }
 
-#if LANES == 16
-#define MASK(left) ((left) >= 16 ? 0xffff : (1 << (left)) - 1)
-
-/* Some numbers, of which `left` are there. */
-INLINE vec some_of(struct vector v, long i, long left) {
-    if (v.kind == FLOAT32) return (vec)_mm512_maskz_loadu_ps(MASK(left), (const float *)v.data + i);
-    vec found = {0};
-    for (long lane = 0; lane < LANES && lane < left; lane++) found[lane] = at(v, i + lane);
-    return found;
+static struct layout layout_of(const struct linear *a, float *room, const struct member *me) {
+    struct layout l = {.kind = a->weight[0].matrix.kind, .rows = a->rows, .dim = a->dim};
+    l.form = form(l.kind, l.rows);
+    l.span = SPAN(l.kind);
+    l.is_dot = l.form == IS_DOT || l.form == IS_ROUNDED_DOT;
+    l.has_words = HAS_WORDS && l.is_dot && l.kind == INT8;
+    l.alone = l.is_dot && l.rows <= MOST_DOTS;
+    l.block = l.form == IS_AMX ? DEPTH : LANES * l.span;
+    l.padded = (l.dim + l.block - 1) / l.block * l.block;
+    l.stride = l.padded + BETWEEN;
+    l.x = l.alone ? room + me->thread * room_of_thread(l.rows, l.dim) : room;
+    l.laid = l.is_dot && (l.span == 1 || l.form == IS_ROUNDED_DOT) ? l.x : l.x + l.rows * l.stride;
+    return l;
 }
 
-/* Scale, bias, activation and residual of `count` results of one matrix from row `n` of it on, and their place; of "dot"
-   on AVX-512, which has them row by row. */
-static void finish_rows(const struct linear *a, int which, long column, long n, long count, float *tile,
-                        const float *gates) {
-    const struct vector scale = a->weight[which].scale, bias = a->bias[which];
-    const long all = a->columns[0] + a->columns[1] + a->columns[2], gate = a->columns[which];
-    for (long i = 0; i < count; i += LANES) {
-        const long left = count - i;
-        vec of[4] = {(vec){0} + 1, {0}, (vec){0} + 1, {0}};
-        if (scale.data) of[0] = some_of(scale, n + i, left);
-        if (bias.data) of[1] = some_of(bias, n + i, left);
-        if (a->activation == SWIGLU && scale.data) of[2] = some_of(scale, gate + n + i, left);
-        if (a->activation == SWIGLU && bias.data) of[3] = some_of(bias, gate + n + i, left);
-        for (long m = 0; m < a->rows; m++) {
-            vec y = *(const vec *)(tile + m * ROW_STEP + i) * of[0] + of[1];
-            if (a->activation) y = activated(a->activation, y, *(const vec *)(gates + m * ROW_STEP + i) * of[2] + of[3]);
-            if (a->residual) y += some_of((struct vector){(const char *)(a->residual + m * all + column), FLOAT32}, i, left);
-            if (a->out.kind == FLOAT32)
-                _mm512_mask_storeu_ps((float *)a->out.data + m * a->out.stride + column + i, MASK(left), (__m512)y);
-            else
-                for (long lane = 0; lane < LANES && lane < left; lane++) put(a->out, m, column + i + lane, y[lane]);
-        }
-    }
-}
-
-#else
-#define finish_rows finish
-#endif
-
-/* The same of the other forms, which have them column by column. */
-static void finish(const struct linear *a, int which, long column, long n, long count, float *tile, const float *gates) {
-    const struct vector scale = a->weight[which].scale, bias = a->bias[which];
-    const long all = a->columns[0] + a->columns[1] + a->columns[2], gate = a->columns[which];
-    for (long i = 0; i < count; i++, n++)
-        for (long m = i * WIDTH; m < i * WIDTH + a->rows; m += LANES) {
-            vec y = *(const vec *)(tile + m);
-            if (scale.data) y *= at(scale, n);
-            if (bias.data) y += at(bias, n);
-            vec z = {0};
-            if (a->activation == SWIGLU) {
-                z = *(const vec *)(gates + m);
-                if (scale.data) z *= at(scale, gate + n);
-                if (bias.data) z += at(bias, gate + n);
-            }
-            *(vec *)(tile + m) = activated(a->activation, y, z);
-        }
-    for (long m = 0; m < a->rows; m++) {
-        long i = 0;
-#if LANES == 16
-        const ivec places = (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * WIDTH;
-        for (; i + 16 <= count && a->out.kind == FLOAT32; i += 16) {
-            vec y = (vec)_mm512_i32gather_ps((__m512i)places, tile + i * WIDTH + m, 4);
-            if (a->residual) y += *(const vec *)(a->residual + m * all + column + i);
-            *(vec *)((float *)a->out.data + m * a->out.stride + column + i) = y;
-        }
-#endif
-        for (; i < count; i++)
-            put(a->out, m, column + i, tile[i * WIDTH + m] + (a->residual ? a->residual[m * all + column + i] : 0));
-    }
-}
-
-/* A row in fp32, and zeros up to `padded`. */
-static void widen(const struct matrix *t, long row, long dim, long padded, float *to) {
+/* A row of a matrix in fp32, and zeros up to `padded`. */
+static void widen(const struct matrix *t, long row, long dim, long padded, float *x) {
     const char *p = t->data + row * t->stride * BYTES[t->kind];
-    if (t->kind == FLOAT32) memcpy(to, p, dim * sizeof *to);
-    else for (long k = 0; k < dim; k++) ((uint32_t *)to)[k] = (uint32_t)((const uint16_t *)p)[k] << 16;
-    memset(to + dim, 0, (padded - dim) * sizeof *to);
+    if (t->kind == FLOAT32) memcpy(x, p, dim * sizeof *x);
+    else for (long k = 0; k < dim; k++) ((uint32_t *)x)[k] = (uint32_t)((const uint16_t *)p)[k] << 16;
+    memset(x + dim, 0, (padded - dim) * sizeof *x);
 }
 
-/* `(x - mean) / sqrt(variance + eps) * gain + bias + after`, in place; bias and after may be NULL. */
-static void normalise(float *x, long dim, double eps, struct vector gain, struct vector bias, const float *after) {
+/* `(x - mean) / sqrt(variance + eps) * gain + bias + added`, in place; x: (dim, and zeros to a whole vector). bias and
+   added may be NULL. */
+static void normalise(float *x, long dim, double eps, struct vector gain, struct vector bias, const float *added) {
     vec total = {0};
     long k;
     for (k = 0; k < dim; k += LANES) total += *(vec *)(x + k); /* zeros follow the last */
@@ -156,142 +107,257 @@ static void normalise(float *x, long dim, double eps, struct vector gain, struct
     float variance = sum(total);
     for (; k < dim; k++) variance += (x[k] - mean) * (x[k] - mean);
     const float rstd = 1 / sqrtf(variance / dim + eps);
-    for (k = 0; k < dim; k++) x[k] = (x[k] - mean) * rstd * at(gain, k);
-    if (bias.data) for (k = 0; k < dim; k++) x[k] += at(bias, k);
-    if (after) for (k = 0; k < dim; k++) x[k] += after[k];
+    for (k = 0; k < dim; k++) x[k] = (x[k] - mean) * rstd * number(gain, k);
+    if (bias.data) for (k = 0; k < dim; k++) x[k] += number(bias, k);
+    if (added) for (k = 0; k < dim; k++) x[k] += added[k];
 }
 
-/* The most rows that a linear has here; beyond them PyTorch is as fast. */
-long most_rows(long kind) {
-    if (LANES != 16) return 4 * LANES;
-    return kind == FLOAT32 ? 8 * WIDTH : has_tiles(kind, WIDTH) ? WIDTH : 4 * WIDTH;
-}
-
-/* Of `rows` rows, how many are computed at a time. */
-static long rows_at_once(long rows) {
-    const long times = (rows + WIDTH - 1) / WIDTH;
-    return ((rows + times - 1) / times + 15) / 16 * 16;
-}
-
-/* Parts of the dimension that is summed, of each of which all tiles of x stay in a cache. */
-static long parts_of_sum(long rows, long padded) { return ((rows + 15) / 16 * 16 * padded * 6 - 1) / CACHED + 1; }
-
-/* Numbers of room that a linear needs: for the fewest rows each thread lays them out for itself, without a meeting. */
-static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 4 * LANES + BETWEEN) + WIDTH; }
-static long room(long rows, long dim, long columns, long threads) {
-    const long few = rows < MOST_DOTS ? rows : MOST_DOTS, own = threads * room_of_thread(few, dim); /* a last layer's */
-    const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
-    const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 32 * threads) * 2 * WIDTH : 0;
-    const long shared = amx ? once * (padded + BETWEEN + 3 * padded / 2) + sums : room_of_thread(once, dim);
-    return shared > own ? shared : own;
-}
-
-/* A linear of few rows by all threads of a team, in `x`, the room that it needs. */
-static void rows_of_team(const struct linear *a, float *x, const struct member *me) {
-    const long threads = me->threads, thread = me->thread, rows = a->rows, dim = a->dim;
-    const long kind = a->weight[0].matrix.kind, span = SPAN(kind), the_form = form(kind, rows);
-    const int tiles = the_form == IS_AMX, dots = !tiles && the_form != IS_OUTER, rounded = the_form == IS_ROUNDED_DOT;
-    const int alone = dots && rows <= MOST_DOTS, words = HAS_WORDS && dots && kind == INT8;
-    const long block = tiles ? DEPTH : LANES * span, padded = (dim + block - 1) / block * block, blocks = padded / block;
-    const long stride = padded + BETWEEN;
-    if (alone) x += thread * room_of_thread(rows, dim);
-    float *laid = dots && (span == 1 || rounded) ? x : x + rows * stride;
-
-    const long begin = alone ? 0 : rows * thread / threads, end = alone ? rows : rows * (thread + 1) / threads;
+/* Rows of x: widened, the sum with the stream, normalised; for "dot" also as it reads them. A member makes some of them. */
+static void lay_rows(const struct linear *a, const struct layout *l, const struct member *me) {
+    const long begin = l->alone ? 0 : begin_of(me, l->rows), end = l->alone ? l->rows : end_of(me, l->rows), dim = l->dim;
     for (long m = begin; m < end; m++) {
-        float *row = x + m * stride;
-        widen(&a->x, m, dim, padded, row);
+        float *row = l->x + m * l->stride, *laid = l->laid + m * l->stride;
+        widen(&a->x, m, dim, l->padded, row);
         if (a->stream) {
             normalise(row, dim, a->eps, a->stream_gain, (struct vector){0}, a->stream + m * dim);
-            if (!alone || !thread) memcpy(a->total + m * dim, row, dim * sizeof *row);
+            if (!l->alone || !me->thread) memcpy(a->total + m * dim, row, dim * sizeof *row);
         }
         if (a->norm_gain.data) normalise(row, dim, a->eps, a->norm_gain, a->norm_bias, NULL);
-        if (rounded) round_row(row, padded);
-        else if (words) laid[m] = to_words(row, padded, (int16_t *)(laid + WIDTH) + m * padded);
-        else if (dots && span > 1)
-            for (long k = 0; k < padded; k += block)
-                for (long j = 0; j < span; j++) /* see SPAN */
-                    for (long i = 0; i < LANES; i++) laid[m * stride + k + j * LANES + i] = row[k + i * span + j];
+        if (l->form == IS_ROUNDED_DOT) round_row(row, l->padded);
+        else if (l->has_words) l->laid[m] = to_words(row, l->padded, (int16_t *)(l->laid + WIDTH) + m * l->padded);
+        else if (l->is_dot && l->span > 1)
+            for (long k = 0; k < l->padded; k += l->block)
+                for (long j = 0; j < l->span; j++) /* see SPAN */
+                    for (long i = 0; i < LANES; i++) laid[k + j * LANES + i] = row[k + i * l->span + j];
     }
-    if (!alone) meet(me);
-    if (!dots) {
-        for (long k = blocks * thread / threads * block; k < blocks * (thread + 1) / threads * block; k += block) {
-            if (tiles) lay_rows(kind, x, rows, stride, k, (uint16_t *)laid + k / DEPTH * ((rows + 15) / 16) * PARTS(kind) * PART);
-            else for (long m = 0, some; m < rows; m += some) {
-                some = rows_of_outer(rows - m);
-                const int dot = some <= BESIDE;
-                const long width = dot ? some : some <= LANES ? LANES : 2 * LANES;
-                for (long n = 0; n < width; n++)
-                    for (long i = 0; i < block; i++) {
-                        const long at = k + i % span * LANES + i / span, to = dot ? n * stride + at : at * width + n;
-                        laid[m * padded + to] = n < some ? x[(m + n) * stride + k + i] : 0;
-                    }
+}
+
+/* Numbers k to k + block of all rows for "outer": passes of rows_of_outer, each (padded, rows to a whole vector), but
+   (rows, stride) as for "dot" where they are few. */
+static void lay_outer(const struct layout *l, long k) {
+    for (long m = 0, rows; m < l->rows; m += rows) {
+        rows = rows_of_outer(l->rows - m);
+        const int is_dot = rows <= BESIDE;
+        const long width = is_dot ? rows : rows <= LANES ? LANES : 2 * LANES;
+        for (long n = 0; n < width; n++)
+            for (long i = 0; i < l->block; i++) {
+                const long place = k + i % l->span * LANES + i / l->span; /* see SPAN */
+                l->laid[m * l->padded + (is_dot ? n * l->stride + place : place * width + n)] =
+                    n < rows ? l->x[(m + n) * l->stride + k + i] : 0;
             }
+    }
+}
+
+/* The rows for "outer" and "amx", of which a member lays some blocks. */
+static void lay_columns(const struct layout *l, const struct member *me) {
+    const long blocks = l->padded / l->block, groups = (l->rows + 15) / 16;
+    for (long k = begin_of(me, blocks) * l->block; k < end_of(me, blocks) * l->block; k += l->block) {
+        uint16_t *tiles = (uint16_t *)l->laid + k / DEPTH * groups * PARTS(l->kind) * PART;
+        if (l->form == IS_AMX) tiles_of_rows(l->kind, l->x, l->rows, l->stride, k, tiles);
+        else lay_outer(l, k);
+    }
+}
+
+/* Rows of a pass of "dot": all, or as many as share their columns in registers best. */
+static long rows_of_pass(long rows) {
+    const long passes = rows > MOST_DOTS ? (rows + ROWS_OF_PASS - 1) / ROWS_OF_PASS : 1;
+    return (rows + passes - 1) / passes;
+}
+
+static void product_dot(const struct layout *l, const struct columns *c, long after, float *tile) {
+    const long kind = l->kind, each = rows_of_pass(l->rows);
+    for (long m = 0; m < l->rows; m += each, tile += each * ROW_STEP) {
+        const long rows = least(l->rows - m, each);
+        const float *x = l->laid + m * l->stride;
+        if (kind == FLOAT32) pass_float32(rows, x, c, after, tile);
+        else if (l->form == IS_ROUNDED_DOT) pass_rounded(rows, x, c, after, tile);
+        else if (kind == BFLOAT16) pass_bfloat16(rows, x, c, after, tile);
+        else if (!HAS_WORDS) pass_int8(rows, x, c, after, tile);
+        else pass_words(rows, l->laid + m, (const int16_t *)(l->laid + WIDTH) + m * l->padded, c, after, tile);
+    }
+}
+
+static void product_outer(const struct layout *l, const struct columns *c, long after, float *tile) {
+    const long kind = l->kind;
+    const float *x = l->laid;
+    for (long left = l->rows, rows; left; left -= rows, x += rows * l->padded, tile += rows) {
+        rows = rows_of_outer(left);
+        if (rows > BESIDE)
+            (kind == FLOAT32 ? outer_float32 : kind == BFLOAT16 ? outer_bfloat16 : outer_int8)(rows, x, c, tile);
+        else
+            (kind == FLOAT32 ? pass_float32 : kind == BFLOAT16 ? pass_bfloat16 : pass_int8)(rows, x, c, after, tile);
+    }
+}
+
+/* A tile of x @ weight.T, of all rows and few columns; "amx" may have numbers `begin` to `end` of the sums alone. */
+static void product(const struct layout *l, const struct columns *c, long begin, long end, long after, float *tile) {
+    if (l->form == IS_AMX) product_amx(l->kind, l->rows, (const uint16_t *)l->laid, *c, begin, end, tile);
+    else if (LANES != 16 && l->form == IS_OUTER) product_outer(l, c, after, tile);
+    else product_dot(l, c, after, tile);
+}
+
+INLINE long all_columns(const struct linear *a) { return a->columns[0] + a->columns[1] + a->columns[2]; }
+
+INLINE vec activated(long activation, vec y, vec gate) {
+    if (activation == GELU) return gelu(y);
+    return activation == SWIGLU ? (vec)(y * (gate / (1 + exponential(-gate)))) : y;
+}
+
+#if LANES == 16
+#define MASK(left) ((left) >= 16 ? 0xffff : (1 << (left)) - 1)
+
+/* A vector of numbers, of which `left` are there. */
+INLINE vec numbers(struct vector v, long i, long left) {
+    if (v.kind == FLOAT32) return (vec)_mm512_maskz_loadu_ps(MASK(left), (const float *)v.data + i);
+    vec values = {0};
+    for (long lane = 0; lane < LANES && lane < left; lane++) values[lane] = number(v, i + lane);
+    return values;
+}
+
+/* Scale, bias, activation and residual of `count` results of a matrix from its row n on: tile[row][column], of "dot" on
+   AVX-512, to `out` from a column on. */
+static void finish_rows(const struct linear *a, int matrix, long column, long n, long count, float *tile,
+                        const float *gates) {
+    const struct vector scale = a->weight[matrix].scale, bias = a->bias[matrix];
+    const long all = all_columns(a), gate = a->columns[matrix] + n;
+    for (long i = 0; i < count; i += LANES) {
+        const long left = count - i;
+        vec scales = (vec){0} + 1, biases = {0}, gate_scales = scales, gate_biases = {0};
+        if (scale.data) scales = numbers(scale, n + i, left);
+        if (bias.data) biases = numbers(bias, n + i, left);
+        if (a->activation == SWIGLU && scale.data) gate_scales = numbers(scale, gate + i, left);
+        if (a->activation == SWIGLU && bias.data) gate_biases = numbers(bias, gate + i, left);
+        for (long m = 0; m < a->rows; m++) {
+            vec y = *(const vec *)(tile + m * ROW_STEP + i) * scales + biases;
+            if (a->activation)
+                y = activated(a->activation, y, *(const vec *)(gates + m * ROW_STEP + i) * gate_scales + gate_biases);
+            if (a->residual) y += numbers((struct vector){(const char *)(a->residual + m * all), FLOAT32}, column + i, left);
+            if (a->out.kind == FLOAT32)
+                _mm512_mask_storeu_ps((float *)a->out.data + m * a->out.stride + column + i, MASK(left), (__m512)y);
+            else
+                for (long lane = 0; lane < LANES && lane < left; lane++) store(a->out, m, column + i + lane, y[lane]);
         }
+    }
+}
+
+#else
+#define finish_rows finish
+#endif
+
+/* The same of the other forms: tile[column][row]. */
+static void finish(const struct linear *a, int matrix, long column, long n, long count, float *tile, const float *gates) {
+    const struct vector scale = a->weight[matrix].scale, bias = a->bias[matrix];
+    const long all = all_columns(a), gate = a->columns[matrix];
+    for (long i = 0; i < count; i++, n++)
+        for (long m = i * WIDTH; m < i * WIDTH + a->rows; m += LANES) {
+            vec y = *(const vec *)(tile + m);
+            if (scale.data) y *= number(scale, n);
+            if (bias.data) y += number(bias, n);
+            vec gating = {0};
+            if (a->activation == SWIGLU) {
+                gating = *(const vec *)(gates + m);
+                if (scale.data) gating *= number(scale, gate + n);
+                if (bias.data) gating += number(bias, gate + n);
+            }
+            *(vec *)(tile + m) = activated(a->activation, y, gating);
+        }
+    for (long m = 0; m < a->rows; m++) {
+        long i = 0;
+#if LANES == 16
+        const ivec places = (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * WIDTH;
+        for (; i + 16 <= count && a->out.kind == FLOAT32; i += 16) {
+            vec y = (vec)_mm512_i32gather_ps((__m512i)places, tile + i * WIDTH + m, 4);
+            if (a->residual) y += *(const vec *)(a->residual + m * all + column + i);
+            *(vec *)((float *)a->out.data + m * a->out.stride + column + i) = y;
+        }
+#endif
+        for (; i < count; i++)
+            store(a->out, m, column + i, tile[i * WIDTH + m] + (a->residual ? a->residual[m * all + column + i] : 0));
+    }
+}
+
+/* Columns that a member computes before it finishes them. */
+static long columns_at_once(const struct layout *l, long columns, long threads) {
+    const long rows = l->rows;
+    const int are_many = columns >= 8 * GROUP * threads && (rows > 4 || l->has_words); /* `finish` costs less of more */
+    if (l->form == IS_AMX) return TILE_COLUMNS(l->kind);
+    if (l->alone && !are_many) return DOT_COLUMNS(rows);
+    if (l->is_dot || rows > 2 * LANES) return GROUP;
+    return rows > LANES + BESIDE ? SUMS / 2 : SUMS;
+}
+
+/* A member's columns of the results of one matrix, which stand in `out` from a column on; tiles: products, then gates. */
+static void matrix_of_team(const struct linear *a, const struct layout *l, int matrix, long column,
+                           float (*tiles)[32 * WIDTH], const struct member *me) {
+    const struct matrix *w = &a->weight[matrix].matrix;
+    const long all = a->columns[matrix], unit = columns_at_once(l, all, me->threads), units = (all + unit - 1) / unit;
+    const long first = begin_of(me, units) * unit, last = least(all, end_of(me, units) * unit);
+    const long bytes = w->stride * BYTES[l->kind], pass = l->alone ? DOT_COLUMNS(l->rows) : unit;
+    const long after = bytes ? pass * ((AHEAD_NEXT - 1) / (pass * bytes) + 1) : 0; /* columns to read meanwhile */
+    const long parts = l->form == IS_AMX ? parts_of_sum(l->rows, l->padded) : 1;
+    const long part = (l->padded / l->block + parts - 1) / parts * l->block;
+    float *kept = l->laid + (l->rows + 15) / 16 * 24 * l->padded + 2 * first * WIDTH; /* all sums, behind the tiles of x */
+    for (long begin = 0; begin < l->padded; begin += part)
+        for (long n = first; n < last; n += unit) {
+            const long end = least(begin + part, l->padded);
+            struct columns c = {w->data + n * bytes, w->stride, least(last - n, unit), l->dim};
+            float *sums = parts > 1 ? kept + 2 * (n - first) * WIDTH : tiles[0];
+            float *gates = parts > 1 ? sums + unit * WIDTH : tiles[1];
+            for (int gating = 0; gating <= (a->activation == SWIGLU); gating++, c.weight += all * bytes)
+                product(l, &c, begin, end, after, gating ? gates : sums);
+            if (end == l->padded) (l->is_dot ? finish_rows : finish)(a, matrix, column + n, n, c.count, sums, gates);
+        }
+}
+
+/* A linear of up to WIDTH rows by all threads of a team, in the room that it needs. */
+static void rows_of_team(const struct linear *a, float *room, const struct member *me) {
+    const struct layout layout = layout_of(a, room, me);
+    lay_rows(a, &layout, me);
+    if (!layout.alone) meet(me);
+    if (!layout.is_dot) {
+        lay_columns(&layout, me);
         meet(me);
     }
-    float some[2][32 * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
-    const long parts = tiles ? parts_of_sum(rows, padded) : 1, part = (blocks + parts - 1) / parts * block;
-    if (tiles) begin_amx();
-    for (long which = 0, before = 0; which < MATRICES; before += a->columns[which++]) {
-        const struct matrix *w = &a->weight[which].matrix;
-        const long columns = a->columns[which], row = w->stride * BYTES[kind];
-        const int together = !alone || (columns >= 8 * GROUP * threads && (rows > 4 || words)); /* `finish` costs less of more */
-        const long unit = tiles ? TILE_COLUMNS(kind) : !together ? DOT_COLUMNS(rows)
-                        : dots || rows > 2 * LANES ? GROUP : rows > LANES + BESIDE ? SUMS / 2 : SUMS;
-        const long pass = alone ? DOT_COLUMNS(rows) : unit; /* columns whose lines are read while others are computed */
-        const long after = row ? pass * ((AHEAD_NEXT - 1) / (pass * row) + 1) : 0;
-        const long units = (columns + unit - 1) / unit;
-        const long first = units * thread / threads * unit, last = units * (thread + 1) / threads * unit;
-        const long stop = columns < last ? columns : last;
-        float *own = laid + (rows + 15) / 16 * 24 * padded + 2 * first * WIDTH; /* all sums, behind the tiles of x */
-        for (long k = 0; k < padded; k += part)
-            for (long n = first; n < stop; n += unit) {
-                const long count = stop - n < unit ? stop - n : unit, to = k + part < padded ? k + part : padded;
-                float *const kept = own + 2 * (n - first) * WIDTH, *sums[2] = {some[0], some[1]};
-                if (parts > 1) sums[0] = kept, sums[1] = kept + unit * WIDTH;
-                for (int gates = 0; gates < (a->activation == SWIGLU ? 2 : 1); gates++) {
-                    const char *weight = w->data + (n + gates * columns) * row;
-                    if (tiles) product_amx(kind, (uint16_t *)laid, a, weight, w->stride, count, k, to, sums[gates]);
-                    else product(kind, laid, a, weight, w->stride, count, after, sums[gates]);
-                }
-                if (to == padded) (dots && LANES == 16 ? finish_rows : finish)(a, which, before + n, n, count, sums[0], sums[1]);
-            }
-    }
-    if (tiles) end_amx();
+    float tiles[2][32 * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
+    if (layout.form == IS_AMX) begin_amx();
+    for (long matrix = 0, column = 0; matrix < MATRICES; column += a->columns[matrix++])
+        matrix_of_team(a, &layout, matrix, column, tiles, me);
+    if (layout.form == IS_AMX) end_amx();
     meet(me);
 }
 
 /* A linear by all threads of a team, which have finished when they meet again. */
-static void linear_of_team(const struct linear *a, float *x, const struct member *me) {
-    const long once = rows_at_once(a->rows), all = a->columns[0] + a->columns[1] + a->columns[2];
+static void linear_of_team(const struct linear *a, float *room, const struct member *me) {
+    const long once = rows_at_once(a->rows);
     for (long m = 0; m < a->rows; m += once) {
-        struct linear some = *a;
-        some.rows = a->rows - m < once ? a->rows - m : once;
-        some.x.data += m * a->x.stride * BYTES[a->x.kind];
-        some.out.data += m * a->out.stride * BYTES[a->out.kind];
-        if (a->stream) some.stream += m * a->dim, some.total += m * a->dim;
-        if (a->residual) some.residual += m * all;
-        rows_of_team(&some, x, me);
+        struct linear part = *a;
+        part.rows = least(a->rows - m, once);
+        part.x.data += m * a->x.stride * BYTES[a->x.kind];
+        part.out.data += m * a->out.stride * BYTES[a->out.kind];
+        if (a->stream) part.stream += m * a->dim, part.total += m * a->dim;
+        if (a->residual) part.residual += m * all_columns(a);
+        rows_of_team(&part, room, me);
     }
 }
 
 struct linear_call {
     const struct linear *linear;
-    float *x;
+    float *room;
 };
 
 static void linear_by_member(const void *argument, const struct member *me) {
     const struct linear_call *call = argument;
-    linear_of_team(call->linear, call->x, me);
+    linear_of_team(call->linear, call->room, me);
 }
+
+static void *allocate(long numbers) { return aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64); }
 
 /* This and what else returns a number: 0, or 1 where there is no memory. */
 int linear(const struct linear *a, long threads) {
     const long most = a->columns[0] > a->columns[1] ? a->columns[0] : a->columns[1];
-    const struct linear_call call = {a, aligned_alloc(64, (room(a->rows, a->dim, most, threads) * sizeof(float) + 63) / 64 * 64)};
-    if (!call.x) return 1;
+    const struct linear_call call = {.linear = a, .room = allocate(room(a->rows, a->dim, most, threads))};
+    if (!call.room) return 1;
     in_team(linear_by_member, &call, threads);
-    free(call.x);
+    free(call.room);
     return 0;
 }

@@ -9,13 +9,6 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
-#define HAS_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#define HAS_AMX 0
-#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -30,12 +23,6 @@
 #error "neither AVX2 nor NEON"
 #endif
 
-#if LANES == 16 /* "dot" gives some columns of a row together; else, as the other forms, all rows of a column */
-enum { ROW_STEP = 32, COLUMN_STEP = 1 };
-#else
-enum { ROW_STEP = 1, COLUMN_STEP = 64 };
-#endif
-
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLLED _Pragma("clang loop unroll(full)")
@@ -43,22 +30,13 @@ enum { ROW_STEP = 1, COLUMN_STEP = 64 };
 #define UNROLLED _Pragma("GCC unroll 24")
 #endif
 #if LANES == 16
-#define HOLD(some) __asm__("" : "+v"(some)) /* in a register: GCC would read it again for each column */
+#define HOLD(vector) __asm__("" : "+v"(vector)) /* in a register: GCC would read it again for each column */
 #else
-#define HOLD(some)
+#define HOLD(vector)
 #endif
 
 enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
-enum { NONE, GELU, SWIGLU };
-enum { WIDTH = 64 /* rows of a tile */, GROUP = 24 /* columns that several passes of rows share in a cache */ };
-enum { BETWEEN = 5 * LANES /* numbers between rows of x, which a cache keeps in different places then */ };
-enum { BESIDE = LANES == 8 ? 2 : 0 /* rows, few enough for "dot" beside a whole vector of others */, FLUSH = 512 /* numbers */ };
-enum { AHEAD_OUTER = 256, AHEAD_AMX = 512, AHEAD_ROWS = 128, AHEAD_NEXT = 12 << 10, CACHED = 5 << 18 }; /* bytes */
-#if defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
-enum { AHEAD_DOT = 512, READS_NEXT = 1 }; /* these processors read faster from one place than from several */
-#else
-enum { AHEAD_DOT = 2048, READS_NEXT = 0 };
-#endif
+enum { WIDTH = 64 /* rows of a tile */ };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -88,45 +66,45 @@ struct weight {
 };
 MIRRORED(weight, 5);
 
-enum { MATRICES = 3 }; /* whose results stand side by side */
-
-struct linear {
-    struct matrix x, out;
-    struct weight weight[MATRICES];
-    struct vector bias[MATRICES], stream_gain, norm_gain, norm_bias;
-    const float *stream, *residual; /* of contiguous rows, as is the sum with the stream */
-    float *total;
-    long columns[MATRICES], rows, dim, activation; /* columns of the result; SWIGLU makes them of twice as many rows */
-    double eps;
+/* Columns of a result: `count` rows of a weight, `stride` numbers apart, of `dim` numbers each. */
+struct columns {
+    const char *weight;
+    long stride, count, dim;
 };
-MIRRORED(linear, 43);
 
-/* Weights come in blocks of one vector of memory, LANES * SPAN numbers. Part j of a block holds its numbers j, j + SPAN,
-   j + 2 * SPAN, …, which takes a shift or two; x is laid out in that order. */
-#define SPAN(kind) ((kind) == FLOAT32 ? 1 : (kind) == BFLOAT16 ? 2 : 4)
+INLINE long least(long a, long b) { return a < b ? a : b; }
 
-INLINE ivec load(int kind, const char *p, long left) {
-    if (left >= LANES * SPAN(kind)) return *(const ivec *)p;
-    ivec some = {0};
-    memcpy(&some, p, left * BYTES[kind]);
-    return some;
+INLINE struct columns columns_from(int kind, struct columns all, long first) {
+    return (struct columns){all.weight + first * all.stride * BYTES[kind], all.stride, all.count - first, all.dim};
 }
 
-INLINE vec part(int kind, ivec block, int j) {
+/* Weights come in blocks of one vector of memory, LANES * SPAN numbers. `unpack(kind, block, j)` is a vector of its numbers
+   j, j + SPAN, j + 2 * SPAN, …, which takes a shift or two; x is laid out in that order. */
+#define SPAN(kind) ((kind) == FLOAT32 ? 1 : (kind) == BFLOAT16 ? 2 : 4)
+
+/* A block of which `left` numbers are there, and zeros. */
+INLINE ivec load(int kind, const char *p, long left) {
+    if (left >= LANES * SPAN(kind)) return *(const ivec *)p;
+    ivec block = {0};
+    memcpy(&block, p, left * BYTES[kind]);
+    return block;
+}
+
+INLINE vec unpack(int kind, ivec block, int j) {
     if (kind == FLOAT32) return (vec)block;
     if (kind == INT8) return __builtin_convertvector(block << (24 - 8 * j) >> 24, vec);
     if (j) return (vec)(block & -65536);
     return (vec)(block << 16);
 }
 
-static inline float at(struct vector v, long i) {
+static inline float number(struct vector v, long i) {
     union { uint32_t bits; float value; } u;
     if (v.kind == FLOAT32) return ((const float *)v.data)[i];
     u.bits = (uint32_t)((const uint16_t *)v.data)[i] << 16;
     return u.value;
 }
 
-static inline void put(struct matrix t, long row, long column, float value) {
+static inline void store(struct matrix t, long row, long column, float value) {
     const union { float value; uint32_t bits; } u = {value};
     const long i = row * t.stride + column;
     if (t.kind == FLOAT32) ((float *)t.data)[i] = value;
@@ -134,11 +112,11 @@ static inline void put(struct matrix t, long row, long column, float value) {
 }
 
 INLINE float sum(vec v) {
-    float parts[LANES];
-    memcpy(parts, &v, sizeof v);
+    float lanes[LANES];
+    memcpy(lanes, &v, sizeof v);
     for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-    return parts[0];
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    return lanes[0];
 }
 
 INLINE vec choose(ivec condition, vec yes, vec no) { return (vec)((condition & (ivec)yes) | (~condition & (ivec)no)); }
@@ -170,8 +148,8 @@ INLINE vec gelu(vec x) {
     return x * choose(x < 0, tail, 1 - tail);
 }
 
-/* What to prefetch while at some byte of columns: what is read some bytes later, perhaps of the columns after these. */
-INLINE long look_ahead(long at, long bytes, long length, long columns, long stride) {
-    at += bytes;
-    return at < length ? at : at - length + columns * stride;
+/* What to prefetch while at a byte of columns: what is read `ahead` bytes later, perhaps of the columns after these. */
+INLINE long look_ahead(long byte, long ahead, long length, long columns, long stride) {
+    byte += ahead;
+    return byte < length ? byte : byte - length + columns * stride;
 }

@@ -23,14 +23,14 @@ MIRRORED(run, 51);
 #define UNFUSED_HERE
 #endif
 
-/* Guidance, prediction to clean estimate, its clamp and the solver's update of a sample. */
-static UNFUSED void update(const struct run *a, const float *noise, long index, long sample, float *pred) {
+/* Guidance, prediction to clean estimate, its clamp and the solver's update of a sample: pred, noise (dim,). */
+static UNFUSED void update(const struct run *a, const float *noise, long step, long sample, float *pred) {
     UNFUSED_HERE
-    const long dim = a->blocks.dim, first = sample * dim;
-    const float scale = a->cond_scale, radius = a->radius, *null = a->null + index * dim, *of = a->coefficients + index * 6;
-    float *x = a->x + first, *x0 = a->x0 + first, square = 0;
+    const long dim = a->blocks.dim;
+    const float scale = a->cond_scale, radius = a->radius, *null = a->null + step * dim, *c = a->coefficients + step * 6;
+    float *x = a->x + sample * dim, *x0 = a->x0 + sample * dim, square = 0;
     for (long k = 0; k < dim; k++) {
-        const float clean = of[0] * x[k] + of[1] * (null[k] + (pred[k] - null[k]) * scale);
+        const float clean = c[0] * x[k] + c[1] * (null[k] + (pred[k] - null[k]) * scale);
         pred[k] = a->clamp != RANGE ? clean : clean > radius ? radius : clean < -radius ? -radius : clean; /* NaN stays */
     }
     if (a->clamp == LENGTH) {
@@ -39,9 +39,20 @@ static UNFUSED void update(const struct run *a, const float *noise, long index, 
         for (long k = 0; k < dim; k++) pred[k] *= fit;
     }
     for (long k = 0; k < dim; k++) {
-        x[k] = of[2] * x[k] + of[3] * pred[k] + of[4] * x0[k] + (noise ? of[5] * noise[first + k] : 0);
+        x[k] = c[2] * x[k] + c[3] * pred[k] + c[4] * x0[k] + (noise ? c[5] * noise[k] : 0);
         x0[k] = pred[k];
     }
+}
+
+/* The tokens of a row, (suffix, dim): of the time, its samples, and as many queries. */
+static void make_tokens(const struct run *a, long step, long row, float *token) {
+    const long dim = a->blocks.dim, samples = a->blocks.outputs, times = a->blocks.attention.suffix - 2 * samples;
+    memcpy(token, a->time + step * times * dim, times * dim * sizeof *token);
+    token += times * dim;
+    memcpy(token, a->x + row * samples * dim, samples * dim * sizeof *token);
+    token += samples * dim;
+    for (long sample = 0; sample < samples; sample++, token += dim)
+        for (long k = 0; k < dim; k++) token[k] = number(a->query, k);
 }
 
 struct steps_call {
@@ -52,41 +63,33 @@ struct steps_call {
     long first, count;
 };
 
-/* The tokens of a row: of the time, its samples, and as many queries. */
-static void make_tokens(const struct run *a, long index, long row, float *to) {
-    const long dim = a->blocks.dim, samples = a->blocks.outputs, times = a->blocks.attention.suffix - 2 * samples;
-    memcpy(to, a->time + index * times * dim, times * dim * sizeof *to);
-    memcpy(to += times * dim, a->x + row * samples * dim, samples * dim * sizeof *to);
-    to += samples * dim;
-    for (long sample = 0; sample < samples; sample++, to += dim)
-        for (long k = 0; k < dim; k++) to[k] = at(a->query, k);
-}
-
 static void steps_by_member(const void *argument, const struct member *me) {
     const struct steps_call *call = argument;
     const struct run *a = call->run;
-    const long rows = a->blocks.attention.rows, suffix = a->blocks.attention.suffix, dim = a->blocks.dim;
-    const long begin = rows * me->thread / me->threads, end = rows * (me->thread + 1) / me->threads; /* of its own */
     struct blocks blocks = a->blocks;
     blocks.out = call->predictions;
+    const long rows = blocks.attention.rows, suffix = blocks.attention.suffix, dim = blocks.dim;
+    const long begin = begin_of(me, rows), end = end_of(me, rows);
     for (long i = 0; i < call->count; i++) {
         for (long row = begin; row < end; row++)
             make_tokens(a, call->first + i, row, call->scratch.stream + row * suffix * dim);
         meet(me);
         blocks_of_team(&blocks, &call->scratch, me);
-        for (long sample = begin * blocks.outputs; sample < end * blocks.outputs; sample++)
-            update(a, call->noise[i], call->first + i, sample, call->predictions + sample * dim);
+        for (long sample = begin * blocks.outputs; sample < end * blocks.outputs; sample++) {
+            const float *noise = call->noise[i] ? call->noise[i] + sample * dim : NULL;
+            update(a, noise, call->first + i, sample, call->predictions + sample * dim);
+        }
     }
 }
 
 /* Some steps of a run from the first on: tokens, all blocks, and what the solver makes of them. */
 int run_steps(const struct run *a, const float *const *noise, long first, long count, long threads) {
     struct steps_call call = {.run = a, .noise = noise, .first = first, .count = count};
-    const long numbers = a->blocks.attention.rows * a->blocks.outputs * a->blocks.dim;
     if (!get_scratch(&a->blocks, threads, &call.scratch)) return 1;
-    const int failed = !(call.predictions = aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64));
+    call.predictions = allocate(a->blocks.attention.rows * a->blocks.outputs * a->blocks.dim);
+    const int failed = !call.predictions;
     if (!failed) in_team(steps_by_member, &call, threads);
     free(call.predictions);
-    free(call.scratch.linears);
+    free(call.scratch.room);
     return failed;
 }

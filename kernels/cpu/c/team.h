@@ -123,6 +123,10 @@ static void meet(const struct member *me) {
     }
 }
 
+/* The first of `all` things that are a member's, and the first that is not any more. */
+static inline long begin_of(const struct member *me, long all) { return all * me->thread / me->threads; }
+static inline long end_of(const struct member *me, long all) { return all * (me->thread + 1) / me->threads; }
+
 /* Have turns of so many ns on a core that is shared, of which there are fewer then; returns how long they were, 0 where
    that cannot be had. Who waits for another's turn sleeps, and begins one with it: threads with long turns fall into
    step, and lose little between them. Linux has it since 6.12. */

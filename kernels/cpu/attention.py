@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import structs
-from .calls import FLOATS, address_of, are_plain, check_shape, define_operation, is_watched
+from . import calls, structs
 from .library import KINDS, library, most_rows
 from .threads import thread_count
 
-MAX_DIM_HEAD, MAX_KEYS, MAX_OWN = 256, 4096, 2**16  # its threads keep keys, own ones in full, on stacks
+MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS = 256, 4096, 2**16
+
+
+def fits_stacks(dim_head: int, prefix: int, suffix: int) -> bool:
+    """Whether threads of attention can keep keys, those of the suffix in full, on their stacks."""
+    return dim_head <= MAX_DIM_HEAD and prefix + suffix <= MAX_KEYS and suffix * dim_head <= MAX_SUFFIX_NUMBERS
 
 
 def takes_decode(
@@ -18,15 +22,13 @@ def takes_decode(
     dropout: float = 0.0, **_,
 ) -> bool:  # fmt: skip
     """Whether `decode_attention` computes this: on the CPU, in fp32 or bf16 over a prefix in fp32, without gradient."""
-    if not q.is_cpu or dropout or q.dtype not in FLOATS or not most_rows(torch.float32):
+    if not q.is_cpu or dropout or q.dtype not in calls.FLOATS or not most_rows(torch.float32):
         return False
     if not q.dtype == k.dtype == v.dtype or not prefix_k.dtype == prefix_v.dtype == torch.float32:
         return False
-    if q.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[1] + k.shape[1] > MAX_KEYS or not q.numel():
+    if not q.numel() or not fits_stacks(q.shape[-1], prefix_k.shape[1], k.shape[1]):
         return False
-    if k.shape[1] * q.shape[-1] > MAX_OWN:
-        return False
-    return are_plain(q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not is_watched()
+    return calls.are_plain(q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not calls.is_watched()
 
 
 def _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
@@ -61,19 +63,20 @@ def attention_of(
     if not 0 < seq <= suffix:
         raise ValueError(f"{seq} tokens of queries; they must be 1 to {suffix}, as many as those of keys")
     if prefix_dim != dim_head:
-        check_shape("prefix_k", prefix_k, *prefix_k.shape[:-1], dim_head)
-    check_shape("mask", mask, prompts, prefix)
+        calls.check_shape("prefix_k", prefix_k, *prefix_k.shape[:-1], dim_head)
+    calls.check_shape("mask", mask, prompts, prefix)
     if bias is not None:
-        check_shape("bias", bias, suffix, 1 if bias.shape[1] == 1 else heads, prefix + suffix)
+        calls.check_shape("bias", bias, suffix, 1 if bias.shape[1] == 1 else heads, prefix + suffix)
         bias = bias if bias.shape[1] == heads else bias.expand(-1, heads, -1)
     if cos is not None:
-        check_shape("cos", cos, suffix, min(dim_head, cos.shape[-1]) // 2 * 2)
-        check_shape("sin", sin, *cos.shape)
+        calls.check_shape("cos", cos, suffix, min(dim_head, cos.shape[-1]) // 2 * 2)
+        calls.check_shape("sin", sin, *cos.shape)
     *_, prefix_prompt, prefix_token, prefix_head, _ = prefix_k.stride()
     return structs.Decode(
         prefix_k=prefix_k.data_ptr(), prefix_v=prefix_v.data_ptr(),
         prefix_prompt=prefix_prompt, prefix_token=prefix_token, prefix_head=prefix_head,
-        bias=address_of(bias, kept), mask=address_of(mask, kept), cos=address_of(cos, kept), sin=address_of(sin, kept),
+        bias=calls.address_of(bias, kept), mask=calls.address_of(mask, kept),
+        cos=calls.address_of(cos, kept), sin=calls.address_of(sin, kept),
         rows=rows, seq=seq, suffix=suffix, heads=heads, kv_heads=kv_heads, dim_head=dim_head, prompts=prompts,
         prefix=prefix, rotated=0 if cos is None else cos.shape[-1], cosine=cosine, scale=scale, **own,
     )  # fmt: skip
@@ -87,9 +90,9 @@ def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask
     if k.stride()[:2] != v.stride()[:2]:
         k, v = k.contiguous(), v.contiguous()
     suffix = k.shape[1]
-    check_shape("k", k, rows, suffix, prefix_k.shape[2], dim_head)
-    check_shape("v", v, *k.shape)
-    check_shape("prefix_v", prefix_v, *prefix_k.shape)
+    calls.check_shape("k", k, rows, suffix, prefix_k.shape[2], dim_head)
+    calls.check_shape("v", v, *k.shape)
+    calls.check_shape("prefix_v", prefix_v, *prefix_k.shape)
     prefix_k, prefix_v = caches_of(prefix_k, prefix_v)
     (q_row, q_token, *_), (kv_row, kv_token, *_) = q.stride(), k.stride()
     call = attention_of(
@@ -101,7 +104,7 @@ def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask
     return out
 
 
-define_operation(
+calls.define_operation(
     "cpu_decode(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, float scale, Tensor? cos, Tensor? sin, "
     "bool cosine, Tensor? bias, Tensor? mask) -> Tensor",
     _run_decode,

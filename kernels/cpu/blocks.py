@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import huge_pages, structs
-from .attention import MAX_DIM_HEAD, MAX_KEYS, MAX_OWN, attention_of, caches_of
-from .calls import (
-    ACTIVATIONS,
-    address_of,
-    are_numbers,
-    are_plain,
-    check_memory,
-    check_rows,
-    check_shape,
-    define_operation,
-    is_watched,
-    vector_of,
-)
+from . import calls, huge_pages, structs
+from .attention import attention_of, caches_of, fits_stacks
 from .library import KINDS, library, most_rows
 from .threads import thread_count
 
@@ -32,41 +21,21 @@ def most_tokens(dtype: torch.dtype) -> int:
     return max(most_rows(dtype), min(128, most_rows(torch.float32)))
 
 
-MATRICES = structs.Block.MATRICES
+MATRICES, BIASES, NORMS = structs.Block.MATRICES, structs.Block.BIASES, structs.Block.NORMS
+SCALES = tuple(f"{name}_scale" for name in MATRICES)
 
 
-class Block(NamedTuple):
+class Block(namedtuple("Block", (*MATRICES, *SCALES, *BIASES, *NORMS), defaults=(None,) * 23)):
     """The weights of a transformer block: attention and feed-forward, each behind a norm, on a residual stream.
 
-    Without `v`, `k` has the rows of the values behind those of the keys. `out_gain` is that of a norm of attention's
-    result, `inner_gain` of a norm before `contract`. Scales are those of int8 weights. A head, the norm and the linear
-    of what the last block gives, is one of `q` and what belongs to it.
-    """
+    A head, the norm and the linear of what the last block gives, is one of `q` and what belongs to it.
 
-    q: Tensor
-    k: Tensor | None = None
-    v: Tensor | None = None
-    out: Tensor | None = None
-    expand: Tensor | None = None
-    contract: Tensor | None = None
-    q_scale: Tensor | None = None
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    out_scale: Tensor | None = None
-    expand_scale: Tensor | None = None
-    contract_scale: Tensor | None = None
-    q_bias: Tensor | None = None
-    k_bias: Tensor | None = None
-    v_bias: Tensor | None = None
-    out_bias: Tensor | None = None
-    expand_bias: Tensor | None = None
-    contract_bias: Tensor | None = None
-    norm_gain: Tensor | None = None
-    norm_bias: Tensor | None = None
-    out_gain: Tensor | None = None
-    ff_gain: Tensor | None = None
-    ff_bias: Tensor | None = None
-    inner_gain: Tensor | None = None
+    Attributes:
+        q, k, v, out, expand, contract: the matrices. Without `v`, `k` has the values' rows behind those of the keys.
+        q_scale, …, q_bias, …: of each matrix; scales are those of int8 weights.
+        norm_gain, norm_bias, ff_gain, ff_bias: of the norms before attention and before the feed-forward.
+        out_gain, inner_gain: of norms of attention's result, and before `contract`.
+    """
 
 
 class Blocks(NamedTuple):
@@ -126,9 +95,9 @@ def prepare_blocks(
     first, everything = blocks[0], [*blocks, *([] if head is None else [head])]
     weights = [t for t in itertools.chain(*everything) if t is not None]
     matrices = [t for block in everything for name in MATRICES if (t := getattr(block, name)) is not None]
-    if not are_numbers(weights) or any(t.dtype != first.q.dtype or t.stride(1) != 1 for t in matrices):
+    if not calls.are_numbers(weights) or any(t.dtype != first.q.dtype or t.stride(1) != 1 for t in matrices):
         return None
-    if is_watched() or first.q.dtype not in KINDS or not most_tokens(first.q.dtype):
+    if calls.is_watched() or first.q.dtype not in KINDS or not most_tokens(first.q.dtype):
         return None
     own, shared, dim, inner = heads * dim_head, kv_heads * dim_head, first.q.shape[1], first.contract.shape[1]
     kept = [t.untyped_storage() for t in weights]  # those of a parameter may be replaced
@@ -159,30 +128,27 @@ def takes_blocks(
         return False
     if not 0 < x.shape[0] * x.shape[1] <= most_tokens(blocks.dtype):
         return False
-    if prefix_k.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[2] + x.shape[1] > MAX_KEYS:
+    if not fits_stacks(prefix_k.shape[-1], prefix_k.shape[2], x.shape[1]):
         return False
-    if x.shape[1] * prefix_k.shape[-1] > MAX_OWN:
-        return False
-    return are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not is_watched()
+    return calls.are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not calls.is_watched()
 
 
 def _struct_of(block: Block, kept: list) -> structs.Block:
-    vectors = *structs.Block.BIASES, *structs.Block.NORMS
-    fields = {name: vector_of(getattr(block, name), kept) for name in vectors}
-    for name in MATRICES:
+    fields = {name: calls.vector_of(getattr(block, name), kept) for name in (*BIASES, *NORMS)}
+    for name, scale in zip(MATRICES, SCALES):
         if (t := getattr(block, name)) is not None:
-            scale = vector_of(getattr(block, f"{name}_scale"), kept)
+            scale = calls.vector_of(getattr(block, scale), kept)
             fields[name] = structs.Weight((t.data_ptr(), KINDS[t.dtype], t.stride(0)), scale)
     return structs.Block(**fields)
 
 
 def _check_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
     for name, shape in shapes.items():
-        check_shape(name, getattr(block, name), *shape)
-        check_shape(f"{name}_scale", getattr(block, f"{name}_scale"), shape[0])
-        check_shape(f"{name}_bias", getattr(block, f"{name}_bias"), shape[0])
-    for name in structs.Block.NORMS:
-        check_shape(name, getattr(block, name), inner if name == "inner_gain" else dim)
+        calls.check_shape(name, getattr(block, name), *shape)
+        calls.check_shape(f"{name}_scale", getattr(block, f"{name}_scale"), shape[0])
+        calls.check_shape(f"{name}_bias", getattr(block, f"{name}_bias"), shape[0])
+    for name in NORMS:
+        calls.check_shape(name, getattr(block, name), inner if name == "inner_gain" else dim)
 
 
 def _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape, *_) -> Tensor:
@@ -196,50 +162,42 @@ def _run_blocks(
     x, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps
 ):  # fmt: skip
     kept, (rows, suffix, _) = [], x.shape
-    check_shape("x", x, rows, suffix, shape[1])
+    calls.check_shape("x", x, rows, suffix, shape[1])
     call = blocks_of(
         rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps,
         kept,
     )  # fmt: skip
     out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape)
-    call.x, call.out = address_of(x, kept), out.data_ptr()
-    check_memory(library().run_blocks(call, thread_count()), x)
+    call.x, call.out = calls.address_of(x, kept), out.data_ptr()
+    calls.check_memory(library().run_blocks(call, thread_count()), x)
     return out
 
 
 def blocks_of(
     rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps, kept
 ) -> structs.Blocks:  # fmt: skip
-    """Everything but x and out, which the caller sets.
+    """Everything but x and out, which the caller sets; what C reads by address is kept.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
     depth, dim, inner, heads, kv_heads, dim_head, head, columns = shape
-    check_rows(rows * suffix)
-    check_shape("prefix_k", prefix_k, depth, *prefix_k.shape[1:3], kv_heads, dim_head)
-    check_shape("prefix_v", prefix_v, *prefix_k.shape)
+    calls.check_rows(rows * suffix)
+    calls.check_shape("prefix_k", prefix_k, depth, *prefix_k.shape[1:3], kv_heads, dim_head)
+    calls.check_shape("prefix_v", prefix_v, *prefix_k.shape)
     prefix_k, prefix_v = caches_of(prefix_k, prefix_v)
     kept += prefix_k, prefix_v
     return structs.Blocks(
-        blocks=table.data_ptr(),
-        depth=depth,
-        dim=dim,
-        inner=inner,
-        outputs=outputs,
-        head=head,
-        columns=columns,
-        activation=ACTIVATIONS[activation],
-        prefix_layer=prefix_k.stride(0),
+        blocks=table.data_ptr(), depth=depth, dim=dim, inner=inner, outputs=outputs, head=head, columns=columns,
+        activation=calls.ACTIVATIONS[activation], eps=eps, prefix_layer=prefix_k.stride(0),
         attention=attention_of(
             rows, heads, outputs or suffix, suffix, dim_head, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask,
             kept,
         ),
-        eps=eps,
     )  # fmt: skip
 
 
-define_operation(
+calls.define_operation(
     "cpu_blocks(Tensor x, Tensor table, Tensor prefix_k, Tensor prefix_v, int outputs, int[] shape, float scale, "
     "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps) -> Tensor",
     _run_blocks,

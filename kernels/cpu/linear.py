@@ -5,19 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import structs
-from .calls import (
-    ACTIVATIONS,
-    FLOATS,
-    address_of,
-    are_plain,
-    check_memory,
-    check_rows,
-    check_shape,
-    define_operation,
-    is_watched,
-    vector_of,
-)
+from . import calls, structs
+from .calls import FLOATS
 from .library import KINDS, library, most_rows
 from .threads import thread_count
 
@@ -40,7 +29,7 @@ def takes_linear(
     """Whether `linear` computes this: few rows on the CPU, in fp32 or bf16 or of int8 weights, without gradient."""
     if not x.is_cpu or x.dtype not in FLOATS or dtype not in (None, *FLOATS) or x.ndim < 1 or weight.ndim != 2:
         return False
-    if not are_plain(x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, residual):
+    if not calls.are_plain(x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, residual):
         return False
     if beside is not None and (beside.dtype != weight.dtype or beside.ndim != 2 or beside.stride(1) != 1):
         return False
@@ -50,7 +39,7 @@ def takes_linear(
         return False
     if scale is None and x.dtype != weight.dtype and stream is None and norm_gain is None:
         return False
-    return not torch.is_autocast_enabled("cpu") and not is_watched()
+    return not torch.is_autocast_enabled("cpu") and not calls.is_watched()
 
 
 def _results(x, weight, beside, stream, activation, residual, dtype) -> tuple[Tensor, Tensor]:
@@ -83,35 +72,35 @@ def _run(
     if (stream is None) != (stream_gain is None):
         raise ValueError("stream and stream_gain must be given together")
     run = library().linear
-    check_rows(len(of_x))
-    check_shape("weight", weight, len(weight), dim)
-    check_shape("beside", beside, more, dim)
+    calls.check_rows(len(of_x))
+    calls.check_shape("weight", weight, len(weight), dim)
+    calls.check_shape("beside", beside, more, dim)
     fields, vectors = {}, (("scale", scale, outputs), ("bias", bias, outputs), ("norm_gain", norm_gain, dim))
     for name, t, length in (*vectors, ("norm_bias", norm_bias, dim), ("stream_gain", stream_gain, dim)):
         if t is not None:
-            check_shape(name, t, length)
-            fields[name], fields[f"{name}_kind"] = vector_of(t, kept)
+            calls.check_shape(name, t, length)
+            fields[name], fields[f"{name}_kind"] = calls.vector_of(t, kept)
     for name, t, rows in ("stream", stream, x), ("residual", residual, out):
         if t is not None:
-            check_shape(name, t, *rows.shape)
-            fields[name] = address_of(t, kept)
+            calls.check_shape(name, t, *rows.shape)
+            fields[name] = calls.address_of(t, kept)
     call = structs.Linear(
         x=of_x.data_ptr(), x_kind=KINDS[x.dtype], x_stride=of_x.stride(0),
         out=out.data_ptr(), out_kind=KINDS[out.dtype], out_stride=columns,
         weight=weight.data_ptr(), weight_kind=KINDS[weight.dtype], weight_stride=weight.stride(0),
         total=total.data_ptr(), columns=columns - more, rows=len(of_x), dim=dim,
-        activation=ACTIVATIONS[activation], eps=eps, **fields,
+        activation=calls.ACTIVATIONS[activation], eps=eps, **fields,
     )  # fmt: skip
     if more:
         call.beside, call.beside_kind, call.beside_stride = beside.data_ptr(), call.weight_kind, beside.stride(0)
         call.beside_columns = more
-        call.beside_scale, call.beside_scale_kind = vector_of(scale, kept, len(weight))
-        call.beside_bias, call.beside_bias_kind = vector_of(bias, kept, len(weight))
-    check_memory(run(call, thread_count()), x)
+        call.beside_scale, call.beside_scale_kind = calls.vector_of(scale, kept, len(weight))
+        call.beside_bias, call.beside_bias_kind = calls.vector_of(bias, kept, len(weight))
+    calls.check_memory(run(call, thread_count()), x)
     return out, total
 
 
-define_operation(
+calls.define_operation(
     "cpu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? beside, Tensor? scale, Tensor? stream, "
     "Tensor? stream_gain, Tensor? norm_gain, Tensor? norm_bias, float eps, str? activation, Tensor? residual, "
     "ScalarType dtype) -> (Tensor, Tensor)",

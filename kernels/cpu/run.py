@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import structs
+from . import calls, structs
 from .blocks import Blocks, blocks_of, takes_blocks
-from .calls import address_of, are_plain, check_memory, check_shape, vector_of
 from .library import library
 from .threads import thread_count
 
@@ -31,7 +30,7 @@ class Run:
 
     def start(self, x: Tensor) -> None:
         """Begin at x (samples, dim)."""
-        check_shape("x", x, *self.x.shape)
+        calls.check_shape("x", x, *self.x.shape)
         self.x.copy_(x)
         self._x0.zero_()
 
@@ -48,9 +47,9 @@ class Run:
         if not 0 <= first <= first + count <= self.steps:
             raise IndexError(f"steps {first} to {first + count - 1}; there are {self.steps}")
         for drawn in noise:
-            check_shape("noise", drawn, *self.x.shape)
-        pointers = (ctypes.c_void_p * count)(*(address_of(drawn, kept) for drawn in noise))
-        check_memory(self._run(self._call, pointers, first, count, thread_count()), self.x)
+            calls.check_shape("noise", drawn, *self.x.shape)
+        pointers = (ctypes.c_void_p * count)(*(calls.address_of(drawn, kept) for drawn in noise))
+        calls.check_memory(self._run(self._call, pointers, first, count, thread_count()), self.x)
 
 
 def prepare_run(
@@ -89,28 +88,22 @@ def prepare_run(
     x0, suffix = torch.empty_like(x), times + 2 * samples
     given, (cos, sin) = (prefix_k, prefix_v, time_tokens, coefficients, null_table), rotary or (None, None)
     kept = [blocks, query, cos, sin, bias, *given]
-    if not blocks.has_head or blocks.shape[-1] != dim or not are_plain(query, *given):
+    if not blocks.has_head or blocks.shape[-1] != dim or not calls.are_plain(query, *given):
         return None
     tokens = x.new_empty(rows, suffix, 0)
     taken = takes_blocks(tokens, blocks, prefix_k, prefix_v, rotary=rotary, bias=bias)
     if not taken or any(t.dtype != torch.float32 for t in given):
         return None
-    check_shape("query", query, dim)
-    check_shape("coefficients", coefficients, steps, 6)
-    check_shape("null_table", null_table, steps, dim)
+    calls.check_shape("query", query, dim)
+    calls.check_shape("coefficients", coefficients, steps, 6)
+    calls.check_shape("null_table", null_table, steps, dim)
     call = structs.Run(
         blocks=blocks_of(
             rows, suffix, blocks.table, prefix_k, prefix_v, samples, blocks.shape, blocks.scale, cos, sin,
             blocks.cosine, bias, None, blocks.activation, blocks.eps, kept,
         ),
-        time=address_of(time_tokens, kept),
-        null=address_of(null_table, kept),
-        coefficients=address_of(coefficients, kept),
-        query=vector_of(query, kept),
-        x=x.data_ptr(),
-        x0=x0.data_ptr(),
-        clamp=CLAMPS[clamp],
-        cond_scale=cond_scale,
-        radius=radius,
+        time=calls.address_of(time_tokens, kept), null=calls.address_of(null_table, kept),
+        coefficients=calls.address_of(coefficients, kept), query=calls.vector_of(query, kept),
+        x=x.data_ptr(), x0=x0.data_ptr(), clamp=CLAMPS[clamp], cond_scale=cond_scale, radius=radius,
     )  # fmt: skip
     return Run(call, x, x0, kept, steps)

@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,7 @@ def test_every_source_has_a_part_in_the_name_of_the_library(tmp_path, monkeypatc
     assert len(paths) == 1 + len(included)
 
 
+@pytest.mark.slow
 def test_a_struct_of_another_size_is_not_filled(tmp_path, monkeypatch):
     """A field that one side alone has: the library is not used, or is not compiled."""
     for mirror in structs.ALL:
@@ -195,6 +197,17 @@ def test_a_struct_of_another_size_is_not_filled(tmp_path, monkeypatch):
     source.write_text(source.read_text().replace("double cond_scale,", "double more, cond_scale,"))
     with built(QUICK, FASTPRIOR_CACHE=tmp_path):
         goes_on("structs.py mirrors struct run")
+
+
+@pytest.mark.parametrize("mirror", [m for m in structs.ALL if m is not structs.Linear], ids=lambda m: m.__name__)
+def test_fields_have_the_order_of_their_struct(mirror):
+    """No comparison of sizes sees two that changed places. A linear has names of its own."""
+    text = "".join(path.read_text() for path in cpu_library.SOURCES.iterdir())
+    body = re.search(rf"^struct {mirror.__name__.lower()} {{(.*?)^}};", text, re.DOTALL | re.MULTILINE)[1]
+    declared = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).replace(";", ",").split(",")
+    assert [re.search(r"\w+$", part.strip())[0] for part in declared if part.strip()] == [
+        name for name, _ in mirror._fields_
+    ]
 
 
 @pytest.mark.slow

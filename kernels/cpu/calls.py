@@ -18,7 +18,7 @@ _operations = torch.library.Library("fastprior", "FRAGMENT")
 
 
 def define_operation(schema: str, run: Callable, fake: Callable) -> None:
-    """Make a function of this module's callers an operation of `torch.ops.fastprior`, which a trace keeps as one call.
+    """Define an operation of `torch.ops.fastprior` on the CPU, which a trace keeps as one call.
 
     Args:
         schema: its name and arguments, see `torch.library`.

@@ -63,7 +63,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Whole or not at all, whoever else does the same."""
+    """Compile into a path, whole or not at all, whoever else does the same."""
     handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
@@ -123,7 +123,7 @@ def _load() -> None:
         _loaded = f"{error.cmd[0]} failed: {said[:300]}"
     except (OSError, RuntimeError) as error:  # a user without a home directory is a RuntimeError
         _loaded = f"no C compiler, or no place for what it makes: {error}"
-    except TypeError as error:
+    except TypeError as error:  # of `_check_structs`
         _loaded = str(error)
     else:
         _loaded.linear.argtypes = ctypes.POINTER(structs.Linear), ctypes.c_long
@@ -146,7 +146,7 @@ def unavailable() -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """Its functions.
+    """The library, whose functions are those of C without `static`.
 
     Raises:
         RuntimeError: it cannot be compiled.

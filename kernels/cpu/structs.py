@@ -13,11 +13,19 @@ class Vector(Structure):
 
 
 class Matrix(Structure):
+    """Rows of numbers, and how far they are apart."""
+
     _fields_ = ("data", c_void_p), ("kind", c_long), ("stride", c_long)
 
 
 class Weight(Structure):
+    """A matrix, and where it is quantised the scales of its rows."""
+
     _fields_ = ("matrix", Matrix), ("scale", Vector)
+
+
+def _each(kind: type, *names: str) -> Iterator[tuple[str, type]]:
+    return ((name, kind) for name in names)
 
 
 def _flat(*names: str, struct: type[Structure]) -> Iterator[tuple[str, type]]:
@@ -27,28 +35,30 @@ def _flat(*names: str, struct: type[Structure]) -> Iterator[tuple[str, type]]:
 
 
 class Linear(Structure):
-    """Of C's arrays of three, the numbers of the weight, those of the one beside, and room for a third."""
+    """A linear, where C has arrays of three: numbers of the weight, of the one beside, and room for a third."""
 
     _fields_ = (
         *_flat("x", "out", struct=Matrix),
         *_flat("weight", struct=Matrix), *_flat("scale", struct=Vector),
         *_flat("beside", struct=Matrix), *_flat("beside_scale", struct=Vector), ("third", Weight),
         *_flat("bias", "beside_bias", "third_bias", "stream_gain", "norm_gain", "norm_bias", struct=Vector),
-        *((name, c_void_p) for name in ("stream", "residual", "total")),
-        *((name, c_long) for name in ("columns", "beside_columns", "third_columns", "rows", "dim", "activation")),
+        *_each(c_void_p, "stream", "residual", "total"),
+        *_each(c_long, "columns", "beside_columns", "third_columns", "rows", "dim", "activation"),
         ("eps", c_double),
     )  # fmt: skip
 
 
 class Decode(Structure):
+    """Attention behind a cached prefix."""
+
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "out")),
-        *((name, c_long) for name in ("kind", "q_row", "q_token", "kv_row", "kv_token")),
-        ("prefix_k", c_void_p), ("prefix_v", c_void_p),
-        *((name, c_long) for name in ("prefix_prompt", "prefix_token", "prefix_head")),
-        *((name, c_void_p) for name in ("bias", "mask", "cos", "sin")),
-        *((name, c_long) for name in ("rows", "seq", "suffix", "heads", "kv_heads", "dim_head")),
-        *((name, c_long) for name in ("prompts", "prefix", "rotated", "cosine")), ("scale", c_double),
+        *_each(c_void_p, "q", "k", "v", "out"),
+        *_each(c_long, "kind", "q_row", "q_token", "kv_row", "kv_token"),
+        *_each(c_void_p, "prefix_k", "prefix_v"),
+        *_each(c_long, "prefix_prompt", "prefix_token", "prefix_head"),
+        *_each(c_void_p, "bias", "mask", "cos", "sin"),
+        *_each(c_long, "rows", "seq", "suffix", "heads", "kv_heads", "dim_head"),
+        *_each(c_long, "prompts", "prefix", "rotated", "cosine"), ("scale", c_double),
     )  # fmt: skip
 
 
@@ -62,17 +72,21 @@ class Block(Structure):
 
 
 class Blocks(Structure):
+    """All blocks of a step."""
+
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "out", "blocks")),
-        *((name, c_long) for name in ("depth", "dim", "inner", "outputs", "head", "columns", "activation")),
+        *_each(c_void_p, "x", "out", "blocks"),
+        *_each(c_long, "depth", "dim", "inner", "outputs", "head", "columns", "activation"),
         ("prefix_layer", c_long), ("attention", Decode), ("eps", c_double),
     )  # fmt: skip
 
 
 class Run(Structure):
+    """Steps of a run, of which each is `blocks`."""
+
     _fields_ = (
-        ("blocks", Blocks), ("time", c_void_p), ("null", c_void_p), ("coefficients", c_void_p), ("query", Vector),
-        ("x", c_void_p), ("x0", c_void_p), ("clamp", c_long), ("cond_scale", c_double), ("radius", c_double),
+        ("blocks", Blocks), *_each(c_void_p, "time", "null", "coefficients"), ("query", Vector),
+        *_each(c_void_p, "x", "x0"), ("clamp", c_long), *_each(c_double, "cond_scale", "radius"),
     )  # fmt: skip
 
 

@@ -80,8 +80,10 @@ INLINE vec softmax(const float *mask, long prefix, long keys, vec *logits) {
     return total;
 }
 
-/* Attention of queries; those of the suffix among their keys and values, (suffix, dim_head), are prepared. */
-static void attend(const struct decode *a, const struct queries *q, const float *suffix_keys, const float *suffix_values) {
+/* Attention of queries; those of the suffix among their keys and values, (suffix, dim_head), are prepared. Its loops are
+   slower in the function that calls it. */
+static __attribute__((noinline)) void attend(const struct decode *a, const struct queries *q, const float *suffix_keys,
+                                             const float *suffix_values) {
     const long dim = a->dim_head, prefix = a->prefix, keys = prefix + a->suffix, prompt = q->row / (a->rows / a->prompts);
     const float *key[keys + 3], *value[keys];
     vec query[dim], weight[keys + 3];

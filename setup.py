@@ -6,7 +6,7 @@ A top-level importable package named `kernels` would shadow the one of that name
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 version = {}
@@ -15,7 +15,7 @@ exec((ROOT / "fastprior" / "version.py").read_text(), version)
 CLIP = ["open-clip-torch>=2.24"]
 DATA = ["embedding-reader>=1.5", "pandas>=2", "pyarrow>=14", "fsspec"]
 PLOT = ["matplotlib>=3.7"]
-QUICKSTART = [*DATA, *PLOT, "scikit-learn>=1.3"]
+QUICKSTART = [*DATA, *PLOT, "accelerate>=1.0", "scikit-learn>=1.3"]
 TRAIN = [*DATA, *PLOT, "accelerate>=1.0", "pydantic>=2"]
 # the peers that parity is tested against; dalle2-pytorch 1.15.6 imports pkg_resources, so it needs an older setuptools;
 # from 70.1 on it builds wheels by itself
@@ -43,7 +43,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["fastprior", "fastprior.kernels", "fastprior.kernels.cpu", "fastprior.kernels.gpu"],
+    packages=[*find_packages(include=["fastprior", "fastprior.*"]), "fastprior.kernels.cpu", "fastprior.kernels.gpu"],
     package_dir={"fastprior": "fastprior", "fastprior.kernels": "kernels"},
     package_data={"fastprior": ["kernels/__init__.py"], "fastprior.kernels.cpu": ["c/*.c", "c/*.h"]},
     install_requires=[
@@ -68,5 +68,5 @@ setup(
         "bench": [*INTEROP, *DIFFUSERS, "pytest>=8.2", "pytest-benchmark>=4"],
         "xformers": ["xformers"],
     },
-    entry_points={"console_scripts": ["fastprior=fastprior.cli:main"]},
+    entry_points={"console_scripts": ["fastprior=fastprior.cli.command_line:main"]},
 )

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import fastprior
-from fastprior import buckets
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.engine import shapes
 from fastprior.kernels import ops
-from fastprior.layers import l2norm
-from fastprior.pipeline_parts import TextEncoding
-from fastprior.prior_runs import guided_step
-from fastprior.prior_transformer import PriorTransformer
-from fastprior.sampler import STEPS_AT_ONCE, denoise_step, prefill, prepare_run, step_inputs
+from fastprior.models.dalle2.layers import l2norm
+from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.pipelines.runs import guided_step
+from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.prior.loop import STEPS_AT_ONCE, denoise_step, prefill, prepare_run, step_inputs
 
 D2_SMALL = dict(dim=768, depth=12, dim_head=64, heads=12, max_text_len=77, normformer=True, num_timesteps=1000)
 D2_LARGE = D2_SMALL | dict(depth=24, heads=32, max_text_len=256)  # LAION's prior for ViT-L/14
@@ -143,7 +143,7 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
         by_calls.start(x)
         several = [None] * STEPS_AT_ONCE
         return lambda: by_calls(0, several), len(several), step_weights(net), plan.suffix_tokens
-    run = buckets.compiled(denoise_step) if compile else denoise_step
+    run = shapes.compiled(denoise_step) if compile else denoise_step
     scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
     given = net, cond, null_preds, rows, scale, x, x0, noise, index, plan.clamp, plan.radius
     return _as_in_runs(run, given), 1, step_weights(net), plan.suffix_tokens
@@ -157,7 +157,7 @@ def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], An
         encoding = pt_text(1, PT_1B["num_embeddings"], device)
         encoding = encoding._replace(embeds=encoding.embeds.to(dtype), encodings=encoding.encodings.to(dtype))
         cond = prior.prefill(*encoding, torch.tensor(table.times, device=device))
-    run = buckets.compiled(guided_step) if compile else guided_step
+    run = shapes.compiled(guided_step) if compile else guided_step
     x, x0, noise = torch.randn(3, 1, PT_1B["embedding_dim"], device=device)
     scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
     rows = table.rows.to(device, torch.float32)

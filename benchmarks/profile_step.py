@@ -16,7 +16,7 @@ import torch
 from timing import op_seconds
 from torch.profiler import ProfilerActivity, profile
 
-from fastprior import graphs
+from fastprior.engine import graphs
 from fastprior.kernels import ops
 
 STEPS = 10  # that are profiled; figures are of one

@@ -11,7 +11,7 @@ from priors import PT_1B, UNCLIP, pair, pt_prior, pt_text, text
 
 from fastprior import PriorPipeline
 from fastprior.kernels import ops
-from fastprior.pipeline_parts import TextEncoding
+from fastprior.pipelines.text_encoding import TextEncoding
 
 SEED = 7
 SCALE = 4.0  # of guidance, as diffusers' prior pipelines have it

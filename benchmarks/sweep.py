@@ -17,12 +17,12 @@ from types import ModuleType
 import priors
 import recording
 import torch
-from fastprior.kernels.gpu import attention, decode, launch, linear, norm, step
-from fastprior.kernels.gpu.launch import ceil_div
 from timing import input_sets, interleaved, median, op_seconds
 from torch import Tensor
 
 from fastprior.kernels import ops
+from fastprior.kernels.gpu import attention, decode, launch, linear, norm, step
+from fastprior.kernels.gpu.launch import ceil_div
 
 SUFFIX = 3
 BATCHES = 1, 8, 64
@@ -166,27 +166,27 @@ def product(config, **values: list) -> list:
     return [replace(config, **dict(zip(values, chosen))) for chosen in itertools.product(*values.values())]
 
 
-def norm_grid(config: norm.Config) -> list[norm.Config]:
+def norm_grid(config: norm.NormConfig) -> list[norm.NormConfig]:
     return product(config, rows=around(config.rows, 1), num_warps=[2, 4, 8, 16])
 
 
-def step_grid(config: step.Config) -> list[step.Config]:
+def step_grid(config: step.StepConfig) -> list[step.StepConfig]:
     warps = [n for n in (1, 2, 4, 8, 16) if n <= max(config.block // 128, 1)]  # see `diffusion_step_config`
     return product(config, num_warps=warps)
 
 
-def attention_grid(config: attention.Config) -> list[attention.Config]:
+def attention_grid(config: attention.AttentionConfig) -> list[attention.AttentionConfig]:
     tiles = dict(block_m=around(config.block_m, 16), block_n=around(config.block_n, 16))
     return product(config, **tiles, num_warps=[4, 8], num_stages=[1, 2])
 
 
-def linear_grid(config: linear.Config) -> list[linear.Config]:
+def linear_grid(config: linear.LinearConfig) -> list[linear.LinearConfig]:
     splits = sorted({1, *around(config.splits, 1)})
     tiles = product(config, block_n=[16, 32, 64], block_k=around(config.block_k, 16), splits=splits)
     return tiles + product(config, num_stages=[2, 3, 4, 6, 8], num_warps=[2, 4, 8])
 
 
-def decode_grid(config: decode.Config, prefix: int) -> list[decode.Config]:
+def decode_grid(config: decode.DecodeConfig, prefix: int) -> list[decode.DecodeConfig]:
     found = []
     for block_n, splits, num_warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8), (2, 4, 8)):
         span = ceil_div(ceil_div(prefix, splits), block_n) * block_n

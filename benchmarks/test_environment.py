@@ -5,7 +5,7 @@ import subprocess
 import torch
 from timing import copy_bandwidth, median, op_seconds
 
-from fastprior.bench import read_bandwidth
+from fastprior.serving.measure import read_bandwidth
 
 
 def test_bandwidth(benchmark, record, device):

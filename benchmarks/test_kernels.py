@@ -14,6 +14,7 @@ from timing import copy_bandwidth, input_sets, interleaved, median
 from torch import Tensor
 
 from fastprior.kernels import ops, reference
+from fastprior.kernels.arguments import LinearArgs
 
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float16}
 
@@ -265,7 +266,7 @@ def test_linear(benchmark, record, device, layer, rows, storage):
         return ops.linear(given["x"], given["weight"], scale=given["scale"], activation=activation)
 
     def torchs(given):
-        return reference.linear(given["x"], given["weight"], scale=given["scale"], activation=activation)
+        return reference.linear(LinearArgs(given["x"], given["weight"], scale=given["scale"], activation=activation))
 
     size = n * k * (1 if storage == "int8" else dtype.itemsize)
     runs = {"kernel": ours, "cuBLAS": torchs, "cuBLAS, compiled": torch.compile(torchs)}

@@ -9,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 import fastprior
-from fastprior.bench import seconds
-from fastprior.synthetic import SyntheticPairs
+from fastprior.demos.synthetic import SyntheticPairs
+from fastprior.serving.measure import seconds
 from fastprior.trainer import DiffusionPriorTrainer
 
 AIM = 0.98  # of the Bayes-optimal similarity

@@ -16,8 +16,8 @@ import torch
 from priors import pair, text
 from test_sampling import SEED, our_run, peer_run
 
-from fastprior.bench import seconds
-from fastprior.serving import PriorSampler
+from fastprior.serving.measure import seconds
+from fastprior.serving.prior_sampler import PriorSampler
 
 STEPS, TURNS = priors.steps(16), 5
 CALLS = {"quiet": 12, "busy": 24}  # in a turn

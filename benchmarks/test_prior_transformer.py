@@ -18,12 +18,12 @@ from priors import GOALS, PT_1B, UNCLIP
 from runs import LAYERS, SCALE, by_pipeline, in_diffusers, pt_steps, stock
 from timing import floor_share
 
-from fastprior.bench import seconds
+from fastprior.serving.measure import seconds
 
 pytest.importorskip("diffusers")
 
 from fastprior import PriorPipeline, accelerate_prior
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 
 STEPS = pt_steps()
 # floors to clear on the CPU in fp32: the pipeline's loop with our prior, batch -> times as fast as with diffusers'

@@ -17,9 +17,9 @@ from runs import SEED, compiled_peer, our_run, peer_run
 from timing import floor_bandwidth, floor_share, op_seconds
 
 import fastprior
-from fastprior.bench import read_bandwidth, seconds
 from fastprior.kernels import ops
-from fastprior.serving import PriorSampler
+from fastprior.serving.measure import read_bandwidth, seconds
+from fastprior.serving.prior_sampler import PriorSampler
 
 STEPS = priors.steps(64)
 # floors to clear on 2 CPU cores: (dtype, cond_scale) -> batch -> how many times faster than the peer

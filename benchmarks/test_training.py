@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 from priors import build, text
 
 import fastprior
-from fastprior.bench import seconds
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
+from fastprior.serving.measure import seconds
 from fastprior.trainer import DiffusionPriorTrainer
 
 BATCH = 32

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastprior.bench import read_bandwidth
+from fastprior.serving.measure import read_bandwidth
 
 CACHE_BYTES = 256 * 2**20  # more than any L2: each call finds its inputs in memory
 

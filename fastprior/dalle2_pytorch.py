@@ -29,10 +29,10 @@ from fastprior.clip import (
     XClipAdapter,
 )
 from fastprior.clip import freeze_and_eval as freeze_model_and_make_eval_
-from fastprior.layers import (
+from fastprior.diffusion.schedule import BETA_SCHEDULES, NoiseScheduler, extract
+from fastprior.models.dalle2.layers import (
     MLP,
     Attention,
-    CausalTransformer,
     FeedForward,
     LayerNorm,
     RelPosBias,
@@ -41,10 +41,11 @@ from fastprior.layers import (
     SwiGLU,
     l2norm,
 )
-from fastprior.network import DiffusionPriorNetwork, prob_mask_like
-from fastprior.prior import DiffusionPrior
-from fastprior.prior import in_eval_mode as eval_decorator
-from fastprior.schedule import BETA_SCHEDULES, NoiseScheduler, extract
+from fastprior.models.dalle2.network import DiffusionPriorNetwork, prob_mask_like
+from fastprior.models.dalle2.transformer import CausalTransformer
+from fastprior.peer import is_stand_in, peer_attribute
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.diffusion_prior import in_eval_mode as eval_decorator
 from fastprior.tokenizer import tokenizer
 
 cosine_beta_schedule = BETA_SCHEDULES["cosine"]
@@ -59,9 +60,7 @@ def exists(val: Any) -> bool:
 
 def default(val: Any, d: Any) -> Any:
     """`val`, or where it is None `d`, or what `d` returns if it can be called."""
-    if val is not None:
-        return val
-    return d() if callable(d) else d
+    return val if val is not None else d() if callable(d) else d
 
 
 __all__ = [
@@ -86,10 +85,8 @@ PEER_NAMES = frozenset({
 
 
 def __getattr__(name: str) -> Any:
-    from fastprior import dropin
-
     if not name.startswith("_"):
-        found = dropin.peer_attribute("dalle2_pytorch.dalle2_pytorch", name)
-        if name in PEER_NAMES or not dropin.is_stand_in(found):
+        found = peer_attribute("dalle2_pytorch.dalle2_pytorch", name)
+        if name in PEER_NAMES or not is_stand_in(found):
             return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 try:
@@ -28,12 +29,12 @@ except ImportError as error:
 import torch
 
 from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
-from fastprior.conditions import Conditions, find
-from fastprior.network import DiffusionPriorNetwork
-from fastprior.prior import DiffusionPrior
-from fastprior.prior_transformer import PriorTransformer
+from fastprior.models.dalle2.conditions import Conditions, find
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.models.prior_transformer.as_network import PriorTransformerNet
+from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
-from fastprior.transformer_net import PriorTransformerNet
 from fastprior.utils import nearest
 
 Count = Annotated[int, Field(ge=1)]
@@ -42,7 +43,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Config(BaseModel):
+class Section(BaseModel):
     """A section in which every key is known."""
 
     model_config = ConfigDict(extra="forbid")
@@ -56,7 +57,7 @@ class Config(BaseModel):
         return data
 
 
-class AdapterConfig(Config):
+class AdapterConfig(Section):
     """A CLIP adapter.
 
     Attributes:
@@ -96,7 +97,7 @@ class AdapterConfig(Config):
         return {"pretrained": tags[-1]}
 
 
-class DiffusionPriorNetworkConfig(Config):
+class DiffusionPriorNetworkConfig(Section):
     """The arguments of `DiffusionPriorNetwork`; `max_text_len` null or left out is the network's default."""
 
     dim: Count
@@ -134,14 +135,13 @@ class DiffusionPriorNetworkConfig(Config):
         return DiffusionPriorNetwork(**self.model_dump(exclude_none=True))
 
 
-class PriorTransformerConfig(Config):
+class PriorTransformerConfig(Section):
     """A `PriorTransformer` to train, as a `PriorTransformerNet`; its arguments, or where to load it from.
 
     Attributes:
         make: "prior_transformer", which tells it from a `DiffusionPriorNetwork`.
-        pretrained: a folder, or the id of a repository, to train further; then nothing but `subfolder` and `variant` is
-            given beside it.
-        subfolder, variant: see `PriorTransformer.from_pretrained`.
+        pretrained, subfolder, variant: what `PriorTransformer.from_pretrained` loads, to be trained further; then no
+            other argument is given.
     """
 
     make: Literal["prior_transformer"]
@@ -162,21 +162,20 @@ class PriorTransformerConfig(Config):
     embedding_proj_dim: Count | None = None
 
     conditions: ClassVar[None] = None
+    _SOURCE: ClassVar[set[str]] = {"make", "pretrained", "subfolder", "variant"}
 
     @model_validator(mode="after")
     def _either(self) -> PriorTransformerConfig:
-        given = self.model_fields_set - {"make", "pretrained", "subfolder", "variant"}
-        if self.pretrained is not None and given:
-            raise ValueError(f"{min(given)} was given with pretrained; it must be what the folder says")
+        arguments = self.model_fields_set - self._SOURCE
+        if self.pretrained is not None and arguments:
+            raise ValueError(f"{min(arguments)} was given with pretrained; it must be what the folder says")
         return self
 
     def create(self) -> PriorTransformerNet:
-        if self.pretrained is not None:
-            options = dict(subfolder=self.subfolder, variant=self.variant)
-            return PriorTransformerNet(PriorTransformer.from_pretrained(self.pretrained, **options).train())
-        return PriorTransformerNet(
-            PriorTransformer(**self.model_dump(exclude={"make", "pretrained", "subfolder", "variant"}))
-        )
+        if self.pretrained is None:
+            return PriorTransformerNet(PriorTransformer(**self.model_dump(exclude=self._SOURCE)))
+        options = dict(subfolder=self.subfolder, variant=self.variant)
+        return PriorTransformerNet(PriorTransformer.from_pretrained(self.pretrained, **options).train())
 
 
 NETS = "dalle2", "prior_transformer"
@@ -187,7 +186,7 @@ def _make_of(net: Any) -> str:
     return NETS["make" in net if isinstance(net, dict) else isinstance(net, PriorTransformerConfig)]
 
 
-class DiffusionPriorConfig(Config):
+class DiffusionPriorConfig(Section):
     """The arguments of `DiffusionPrior`."""
 
     clip: AdapterConfig | None = None
@@ -223,7 +222,7 @@ class DiffusionPriorConfig(Config):
         return DiffusionPrior(net=self.net.create(), clip=clip, **rest)
 
 
-class TrainSplitConfig(Config):
+class TrainSplitConfig(Section):
     """Shares of the data; they sum to 1, and the last may be empty."""
 
     train: Amount = 0.75
@@ -238,18 +237,15 @@ class TrainSplitConfig(Config):
         return self
 
 
-class DiffusionPriorTrainConfig(Config):
+class DiffusionPriorTrainConfig(Section):
     """How to train.
 
     Attributes:
-        lr, wd, max_grad_norm: learning rate, weight decay, largest norm of the gradient.
-        use_ema, ema_beta, ema_update_after_step, ema_update_every: the moving average of the weights.
-        amp: mixed precision.
-        warmup_steps: steps until `lr` is reached.
+        lr, wd, max_grad_norm, use_ema, ema_beta, ema_update_after_step, ema_update_every, amp, warmup_steps,
+        cosine_decay_max_steps, draws, compile, checkpoint_activations, max_bad_steps: see `DiffusionPriorTrainer`.
         save_every_seconds: between checkpoints.
         eval_timesteps: the numbers of sampling steps to evaluate with.
         eval_cond_scale: guidance of that sampling.
-        cosine_decay_max_steps, draws, compile, checkpoint_activations, max_bad_steps: see `DiffusionPriorTrainer`.
         gradient_accumulation_steps: batches to a step.
         max_batch_size: run each batch in chunks of at most this.
         log_every_steps: between lines of the log; on several processes also between looks at the clock and at signals.
@@ -284,7 +280,7 @@ class DiffusionPriorTrainConfig(Config):
     random_seed: int = Field(0, ge=0, lt=2**32)
 
 
-class DiffusionPriorDataConfig(Config):
+class DiffusionPriorDataConfig(Section):
     """What to train on.
 
     Attributes:
@@ -324,7 +320,7 @@ class DiffusionPriorDataConfig(Config):
         return self
 
 
-class OpenConfig(BaseModel):
+class PartSection(BaseModel):
     """A section with further keys: the options of the logger, loader or saver that it names."""
 
     model_config = ConfigDict(extra="allow")
@@ -335,12 +331,12 @@ class OpenConfig(BaseModel):
         return self
 
 
-class TrackerLogConfig(OpenConfig):
+class TrackerLogConfig(PartSection):
     """A logger; its other options are the fields of `ConsoleLogger`, `WandbLogger` or `TensorboardLogger`.
 
     Attributes:
         log_type: "console", "wandb" or "tensorboard".
-        resume, auto_resume, verbose: see `fastprior.loggers.BaseLogger`.
+        resume, auto_resume, verbose: see `fastprior.trackers.loggers.BaseLogger`.
     """
 
     log_type: str = "console"
@@ -352,7 +348,7 @@ class TrackerLogConfig(OpenConfig):
         return create_logger(self.log_type, data_path, **self.model_dump(exclude={"log_type"}))
 
 
-class TrackerLoadConfig(OpenConfig):
+class TrackerLoadConfig(PartSection):
     """A loader; its other options are the fields of `LocalLoader`, `UrlLoader`, `WandbLoader` or `HuggingfaceLoader`.
 
     Attributes:
@@ -369,12 +365,12 @@ class TrackerLoadConfig(OpenConfig):
         return create_loader(self.load_from, data_path, **self.model_dump(exclude={"load_from"}))
 
 
-class TrackerSaveConfig(OpenConfig):
+class TrackerSaveConfig(PartSection):
     """A saver; its other options are the fields of `LocalSaver`, `WandbSaver` or `HuggingfaceSaver`.
 
     Attributes:
         save_to: "local", "wandb" or "huggingface".
-        save_all, save_latest, save_best: see `fastprior.storage.BaseSaver`.
+        save_all, save_latest, save_best: see `fastprior.trackers.storage.BaseSaver`.
     """
 
     save_to: str = "local"
@@ -386,7 +382,7 @@ class TrackerSaveConfig(OpenConfig):
         return create_saver(self.save_to, data_path, **self.model_dump(exclude={"save_to"}))
 
 
-class TrackerConfig(Config):
+class TrackerConfig(Section):
     """Where a run logs to, loads from and saves to: one saver, or a list of them."""
 
     data_path: str = ".tracker_data"
@@ -411,7 +407,7 @@ class TrackerConfig(Config):
         return tracker
 
 
-class TrainDiffusionPriorConfig(Config):
+class TrainDiffusionPriorConfig(Section):
     """A whole training run."""
 
     prior: DiffusionPriorConfig
@@ -434,8 +430,7 @@ class TrainDiffusionPriorConfig(Config):
     @classmethod
     def from_json_path(cls, json_path: str | os.PathLike[str]) -> TrainDiffusionPriorConfig:
         """Read a file. Raises ValueError naming the file and each key that is wrong."""
-        with open(json_path, encoding="utf-8") as file:
-            text = file.read()
+        text = Path(json_path).read_text(encoding="utf-8")
         try:
             return cls.model_validate(json.loads(text))
         except json.JSONDecodeError as error:

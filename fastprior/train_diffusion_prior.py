@@ -26,38 +26,35 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
-from fastprior.evaluate import evaluate, plot_curves
-from fastprior.pair_stream import PairStream
-from fastprior.prior import DiffusionPrior
-from fastprior.shards import EmbeddingShards, check_conditions
+from fastprior.dataloaders import PairStream
+from fastprior.dataloaders.shards import EmbeddingShards, check_conditions
+from fastprior.models.prior_transformer.as_network import PriorTransformerNet
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.evaluate import evaluate, plot_curves
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged
-from fastprior.transformer_net import PriorTransformerNet
 
 SPLITS = "train", "validation", "test"
 STATISTICS_PAIRS = 50_000  # about so many give the mean and deviation of image embeddings
 
 
-class Interruption:
-    """The signal that asked the run to end, if one did; a second one ends it at once."""
+@contextlib.contextmanager
+def watched_signals() -> Iterator[list[int]]:
+    """The signals that asked the run to end, as they come; the second ends it at once."""
+    received: list[int] = []
 
-    def __init__(self):
-        self.signal: int | None = None
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[Interruption]:
-        def note(number, frame):
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def split_edges(shares: tuple[float, ...], pairs: int) -> list[int]:
@@ -66,7 +63,7 @@ def split_edges(shares: tuple[float, ...], pairs: int) -> list[int]:
     return [0, *(min(end, pairs) for end in ends)]
 
 
-class Run:
+class TrainingRun:
     """One training run: data, trainer and tracker, and how far it is."""
 
     def __init__(self, config: TrainDiffusionPriorConfig, accelerator: Accelerator, config_path: Path | None = None):
@@ -177,7 +174,7 @@ class Run:
     def train(self) -> int:
         """Train to the last epoch: 0, or 128 + the number of the signal that ended it before."""
         train, stream = self.config.train, self.streams["train"]
-        with Interruption().watched() as interruption, self._bar() as bar:
+        with watched_signals() as signals, self._bar() as bar:
             while self.epoch < train.epochs:
                 for batch in stream:
                     loss = self._step(batch, bar)
@@ -186,13 +183,13 @@ class Run:
                     step = int(self.trainer.step)
                     if step % train.log_every_steps == 0:
                         self._log_step(loss, step, bar)
-                    stop, evaluate_now, save_now = self._due(step, interruption)
+                    stop, evaluate_now, save_now = self._due(step, signals)
                     if evaluate_now:
                         self.evaluate("validation")
                     if stop or save_now:
                         self.save()
                     if stop:
-                        number = interruption.signal or signal.SIGTERM  # another process was asked to end
+                        number = next(iter(signals), signal.SIGTERM)  # or another process was asked to end
                         self.accelerator.print(f"{signal.Signals(number).name}: saved at step {step}")
                         return 128 + number
                 self.epoch += 1
@@ -237,14 +234,14 @@ class Run:
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.tracker.log(log, step=step)
 
-    def _due(self, step: int, interruption: Interruption) -> tuple[bool, bool, bool]:
+    def _due(self, step: int, signals: list[int]) -> tuple[bool, bool, bool]:
         """Whether to stop, evaluate and save now: what one process wants, all do."""
         several = self.accelerator.num_processes > 1
         if several and step % self.config.train.log_every_steps:
             return False, False, False
         now = time.monotonic()
         due = [
-            interruption.signal is not None,
+            bool(signals),
             now - self._evaluated >= self.config.data.eval_every_seconds,
             now - self._saved >= self.config.train.save_every_seconds,
         ]
@@ -292,7 +289,7 @@ class Run:
 
 
 def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
-    """As the launcher set it up; `train.amp` asks for mixed precision where the launcher did not."""
+    """The accelerator that the launcher set up; `train.amp` asks for mixed precision where the launcher did not."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if config.train.amp and precision == "no":
         precision = "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
@@ -319,7 +316,7 @@ def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
 def train(config: TrainDiffusionPriorConfig, config_path: Path | None = None) -> int:
     """Train as the config says; returns the exit status."""
     accelerator = make_accelerator(config)
-    status = Run(config, accelerator, config_path).train()
+    status = TrainingRun(config, accelerator, config_path).train()
     accelerator.end_training()  # processes that leave a group open may abort at exit
     return status
 

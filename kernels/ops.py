@@ -1,26 +1,30 @@
 """The operations that models call: Triton kernels on CUDA; on the CPU linears of few rows in C, else the reference.
 
 `FASTPRIOR_KERNELS=reference` or `triton`, read when this is imported, forces one; on the CPU Triton's kernels run only
-in its interpreter (`TRITON_INTERPRET=1`). fp64 always takes the reference. Arguments: see `kernels.reference`.
+in its interpreter (`TRITON_INTERPRET=1`). fp64 always takes the reference. Options that a call does not use cost
+nothing. Kernels raise TypeError for dtypes, and ValueError for shapes, strides and devices, that they cannot take.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
+from .arguments import LinearArgs
 from .cpu import attention as cpu_attention
 from .cpu import blocks as cpu_blocks
 from .cpu import linear as cpu_linear
 from .cpu import run as cpu_run
 from .cpu import threads as cpu_threads
 from .gpu import workspace
+from .reference import Rotary
 
 BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
@@ -59,7 +63,7 @@ def on_triton(x: Tensor) -> bool:
 
 
 def launcher(name: str) -> Callable | None:
-    """What an operation such as "fastprior::linear" runs, where that launches Triton's kernels; else None."""
+    """The launcher of Triton's kernels that an operation such as "fastprior::linear" runs; None where it is another."""
     if not HAS_TRITON:
         return None
     from .gpu import launch
@@ -70,48 +74,223 @@ def launcher(name: str) -> Callable | None:
 # imported on first use: the kernels need triton, and most of its import time is not torch's
 
 
-def layer_norm(x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+def layer_norm(
+    x: Tensor,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stable: bool = False,
+    rms: bool = False,
+    residual: Tensor | None = None,
+    after: Tensor | None = None,
+    l2: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm `(x - mean) / sqrt(var + eps) * gain + bias` over the last dimension, and what is fused around it.
+
+    In order: add `residual`, divide by the row maximum (`stable`), normalise, scale to length 1 (`l2`), add `after`.
+
+    Args:
+        x: (..., dim), any float dtype; statistics are accumulated in fp32.
+        gain, bias: (dim,), cast to the dtype of `x`.
+        eps: added to the variance.
+        stable: first divide by the *signed* maximum of the row, taken as a constant in backward. A row whose maximum
+            is negative changes sign: trained weights depend on it.
+        rms: RMSNorm (Zhang & Sennrich 2019): the mean is not subtracted, and is not part of the variance.
+        residual: the shape of `x`, added to it before; the sum is returned as well.
+        after: the shape of `x`, added to the result.
+        l2: scale each row of the result to Euclidean length 1 (before `after`).
+        dtype: of the result; by default that of `x` (with `residual`, of the sum), promoted with that of `after`.
+    Returns:
+        (..., dim); with `residual` also the sum, in the wider dtype of the two.
+    """
     if on_triton(x):
         from .gpu.norm import layer_norm as run
     else:
         run = reference.layer_norm
-    return run(x, *args, **kwargs)
+    return run(x, gain, bias, eps, stable=stable, rms=rms, residual=residual, after=after, l2=l2, dtype=dtype)
 
 
-def attention(q: Tensor, *args, **kwargs) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    beside: Tensor | None = None,
+    scale: Tensor | None = None,
+    stream: Tensor | None = None,
+    stream_gain: Tensor | None = None,
+    norm_gain: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`residual + activation(norm(x) @ weight.T * scale + bias)`, with a fast way for few rows.
+
+    With a stream, x is first normalised and added to it: `x = stream + norm(x) * stream_gain`.
+
+    Args:
+        x: (..., in), any float dtype.
+        weight: (out, in), in the dtype of the product; or int8 or float8_e4m3fn with `scale`.
+        bias: (out,).
+        beside: (more, in), a second weight: its results stand beside those of the first, and so do bias and scale.
+        scale: (out,) fp32, of quantised weights.
+        stream, stream_gain: (..., in) and (in,), of the residual stream that x's norm is added to.
+        norm_gain, norm_bias: (in,), of a LayerNorm of x over its last dimension; without a gain there is none.
+        eps: of both norms.
+        activation: None, "gelu" (exact), or "swiglu": `a * silu(b)` of the two halves of the result.
+        residual: (..., out), or (..., out / 2) with "swiglu"; added last.
+        dtype: of the product, which what was normalised is rounded to; by default that of the weights, or with a scale
+            that of `x`.
+    Returns:
+        (..., out), or (..., out / 2) with "swiglu", in the product's dtype, promoted with that of `residual`; with a
+        stream also the sum, in the wider dtype of `x` and `stream`.
+    """
+    args = LinearArgs(
+        *(x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype)
+    )
+    if on_triton(x) and not torch.is_autocast_enabled(x.device.type):  # which casts for PyTorch's own linear alone
+        from .gpu.linear import linear as run
+    else:
+        run = cpu_linear.linear if _forced is None and cpu_linear.takes_linear(args) else reference.linear
+    return run(args)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    rotary: Rotary | None = None,
+    cosine: bool = False,
+    null_kv: Tensor | None = None,
+    bias: Tensor | None = None,
+    buckets: Tensor | None = None,
+    causal: bool = False,
+    causal_fill: float = -math.inf,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Attention of heads that share keys and values in groups, prepared here: rotary, l2-norm, null key, bias, masks.
+
+    `softmax(scale * q' k'^T + bias + mask) v'`, where q' and k' are rotated, then of length 1 with `cosine`, and a
+    null key and value stand in front of the others.
+
+    Args:
+        q: (batch, seq, heads, dim_head), for the last `seq` of the keys' positions.
+        k, v: (batch, keys, kv_heads, dim_head); kv_heads divides heads, and query head i uses i // (heads / kv_heads).
+        scale: of the logits.
+        rotary: cos and sin (keys, width) fp32 for `reference.rotate`, by position.
+        cosine: l2-normalise queries and keys, after the rotation.
+        null_kv: (2, kv_heads, dim_head), a key and value that every query sees; not rotated. Column 0.
+        bias: (seq, heads, columns) added to the logits; or, with `buckets`, a table (num_buckets, heads).
+        buckets: (keys,) int64, the bucket of every distance from 0: query at position p and column c have distance
+            max(p - c, 0). With a null key, key j is column j + 1 (and so one nearer than it is: trained weights rely
+            on it).
+        causal: the query at position p sees keys up to p.
+        causal_fill: what is added to the logits of keys that it may not see.
+        mask: (batch, keys), added to the logits; or bool, False where the key's logit becomes the lowest finite number.
+        dropout: probability of dropping an attention weight (those of the null key too).
+        seed: 0-d int64, of the dropout mask (`reference.dropout_mask`); without it torch's generator draws.
+    Returns:
+        (batch, seq, heads * dim_head) in the dtype of q.
+    """
     if on_triton(q):
         from .gpu.attention import attention as run
     else:
         run = reference.attention
-    return run(q, *args, **kwargs)
+    return run(
+        q, k, v, scale=scale, rotary=rotary, cosine=cosine, null_kv=null_kv, bias=bias, buckets=buckets, causal=causal,
+        causal_fill=causal_fill, mask=mask, dropout=dropout, seed=seed,
+    )  # fmt: skip
 
 
-def decode_attention(q: Tensor, *args, dropout: float = 0.0, **kwargs) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    scale: float,
+    rotary: Rotary | None = None,
+    cosine: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of the few suffix tokens over a cached prefix and over themselves.
+
+    Args:
+        q: (rows, seq, heads, dim_head), of the last `seq` suffix tokens.
+        k, v: (rows, suffix, kv_heads, dim_head), the suffix's own.
+        prefix_k, prefix_v: (prompts, prefix, kv_heads, dim_head), keys rotated and normalised already, a null key
+            among them; row i belongs to prompt i // (rows / prompts).
+        scale, cosine: see `attention`.
+        rotary: cos and sin (suffix, width) fp32, of the suffix's positions.
+        bias: (suffix, heads, prefix + suffix), added to the logits; -inf where a key must not be seen. Without it a
+            suffix token sees the prefix, itself and the suffix tokens before it.
+        mask: (prompts, prefix), added to the logits of the prefix.
+        dropout: probability of dropping an attention weight; torch's generator draws.
+    Returns:
+        (rows, seq, heads * dim_head) in the dtype of q.
+    """
+    options = dict(scale=scale, rotary=rotary, cosine=cosine, bias=bias, mask=mask)
     if on_triton(q) and not dropout:  # which only training has
         from .gpu.decode import decode_attention as run
 
-        return run(q, *args, **kwargs)
-    takes = _forced is None and cpu_attention.takes_decode(q, *args, dropout=dropout, **kwargs)
+        return run(q, k, v, prefix_k, prefix_v, **options)
+    takes = _forced is None and cpu_attention.takes_decode(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
     run = cpu_attention.decode_attention if takes else reference.decode_attention
-    return run(q, *args, dropout=dropout, **kwargs)
+    return run(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
 
 
-def diffusion_step(x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+def diffusion_step(
+    x: Tensor,
+    pred: Tensor,
+    null_pred: Tensor | None,
+    cond_scale: Tensor,
+    x0_prev: Tensor,
+    noise: Tensor | None,
+    table: Tensor,
+    index: Tensor,
+    clamp: str | None = None,
+    radius: float = 1.0,
+    *,
+    null_table: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Guidance, prediction to x0, clamp and solver update, in one pass over the embedding.
+
+    `pred = null + (pred - null) * cond_scale`; `x0 = clamp(p * x + q * pred)`;
+    `x = a * x + b * x0 + c * x0_prev + s * noise`, with `(p, q, a, b, c, s) = table[index]`.
+
+    Args:
+        x, x0_prev, noise: (rows, dim), fp32.
+        pred: (rows, dim), any float dtype.
+        null_pred: (rows, dim), the unconditional prediction; without it and `null_table` there is no guidance.
+        cond_scale: 0-d or (rows,), fp32.
+        noise: None draws it from `seed` (`reference.philox_normal`).
+        table: (steps, 6), fp32, of a solver.
+        index: 0-d or (rows,) int64: the step, or that of each row.
+        clamp, radius: see `reference.clamp_x0`.
+        null_table: (steps, dim), unconditional predictions by step, in place of `null_pred`.
+        seed: 0-d int64.
+    Returns:
+        the next x, and x0, (rows, dim) fp32.
+    """
     if on_triton(x):
         from .gpu.step import diffusion_step as run
     else:
         run = reference.diffusion_step
-    return run(x, *args, **kwargs)
-
-
-def linear(x: Tensor, *args, **kwargs) -> Tensor:
-    if on_triton(x) and not torch.is_autocast_enabled(x.device.type):  # which casts for PyTorch's own linear alone
-        from .gpu.linear import linear as run
-    elif _forced is None and cpu_linear.takes_linear(x, *args, **kwargs):
-        run = cpu_linear.linear
-    else:
-        run = reference.linear
-    return run(x, *args, **kwargs)
+    return run(
+        x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table=null_table, seed=seed
+    )
 
 
 Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run
@@ -119,23 +298,108 @@ one_thread = cpu_threads.one_thread
 Workspace, sharing = workspace.Workspace, workspace.sharing
 
 
-def prepare_blocks(*args, **kwargs) -> Blocks | None:
-    """See `kernels.cpu.blocks`."""
-    return cpu_blocks.prepare_blocks(*args, **kwargs) if _forced is None else None
+def prepare_blocks(
+    blocks: Sequence[Block],
+    *,
+    owner: nn.Module,
+    heads: int,
+    kv_heads: int,
+    dim_head: int,
+    scale: float,
+    cosine: bool,
+    activation: str,
+    eps: float,
+    head: Block | None = None,
+) -> Blocks | None:
+    """Blocks for any number of calls of `run_blocks`, which see edits in place; None where it cannot compute them.
+
+    Args:
+        blocks: the weights.
+        owner: whose weights they are, for callers to compare with.
+        heads, kv_heads, dim_head, scale, cosine: see `decode_attention`.
+        activation: of the feed-forwards, "gelu" or "swiglu".
+        eps: of all norms.
+        head: after the blocks, see `Block`; its norm is `stable`, see `layer_norm`.
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    if _forced is not None:
+        return None
+    sizes = dict(heads=heads, kv_heads=kv_heads, dim_head=dim_head)
+    options = dict(scale=scale, cosine=cosine, activation=activation, eps=eps)
+    return cpu_blocks.prepare_blocks(blocks, owner=owner, **sizes, **options, head=head)
 
 
 def most_tokens(blocks: Blocks) -> int:
-    """That one call of `run_blocks` takes."""
+    """The most tokens that one call of `run_blocks` takes."""
     return cpu_blocks.most_tokens(blocks.dtype)
 
 
-def prepare_run(blocks: Blocks | None, *args, **kwargs) -> Run | None:
-    """See `kernels.cpu.run`; None without blocks, too."""
-    return None if blocks is None or _forced is not None else cpu_run.prepare_run(blocks, *args, **kwargs)
+def run_blocks(
+    x: Tensor,
+    blocks: Blocks | None,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    outputs: int,
+    rotary: Rotary | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor | None:
+    """All blocks of a step, in one call and in fp32; None for what it does not take, and without blocks.
 
-
-def run_blocks(x: Tensor, blocks: Blocks | None, *args, **kwargs) -> Tensor | None:
-    """See `kernels.cpu.blocks`; None for what it does not take, and without blocks."""
-    if blocks is None or _forced is not None or not cpu_blocks.takes_blocks(x, blocks, *args, **kwargs):
+    Args:
+        x: (rows, suffix, dim) fp32, the residual stream of the suffix tokens.
+        blocks: from `prepare_blocks`.
+        prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head) fp32, see `decode_attention`.
+        outputs: of how many of the last tokens the result is wanted, that of the head where there is one. 0 asks for
+            keys and values instead.
+        rotary, bias, mask: see `decode_attention`.
+    Returns:
+        (rows, outputs, dim) fp32, with a head its columns; without outputs keys and values of all tokens and blocks,
+        neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
+    """
+    if blocks is None or _forced is not None:
         return None
-    return cpu_blocks.run_blocks(x, blocks, *args, **kwargs)
+    given, options = (x, blocks, prefix_k, prefix_v), dict(rotary=rotary, bias=bias, mask=mask)
+    takes = cpu_blocks.takes_blocks(*given, **options)
+    return cpu_blocks.run_blocks(*given, outputs=outputs, **options) if takes else None
+
+
+def prepare_run(
+    blocks: Blocks | None,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    rows: int,
+    samples: int,
+    time_tokens: Tensor,
+    query: Tensor,
+    coefficients: Tensor,
+    null_table: Tensor,
+    cond_scale: float,
+    clamp: str | None = None,
+    radius: float = 1.0,
+    rotary: Rotary | None = None,
+    bias: Tensor | None = None,
+) -> Run | None:
+    """A run, each step of which makes its tokens, runs all blocks, and does `diffusion_step`.
+
+    A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None without blocks, where
+    `run_blocks` does not take this, or what the head gives is no embedding.
+
+    Args:
+        blocks, prefix_k, prefix_v, rotary, bias: see `run_blocks`.
+        rows, samples: how many rows, and samples in each; those of one prompt lie together.
+        time_tokens: (steps, tokens, dim) fp32.
+        query: (dim,).
+        coefficients: (steps, 6) fp32, the table of `diffusion_step`, as are the next.
+        null_table: (steps, dim) fp32; zeros leave predictions as they are.
+        cond_scale, clamp, radius: see there.
+    """
+    if blocks is None or _forced is not None:
+        return None
+    tables = dict(time_tokens=time_tokens, query=query, coefficients=coefficients, null_table=null_table)
+    solver = dict(cond_scale=cond_scale, clamp=clamp, radius=radius)
+    sizes, options = dict(rows=rows, samples=samples), dict(rotary=rotary, bias=bias)
+    return cpu_run.prepare_run(blocks, prefix_k, prefix_v, **sizes, **tables, **solver, **options)

@@ -1,6 +1,6 @@
 """Pure-PyTorch references of the hot operations: what the CPU runs and what every kernel is checked against.
 
-Options that a call does not use cost nothing. Tensors of 16 bits are computed in fp32 where that changes results.
+`ops` documents their arguments. Tensors of 16 bits are computed in fp32 where that changes results.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .arguments import LinearArgs
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -27,24 +29,7 @@ def layer_norm(
     l2: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm `(x - mean) / sqrt(var + eps) * gain + bias` over the last dimension, and what is fused around it.
-
-    In order: add `residual`, divide by the row maximum (`stable`), normalise, scale to length 1 (`l2`), add `after`.
-
-    Args:
-        x: (..., dim), any float dtype; statistics are accumulated in fp32.
-        gain, bias: (dim,), cast to the dtype of `x`.
-        eps: added to the variance.
-        stable: first divide by the *signed* maximum of the row, taken as a constant in backward. A row whose maximum
-            is negative changes sign: trained weights depend on it.
-        rms: RMSNorm (Zhang & Sennrich 2019): the mean is not subtracted, and is not part of the variance.
-        residual: the shape of `x`, added to it before; the sum is returned as well.
-        after: the shape of `x`, added to the result.
-        l2: scale each row of the result to Euclidean length 1 (before `after`).
-        dtype: of the result; by default that of `x` (with `residual`, of the sum), promoted with that of `after`.
-    Returns:
-        (..., dim); with `residual` also the sum, in the wider dtype of the two.
-    """
+    """`ops.layer_norm` in plain PyTorch."""
     total = x if residual is None else x + residual
     x = total
     if stable:
@@ -64,46 +49,9 @@ def layer_norm(
     return y if residual is None else (y, total)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    beside: Tensor | None = None,
-    scale: Tensor | None = None,
-    stream: Tensor | None = None,
-    stream_gain: Tensor | None = None,
-    norm_gain: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`residual + activation(norm(x) @ weight.T * scale + bias)`, with a fast way for few rows on the CPU.
-
-    With a stream, x is first normalised and added to it: `x = stream + norm(x) * stream_gain`.
-
-    There `weight @ x.T` reads the weights faster than the usual order does: in 16 bits up to about 256 rows and up to
-    twice as fast (as fast as packed weights are), in fp32 for 5 to 64 rows.
-
-    Args:
-        x: (..., in).
-        weight: (out, in), in the dtype of the product; or int8 or float8_e4m3fn with `scale`.
-        beside: (more, in), a second weight: its results stand beside those of the first, and so do bias and scale.
-        bias: (out,).
-        scale: (out,) fp32, of quantised weights.
-        stream, stream_gain: (..., in) and (in,), of the residual stream that x's norm is added to.
-        norm_gain, norm_bias: (in,), of a LayerNorm of x over its last dimension; without a gain there is none.
-        eps: of both norms.
-        activation: None, "gelu" (exact), or "swiglu": `a * silu(b)` of the two halves of the result.
-        residual: (..., out), or (..., out / 2) with "swiglu"; added last.
-        dtype: of the product, which what was normalised is rounded to; by default that of the weights, or with a scale
-            that of `x`.
-    Returns:
-        (..., out), or (..., out / 2) with "swiglu", in the product's dtype, promoted with that of `residual`; with a
-        stream also the sum, in the wider dtype of `x` and `stream`.
-    """
+def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
+    """`ops.linear` in plain PyTorch."""
+    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype = args
     total = None
     if stream is not None:
         x = total = layer_norm(x, stream_gain, eps=eps, after=stream)
@@ -128,6 +76,10 @@ def linear(
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`; on the CPU few rows as `weight @ x.T`, which reads the weights faster.
+
+    In 16 bits that is up to twice as fast, as packed weights are, and in fp32 pays for 5 to 64 rows.
+    """
     rows = x.numel() // x.shape[-1]
     few = rows <= 256 if x.element_size() == 2 else 5 <= rows <= 64
     if not few or x.device.type != "cpu" or x.dtype != weight.dtype:
@@ -211,38 +163,12 @@ def attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Attention of heads that share keys and values in groups, prepared here: rotary, l2-norm, null key, bias, masks.
-
-    `softmax(scale * q' k'^T + bias + mask) v'`, where q' and k' are rotated, then of length 1 with `cosine`, and a
-    null key and value stand in front of the others.
-
-    Args:
-        q: (batch, seq, heads, dim_head), for the last `seq` of the keys' positions.
-        k, v: (batch, keys, kv_heads, dim_head); kv_heads divides heads, and query head i uses i // (heads / kv_heads).
-        scale: of the logits.
-        rotary: cos and sin (keys, width) for `rotate`, by position.
-        cosine: l2-normalise queries and keys, after the rotation.
-        null_kv: (2, kv_heads, dim_head), a key and value that every query sees; not rotated. Column 0.
-        bias: (seq, heads, columns) added to the logits; or, with `buckets`, a table (num_buckets, heads).
-        buckets: (keys,) int64, the bucket of every distance from 0: query at position p and column c have distance
-            max(p - c, 0). With a null key, key j is column j + 1 (and so one nearer than it is: trained weights rely
-            on it).
-        causal: the query at position p sees keys up to p.
-        causal_fill: what is added to the logits of keys that it may not see.
-        mask: (batch, keys), added to the logits; or bool, False where the key's logit becomes the lowest finite number.
-        dropout: probability of dropping an attention weight (those of the null key too).
-        seed: 0-d int64, of the dropout mask (`dropout_mask`); without it torch's generator draws.
-        compute_dtype: of everything but the softmax, fp32 for 16-bit inputs by default.
-    Returns:
-        (batch, seq, heads * dim_head) in the dtype of q.
-    """
+    """`ops.attention` in plain PyTorch; 16-bit inputs are computed in fp32."""
     batch, seq, heads, dim_head = q.shape
     keys, kv_heads = k.shape[1:3]
     group, given = heads // kv_heads, q.dtype
-    compute_dtype = compute_dtype or torch.promote_types(q.dtype, torch.float32)
-    q, k, v = (t.to(compute_dtype) for t in (q, k, v))
+    q, k, v = (t.to(torch.promote_types(given, torch.float32)) for t in (q, k, v))
     q = prepare_heads(q, rotary and tuple(t[keys - seq :] for t in rotary), cosine) * scale
     k = prepare_heads(k, rotary, cosine)
     if null_kv is not None:
@@ -299,22 +225,7 @@ def decode_attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of the few suffix tokens over a cached prefix and over themselves.
-
-    Args:
-        q: (rows, seq, heads, dim_head), of the last `seq` suffix tokens.
-        k, v: (rows, suffix, kv_heads, dim_head), the suffix's own.
-        prefix_k, prefix_v: (prompts, prefix, kv_heads, dim_head), keys rotated and normalised already, a null key
-            among them; row i belongs to prompt i // (rows / prompts).
-        scale, cosine: see `attention`.
-        rotary: cos and sin (suffix, width), of the suffix's positions.
-        bias: (suffix, heads, prefix + suffix), added to the logits; -inf where a key must not be seen. Without it a
-            suffix token sees the prefix, itself and the suffix tokens before it.
-        mask: (prompts, prefix), added to the logits of the prefix.
-        dropout: probability of dropping an attention weight; torch's generator draws.
-    Returns:
-        (rows, seq, heads * dim_head) in the dtype of q.
-    """
+    """`ops.decode_attention` in plain PyTorch."""
     rows, seq, heads, dim_head = q.shape
     prompts, prefix, kv_heads, _ = prefix_k.shape
     suffix, group, given = k.shape[1], heads // kv_heads, q.dtype
@@ -381,25 +292,7 @@ def diffusion_step(
     null_table: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Guidance, prediction to x0, clamp and solver update, in one pass over the embedding.
-
-    `pred = null + (pred - null) * cond_scale`; `x0 = clamp(p * x + q * pred)`;
-    `x = a * x + b * x0 + c * x0_prev + s * noise`, with `(p, q, a, b, c, s) = table[index]`.
-
-    Args:
-        x, x0_prev, noise: (rows, dim), fp32.
-        pred: (rows, dim), any float dtype.
-        null_pred: (rows, dim), the unconditional prediction; without it and `null_table` there is no guidance.
-        cond_scale: 0-d or (rows,), fp32.
-        noise: None draws it from `seed` (`philox_normal`).
-        table: (steps, 6), fp32, see `fastprior.solvers`.
-        index: 0-d or (rows,) int64: the step, or that of each row.
-        clamp, radius: see `clamp_x0`.
-        null_table: (steps, dim), unconditional predictions by step, in place of `null_pred`.
-        seed: 0-d int64.
-    Returns:
-        the next x, and x0, (rows, dim) fp32.
-    """
+    """`ops.diffusion_step` in plain PyTorch."""
     index = index.reshape(-1)
     p, q, a, b, c, s = table.index_select(0, index).unsqueeze(-1).unbind(-2)
     if null_table is not None:

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import fastprior
+from fastprior.serving import quality
 
 pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -81,7 +81,17 @@ def peer():
 
 
 @pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its precision and accumulation for the whole process."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
 def lenient(monkeypatch):
     """float8 rounds to 6 %, which random weights do not forgive."""
-    monkeypatch.setattr(fastprior.quantise, "MEDIAN", 0.9)
-    monkeypatch.setattr(fastprior.quantise, "WORST", 0.9)
+    monkeypatch.setattr(quality, "MEDIAN", 0.9)
+    monkeypatch.setattr(quality, "WORST", 0.9)

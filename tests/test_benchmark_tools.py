@@ -21,6 +21,7 @@ import profile_step  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
 import sweep  # noqa: E402
+
 from fastprior.kernels.gpu import attention, launch, norm  # noqa: E402
 
 interpreted = pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")

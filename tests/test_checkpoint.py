@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fastprior.checkpoint import convert, load, save, save_peer
+from fastprior.checkpoints.convert import convert
+from fastprior.checkpoints.dalle2 import load, save, save_peer
 from fastprior.clip import BaseClipAdapter
 from helpers.checkpoint_cases import (
     DIM,
@@ -416,7 +417,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, function, place, zipp
 
 
 def test_pickled_module_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"fastprior\.prior\.DiffusionPrior.*state_dict\(\) alone"):
+    with pytest.raises(ValueError, match=r"fastprior\.prior\.diffusion_prior\.DiffusionPrior.*state_dict\(\) alone"):
         load(file_with(tmp_path, {"model": make_prior()}))
 
 

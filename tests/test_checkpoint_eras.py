@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from fastprior.checkpoint import load
+from fastprior.checkpoints.dalle2 import load
 from helpers.checkpoint_cases import (
     BIAS,
     DIM,

@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import fastprior
-from fastprior import DiffusionPrior, DiffusionPriorNetwork, cli, digits
-from fastprior import bench as bench_module
+from fastprior import DiffusionPrior, DiffusionPriorNetwork
+from fastprior.cli import bench as bench_module
+from fastprior.cli import command_line as cli
+from fastprior.cli import info
+from fastprior.demos import digits
 from fastprior.kernels import ops
+from fastprior.prior import plan
 from helpers import priors, pt_cases
 
 
@@ -85,9 +89,9 @@ def test_info_reports_what_is_there(capsys, monkeypatch):
         assert "FASTPRIOR_KERNELS=reference" in run(capsys, "info")[1]
     with ops.using("triton"):
         assert "Triton kernels    on" in run(capsys, "info")[1]
-    monkeypatch.setattr(cli, "OPTIONAL", ("a-package-that-is-not-there",))
+    monkeypatch.setattr(info, "OPTIONAL", ("a-package-that-is-not-there",))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(fastprior.sampler, "network_obstacles", lambda net: ["it is Tuesday"])
+    monkeypatch.setattr(plan, "network_obstacles", lambda net: ["it is Tuesday"])
     out = run(capsys, "info")[1]
     assert any(line.split() == ["a-package-that-is-not-there", "not", "installed"] for line in out.splitlines())
     assert "not on the CPU, no C++ compiler no-such-compiler" in out
@@ -291,7 +295,7 @@ def summary_with(**changes):
     ids=["reached", "short", "missed", "disagree"],
 )
 def test_quickstart_judges_its_goal(capsys, monkeypatch, changes, status, message):
-    from fastprior import quickstart
+    from fastprior.demos import quickstart
 
     given = []
     monkeypatch.setattr(
@@ -308,9 +312,11 @@ def test_quickstart_judges_its_goal(capsys, monkeypatch, changes, status, messag
 @pytest.mark.slow
 def test_quickstart_then_the_command_that_it_prints(capsys, tmp_path, monkeypatch):
     """A shortened run into a folder with a space in its name, and the printed command as a shell reads it."""
-    for package in ("sklearn", "matplotlib", "embedding_reader"):
+    for package in ("sklearn", "matplotlib", "embedding_reader", "accelerate"):
         pytest.importorskip(package)
-    from fastprior import quickstart
+    from accelerate.state import AcceleratorState
+
+    from fastprior.demos import quickstart
 
     monkeypatch.setattr(quickstart, "TIMED_ROUNDS", 1)
     monkeypatch.setattr(quickstart, "TIMED_CAPTIONS", 8)
@@ -325,6 +331,7 @@ def test_quickstart_then_the_command_that_it_prints(capsys, tmp_path, monkeypatc
     status, out, _ = run(capsys, *argv, "--out", "three.npy")
     assert status == 0 and out.startswith("a handwritten three\n")
     assert np.load("three.npy").shape == (1, 64)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_quickstart_in_a_place_that_cannot_be_written(capsys, tmp_path):
@@ -350,8 +357,7 @@ def test_interrupt_and_warnings(capsys, monkeypatch):
         warnings.warn("look\nout")
         raise KeyboardInterrupt("half way")
 
-    interrupted.__name__ = "info"
-    monkeypatch.setattr(cli, "info", interrupted)
+    monkeypatch.setattr(info, "run", interrupted)
     status, _, err = run(capsys, "info")
     assert status == 130
     assert err == "fastprior: warning: look out\nfastprior: interrupted: half way\n"

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import fastprior
-from fastprior.cli import main
-from fastprior.convert_prior import convert, load
-from fastprior.prior_transformer import PriorTransformer
+from fastprior.checkpoints.convert import convert
+from fastprior.checkpoints.prior_transformer import load
+from fastprior.cli.command_line import main
+from fastprior.models.prior_transformer.model import PriorTransformer
 from helpers.priors import make_prior, relative_error
 
 TOLERANCE = 1e-5  # of scale, what an fp32 forward may differ by

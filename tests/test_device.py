@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 
-from fastprior import graphs, prior_graphs
-from fastprior.serving import PriorSampler
+from fastprior import draws
+from fastprior.engine import graphs
+from fastprior.prior import graphs as prior_graphs
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, plain, relative_error, sample
 from helpers.soak import BATCH_SIZES, OPTIONS, soak
@@ -234,7 +236,7 @@ def test_draws_wait_for_a_capture():
         if number:
             return graphs.capture(run, x.device, None)[0]
         assert begun.wait(60)
-        return graphs.randn_like(x)
+        return draws.randn_like(x)
 
     torch.cuda.manual_seed(1)
     wanted = torch.randn_like(x)
@@ -248,8 +250,8 @@ def test_draws_wait_for_a_capture():
 def make_pipelines(dtype: torch.dtype, *options: dict) -> list:
     """Pipelines of one prior."""
     from fastprior import PriorPipeline
-    from fastprior.diffusers_schedules import DiffusersSchedule
-    from fastprior.prior_transformer import PriorTransformer
+    from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+    from fastprior.models.prior_transformer.model import PriorTransformer
 
     torch.manual_seed(0)
     prior = PriorTransformer(num_attention_heads=4, num_layers=3, embedding_dim=64, num_embeddings=77).eval()
@@ -260,7 +262,7 @@ def make_pipelines(dtype: torch.dtype, *options: dict) -> list:
 
 
 def run_pipeline(pipeline, lengths: list[int], seed: int = 1, generators: str = DEVICE, **kwargs) -> torch.Tensor:
-    from fastprior.pipeline_parts import TextEncoding
+    from fastprior.pipelines.text_encoding import TextEncoding
 
     draw = torch.Generator().manual_seed(seed)
 
@@ -322,18 +324,19 @@ def test_pipeline_graphs_soak():
 
 def test_split_sums_are_the_same_whichever_program_comes_last():
     """The order of arrival changes from run to run; that of the sum must not. Eagerly, and in a graph."""
+    from fastprior.kernels.arguments import LinearArgs
     from fastprior.kernels.gpu import linear, workspace
 
     x, weight = (torch.randn(rows, 3072, device=DEVICE, dtype=torch.bfloat16) for rows in (3, 768))
-    wanted, _ = linear.linear_fwd(x, weight)
+    wanted, _ = linear.linear_fwd(LinearArgs(x, weight))
     assert torch.cosine_similarity(wanted.float().flatten(), (x @ weight.t()).float().flatten(), dim=0) > 0.9999
     with workspace.sharing() as shared:
         for _ in range(500):
-            assert torch.equal(linear.linear_fwd(x, weight)[0], wanted)
+            assert torch.equal(linear.linear_fwd(LinearArgs(x, weight))[0], wanted)
         assert shared._sums is not None, "this shape is to be split"
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out, _ = linear.linear_fwd(x, weight)
+            out, _ = linear.linear_fwd(LinearArgs(x, weight))
     for _ in range(500):
         out.zero_()
         graph.replay()
@@ -360,7 +363,7 @@ def test_attention_gives_equal_bits_at_the_sizes_of_models(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prior_transformer(dtype):
     """Behind the prefix, by kernels, against whole passes on the CPU; captions of several lengths, one empty."""
-    from fastprior.prior_transformer import PriorTransformer
+    from fastprior.models.prior_transformer.model import PriorTransformer
 
     torch.manual_seed(0)
     prior = PriorTransformer(num_attention_heads=4, num_layers=3, embedding_dim=64, num_embeddings=77).eval()

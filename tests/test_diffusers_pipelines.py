@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastprior
-from fastprior import prior_blocks
+from fastprior.models.prior_transformer import blocks as prior_blocks
 from helpers.priors import relative_error
 from helpers.pt_cases import MAKES, kept, make_inputs, make_stock, within_diffusers
 

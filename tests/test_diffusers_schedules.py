@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastprior.diffusers_schedules import DEFAULTS, DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DEFAULTS, DiffusersSchedule
 from fastprior.kernels import reference
 from helpers.priors import relative_error
 

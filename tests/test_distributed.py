@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from fastprior.evaluate import evaluate
 from fastprior.optimizer import learning_rate_factor
-from fastprior.sharding import local, without_clip
+from fastprior.prior.evaluate import evaluate
+from fastprior.trainer.fsdp import local, without_clip
 from helpers.priors import relative_error
 from helpers.processes import MODES, SEVERAL, run_ranks, start_ranks
 from helpers.trainer_cases import (

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastprior import DiffusionPrior
-from fastprior.sampler import repeat_rows
+from fastprior.batches import repeat_rows
 from helpers.priors import make_prior, make_text, relative_error
 
 NETS = [dict(), dict(self_cond=True, num_time_embeds=2, normformer=True), dict(num_timesteps=20, heads=1, norm_in=True)]

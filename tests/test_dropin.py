@@ -172,7 +172,7 @@ def test_install_and_uninstall(peer):
         assert configs.TrainDiffusionPriorConfig is train_configs.TrainDiffusionPriorConfig
         assert configs.TrainDecoderConfig.__name__ == "TrainDecoderConfig"  # the peer's
         assert optimizer is get_optimizer and tokenizer.tokenize is tokenize
-        assert YttmTokenizer.__module__ == "fastprior.dropin.peer.tokenizer"
+        assert YttmTokenizer.__module__ == "fastprior.peer.dalle2_pytorch.tokenizer"
         space = {}
         exec("from dalle2_pytorch import *\nfrom dalle2_pytorch.dalle2_pytorch import *", space)
         assert space["DiffusionPrior"] is fastprior.DiffusionPrior and space["ResnetBlock"] and space["rearrange"]
@@ -245,7 +245,7 @@ def test_runs_a_script_without_the_peer(tmp_path):
             print(sys.argv[1:], type(prior).__module__, tuple(embeds.shape), dalle2_pytorch.__version__)
     """)
     )
-    wanted = "['--name', 'x'] fastprior.prior (2, 16) 1.15.6\n"
+    wanted = "['--name', 'x'] fastprior.prior.diffusion_prior (2, 16) 1.15.6\n"
     assert run_python("-m", "fastprior.dropin", tmp_path / "client.py", "--name", "x") == wanted
     assert run_python("-m", "fastprior.dropin", "-m", "client", "--name", "x", cwd=tmp_path) == wanted
 
@@ -259,7 +259,8 @@ def import_training_modules():
 
     assert same is DiffusionPriorTrainer
     found = [part.__module__ for part in (DiffusionPriorTrainer, Tracker, get_reader, make_splits)]
-    assert found == ["fastprior.trainer", "fastprior.trackers", "fastprior.dataloaders", "fastprior.dataloaders"]
+    wanted = ["trainer.trainer", "trackers.tracker", "dataloaders.readers", "dataloaders.readers"]
+    assert found == [f"fastprior.{name}" for name in wanted]
 
 
 @pytest.mark.slow
@@ -269,7 +270,7 @@ def test_the_training_modules_are_ours(tmp_path):
 
 @pytest.mark.slow
 def test_import_is_light_and_a_trainer_without_its_extra_says_so_on_use():
-    others = "torch._dynamo", "dalle2_pytorch", "fastprior.dropin.peer"
+    others = "torch._dynamo", "dalle2_pytorch", "fastprior.peer.dalle2_pytorch"
     script = f"""
     import sys
     import fastprior

@@ -10,11 +10,13 @@ import torch
 from accelerate import Accelerator
 
 import fastprior
-from fastprior import DiffusionPrior, checkpoint, digits
-from fastprior import evaluate as module
-from fastprior.evaluate import METRICS, RECALL_AT, evaluate, plot_curves, retrieval_ranks
-from fastprior.layers import l2norm
-from fastprior.training_commands import add_evaluate_parser
+from fastprior import DiffusionPrior
+from fastprior.checkpoints import dalle2 as checkpoint
+from fastprior.cli.evaluate import add_parser
+from fastprior.demos import digits
+from fastprior.models.dalle2.layers import l2norm
+from fastprior.prior import evaluate as module
+from fastprior.prior.evaluate import METRICS, RECALL_AT, evaluate, plot_curves, retrieval_ranks
 from helpers.priors import make_prior, make_text
 from helpers.processes import run_ranks
 
@@ -285,9 +287,9 @@ def test_runs_in_eval_mode_and_puts_the_mode_back(training):
 
 
 def test_samples_by_the_cached_path_and_without_gradients(monkeypatch):
-    from fastprior import sampler
+    from fastprior.prior import loop
 
-    monkeypatch.setattr(sampler, "_plain_step", None)
+    monkeypatch.setattr(loop, "_plain_step", None)
     prior = make_prior()
     metrics = evaluate(prior, real_batches(prior), timesteps=[4], cond_scale=2.0)
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
@@ -398,7 +400,7 @@ def test_curves_are_written_whole_or_not(tmp_path, monkeypatch):
 
 def parse(*argv: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_evaluate_parser(parser.add_subparsers())
+    add_parser(parser.add_subparsers())
     return parser.parse_args(["evaluate", *map(str, argv)])
 
 

@@ -24,8 +24,8 @@ pytest.importorskip("triton")
 import report  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
-from fastprior.kernels.gpu import launch  # noqa: E402
 
+from fastprior.kernels.gpu import launch  # noqa: E402
 from helpers.processes import compiling  # noqa: E402
 
 interpreted = pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")
@@ -238,7 +238,8 @@ sys.path[:0] = sys.argv[1:]
 os.environ["PROOF_FILL"] = "90 1"
 import torch
 import kernel_cases
-from fastprior.kernels.gpu import launch, resources
+from fastprior.kernels.gpu import launch
+import resources
 
 def configuration(variant):
     tiles = tuple((name, value) for name, value in variant.constants if name.startswith("BLOCK") or name == "ROWS")

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastprior.kernels.gpu import workspace
 
 import fastprior
-from fastprior import graphs, sampler
+from fastprior import draws
+from fastprior.engine import graphs
 from fastprior.kernels import ops
-from fastprior.serving import PriorSampler
+from fastprior.kernels.gpu import workspace
+from fastprior.prior import loop
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once
 
@@ -89,9 +91,9 @@ def no_capture_is_under_way() -> bool:
     """For another thread."""
 
     def take(_):
-        taken = graphs._capturing.acquire(blocking=False)
+        taken = draws.capturing.acquire(blocking=False)
         if taken:
-            graphs._capturing.release()
+            draws.capturing.release()
         return taken
 
     return at_once(take, range(1)) == [True]
@@ -174,13 +176,13 @@ def drawn(cuda, monkeypatch):
 
 def test_draws_wait_for_captures_of_other_threads(cuda, drawn, monkeypatch):
     place = SimpleNamespace(device=torch.device("cuda:0"))
-    monkeypatch.setattr(sampler, "_cached_step", lambda *args: None)
-    monkeypatch.setattr(sampler, "run_steps", lambda prior, table, step, draw, progress: draw())
+    monkeypatch.setattr(loop, "_cached_step", lambda *args: None)
+    monkeypatch.setattr(loop, "run_steps", lambda prior, table, step, draw, progress: draw())
     plan, begun = SimpleNamespace(path="cached", table=None, graphs=False), threading.Event()
-    draws = (
-        lambda: sampler.sample_loop(place, plan, (2, 3), {}, 1.0),
+    calls = (
+        lambda: loop.sample_loop(place, plan, (2, 3), {}, 1.0),
         lambda: PriorSampler._draws(SimpleNamespace(prior=place), (2, 3), None, keep=False)(0),
-        lambda: graphs.randn_like(place),
+        lambda: draws.randn_like(place),
     )
 
     def run():
@@ -195,20 +197,20 @@ def test_draws_wait_for_captures_of_other_threads(cuda, drawn, monkeypatch):
             graphs.capture(run, SECOND, None)
         else:
             assert begun.wait(60)
-            draws[number]()
+            calls[number]()
 
-    at_once(work, range(-1, len(draws)))
-    assert drawn == [place.device] * len(draws)
+    at_once(work, range(-1, len(calls)))
+    assert drawn == [place.device] * len(calls)
 
 
 def test_which_draws_wait(monkeypatch):
     own, default = torch.Generator(), torch.Generator()
     monkeypatch.setattr(torch.cuda, "default_generators", (default,))
-    assert graphs.drawing(SECOND) is graphs.drawing(SECOND, default) is graphs._capturing
-    with graphs._capturing, graphs.drawing(SECOND):
+    assert draws.drawing(SECOND) is draws.drawing(SECOND, default) is draws.capturing
+    with draws.capturing, draws.drawing(SECOND):
         pass  # a thread does not wait for itself
     for place, generator in ((SECOND, own), (torch.device("cpu"), None)):
-        with graphs.drawing(place, generator):
+        with draws.drawing(place, generator):
             assert no_capture_is_under_way()
 
 
@@ -233,7 +235,7 @@ def test_every_draw_of_the_package_waits():
     assert unheld(
         ast.parse("torch.randn(2, device=x)\nwith drawing(x):\n    torch.randn(2, device=x)\ny.normal_()")
     ) == [1, 4]
-    files = sorted(Path(fastprior.__file__).parent.glob("*.py"))
+    files = sorted(Path(fastprior.__file__).parent.rglob("*.py"))
     assert len(files) > 20
     assert {file.name: lines for file in files if (lines := unheld(ast.parse(file.read_text())))} == {}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastprior.kernels.cpu import huge_pages
 
 from fastprior import PriorSampler
+from fastprior.kernels.cpu import huge_pages
 from helpers.cpu_cases import NEEDS_KERNELS
 from helpers.priors import make_prior, make_text
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fastprior.kernels import ops, reference
 from fastprior.kernels.gpu import attention as module
 from fastprior.kernels.gpu import launch
 from fastprior.kernels.gpu.attention import attention
-
-from fastprior.kernels import ops, reference
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise
 
@@ -220,7 +219,7 @@ def test_opcheck(options):
     torch.library.opcheck(module._attention, (*tensors, *numbers))
     tensors = [t if t is None else t.detach() for t in tensors]
     out, stats = module._attention(*tensors, *numbers)
-    torch.library.opcheck(module._attention_bwd, (out.clone(), out, stats, bool(options), *tensors, *numbers))
+    torch.library.opcheck(module._attention_bwd, (*tensors, *numbers, out.clone(), out, stats, bool(options)))
 
 
 @pytest.mark.parametrize("options", [(), ALL], ids=["plain", "all"])
@@ -248,10 +247,10 @@ def test_the_comparison_rejects_wrong_results():
 def test_launches_can_be_recorded_without_a_device(dim, dtype):
     q = torch.empty(2, 81, 12, dim, dtype=dtype, device="meta")
     k = torch.empty(2, 81, 1, dim, dtype=dtype, device="meta")
-    nothing = [None] * 7
+    args = module.AttentionArgs(q, k, k, *[None] * 7, 1.0, False, False, 0.0, 0.0)
     with launch.recording() as recorded:
-        out, stats = module.attention_fwd(q, k, k, *nothing, 1.0, False, False, 0.0, 0.0)
-        module.attention_bwd(out, out, stats, False, q, k, k, *nothing, 1.0, False, False, 0.0, 0.0)
+        out, stats = module.attention_fwd(args)
+        module.attention_bwd(args, out, out, stats, False)
     assert len(recorded) == 3 and all(dict(variant.constants)["DIM"] == dim for variant in recorded)
 
 

@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+
+from fastprior.kernels import reference
 from fastprior.kernels.gpu import launch
 from fastprior.kernels.gpu.barrier import (
     MODES,
@@ -26,8 +28,6 @@ from fastprior.kernels.gpu.barrier import (
     resident_programs,
     wait,
 )
-
-from fastprior.kernels import reference
 from helpers.kernel_checks import DEVICE, DTYPES, check, guarded, random
 from helpers.processes import compiling
 
@@ -131,8 +131,10 @@ def test_the_epoch_turns_with_the_counter():
 
 COMPILE = """
 import json
-from fastprior.kernels.gpu import compilations, launch, resources
-from fastprior.kernels.gpu.cases import barrier_cases
+from fastprior.kernels.gpu import launch
+import compilations
+import resources
+from cases import barrier_cases
 
 found = []
 for arch in resources.ARCHITECTURES:

@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+from fastprior.kernels import reference
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import attention as cpu_attention
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
-from torch import nn
-
-from fastprior import prior_blocks
-from fastprior.kernels import reference
+from fastprior.models.prior_transformer import blocks as prior_blocks
 from helpers.cpu_cases import (
     BF16,
     CONFIGS,
@@ -120,17 +121,17 @@ def test_products_of_bf16_are_exact(build, rows, shape):
     if rows <= cpu_linear.most_rows(BF16):
         inputs = make(rows, *shape, "bf16")
         inputs["x"] = inputs["x"].float()
-        exact, plain = (reference.linear(**cast(inputs, dtype)) for dtype in (torch.float64, FP32))
-        check(cpu_linear.linear(**inputs), exact, plain, 3e-5 if form(BF16, rows) == TILES else 32 * EPS)
+        exact, plain = (reference.linear(LinearArgs(**cast(inputs, dtype))) for dtype in (torch.float64, FP32))
+        check(cpu_linear.linear(LinearArgs(**inputs)), exact, plain, 3e-5 if form(BF16, rows) == TILES else 32 * EPS)
 
 
 @pytest.mark.skipif(form(BF16, 7) != ROUNDED, reason="this processor has no products of bf16, or tiles")
 def test_few_rows_are_not_rounded():
     inputs = make(7, 50, 300, "bf16")
     inputs["x"] = random(7, 300)
-    exact = reference.linear(**cast(inputs, torch.float64))
-    assert 1e-4 < error(cpu_linear.linear(**inputs), exact) < ROUNDED_FLOOR
-    few = cpu_linear.linear(**inputs | dict(x=inputs["x"][:6]))
+    exact = reference.linear(LinearArgs(**cast(inputs, torch.float64)))
+    assert 1e-4 < error(cpu_linear.linear(LinearArgs(**inputs)), exact) < ROUNDED_FLOOR
+    few = cpu_linear.linear(LinearArgs(**inputs | dict(x=inputs["x"][:6])))
     assert error(few, exact[:6]) < FLOORS[FP32]
 
 
@@ -152,12 +153,12 @@ def test_tiles_are_as_exact_as_fp32(dim):
     inputs = make(40, 64, dim)
     for name, t in ("x", inputs["x"]), ("weight", inputs["weight"]):
         inputs[name] = t * 2.0 ** torch.arange(-40, 40, 80 / len(t))[:, None]
-    exact = reference.linear(**cast(inputs, torch.float64))
+    exact = reference.linear(LinearArgs(**cast(inputs, torch.float64)))
     of_rows, of_columns = (inputs[name].abs().amax(dim=1).double() for name in ("x", "weight"))
     scale = of_rows[:, None] * of_columns * dim**0.5
     ours, theirs = (
         ((got - exact) / scale).square().mean().sqrt()
-        for got in (cpu_linear.linear(**inputs), reference.linear(**inputs))
+        for got in (cpu_linear.linear(LinearArgs(**inputs)), reference.linear(LinearArgs(**inputs)))
     )
     assert ours <= 2 * theirs
 
@@ -178,8 +179,8 @@ def test_bf16_weights_under_a_stream_of_fp32(build, options, rows):
     """What was normalised is not rounded in between: the result in fp32 is exact as that of fp32 weights is."""
     inputs = make(rows, 40, 300, "fp32", options)
     inputs["weight"] = inputs["weight"].bfloat16()
-    got, exact, plain = cpu_linear.linear(**inputs, dtype=FP32), *(
-        reference.linear(**cast(inputs, dtype)) for dtype in (torch.float64, FP32)
+    got, exact, plain = cpu_linear.linear(LinearArgs(**inputs, dtype=FP32)), *(
+        reference.linear(LinearArgs(**cast(inputs, dtype))) for dtype in (torch.float64, FP32)
     )  # fmt: skip
     if "stream" in options:
         got, exact, plain = got[0], exact[0], plain[0]
@@ -190,8 +191,8 @@ def test_bf16_weights_under_a_stream_of_fp32(build, options, rows):
 def test_the_comparison_rejects():
     inputs = make(5, 50, 300)
     got, exact, plain = (
-        cpu_linear.linear(**inputs),
-        *(reference.linear(**cast(inputs, d)) for d in (torch.float64, FP32)),
+        cpu_linear.linear(LinearArgs(**inputs)),
+        *(reference.linear(LinearArgs(**cast(inputs, d))) for d in (torch.float64, FP32)),
     )
     check(got, exact, plain)
     one_wrong, nan, swapped = got.clone(), got.clone(), got.clone()
@@ -208,7 +209,7 @@ def test_the_comparison_rejects():
 def test_strides(build, rows, dtypes):
     """Rows of a wider weight are read in place; x and the rest may lie as they like. NaN stands between."""
     inputs = make(rows, 50, 100, dtypes, OPTIONS["all-swiglu"])
-    expected = cpu_linear.linear(**inputs)
+    expected = cpu_linear.linear(LinearArgs(**inputs))
     views = {}
     for name, t in inputs.items():
         views[name] = t
@@ -216,13 +217,13 @@ def test_strides(build, rows, dtypes):
             big = torch.full([n * 2 + 3 for n in t.shape], 77 if t.dtype == torch.int8 else math.nan, dtype=t.dtype)
             step = 1 if name == "weight" else 2
             views[name] = big[tuple(slice(1, 1 + step * n, step) for n in t.shape)].copy_(t)
-    torch.testing.assert_close(cpu_linear.linear(**views), expected, rtol=0, atol=0)
+    torch.testing.assert_close(cpu_linear.linear(LinearArgs(**views)), expected, rtol=0, atol=0)
     three = {name: inputs[name].view(rows, 1, -1) for name in ("x", "stream", "residual")}
-    for got, wanted in zip(cpu_linear.linear(**inputs | three), expected):
+    for got, wanted in zip(cpu_linear.linear(LinearArgs(**inputs | three)), expected):
         assert torch.equal(got, wanted.view(rows, 1, -1))
     if rows == 1:
         one = {name: inputs[name][0] for name in ("x", "stream", "residual")}
-        for got, wanted in zip(cpu_linear.linear(**inputs | one), expected):
+        for got, wanted in zip(cpu_linear.linear(LinearArgs(**inputs | one)), expected):
             assert torch.equal(got, wanted[0])
 
 
@@ -232,28 +233,28 @@ def test_bits_are_those_of_the_inputs(build, rows, dtypes):
     """Not of the number of threads, be they more than columns, nor of what memory held before."""
     for outputs, dim in (1, 100), (7, 33), (97, 700):
         inputs = make(rows, outputs, dim, dtypes, OPTIONS["all-swiglu"])
-        expected = cpu_linear.linear(**inputs)
+        expected = cpu_linear.linear(LinearArgs(**inputs))
         for count in (1, 2, 3, 7):
             freed = [
                 torch.full((size,), math.nan) for size in (100, 1000, 10000, 20000, 50000, 100000) for _ in range(3)
             ]
             del freed
             with threads(count):
-                torch.testing.assert_close(cpu_linear.linear(**inputs), expected, rtol=0, atol=0)
+                torch.testing.assert_close(cpu_linear.linear(LinearArgs(**inputs)), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rows", [2, 3, 6, 7, 16])
 def test_rows_do_not_meet(build, rows, dtypes):
     inputs = make(rows, 50, 300, dtypes, ("norm_gain", "bias"))
-    expected = cpu_linear.linear(**inputs)
+    expected = cpu_linear.linear(LinearArgs(**inputs))
     for row in range(rows):
-        alone = cpu_linear.linear(**inputs | dict(x=inputs["x"][row : row + 1]))
+        alone = cpu_linear.linear(LinearArgs(**inputs | dict(x=inputs["x"][row : row + 1])))
         most = floor(inputs["weight"].dtype, rows) if expected.dtype == FP32 else torch.finfo(BF16).eps
         assert error(alone[0], expected[row].double()) <= most
         x = torch.full_like(inputs["x"], math.nan)
         x[row] = inputs["x"][row]
-        assert torch.equal(cpu_linear.linear(**inputs | dict(x=x))[row], expected[row])
+        assert torch.equal(cpu_linear.linear(LinearArgs(**inputs | dict(x=x)))[row], expected[row])
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16", "int8"])
@@ -262,15 +263,15 @@ def test_nan_and_infinity_stay_in_their_rows_and_columns(build, rows, dtypes):
     if rows > cpu_linear.most_rows(FP32):
         pytest.skip("PyTorch computes so many")
     inputs = make(rows, 50, 100, dtypes)
-    expected = cpu_linear.linear(**inputs)
+    expected = cpu_linear.linear(LinearArgs(**inputs))
     inputs["x"][1, 99], inputs["x"][2, 3] = math.nan, -math.inf
-    got = cpu_linear.linear(**inputs)
+    got = cpu_linear.linear(LinearArgs(**inputs))
     assert got[1].isnan().all() and not got[2].isfinite().any() and torch.equal(got[0], expected[0])
     assert got[3:].isfinite().all()
     inputs = make(rows, 50, 100, dtypes)
     values = inputs["scale"] if dtypes == "int8" else inputs["weight"][:, 99]
     values[7], values[48] = math.nan, math.inf
-    got = cpu_linear.linear(**inputs)
+    got = cpu_linear.linear(LinearArgs(**inputs))
     others = [n for n in range(50) if n not in (7, 48)]
     assert got[:, 7].isnan().all() and not got[:, 48].isfinite().any()
     assert torch.equal(got[:, others], expected[:, others])
@@ -282,10 +283,10 @@ def test_activations_saturate(build, rows):
     values = torch.tensor([0, 1e-30, 1e-3, 0.5, 1, 3, 5, 6, 10, 20, 87, 88, 89, 104, 1e3, 1e4])
     values = torch.cat((values, -values)).expand(rows, -1)
     eye, exact = torch.eye(32), values.double()
-    got = cpu_linear.linear(values, eye, activation="gelu")
+    got = cpu_linear.linear(LinearArgs(values, eye, activation="gelu"))
     assert ((got - nn.functional.gelu(exact)).abs() <= 3e-7 * exact.abs()).all()
     bias = torch.cat((torch.ones(32), torch.zeros(32)))
-    got = cpu_linear.linear(values, torch.cat((torch.zeros(32, 32), eye)), bias, activation="swiglu")
+    got = cpu_linear.linear(LinearArgs(values, torch.cat((torch.zeros(32, 32), eye)), bias, activation="swiglu"))
     wanted = nn.functional.silu(exact)
     assert ((got - wanted).abs() <= 1e-6 * wanted.abs() + 1e-30).all()
 
@@ -425,11 +426,14 @@ def test_defaults_of_the_program_change_nothing(dtype):
         cache, x = transformer.prefill(tokens[0], 3), tokens[1]
         given = dict(outputs=1, rotary=cache.rotary, bias=cache.bias)
         blocks = prepare(transformer)
-        expected = *cpu_linear.linear(**inputs), cpu_blocks.run_blocks(x, blocks, cache.k, cache.v, **given)
+        expected = *cpu_linear.linear(LinearArgs(**inputs)), cpu_blocks.run_blocks(x, blocks, cache.k, cache.v, **given)
         torch.set_default_dtype(dtype)
         try:
             with torch.device("meta"):
-                got = *cpu_linear.linear(**inputs), cpu_blocks.run_blocks(x, blocks, cache.k, cache.v, **given)
+                got = (
+                    *cpu_linear.linear(LinearArgs(**inputs)),
+                    cpu_blocks.run_blocks(x, blocks, cache.k, cache.v, **given),
+                )
         finally:
             torch.set_default_dtype(FP32)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)

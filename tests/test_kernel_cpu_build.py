@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fastprior.kernels import ops, reference
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.kernels.cpu import structs
-
-from fastprior.kernels import ops, reference
 from helpers.at_once import at_once
 from helpers.cpu_cases import (
     NEEDS_KERNELS,
@@ -45,14 +46,14 @@ pytestmark = NEEDS_KERNELS
 def test_threads_of_a_program_call_at_once():
     """Each with an input and a number of threads of its own."""
     cases = [make(rows, 97, 300, dtypes, OPTIONS["all-swiglu"]) for rows in (2, 9) for dtypes in ("fp32", "bf16")]
-    expected, wrong = [cpu_linear.linear(**inputs) for inputs in cases], []
+    expected, wrong = [cpu_linear.linear(LinearArgs(**inputs)) for inputs in cases], []
     given = block_arguments()
     whole = cpu_blocks.run_blocks(**given)
 
     def work(index):
         torch.set_num_threads(1 + index % 3)
         for _ in range(30):
-            for got, wanted in zip(cpu_linear.linear(**cases[index]), expected[index]):
+            for got, wanted in zip(cpu_linear.linear(LinearArgs(**cases[index])), expected[index]):
                 if not torch.equal(got, wanted):
                     wrong.append(index)
             if not torch.equal(cpu_blocks.run_blocks(**given), whole):
@@ -67,9 +68,9 @@ def test_threads_of_a_program_call_at_once():
 def test_a_forked_child_does_not_wait_for_threads_that_it_does_not_have():
     inputs = make(3, 97, 300)
     with threads(3):
-        expected = cpu_linear.linear(**inputs)
-        assert child(lambda: sys.exit(not torch.equal(cpu_linear.linear(**inputs), expected))) == 0
-        assert torch.equal(cpu_linear.linear(**inputs), expected)
+        expected = cpu_linear.linear(LinearArgs(**inputs))
+        assert child(lambda: sys.exit(not torch.equal(cpu_linear.linear(LinearArgs(**inputs)), expected))) == 0
+        assert torch.equal(cpu_linear.linear(LinearArgs(**inputs)), expected)
 
 
 @pytest.mark.slow
@@ -99,13 +100,13 @@ def test_of_two_processes_one_compiles(tmp_path):
 def goes_on(words):
     """PyTorch computes, and `unavailable` has these words."""
     inputs, tokens = make(3, 40, 52), make_tokens()
-    assert relative_error(ops.linear(**inputs), reference.linear(**inputs)) < 1e-5
+    assert relative_error(ops.linear(**inputs), reference.linear(LinearArgs(**inputs))) < 1e-5
     assert (
         relative_error(step(make_transformer(), *tokens), through_reference(step, make_transformer(), *tokens)) < 1e-5
     )
     assert words in cpu_library.unavailable()
     with pytest.raises(RuntimeError, match="the CPU kernels cannot be compiled"):
-        cpu_linear.linear(**inputs)
+        cpu_linear.linear(LinearArgs(**inputs))
 
 
 def refusing(folder, lines):

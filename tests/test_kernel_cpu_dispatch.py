@@ -6,15 +6,16 @@ import sys
 
 import pytest
 import torch
-from fastprior.kernels.cpu import attention as cpu_attention
-from fastprior.kernels.cpu import blocks as cpu_blocks
-from fastprior.kernels.cpu import linear as cpu_linear
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastprior import layers
 from fastprior.kernels import ops
+from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.cpu import attention as cpu_attention
+from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.models.dalle2 import layers
 from helpers.cpu_cases import (
     BF16,
     FP32,
@@ -253,7 +254,7 @@ def followed_by_a_subclass(x):
                 return function(*args, **kwargs or {})
 
     weight = random(5, 8).as_subclass(Scaled)
-    assert not cpu_linear.takes_linear(x, weight) and cpu_linear.takes_linear(x, random(5, 8))
+    assert not cpu_linear.takes_linear(LinearArgs(x, weight)) and cpu_linear.takes_linear(LinearArgs(x, random(5, 8)))
 
 
 FOLLOWED = followed_by_fake_tensors, followed_by_jvp, followed_by_vmap, followed_by_traces, followed_by_a_subclass
@@ -343,7 +344,7 @@ def test_op_blocks():
 )
 def test_messages_of_linear(change, message):
     with pytest.raises(ValueError) as raised:
-        cpu_linear.linear(**dict(x=random(2, 8), weight=random(6, 8)) | change)
+        cpu_linear.linear(LinearArgs(**dict(x=random(2, 8), weight=random(6, 8)) | change))
     assert message in str(raised.value)
 
 

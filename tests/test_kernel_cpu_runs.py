@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fastprior.kernels.cpu import library as cpu_library
-from fastprior.kernels.cpu import linear as cpu_linear
 
 from fastprior import PriorPipeline, PriorSampler, PriorTransformer
-from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.pipeline_parts import TextEncoding
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.pipelines.text_encoding import TextEncoding
 from helpers.cpu_cases import NEEDS_KERNELS
 from helpers.priors import make_prior, make_text
 

@@ -5,13 +5,14 @@ import functools
 
 import pytest
 import torch
+from torch import nn
+
+from fastprior import DiffusionPriorNetwork, PriorSampler
+from fastprior.kernels import ops
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.kernels.cpu import run as cpu_run
-from torch import nn
-
-from fastprior import DiffusionPriorNetwork, PriorSampler, sampler
-from fastprior.kernels import ops
+from fastprior.prior import loop
 from helpers.cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, through_reference
 from helpers.priors import make_prior, make_text, relative_error, sample
 
@@ -60,7 +61,7 @@ def by_steps(net, samples, dtype=FP32, clamp=None, radius=1.5, scale=2.5):
     x0, scale = torch.zeros_like(x), torch.tensor(scale, dtype=dtype)
     for number, drawn in enumerate(noise):
         drawn = torch.zeros_like(x) if drawn is None else drawn
-        x, x0 = sampler.denoise_step(
+        x, x0 = loop.denoise_step(
             net, cond, null, table, scale, x, x0, drawn, torch.tensor(number), clamp, radius
         )  # fmt: skip
     return x
@@ -252,14 +253,14 @@ def test_runs_of_a_prior(monkeypatch, solver, eta):
         )(**text, cond_scale=2.0)
         return found, sampled, torch.rand(())
 
-    def noted(step, make=sampler.run_table):
+    def noted(step, make=loop.run_table):
         def run_table(table, step, *args):
             kinds.append(type(step) is cpu_run.Run)
             return make(table, step, *args)
 
         return run_table
 
-    monkeypatch.setattr(sampler, "run_table", noted(sampler.run_table))
+    monkeypatch.setattr(loop, "run_table", noted(loop.run_table))
     by_calls = runs(num_samples_per_batch=2)
     assert all(kinds)
     monkeypatch.setattr(DiffusionPriorNetwork, "prepare_run", lambda *args, **kwargs: None)

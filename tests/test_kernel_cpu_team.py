@@ -9,15 +9,16 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastprior.cli import info
+from fastprior.kernels import ops
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import calls as cpu_calls
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.kernels.cpu import threads as cpu_threads
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from fastprior import cli
-from fastprior.kernels import ops
 from helpers.at_once import at_once
 from helpers.cpu_cases import NEEDS_KERNELS, OPTIONS, block_arguments, child, make, threads
 from helpers.priors import make_prior, make_text
@@ -182,7 +183,7 @@ def test_whose_threads_they_are_changes_no_bit(count):
     def results():
         torch.manual_seed(0)
         linears = [
-            cpu_linear.linear(**make(rows, 97, 300, kind, OPTIONS["all-swiglu"]))
+            cpu_linear.linear(LinearArgs(**make(rows, 97, 300, kind, OPTIONS["all-swiglu"])))
             for rows in (2, 9, 70)
             for kind in ("fp32", "bf16", "int8")
         ]
@@ -200,14 +201,14 @@ def test_whose_threads_they_are_changes_no_bit(count):
 
 def test_threads_of_a_program_call_teams_of_our_own_at_once():
     cases = [make(rows, 97, 300, "fp32", OPTIONS["all-swiglu"]) for rows in (2, 9, 3, 70)]
-    expected, wrong = [cpu_linear.linear(**inputs) for inputs in cases], []
+    expected, wrong = [cpu_linear.linear(LinearArgs(**inputs)) for inputs in cases], []
 
     def work(index):
         torch.set_num_threads(1 + index % 3)
         for _ in range(50):
             wrong.extend(
                 index
-                for got, wanted in zip(cpu_linear.linear(**cases[index]), expected[index])
+                for got, wanted in zip(cpu_linear.linear(LinearArgs(**cases[index])), expected[index])
                 if not torch.equal(got, wanted)
             )
 
@@ -220,16 +221,19 @@ def test_threads_of_a_program_call_teams_of_our_own_at_once():
 def test_a_forked_child_makes_teams_of_its_own():
     inputs = make(3, 97, 300)
     with threads(3), crowded():
-        expected = cpu_linear.linear(**inputs)
+        expected = cpu_linear.linear(LinearArgs(**inputs))
 
         def work():
-            right = torch.equal(cpu_linear.linear(**inputs), expected)
+            right = torch.equal(cpu_linear.linear(LinearArgs(**inputs)), expected)
             sys.exit(
-                not (right and child(lambda: sys.exit(not torch.equal(cpu_linear.linear(**inputs), expected))) == 0)
+                not (
+                    right
+                    and child(lambda: sys.exit(not torch.equal(cpu_linear.linear(LinearArgs(**inputs)), expected))) == 0
+                )
             )
 
         assert child(work) == 0
-        assert torch.equal(cpu_linear.linear(**inputs), expected)
+        assert torch.equal(cpu_linear.linear(LinearArgs(**inputs)), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
@@ -287,7 +291,7 @@ def test_no_more_threads_than_a_control_group_pays_for(monkeypatch, tmp_path, gr
         with threads(8):  # which gives as many cores
             assert cpu_threads.quota() == cores
             assert cpu_threads.thread_count() == count
-            said = dict(cli._fast_paths())["CPU kernels"]
+            said = dict(info._fast_paths())["CPU kernels"]
             assert f"threads: {count}" in said and (cores is None) != (f"pays for {cores} cores" in said)
     finally:
         cpu_threads.quota.cache_clear()

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from fastprior.kernels.gpu import decode, launch
 
 from fastprior.kernels import ops, reference
+from fastprior.kernels.gpu import decode, launch
 from helpers.kernel_checks import DEVICE, DTYPES, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise
 from helpers.priors import relative_error

@@ -10,10 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
+import stand_in
 import triton
 import triton.language as tl
-from fastprior.kernels.gpu import launch, norm, stand_in
 
+from fastprior.kernels.gpu import launch, norm
 from helpers.processes import compiling
 
 
@@ -83,9 +84,11 @@ from triton.backends.compiler import GPUTarget
 
 # what would be compiled is noted, and not compiled
 triton.compiler.compile = lambda src, target=None, options=None, **_: types.SimpleNamespace(src=src, options=options)
-from fastprior.kernels.gpu import compilations, launch, resources
-from fastprior.kernels.gpu.cases import cases
-from fastprior.kernels.gpu.stand_in import standing_in
+from fastprior.kernels.gpu import launch
+import compilations
+import resources
+from cases import cases
+from stand_in import standing_in
 
 def said(source, options, backend):
     attributes = {place: value for place, value in source.attrs.items() if value}
@@ -120,8 +123,9 @@ def test_what_is_launched_is_what_is_checked():
 LINEARS = """
 import json, re
 import torch
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.gpu import linear
-from fastprior.kernels.gpu.stand_in import standing_in
+from stand_in import standing_in
 
 def t(*shape, dtype=torch.bfloat16):
     return torch.zeros(shape, dtype=dtype)
@@ -134,10 +138,13 @@ def note(kernel, compiled):
 
 stream, gain, wide = t(3, 768, dtype=torch.float32), t(768), t(3072)
 with standing_in(90, note):
-    linear.linear_fwd(stream, t(768, 768), t(128, 768), norm_gain=gain, dtype=torch.bfloat16)
-    linear.linear_fwd(t(3, 768), t(768, 768))
-    linear.linear_fwd(t(3, 768), t(6144, 768), stream=stream, stream_gain=gain, norm_gain=gain, activation="swiglu")
-    linear.linear_fwd(t(3, 3072), t(768, 3072), norm_gain=wide, residual=stream)
+    for args in (
+        LinearArgs(stream, t(768, 768), beside=t(128, 768), norm_gain=gain, dtype=torch.bfloat16),
+        LinearArgs(t(3, 768), t(768, 768)),
+        LinearArgs(t(3, 768), t(6144, 768), stream=stream, stream_gain=gain, norm_gain=gain, activation="swiglu"),
+        LinearArgs(t(3, 3072), t(768, 3072), norm_gain=wide, residual=stream),
+    ):
+        linear.linear_fwd(args)
 print(json.dumps(found))
 """
 
@@ -154,7 +161,7 @@ CHAIN = """
 import json
 import torch
 from fastprior.kernels.gpu.barrier import matvec_chain_fwd
-from fastprior.kernels.gpu.stand_in import standing_in
+from stand_in import standing_in
 
 found = []
 x, out, arrived = torch.zeros(64), torch.zeros(2, 64), torch.zeros((), dtype=torch.int32)

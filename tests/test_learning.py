@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import fastprior
-from fastprior.synthetic import SyntheticPairs, mean_length
+from fastprior.demos.synthetic import SyntheticPairs, mean_length
 from helpers.priors import make_prior, relative_error
 
 pytest.importorskip("accelerate")

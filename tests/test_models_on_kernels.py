@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastprior.kernels import ops
-from fastprior.layers import Attention, Linear, RelPosBias, RotaryEmbedding
-from fastprior.serving import PriorSampler
+from fastprior.models.dalle2.layers import Attention, Linear, RelPosBias, RotaryEmbedding
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers.kernel_checks import DEVICE
 from helpers.priors import make_prior, make_text, relative_error, sample
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastprior
-from fastprior.layers import Attention, FeedForward, LayerNorm, RelPosBias, RotaryEmbedding, l2norm
+from fastprior.models.dalle2.layers import Attention, FeedForward, LayerNorm, RelPosBias, RotaryEmbedding, l2norm
 from helpers.pairwise import pairwise
 from helpers.priors import make_prior, make_text, relative_error, sample
 

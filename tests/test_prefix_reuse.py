@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastprior import model_state, prefix_reuse, prior_blocks
-from fastprior.diffusers_interop import StockPrior
+from fastprior.models import snapshot
+from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer import prompt_memory
+from fastprior.models.prior_transformer.in_diffusers import StockPrior
 from helpers.at_once import at_once
 from helpers.priors import relative_error
 from helpers.pt_cases import MAKES, TOLERANCE, kept, make_inputs, make_stock, within_diffusers
@@ -156,11 +158,11 @@ CHANGES = {
     "autocast": (as_autocast, "key"),
 }
 CHECKS = {
-    "conditioning": (prefix_reuse._Entry, "same_conditioning"),
-    "key": (prefix_reuse._Entry, "same_key"),
-    "weights": (model_state.Snapshot, "same_weights"),
-    "modules": (model_state.Snapshot, "same_modules"),
-    "values": (model_state.Snapshot, "same_values"),
+    "conditioning": (prompt_memory._Entry, "same_conditioning"),
+    "key": (prompt_memory._Entry, "same_key"),
+    "weights": (snapshot.Snapshot, "same_weights"),
+    "modules": (snapshot.Snapshot, "same_modules"),
+    "values": (snapshot.Snapshot, "same_values"),
 }
 
 
@@ -352,7 +354,7 @@ ENDS = {
     "another conditioning": lambda model, given: run(model, given | dict(proj_embedding=torch.ones(4, 20))),
     "moved": lambda model, given: model.to(torch.float64),
     "a call that fails": failed_call,
-    "forgotten": lambda model, given: prefix_reuse.forget(model),
+    "forgotten": lambda model, given: prompt_memory.forget(model),
 }
 
 

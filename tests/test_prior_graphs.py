@@ -13,8 +13,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprior
-from fastprior import graphs, prior_graphs
+from fastprior.engine import graphs
 from fastprior.kernels import ops
+from fastprior.prior import graphs as prior_graphs
 from helpers import captures
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, plain

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import fastprior
-from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.pipeline_parts import TextEncoding
-from fastprior.prior_pipeline import PriorPipeline
-from fastprior.shap_e import ShapEPrior
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.pipelines.prior_pipeline import PriorPipeline
+from fastprior.pipelines.shap_e import ShapEPrior
+from fastprior.pipelines.text_encoding import TextEncoding
 from helpers.pairwise import pairwise
 from helpers.priors import relative_error
 

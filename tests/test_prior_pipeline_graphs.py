@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import fastprior
-from fastprior import graphs, model_state
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.engine import graphs
 from fastprior.kernels import ops
-from fastprior.pipeline_parts import TextEncoding
-from fastprior.prior_pipeline import PriorPipeline
-from fastprior.prior_transformer import PriorTransformer
+from fastprior.models import snapshot
+from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.pipelines.prior_pipeline import PriorPipeline
+from fastprior.pipelines.text_encoding import TextEncoding
 from helpers import captures
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, relative_error
@@ -240,10 +241,10 @@ def test_changed_weights_and_modules_are_captured_again(change, captured):
 
 def test_weights_that_moved_are_not_kept():
     prior = make_transformer()
-    state = model_state.state(prior)
-    assert model_state.state(prior) is state
+    state = snapshot.state(prior)
+    assert snapshot.state(prior) is state
     prior.to(torch.bfloat16)
-    assert state.snapshot is None and model_state.state(prior) is not state
+    assert state.snapshot is None and snapshot.state(prior) is not state
 
 
 def test_what_cannot_be_captured_runs_without(captured):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastprior
-from fastprior import prior_blocks, prior_transformer
 from fastprior.kernels import ops
+from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer.model import PriorTransformer
 from helpers.priors import relative_error
 from helpers.pt_cases import (
     CONFIG,
@@ -347,9 +348,7 @@ def test_folders(writer, variant, safe, tmp_path):
     stock = make_stock(embedding_proj_dim=12)
     given, model = make_inputs(stock.config), {"stock": lambda m: m, **MAKES}[writer](stock)
     model.save_pretrained(tmp_path / "prior", variant=variant, safe_serialization=safe)
-    readers = dict(
-        stock=diffusers.PriorTransformer, ours=fastprior.PriorTransformer, own=prior_transformer.PriorTransformer
-    )
+    readers = dict(stock=diffusers.PriorTransformer, ours=fastprior.PriorTransformer, own=PriorTransformer)
     with torch.no_grad():
         wanted = stock(**given)[0]
         for name, reader in readers.items():
@@ -365,7 +364,7 @@ def test_sharded_folder(tmp_path):
     stock = make_stock()
     stock.save_pretrained(tmp_path, max_shard_size="30KB", variant="fp16")
     assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 2
-    loaded = prior_transformer.PriorTransformer.from_pretrained(tmp_path, variant="fp16")
+    loaded = PriorTransformer.from_pretrained(tmp_path, variant="fp16")
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in stock.state_dict().items())
 
 
@@ -382,7 +381,7 @@ def test_repository_on_the_hub(safe, tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    load = prior_transformer.PriorTransformer.from_pretrained
+    load = PriorTransformer.from_pretrained
     loaded = load("someone/prior", subfolder="prior", variant="fp16", revision="main")
     assert torch.equal(loaded.prd_embedding, stock.prd_embedding)
     suffixes = [".safetensors"] if safe else [".safetensors", ".bin"]
@@ -396,7 +395,7 @@ def test_statistics_may_be_missing(tmp_path):
     stock = make_stock()
     stock.clip_mean = stock.clip_std = None
     stock.save_pretrained(tmp_path)
-    loaded = prior_transformer.PriorTransformer.from_pretrained(tmp_path)
+    loaded = PriorTransformer.from_pretrained(tmp_path)
     assert loaded.clip_mean is None and loaded.clip_std is None
 
 
@@ -437,7 +436,7 @@ def test_bad_folders(name, tmp_path):
     break_it, kind, message = BAD_FOLDERS[name]
     break_it(tmp_path)
     with pytest.raises(kind, match=message):
-        prior_transformer.PriorTransformer.from_pretrained(tmp_path)
+        PriorTransformer.from_pretrained(tmp_path)
 
 
 def test_save_into_a_file(tmp_path):
@@ -460,7 +459,7 @@ BAD_CONFIGS = [
 @pytest.mark.parametrize("config, message", BAD_CONFIGS)
 def test_bad_configs(config, message):
     with pytest.raises(ValueError, match=message):
-        prior_transformer.PriorTransformer(**CONFIG, **config)
+        PriorTransformer(**CONFIG, **config)
 
 
 BAD_INPUTS = {

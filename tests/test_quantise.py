@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastprior import PriorPipeline, PriorSampler, quantise
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior import PriorPipeline, PriorSampler
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
-from fastprior.layers import Linear, QuantisedLinear
-from fastprior.pipeline_parts import TextEncoding
+from fastprior.models import quantise
+from fastprior.models.dalle2.layers import Linear
+from fastprior.models.quantised_linear import QuantisedLinear
+from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.serving import quality
 from helpers.priors import make_prior, make_text, relative_error
 from helpers.pt_cases import make_stock, without_diffusers
 
@@ -115,18 +118,18 @@ def test_both_limits_hold(median, worst):
     cosines = torch.tensor([1.0, median, worst] if median < 1 else [float("nan")] * 3).clamp(max=1)
     turned = torch.stack((cosines, (1 - cosines**2).sqrt()), dim=-1)
     with pytest.raises(ValueError, match="loses too much"):
-        quantise.judge("int8", turned, torch.tensor([[1.0, 0.0]]).expand(3, -1))
+        quality.judge("int8", turned, torch.tensor([[1.0, 0.0]]).expand(3, -1))
 
 
 def test_quality_is_judged_on_the_prompts_given(monkeypatch):
     seen = []
-    judge = quantise.judge
+    judge = quality.judge
 
     def look(kind, got, wanted):
         seen.append((got, wanted))
         return judge(kind, got, wanted)
 
-    monkeypatch.setattr(quantise, "judge", look)
+    monkeypatch.setattr(quality, "judge", look)
     prior, text = make_prior(NET), make_text(5, 64, length=7)
     sampler = build(prior, quality_prompts=text, samples_per_prompt=2)
     ((got, wanted),) = seen

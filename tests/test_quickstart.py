@@ -13,16 +13,25 @@ import torch
 import torch.nn.functional as F
 
 import fastprior
-from fastprior import DiffusionPrior, digits
+from fastprior import DiffusionPrior
+from fastprior.demos import digits
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("embedding_reader")
+pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState
 
-from fastprior import quickstart
+from fastprior.demos import quickstart
 from fastprior.utils import atomic
 
 STEPS, BATCH = 20, 32
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,7 @@ def pairs(runs):
 @pytest.mark.slow
 def test_text_encoding_is_the_same_in_every_process():
     code = (
-        "from fastprior.digits import DigitsClip as C, PHRASINGS, NUMBERS; import hashlib; c = C();"
+        "from fastprior.demos.digits import DigitsClip as C, PHRASINGS, NUMBERS; import hashlib; c = C();"
         "e = c.embed_text(c.tokenize([p.format(n) for p in PHRASINGS for n in NUMBERS]));"
         "print(*(hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in e))"
     )

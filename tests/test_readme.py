@@ -1,6 +1,8 @@
 """Every snippet of the README runs, in order; files and CLIP weights it names are stood in for by small ones."""
 
+import ast
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import fastprior
-from fastprior import cli
+from fastprior.cli import command_line as cli
 from fastprior.train_configs import (
     DiffusionPriorNetworkConfig,
     PriorTransformerConfig,
@@ -64,6 +66,37 @@ def test_speed_table_is_made_of_the_records():
     assert done.returncode == 0, done.stderr
 
 
+def texts_with_paths() -> dict[str, str]:
+    """The pages, and the docstrings of each module, by path."""
+    found = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "configs/README.md")}
+    for file in (path for folder in ("fastprior", "kernels") for path in (ROOT / folder).rglob("*.py")):
+        kinds = ast.Module, ast.ClassDef, ast.FunctionDef
+        nodes = (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, kinds))
+        found[str(file.relative_to(ROOT))] = "\n".join(ast.get_docstring(node) or "" for node in nodes)
+    return found
+
+
+def wrong_paths(text: str) -> list[str]:
+    """What a text names under `fastprior.`, or in a folder of the repository, and is not there."""
+    wrong = []
+    for name in set(re.findall(r"\bfastprior(?:\.\w+)+", text)):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            wrong.append(name)
+    files = re.findall(r"(?<![\w./~-])(?:fastprior|kernels|benchmarks|configs|tests|docs)/[\w./-]*\w", text)
+    return sorted(wrong) + sorted(name for name in set(files) if not (ROOT / name).exists())
+
+
+def test_every_path_that_is_named_is_there(peer):
+    found = {page: wrong_paths(text) for page, text in texts_with_paths().items()}
+    assert not {page: wrong for page, wrong in found.items() if wrong}
+    text = (
+        "`fastprior.solvers`, fastprior.demos.synthetic.NoPairs and kernels/cpu.py; not fastprior.load or kernels/cpu/"
+    )
+    assert wrong_paths(text) == ["fastprior.demos.synthetic.NoPairs", "fastprior.solvers", "kernels/cpu.py"]
+
+
 def test_commands_of_the_training_section_are_understood():
     lines = [
         line.split("#")[0] for line in README.splitlines() if line.startswith(("fastprior ", "accelerate launch "))
@@ -71,7 +104,7 @@ def test_commands_of_the_training_section_are_understood():
     commands = [
         line.replace("accelerate launch -m fastprior.train_diffusion_prior", "fastprior train") for line in lines
     ]
-    parsed = [cli._parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    parsed = [cli.make_parser().parse_args(shlex.split(command)[1:]) for command in commands]
     assert [arguments.command for arguments in parsed] == ["inspect", "train", "evaluate"]
     config = TrainDiffusionPriorConfig.from_json_path(ROOT / parsed[1].config_file)
     assert parsed[2].checkpoint == config.tracker.save[0].save_best_to

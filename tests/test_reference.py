@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from fastprior.kernels import reference as ops
+from fastprior.kernels.arguments import LinearArgs
 from helpers.priors import relative_error
+
+
+def linear(*args, **kwargs):
+    return ops.linear(LinearArgs(*args, **kwargs))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 24, 64, 65, 300])
@@ -15,17 +20,17 @@ def test_linear(rows, dtype):
     wanted = x.double() @ weight.double().t() + bias.double()
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
     for given in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
-        got = ops.linear(given, weight, bias)
+        got = linear(given, weight, bias)
         assert got.dtype == dtype and relative_error(got, wanted) < tolerance
-        assert ops.linear(given, weight).is_contiguous(), "a strided result changes what randn_like and dropout draw"
+        assert linear(given, weight).is_contiguous(), "a strided result changes what randn_like and dropout draw"
 
 
 def test_linear_gradients():
     x, weight = torch.randn(6, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-    assert torch.autograd.gradcheck(ops.linear, (x.requires_grad_(), weight.requires_grad_()))
+    assert torch.autograd.gradcheck(linear, (x.requires_grad_(), weight.requires_grad_()))
     x, weight = (t.detach().float().requires_grad_() for t in (x, weight))
     cotangent = torch.randn(6, 5)
-    given, wanted = (torch.autograd.grad(f(x, weight), (x, weight), cotangent) for f in (ops.linear, F.linear))
+    given, wanted = (torch.autograd.grad(f(x, weight), (x, weight), cotangent) for f in (linear, F.linear))
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(given, wanted))
 
 
@@ -153,10 +158,10 @@ def test_linear_with_its_surroundings(activation, residual):
     y = {None: y, "gelu": F.gelu(y), "swiglu": y[:, :3] * F.silu(y[:, 3:])}[activation]
     added = torch.randn_like(y) if residual else None
     kwargs = dict(norm_gain=gain, norm_bias=shift, activation=activation, residual=added)
-    assert relative_error(ops.linear(x, weight, bias, **kwargs), y + added if residual else y) < 1e-5
+    assert relative_error(linear(x, weight, bias, **kwargs), y + added if residual else y) < 1e-5
     scale = weight.abs().amax(dim=1) / 127
     stored = (weight / scale[:, None]).round().to(torch.int8)
-    got = ops.linear(x, stored, bias, scale=scale)
+    got = linear(x, stored, bias, scale=scale)
     assert relative_error(got, x @ (stored.float() * scale[:, None]).t() + bias) < 1e-5
 
 

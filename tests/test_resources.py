@@ -5,19 +5,22 @@ import json
 import os
 import random
 
+import compilations
 import pytest
+import resources
 import torch
-from fastprior.kernels.gpu import attention, barrier, compilations, decode, launch, linear, norm, resources, step
-from fastprior.kernels.gpu.cases import meta
+from cases import meta
 
-from helpers.processes import compiling
+from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.gpu import attention, barrier, decode, launch, linear, norm, step
+from helpers.processes import PROOF, compiling
 
 RECORDS = sorted(resources.RECORDS.glob("*.jsonl"))
 
 
 @pytest.fixture(scope="module")
 def checked():
-    return compiling("-m", "fastprior.kernels.gpu.resources")
+    return compiling(str(PROOF / "resources.py"))
 
 
 @pytest.mark.slow
@@ -100,8 +103,9 @@ def test_a_kernel_that_spills_or_misses_the_tensor_cores_is_reported(tmp_path):
     (tmp_path / "bad.py").write_text("""
 import json, sys
 import triton, triton.language as tl
-from fastprior.kernels.gpu import launch, resources
-from fastprior.kernels.gpu.cases import meta
+from fastprior.kernels.gpu import launch
+import resources
+from cases import meta
 
 @triton.jit
 def greedy(x_ptr, y_ptr, BLOCK: tl.constexpr):  # 512 numbers a thread, all of them needed after the last is there
@@ -145,8 +149,10 @@ def _copy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 CHECK = """
 import importlib, json, linecache, sys
 from pathlib import Path
-from fastprior.kernels.gpu import compilations, launch, resources
-from fastprior.kernels.gpu.cases import meta
+from fastprior.kernels.gpu import launch
+import compilations
+import resources
+from cases import meta
 
 def job(source, block=64):
     Path(folder, "copied.py").write_text(source)
@@ -276,7 +282,7 @@ def any_launch(draw: random.Random) -> None:
         weight = meta(outputs, dim, dtype=dtype)
         gain = meta(dim) if rows <= linear.MAX_NORM_ROWS and flag else None
         activation = draw.choice([None, "gelu", "swiglu"])
-        linear.linear_fwd(meta(rows, dim, dtype=dtype), weight, norm_gain=gain, activation=activation)
+        linear.linear_fwd(LinearArgs(meta(rows, dim, dtype=dtype), weight, norm_gain=gain, activation=activation))
     elif kind == "decode":
         suffix, prefix, cached = draw.randint(1, 8), draw.randint(1, 2048), draw.choice(launch.FLOATS)
         kv_heads = draw.choice([1, heads])
@@ -290,8 +296,9 @@ def any_launch(draw: random.Random) -> None:
         bias = meta(seq, heads, keys, dtype=dtype) if flag else None
         seed = meta(dtype=torch.int64) if draw.random() < 0.5 else None
         given = q, k, k, None, None, None, bias, None, None, seed, 1.0, flag, draw.random() < 0.5, -1e4, 0.1
-        out, stats = attention.attention_fwd(*given)
-        attention.attention_bwd(out, out, stats, bias is not None, *given)
+        args = attention.AttentionArgs(*given)
+        out, stats = attention.attention_fwd(args)
+        attention.attention_bwd(args, out, out, stats, bias is not None)
 
 
 @functools.cache

@@ -4,18 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from fastprior.kernels.gpu import decode
 
-from fastprior import (
-    DiffusionPrior,
-    DiffusionPriorNetwork,
-    PriorSampler,
-    PriorTransformer,
-    graphs,
-    row_layout,
-)
+from fastprior import DiffusionPrior, DiffusionPriorNetwork, PriorSampler, PriorTransformer
+from fastprior.engine import graphs
 from fastprior.kernels import ops
-from fastprior.transformer_net import PriorTransformerNet
+from fastprior.kernels.gpu import decode
+from fastprior.models import shared_rows
+from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from helpers import captures
 
 NETWORKS = {
@@ -83,13 +78,13 @@ def check_steps(
     ],
 )
 def test_layout(samples, suffix, shared, in_a_row):
-    assert row_layout.MAX_TOKENS <= decode.MAX_SUFFIX
-    found = row_layout.row_layout(samples, suffix, shared, torch.device("cpu"))
+    assert shared_rows.MAX_TOKENS <= decode.MAX_SUFFIX
+    found = shared_rows.row_layout(samples, suffix, shared, torch.device("cpu"))
     if in_a_row == 1:
         assert found is None
         return
     own = suffix - shared
-    assert found.samples == in_a_row and len(found.tokens) == shared + in_a_row * own <= row_layout.MAX_TOKENS
+    assert found.samples == in_a_row and len(found.tokens) == shared + in_a_row * own <= shared_rows.MAX_TOKENS
     middle = [(sample, shared + at) for sample in range(in_a_row) for at in range(own - 1)]
     last = [(sample, suffix - 1) for sample in range(in_a_row)]
     tokens = [(None, at) for at in range(shared)] + middle + last
@@ -183,7 +178,7 @@ def test_runs(solver, self_cond, shared, monkeypatch):
         got = run(6, scale)
         assert shared == [3]
         with monkeypatch.context() as without:
-            without.setattr(row_layout, "MAX_TOKENS", 0)
+            without.setattr(shared_rows, "MAX_TOKENS", 0)
             wanted = run(6, scale)
         assert shared == [3]
         shared.clear()

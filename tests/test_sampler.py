@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastprior
-from fastprior.layers import Attention, l2norm
+from fastprior.models.dalle2.layers import Attention, l2norm
 from helpers.pairwise import pairwise
 from helpers.priors import WordClip, make_prior, make_text, plain, relative_error, sample
 

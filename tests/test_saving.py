@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fastprior import checkpoint
-from fastprior.checkpoint import convert, load, save, save_peer
+from fastprior.checkpoints import dalle2 as checkpoint
+from fastprior.checkpoints.convert import convert
+from fastprior.checkpoints.dalle2 import load, save, save_peer
 from helpers.checkpoint_cases import (
     BIAS,
     DIM,

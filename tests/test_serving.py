@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from fastprior.kernels.cpu import library as cpu_library
 
-from fastprior import graphs, serving
+from fastprior.engine import graphs
 from fastprior.kernels import ops
-from fastprior.serving import PriorSampler
+from fastprior.kernels.cpu import library as cpu_library
+from fastprior.serving import prior_sampler as serving
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once
 from helpers.pairwise import pairwise

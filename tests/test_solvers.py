@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprior.schedule import BETA_SCHEDULES, NoiseScheduler
-from fastprior.solvers import SOLVERS, default_solver, step_table, trailing_times
+from fastprior.diffusion.schedule import BETA_SCHEDULES, NoiseScheduler
+from fastprior.diffusion.solvers import SOLVERS, default_solver, step_table, trailing_times
 
 SCHEDULES = st.builds(
     lambda name, timesteps: NoiseScheduler(beta_schedule=name, timesteps=timesteps, loss_type="l2").double(),

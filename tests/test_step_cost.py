@@ -4,16 +4,16 @@ import contextlib
 
 import pytest
 import torch
-from fastprior.kernels.gpu import launch, workspace
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprior import PriorPipeline
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.engine.step_cost import CountLaunches, step_reads, step_seconds
 from fastprior.kernels import ops
-from fastprior.network import DiffusionPriorNetwork
-from fastprior.pipeline_parts import TextEncoding
-from fastprior.serving import PriorSampler
-from fastprior.step_cost import CountLaunches, step_reads, step_seconds
+from fastprior.kernels.gpu import launch, workspace
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers.priors import make_prior, make_text
 from helpers.pt_cases import make_stock, without_diffusers
 
@@ -133,7 +133,7 @@ def test_operations_of_pytorch_are_counted():
 @pytest.mark.parametrize("quantise", [None, "int8"])
 def test_stats_of_a_prior_pipeline(guidance, quantise, monkeypatch):
     """What it says of a step is what two runs of different length differ in, by launchers that only note them."""
-    monkeypatch.setattr("fastprior.quantise.judge", lambda *args: None)
+    monkeypatch.setattr("fastprior.serving.quality.judge", lambda *args: None)
     prior = without_diffusers(make_stock(num_attention_heads=2, attention_head_dim=16))
     config = prior.config
     draw = torch.Generator().manual_seed(1)

@@ -1,68 +1,31 @@
-"""Trackers: what is logged, saved and recalled, and what becomes of it when something fails."""
+"""Trackers: what is logged and saved, the configs of their parts, and what becomes of it when something fails."""
 
-import http.server
 import json
 import math
 import os
 import signal
-import sys
-import threading
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
-import fsspec
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
 import fastprior
-from fastprior import checkpoint, trackers
-from fastprior.loggers import ConsoleLogger, TensorboardLogger, WandbLogger, without_secrets
-from fastprior.storage import LocalSaver
-from fastprior.trackers import Tracker, create_loader, create_logger, create_saver, read_metrics
+from fastprior.trackers import LocalSaver, Tracker, create_loader, create_logger, create_saver, read_metrics
+from fastprior.trackers import tracker as tracker_module
+from fastprior.trackers.loggers import ConsoleLogger, TensorboardLogger, WandbLogger, without_secrets
 from fastprior.train_configs import TrackerConfig
-from fastprior.trainer import DiffusionPriorTrainer
-from helpers.priors import make_prior
-
-
-class Trainer:
-    """Writes its path directly, as dalle2-pytorch's does."""
-
-    use_ema = True
-
-    def __init__(self, step: int = 0):
-        self.step = torch.tensor([step])
-        self.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
-        self.diffusion_prior = make_prior()
-        self.ema_diffusion_prior = SimpleNamespace(ema_model=make_prior(seed=1))
-
-    def save(self, path, overwrite=True, **kwargs):
-        torch.save(dict(step=int(self.step), **kwargs), path)
-
-
-def tracker(path, savers=None, *, overwrite=True, dummy=False, load=None, **log) -> Tracker:
-    """A tracker begun from the sections of a config."""
-    savers = savers or [dict(save_latest_to=str(path / "saved" / "latest.pth"))]
-    config = dict(data_path=str(path), overwrite_data_path=overwrite, log=log, load=load, save=savers)
-    return TrackerConfig(**config).create(TrackerConfig(**config), {"NumProcesses": 1}, dummy_mode=dummy)
-
-
-def step_of(path) -> int:
-    return torch.load(path, weights_only=True)["step"]
-
-
-def names(folder) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
-
+from helpers.tracker_cases import WANDB, Trainer, names, step_of, tracker
 
 # logging
 
 
 def test_every_log_is_a_line_of_json(tmp_path, capsys, monkeypatch):
     run = tracker(tmp_path / "run")
-    monkeypatch.setattr(trackers, "time", SimpleNamespace(time=lambda: 12.5))
+    monkeypatch.setattr(tracker_module, "time", SimpleNamespace(time=lambda: 12.5))
     run.log({"loss": torch.tensor([0.5]), "lr": np.float32(0.25), "bad": float("nan"), "none": None}, step=3)
     run.log({"pair": torch.tensor([1.0, math.inf]), "word": "x"}, step=torch.tensor([4]))
     run.log({"epoch": 1})
@@ -262,388 +225,6 @@ def test_the_decoders_trainer(tmp_path):
     assert torch.equal(model["unets.0.weight"], average[0].weight)
 
 
-# recalling
-
-
-def train(trainer, steps=2):
-    for _ in range(steps):
-        text, image = (torch.nn.functional.normalize(torch.randn(4, 32), dim=-1) for _ in range(2))
-        trainer(text_embed=text, image_embed=image, text_encodings=torch.randn(4, 3, 32))
-        trainer.update()
-
-
-def test_a_trainer_goes_on_from_what_was_saved(tmp_path):
-    trainer = DiffusionPriorTrainer(make_prior(), lr=1e-3)
-    train(trainer)
-    run = tracker(tmp_path)
-    run.add_save_metadata("optimizer", "a name that the checkpoint has itself")
-    run.add_save_metadata("dataset", "digits")
-    run.save(trainer, is_best=False, is_latest=True, epoch=1, samples_seen=8, best_validation_loss=0.25)
-    resumed = tracker(tmp_path, load=dict(load_from="local", file_path=f"{tmp_path}/saved/latest.pth"))
-    state = resumed.recall()
-    assert (state["epoch"], state["samples_seen"], state["best_validation_loss"]) == (1, 8, 0.25)
-    assert state["dataset"] == "digits"
-    other = DiffusionPriorTrainer(make_prior(seed=5), lr=1e-3)
-    other.load(state)
-    torch.manual_seed(0)
-    train(trainer)
-    torch.manual_seed(0)
-    train(other)
-    assert int(other.step) == 4
-    ours, theirs = trainer.prior.state_dict(), other.prior.state_dict()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_the_peers_checkpoints_are_recalled(peer, tmp_path):
-    """They hold a pickled Version and a warm-up object, which dalle2-pytorch's own loaders no longer read."""
-    from dalle2_pytorch.trainer import DiffusionPriorTrainer as Theirs
-
-    trainer = Theirs(make_prior(module=peer), lr=1e-3, warmup_steps=5)
-    trainer.save(str(tmp_path / "peer.pth"), epoch=3)
-    run = tracker(tmp_path / "run", load=dict(load_from="local", file_path=str(tmp_path / "peer.pth")))
-    state = run.recall()
-    assert state["epoch"] == 3
-    DiffusionPriorTrainer(make_prior(seed=2), lr=1e-3).load(state)
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
-
-    torch.save({"model": Evil()}, tmp_path / "evil.pth")
-    run = tracker(tmp_path / "run", load=dict(load_from="local", file_path=str(tmp_path / "evil.pth")))
-    with pytest.raises(ValueError, match="refused"):
-        run.recall()
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_missing_checkpoint_is_noticed_at_the_start(tmp_path):
-    with pytest.raises(FileNotFoundError, match="file_path='nowhere.pth'"):
-        tracker(tmp_path, load=dict(load_from="local", file_path="nowhere.pth"))
-
-
-def test_nothing_to_recall(tmp_path):
-    run = tracker(tmp_path, load=dict(load_from=None))
-    assert not run.can_recall
-    with pytest.raises(ValueError, match="nothing to recall"):
-        run.recall()
-
-
-@pytest.fixture
-def server():
-    """Serves `content` at any path; `declared` is the length that it says it has."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.server.content is None:
-                self.send_error(404)
-                return
-            self.send_response(200)
-            if self.server.declared is not None:
-                self.send_header("Content-Length", str(self.server.declared))
-            self.end_headers()
-            self.wfile.write(self.server.content)
-
-        def log_message(self, *args): ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.content = running.declared = None
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running
-        running.shutdown()
-
-
-def checkpoint_bytes(tmp_path) -> bytes:
-    Trainer(9).save(tmp_path / "source.pth")
-    return (tmp_path / "source.pth").read_bytes()
-
-
-@pytest.mark.parametrize("declared", [True, False])
-def test_urls(tmp_path, server, declared):
-    server.content = checkpoint_bytes(tmp_path)
-    server.declared = len(server.content) if declared else None
-    url = f"http://127.0.0.1:{server.server_port}/checkpoint.pth"
-    run = tracker(tmp_path / "run", load=dict(load_from="url", url=url))
-    assert run.recall()["step"] == 9
-    assert names(tmp_path / "run") == []  # the download is not kept
-
-
-def test_a_download_that_ends_early(tmp_path, server):
-    server.content = checkpoint_bytes(tmp_path)
-    server.declared = len(server.content) + 1
-    url = f"http://127.0.0.1:{server.server_port}/checkpoint.pth"
-    with pytest.raises(OSError, match=r"ended after \d+ of \d+ bytes"):
-        tracker(tmp_path / "run", load=dict(load_from="url", url=url)).recall()
-    server.content = None
-    with pytest.raises(OSError, match="404"):
-        tracker(tmp_path / "run", load=dict(load_from="url", url=url)).recall()
-    assert names(tmp_path / "run") == []
-
-
-def test_other_urls_go_through_fsspec(tmp_path):
-    fsspec.filesystem("memory").pipe_file("/checkpoint.pth", checkpoint_bytes(tmp_path))
-    run = tracker(tmp_path / "run", load=dict(load_from="url", url="memory://checkpoint.pth"))
-    assert run.recall()["step"] == 9
-
-
-# resuming by itself
-
-
-def auto(path, **changes) -> Tracker:
-    load = dict(load_from="local", file_path=str(path / "saved" / "latest.pth"), only_auto_resume=True)
-    return tracker(path, **{"auto_resume": True, "load": load, **changes})
-
-
-def test_auto_resume(tmp_path, capsys):
-    first = auto(tmp_path)
-    assert not first.can_recall and "this is the first" in capsys.readouterr().out
-    first.log({"loss": 1.0}, step=1)
-    first.save(Trainer(1), is_best=False, is_latest=True)
-    second = auto(tmp_path)
-    assert second.can_recall and second.recall()["step"] == 1
-    second.log({"loss": 1.0}, step=2)
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-
-
-def test_auto_resume_before_the_first_checkpoint_starts_over(tmp_path):
-    auto(tmp_path).log({"loss": 1.0}, step=1)
-    assert not auto(tmp_path).can_recall
-    # nor where the checkpoint went away
-    auto(tmp_path).save(Trainer(1), is_best=False, is_latest=True)
-    (tmp_path / "saved" / "latest.pth").unlink()
-    assert not auto(tmp_path).can_recall
-
-
-def test_all_processes_of_a_first_run_agree_that_it_is_the_first(tmp_path):
-    """Nothing is written that a process which looks later would take for an earlier run."""
-    main, other = auto(tmp_path), auto(tmp_path, dummy=True)
-    assert (main.can_recall, other.can_recall) == (False, False)
-    main.save(Trainer(1), is_best=False, is_latest=True)
-    main, other = auto(tmp_path), auto(tmp_path, dummy=True)
-    assert (main.can_recall, other.can_recall) == (True, True)
-
-
-def test_without_auto_resume_the_last_run_is_forgotten_by_the_main_process(tmp_path):
-    auto(tmp_path).save(Trainer(1), is_best=False, is_latest=True)
-    assert not auto(tmp_path, auto_resume=False, dummy=True).can_recall
-    assert (tmp_path / "auto_resume.json").exists()
-    auto(tmp_path, auto_resume=False)
-    assert not (tmp_path / "auto_resume.json").exists()
-
-
-def test_auto_resume_with_another_logger(tmp_path):
-    auto(tmp_path).save(Trainer(1), is_best=False, is_latest=True)
-    options = dict(log_type="wandb", wandb_entity="me", wandb_project="p")
-    with pytest.raises(ValueError, match="logged by ConsoleLogger and would be resumed by WandbLogger"):
-        auto(tmp_path, **options)
-
-
-# services
-
-
-class Wandb(ModuleType):
-    """Keeps what it is called with."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.run, self.inits, self.logs, self.saves, self.restored = None, [], [], [], []
-        self.Image = lambda image, caption: ("image", caption)
-
-    def init(self, **options):
-        self.inits.append(options)
-        run_id = options.get("id", "new")
-        self.run = SimpleNamespace(
-            id=run_id, name="n", path=f"{options['entity']}/{options['project']}/{run_id}",
-            log=lambda log, **kwargs: self.logs.append((log, kwargs)),
-            save=lambda path, **kwargs: self.saves.append((path, Path(path).read_bytes(), kwargs)),
-        )  # fmt: skip
-        return self.run
-
-    def restore(self, name, run_path, replace, root):
-        self.restored.append((name, run_path, replace))
-        if name != "latest.pth":
-            return None
-        Trainer(11).save(Path(root) / name)
-        return open(Path(root) / name)
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    fake = Wandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.delenv("WANDB_SILENT", raising=False)
-    return fake
-
-
-WANDB = dict(log_type="wandb", wandb_entity="me", wandb_project="p")
-
-
-def test_wandb_logs(tmp_path, wandb, capsys):
-    run = tracker(tmp_path, wandb_run_name="first", verbose=True, **WANDB)
-    (options,) = wandb.inits
-    assert {key: options[key] for key in ("entity", "project", "name")} == dict(entity="me", project="p", name="first")
-    assert "resume" not in options and options["config"]["log"]["wandb_project"] == "p"
-    assert options["config"]["NumProcesses"] == 1
-    run.log({"loss": 1.0}, step=2)
-    run.log_images([1, 2], captions=["a"], image_section="samples", step=3)
-    run.logger.log_error("broken", step=4)
-    assert wandb.logs == [
-        ({"loss": 1.0}, {"step": 2}),
-        ({"samples": [("image", "a"), ("image", None)]}, {"step": 3}),
-        ({"error": "broken"}, {"step": 4}),
-    ]
-    run.log_file(tmp_path / "metrics.jsonl")
-    assert wandb.saves[0][::2] == (str(tmp_path / "metrics.jsonl"), {"base_path": str(tmp_path)})
-    assert "loss" in capsys.readouterr().out and read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
-
-
-@pytest.mark.parametrize("name", ["resume", "wandb_resume"])
-def test_wandb_resumes(tmp_path, wandb, name):
-    tracker(tmp_path, wandb_run_id="abc", **{name: True}, **WANDB)
-    assert (wandb.inits[0]["resume"], wandb.inits[0]["id"]) == ("must", "abc")
-
-
-def test_wandb_resumes_by_itself(tmp_path, wandb):
-    auto(tmp_path, wandb_run_id=None, **WANDB).save(Trainer(1), is_best=False, is_latest=True)
-    wandb.run = None
-    load = dict(load_from="wandb", wandb_file_path="latest.pth", only_auto_resume=True)
-    main, other = (auto(tmp_path, load=load, dummy=dummy, **WANDB) for dummy in (False, True))
-    assert (wandb.inits[1]["resume"], wandb.inits[1]["id"], len(wandb.inits)) == ("must", "new", 2)
-    # also where no run is open, as in all processes but the main one
-    assert main.recall()["step"] == other.recall()["step"] == 11
-    assert wandb.restored == [("latest.pth", "me/p/new", True)] * 2
-
-
-def test_wandb_without_a_run_to_load_from(tmp_path, wandb):
-    with pytest.raises(ValueError, match="wandb_run_path=None"):
-        tracker(tmp_path, load=dict(load_from="wandb", wandb_file_path="latest.pth"))
-    load = dict(load_from="wandb", wandb_file_path="lost.pth", wandb_run_path="a/b/c")
-    with pytest.raises(FileNotFoundError, match="lost.pth"):
-        tracker(tmp_path, load=load).recall()
-
-
-def test_wandb_saves(tmp_path, wandb):
-    saver = dict(save_to="wandb", save_latest_to="deep/latest.pth")
-    tracker(tmp_path, [saver], **WANDB).save(Trainer(4), is_best=False, is_latest=True)
-    ((path, content, options),) = wandb.saves
-    base = Path(options["base_path"])
-    assert Path(path).relative_to(base) == Path("deep/latest.pth") and options["policy"] == "now"
-    assert content == (tmp_path / "checkpoint.pth").read_bytes()
-
-
-def test_wandb_saves_to_another_run(tmp_path, wandb):
-    saver = dict(save_to="wandb", save_latest_to="latest.pth")
-    with pytest.raises(ValueError, match="wandb_run_path=None"):
-        tracker(tmp_path, [saver])
-    tracker(tmp_path, [dict(saver, wandb_run_path="a/b/c")])
-    assert wandb.inits == [dict(entity="a", project="b", id="c", resume="must")]
-    with pytest.raises(ValueError, match="the run a/b/c is open"):
-        tracker(tmp_path, [dict(saver, wandb_run_path="a/b/other")])
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    fake = ModuleType("huggingface_hub")
-    fake.uploads, fake.tokens, fake.downloads, fake.missing = [], [], [], False
-
-    class HfApi:
-        def __init__(self, token):
-            fake.tokens.append(token)
-
-        def whoami(self):
-            return {}
-
-        def repo_info(self, repo):
-            if fake.missing:
-                raise RuntimeError("404")
-
-        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id):
-            fake.uploads.append((Path(path_or_fileobj).read_bytes(), path_in_repo, repo_id))
-
-    def hf_hub_download(repo_id, filename, *, revision, token):
-        fake.downloads.append((repo_id, filename, revision, token))
-        return fake.file
-
-    fake.HfApi, fake.hf_hub_download = HfApi, hf_hub_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    return fake
-
-
-def test_the_hub(tmp_path, hub):
-    (tmp_path / "token").write_text("hf_secret\n")
-    saver = dict(
-        save_to="huggingface", huggingface_repo="me/prior", save_latest_to="sub/latest.pth", save_meta_to="meta"
-    )
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    run = tracker(tmp_path / "run", [dict(saver, token_path=str(tmp_path / "token"))])
-    run.save_config(tmp_path / "config.json", "prior_config.json")
-    run.save(Trainer(4), is_best=True, is_latest=True)
-    content = (tmp_path / "run" / "checkpoint.pth").read_bytes()
-    assert hub.uploads == [(b'{"a": 1}', "meta/prior_config.json", "me/prior"), (content, "sub/latest.pth", "me/prior")]
-    assert hub.tokens == ["hf_secret"]
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
-
-    tracker(tmp_path / "run", [saver])  # by `hf auth login`: no path of a token is looked for
-    assert hub.tokens[1] is None
-    hub.missing = True
-    with pytest.raises(ValueError, match="huggingface_repo='me/prior'; it must exist, and you must be logged in"):
-        tracker(tmp_path / "run", [saver])
-
-
-def test_the_hub_loads(tmp_path, hub):
-    hub.file = str(tmp_path / "source.pth")
-    checkpoint_bytes(tmp_path)
-    load = dict(load_from="huggingface", huggingface_repo="me/prior", file_path="latest.pth", revision="v1")
-    assert tracker(tmp_path / "run", load=load).recall()["step"] == 9
-    assert hub.downloads == [("me/prior", "latest.pth", "v1", None)] and (tmp_path / "source.pth").exists()
-
-
-def test_tensorboard(tmp_path, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            calls.append(("folder", folder))
-
-        def __getattr__(self, name):
-            return lambda *args: calls.append((name, *args))
-
-    monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
-    fake = ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    run = tracker(tmp_path, log_type="tensorboard")
-    run.log({"loss": torch.tensor(1.5), "word": "x"}, step=2)
-    run.log_images(["picture"], captions=["a corgi"], step=3)
-    run.logger.log_error("broken", step=4)
-    assert calls == [
-        ("folder", str(tmp_path / "tensorboard")),
-        ("add_scalar", "loss", 1.5, 2),
-        ("add_image", "images/0 a corgi", "picture", 3),
-        ("add_text", "error", "broken", 4),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("package", "extra", "sections"),
-    [
-        ("wandb", "wandb", WANDB),
-        ("wandb", "wandb", dict(savers=[dict(save_to="wandb", save_latest_to="x.pth")])),
-        ("tensorboard", "tensorboard", dict(log_type="tensorboard")),
-        (
-            "huggingface_hub",
-            "hub",
-            dict(savers=[dict(save_to="huggingface", huggingface_repo="a/b", save_best_to="x")]),
-        ),
-    ],
-)
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch, package, extra, sections):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf'needs {package}: pip install "fastprior\[{extra}\]"'):
-        tracker(tmp_path, **sections)
-
-
 # configs
 
 
@@ -674,12 +255,6 @@ def test_save_config_copies_what_has_no_secrets(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json is not valid JSON"):
         run.save_config(tmp_path / "bad.json")
-
-
-def test_wandb_gets_no_secrets(tmp_path, wandb):
-    logger = create_logger("wandb", tmp_path, wandb_entity="me", wandb_project="p")
-    logger.init({"nested": [{"api_key": "x"}], "lr": 0.1}, {})
-    assert wandb.inits[0]["config"] == {"nested": [{"api_key": "<hidden>"}], "lr": 0.1}
 
 
 def test_without_secrets_leaves_the_original():
@@ -740,23 +315,6 @@ def test_parts_by_name(tmp_path):
     assert type(create_logger("wandb", tmp_path, wandb_entity="a", wandb_project="b")) is WandbLogger
     assert type(create_saver("local", tmp_path, save_best_to="x")) is LocalSaver
     assert create_loader("local", tmp_path, file_path="x").data_path == tmp_path
-
-
-def test_the_peers_example(tmp_path, wandb, monkeypatch):
-    """The tracker of its example config, with its own keys."""
-    monkeypatch.chdir(tmp_path)
-    config = TrackerConfig(
-        data_path=".prior", overwrite_data_path=True,
-        log=dict(log_type="wandb", wandb_entity="me", wandb_project="debugging", wandb_resume=False, verbose=True),
-        save=[dict(
-            save_to="local", save_type="checkpoint", save_latest_to=".prior/latest_checkpoint.pth",
-            save_best_to=".prior/best_checkpoint.pth",
-        )],
-    )  # fmt: skip
-    run = config.create(config, {"Distributed": False})
-    run.save(trainer=Trainer(1), is_best=True, is_latest=True, epoch=1, samples_seen=2, best_validation_loss=0.1)
-    assert {"best_checkpoint.pth", "latest_checkpoint.pth"} <= set(names(".prior"))
-    assert checkpoint.read_file(Path(".prior/latest_checkpoint.pth"))[0]["samples_seen"] == 2
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pth", "auto_resume.json", "config.json"])

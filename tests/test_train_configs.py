@@ -9,6 +9,7 @@ import pytest
 
 import fastprior
 from fastprior import train_configs
+from fastprior.models.dalle2.transformer import CausalTransformer
 from helpers.processes import run_python
 
 CONFIG = {
@@ -129,7 +130,7 @@ def test_config_knows_every_constructor_argument(config):
     fields = set(getattr(train_configs, config).model_fields)
     wanted = set(inspect.signature(getattr(fastprior, config.removesuffix("Config"))).parameters)
     if "kwargs" in wanted:
-        wanted |= set(inspect.signature(fastprior.layers.CausalTransformer).parameters)
+        wanted |= set(inspect.signature(CausalTransformer).parameters)
     assert fields == wanted - {"kwargs"}
 
 

@@ -17,16 +17,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.commands import launch
-from accelerate.state import AcceleratorState
 from pydantic import BaseModel
 
-from fastprior import checkpoint, cli, train_diffusion_prior
-from fastprior.evaluate import evaluate
-from fastprior.trackers import LOADERS, LOGGERS, SAVERS, read_metrics
+from fastprior import train_diffusion_prior
+from fastprior.checkpoints import dalle2 as checkpoint
+from fastprior.cli import command_line as cli
+from fastprior.prior.evaluate import evaluate
+from fastprior.trackers import read_metrics
+from fastprior.trackers.loggers import LOGGERS
+from fastprior.trackers.storage import LOADERS, SAVERS
 from fastprior.train_configs import TrainDiffusionPriorConfig
-from fastprior.train_diffusion_prior import Run, make_accelerator, split_edges
+from fastprior.train_diffusion_prior import TrainingRun, make_accelerator, split_edges
 from helpers import processes
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 ROOT = Path(__file__).parent.parent
 DIM, SHARDS, ROWS = 16, 3, 120
 
@@ -45,13 +49,6 @@ def data(tmp_path_factory):
         np.save(folder / "texts" / f"text_emb_{shard}.npy", text.astype(np.float32))
         np.save(folder / "images" / f"img_emb_{shard}.npy", (text @ rotation).astype(np.float32))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps its settings for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_config(data, out, *, train=None, data_options=None, resume=True) -> dict:
@@ -111,7 +108,7 @@ def test_a_whole_run(data, tmp_path):
 def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(make_config(data, whole), tmp_path / "whole.json") == 0
-    plain_step, config = Run._step, make_config(data, parts)
+    plain_step, config = TrainingRun._step, make_config(data, parts)
     for stop_after in (7, 25):
 
         def step(self, batch, bar, stop_after=stop_after):
@@ -119,10 +116,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatc
                 os.kill(os.getpid(), number)
             return plain_step(self, batch, bar)
 
-        monkeypatch.setattr(Run, "_step", step)
+        monkeypatch.setattr(TrainingRun, "_step", step)
         assert run(config, tmp_path / "parts.json") == 128 + number
         assert torch.load(parts / "latest.pth", weights_only=True)["step"].item() == stop_after + 1
-    monkeypatch.setattr(Run, "_step", plain_step)
+    monkeypatch.setattr(TrainingRun, "_step", plain_step)
     assert run(config, tmp_path / "parts.json") == 0
     ours, wanted = weights(parts / "latest.pth"), weights(whole / "latest.pth")
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
@@ -141,9 +138,9 @@ def test_online_weights_and_their_average_are_measured_each(data, tmp_path):
     assert abs(record["validation/online l2-loss"] - record["validation/ema l2-loss"]) > 1e-3
 
 
-def make_run(config: dict) -> Run:
+def make_run(config: dict) -> TrainingRun:
     config = TrainDiffusionPriorConfig.model_validate(config)
-    return Run(config, make_accelerator(config))
+    return TrainingRun(config, make_accelerator(config))
 
 
 def test_options_of_a_config_arrive(data, tmp_path):
@@ -183,7 +180,7 @@ PHASES = "_step", "save", "evaluate"
 def train_and_tell(config, sender):
     """Train, and say what begins, and what a phase within another goes back to."""
     for name in PHASES:
-        plain = getattr(Run, name)
+        plain = getattr(TrainingRun, name)
 
         def told(self, *args, plain=plain, name=name, **kwargs):
             sender.send(name)
@@ -191,7 +188,7 @@ def train_and_tell(config, sender):
             sender.send("between")
             return result
 
-        setattr(Run, name, told)
+        setattr(TrainingRun, name, told)
     sys.exit(train_diffusion_prior.train(TrainDiffusionPriorConfig.model_validate(config)))
 
 
@@ -277,14 +274,14 @@ COUNTED = (306 // 2 // 16) * 2 * 16  # pairs of an epoch of two processes, of wh
 
 def train_on_ranks(config, status, stop_at=None):
     """Train on this rank; the last one gets a SIGTERM before a step."""
-    rank, plain_step = int(os.environ.get("RANK", 0)), Run._step
+    rank, plain_step = int(os.environ.get("RANK", 0)), TrainingRun._step
 
     def step(self, batch, bar):
         if int(self.trainer.step) == stop_at and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain_step(self, batch, bar)
 
-    Run._step = step
+    TrainingRun._step = step
     assert train_diffusion_prior.train(TrainDiffusionPriorConfig.model_validate(config)) == status
 
 
@@ -348,12 +345,12 @@ def test_diverging_training_keeps_the_last_checkpoint(data, tmp_path, monkeypatc
     out = tmp_path / "run"
     assert run(make_config(data, out, train=dict(epochs=1)), tmp_path / "config.json") == 0
     before = (out / "latest.pth").read_bytes()
-    plain_step = Run._step
+    plain_step = TrainingRun._step
 
     def step(self, batch, bar):
         return plain_step(self, batch | {"image_embed": batch["image_embed"] * torch.nan}, bar)
 
-    monkeypatch.setattr(Run, "_step", step)
+    monkeypatch.setattr(TrainingRun, "_step", step)
     assert run(make_config(data, out, train=dict(epochs=2, max_bad_steps=3)), tmp_path / "config.json") == 1
     assert "3 steps in a row" in capsys.readouterr().err
     assert (out / "latest.pth").read_bytes() == before

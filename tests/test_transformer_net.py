@@ -8,11 +8,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from fastprior import DiffusionPrior, DiffusionPriorTrainer, PriorTransformer, prior_blocks, train_diffusion_prior
-from fastprior.diffusers_schedules import DiffusersSchedule
-from fastprior.prior_pipeline import PriorPipeline, TextEncoding
-from fastprior.serving import PriorSampler
-from fastprior.transformer_net import PriorTransformerNet
+from fastprior import DiffusionPrior, DiffusionPriorTrainer, PriorTransformer, train_diffusion_prior
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.models.prior_transformer import blocks as prior_blocks
+from fastprior.models.prior_transformer.as_network import PriorTransformerNet
+from fastprior.pipelines.prior_pipeline import PriorPipeline, TextEncoding
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers.priors import relative_error
 
 ARCHITECTURE = dict(

@@ -1,6 +1,6 @@
 """Triton's cache, filled where there is no GPU for a machine that has one, and what of it is found there.
 
-A checkout's kernels are compiled for a capability under the keys of real launches, see `kernels/gpu/stand_in.py`.
+A checkout's kernels are compiled for a capability under the keys of real launches, see `stand_in.py`.
 The path of the checkout is no part of them; the lines of its kernels are, and Triton's library, which is another one
 for each version of Python.
 """
@@ -52,8 +52,8 @@ class Collector(Executor):
 @contextlib.contextmanager
 def filled() -> Iterator[None]:
     """Within it launches are collected; at its end they are compiled, each once, by several processes."""
+    import stand_in
     import triton
-    from fastprior.kernels.gpu import stand_in
 
     capability, workers = map(int, os.environ[FILL].split())
     collector = Collector()

@@ -1,4 +1,4 @@
-"""Calls of every kernel that reach each launch configuration, as `gpu/cases.py` does, with numbers and references.
+"""Calls of every kernel that reach each launch configuration, as `cases.py` does, with numbers and references.
 
 On the CPU the shapes are small, for Triton's interpreter, and the dtypes those that it computes rightly.
 """
@@ -10,15 +10,16 @@ from functools import partial
 
 import kernel_cache
 import torch
+from torch import Tensor
+
+from fastprior.kernels import reference
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.gpu.attention import attention
 from fastprior.kernels.gpu.barrier import MODES, MODES_FROM_90, matvec_chain_fwd
 from fastprior.kernels.gpu.decode import decode_attention
 from fastprior.kernels.gpu.linear import MAX_NORM_ROWS, linear
 from fastprior.kernels.gpu.norm import layer_norm
 from fastprior.kernels.gpu.step import diffusion_step
-from torch import Tensor
-
-from fastprior.kernels import reference
 from helpers.kernel_checks import DEVICE, random
 
 SMALL = DEVICE == "cpu" and not kernel_cache.filling()
@@ -136,11 +137,14 @@ def _linear_case(dtype, kept, rows, outputs, dim, options) -> Case:
 
     def exact_or_plain(**given):
         precise = given["x"].dtype == torch.float64
-        return reference.linear(**given, activation=activation, dtype=torch.float64 if precise else dtype)
+        return reference.linear(LinearArgs(**given, activation=activation, dtype=torch.float64 if precise else dtype))
+
+    def run(**given):
+        return linear(LinearArgs(**given, activation=activation, dtype=dtype))
 
     name = f"{NAMES[dtype]}{f'-{NAMES[kept]}' if kept else ''}-{rows}x{outputs}-{options}"
     rows_of = ("x", "residual", "stream")
-    return Case(name, make, partial(linear, activation=activation, dtype=dtype), exact_or_plain, rows_of)
+    return Case(name, make, run, exact_or_plain, rows_of)
 
 
 def decode_cases() -> Iterator[Case]:

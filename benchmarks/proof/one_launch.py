@@ -7,6 +7,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+
+from fastprior.kernels.arguments import LinearArgs  # noqa: E402
 from fastprior.kernels.gpu import linear  # noqa: E402
 
 
@@ -23,7 +25,7 @@ def main() -> None:
         run()
     else:
         x, weight = (torch.randn(rows, 3072, device=device, dtype=torch.bfloat16) for rows in (3, 768))
-        out, _ = linear.linear_fwd(x, weight)
+        out, _ = linear.linear_fwd(LinearArgs(x, weight))
         exact = x.float() @ weight.float().t()
         assert (out.float() - exact).norm() <= 1e-2 * exact.norm()
     torch.cuda.synchronize()

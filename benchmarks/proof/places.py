@@ -9,7 +9,9 @@ import kernel_cache
 import priors
 import torch
 
-from fastprior import graphs, quantise, sampler
+from fastprior.engine import graphs
+from fastprior.prior import loop
+from fastprior.serving import quality
 
 REAL = torch.cuda.is_available() and not kernel_cache.filling()
 DEVICE = torch.device("cuda" if REAL else "cpu")
@@ -35,13 +37,13 @@ def scales(*all: float) -> tuple[float, ...]:
 @contextlib.contextmanager
 def few_steps() -> Iterator[None]:
     """Where launches are only compiled, runs end after two steps, whose kernels are those of all."""
-    plain = sampler.tqdm
+    plain = loop.tqdm
     if kernel_cache.filling():
-        sampler.tqdm = lambda steps, **_: itertools.islice(steps, 2)
+        loop.tqdm = lambda steps, **_: itertools.islice(steps, 2)
     try:
         yield
     finally:
-        sampler.tqdm = plain
+        loop.tqdm = plain
 
 
 @contextlib.contextmanager
@@ -50,13 +52,13 @@ def as_on_gpu() -> Iterator[None]:
     if REAL:
         yield
         return
-    plain = graphs.capture, quantise.judge
+    plain = graphs.capture, quality.judge
     graphs.capture = lambda run, device, pool: (run(), (run, pool, 0))[1]
-    quantise.judge = lambda *args: quantise.Quality(1.0, 1.0)
+    quality.judge = lambda *args: quality.Quality(1.0, 1.0)
     try:
         yield
     finally:
-        graphs.capture, quantise.judge = plain
+        graphs.capture, quality.judge = plain
 
 
 def with_graphs(built):

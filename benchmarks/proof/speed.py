@@ -29,10 +29,10 @@ from places import DEVICE
 from timing import floor_share, op_seconds
 
 from fastprior import PriorPipeline
-from fastprior.bench import seconds
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
-from fastprior.serving import PriorSampler
+from fastprior.serving.measure import seconds
+from fastprior.serving.prior_sampler import PriorSampler
 
 BATCHES = (1, 64) if places.INTERPRETED else (1, 8, 64)
 DTYPE = torch.float32 if places.INTERPRETED else torch.bfloat16

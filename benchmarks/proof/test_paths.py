@@ -16,10 +16,10 @@ import torch
 from places import DEVICE
 
 from fastprior import PriorPipeline
-from fastprior.diffusers_schedules import DiffusersSchedule
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
-from fastprior.layers import l2norm
-from fastprior.serving import PriorSampler
+from fastprior.models.dalle2.layers import l2norm
+from fastprior.serving.prior_sampler import PriorSampler
 
 BATCH = 32  # of training
 REPLAYS, MANY = 20, 200  # of each case, and of the first of a path

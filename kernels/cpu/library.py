@@ -27,7 +27,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as t
 OMP_PAUSE_SOFT = 1
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     given = os.environ.get("FASTPRIOR_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
 
@@ -90,7 +90,7 @@ def build() -> Path:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     sources = (source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]")))
     parts = *sources, version, " ".join(FLAGS).encode(), _machine().encode()
-    path = _cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    path = cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):

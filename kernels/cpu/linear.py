@@ -5,28 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import LinearArgs, flat
 from . import calls, structs
 from .calls import FLOATS
 from .library import KINDS, library, most_rows
 from .threads import thread_count
 
 
-def takes_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    beside: Tensor | None = None,
-    scale: Tensor | None = None,
-    stream: Tensor | None = None,
-    stream_gain: Tensor | None = None,
-    norm_gain: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    **_,
-) -> bool:
+def takes_linear(args: LinearArgs) -> bool:
     """Whether `linear` computes this: few rows on the CPU, in fp32 or bf16 or of int8 weights, without gradient."""
+    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, _, _, residual, dtype = args
     if not x.is_cpu or x.dtype not in FLOATS or dtype not in (None, *FLOATS) or x.ndim < 1 or weight.ndim != 2:
         return False
     if not calls.are_plain(x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, residual):
@@ -42,17 +30,10 @@ def takes_linear(
     return not torch.is_autocast_enabled("cpu") and not calls.is_watched()
 
 
-def _results(x, weight, beside, stream, activation, residual, dtype) -> tuple[Tensor, Tensor]:
-    columns = len(weight) // 2 if activation == "swiglu" else len(weight) + (0 if beside is None else len(beside))
-    dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-    out = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
-    return out, torch.empty(0 if stream is None else x.shape, dtype=torch.float32, device=x.device)
-
-
-def _fake(
-    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
-):  # fmt: skip
-    return _results(x, weight, beside, stream, activation, residual, dtype)
+def _results(args: LinearArgs) -> tuple[Tensor, Tensor]:
+    x, of_sum = args.x, 0 if args.stream is None else args.x.shape
+    out = torch.empty((*x.shape[:-1], args.columns), dtype=args.result_dtype, device=x.device)
+    return out, torch.empty(of_sum, dtype=torch.float32, device=x.device)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -60,13 +41,12 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _run(
-    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
-):  # fmt: skip
-    out, total = _results(x, weight, beside, stream, activation, residual, dtype)
+def _run(args: LinearArgs) -> tuple[Tensor, Tensor]:
+    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, _ = args
+    out, total = _results(args)
     kept, columns, of_x, dim = [], out.shape[-1], _rows(x), x.shape[-1]
-    more = 0 if beside is None else len(beside)
-    outputs = len(weight) + more
+    outputs = args.outputs
+    more = outputs - weight.shape[0]
     if activation == "swiglu" and (more or outputs % 2):
         raise ValueError(f"weight has {len(weight)} rows, beside {more}; 'swiglu' needs one weight of an even number")
     if (stream is None) != (stream_gain is None):
@@ -100,41 +80,14 @@ def _run(
     return out, total
 
 
-calls.define_operation(
-    "cpu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? beside, Tensor? scale, Tensor? stream, "
-    "Tensor? stream_gain, Tensor? norm_gain, Tensor? norm_bias, float eps, str? activation, Tensor? residual, "
-    "ScalarType dtype) -> (Tensor, Tensor)",
-    _run,
-    _fake,
-)
+_run_op, _schema = flat(_run)
+calls.define_operation(f"cpu_linear{_schema}", _run_op, flat(_results)[0])
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    beside: Tensor | None = None,
-    scale: Tensor | None = None,
-    stream: Tensor | None = None,
-    stream_gain: Tensor | None = None,
-    norm_gain: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.linear` of what `takes_linear` says, for arguments that it fits. All of it is computed in fp32.
 
     The sum of a stream is fp32.
     """
-    run = torch.ops.fastprior.cpu_linear.default if torch.compiler.is_compiling() else _run
-    if stream is None and norm_gain is None:
-        dtype = x.dtype
-    elif dtype is None:
-        dtype = x.dtype if scale is not None else weight.dtype
-    out, total = run(
-        x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
-    )
-    return out if stream is None else (out, total)
+    out, total = torch.ops.fastprior.cpu_linear.default(*args) if torch.compiler.is_compiling() else _run(args)
+    return out if args.stream is None else (out, total)

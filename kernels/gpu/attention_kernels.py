@@ -17,9 +17,7 @@ from . import philox
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-# below, ptr is a tile of pointers (rows, features); features from DIM on are not there
-
-
+# in what follows ptr is a tile of pointers (rows, features); features from DIM on are not there
 @triton.jit
 def _tile(row_ptr, BLOCK_D: tl.constexpr):
     return row_ptr[:, None] + tl.arange(0, BLOCK_D)[None, :]
@@ -96,9 +94,7 @@ def _prepared_bwd(grad, ptr, length_ptr, cos_ptr, sin_ptr, position, width, DIM:
     return grad
 
 
-# the functions below take queries, members and columns of shapes that broadcast, in either order
-
-
+# these take queries, members and columns of shapes that broadcast, in either order
 @triton.jit
 def _logits(
     products, query, member, column, bias_ptr, mask_ptr, scale, fill,

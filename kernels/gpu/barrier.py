@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .launch import ceil_div, check_dtype, check_shape, power_of_2
+from .launch import ceil_div, check, power_of_2
 
 # tiles of weights that a program asks for ahead of the phase that takes them
 MODES = {
@@ -157,7 +157,7 @@ def _matvec_chain_fwd_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
+class MatvecChainConfig:
     """Each program takes `span` rows of every phase's weights, in registers: chunks of `block` columns."""
 
     programs: int
@@ -168,7 +168,7 @@ class Config:
     num_warps: int
 
 
-def matvec_chain_config(dim: int, programs: int, itemsize: int, mode: str) -> Config:
+def matvec_chain_config(dim: int, programs: int, itemsize: int, mode: str) -> MatvecChainConfig:
     """The launch configuration for (dim, dim) weights of `itemsize` bytes, and at most so many programs."""
     span = ceil_div(dim, programs)
     # two tiles leave no registers for columns of the last chunk that are beyond dim
@@ -177,7 +177,7 @@ def matvec_chain_config(dim: int, programs: int, itemsize: int, mode: str) -> Co
     # few threads with many registers waste least, and leave room for the next launch beside this one
     registers = 128 if mode.endswith("launches") else 32  # of a thread, for a tile
     num_warps = min(16, power_of_2(rows * block * chunks * itemsize // (4 * registers * 32)))
-    return Config(ceil_div(dim, span), span, rows, block, chunks, num_warps)
+    return MatvecChainConfig(ceil_div(dim, span), span, rows, block, chunks, num_warps)
 
 
 def resident_programs(registers: int, shared: int, num_warps: int, device) -> int:
@@ -223,30 +223,21 @@ def matvec_chain_fwd(x: Tensor, weights: Tensor, out: Tensor, arrived: Tensor, p
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}; it must be one of {', '.join(map(repr, MODES))}")
-    check_dtype("weights", weights)
     phases, dim, _ = weights.shape
-    shapes = dict(x=(x, dim), weights=(weights, phases, dim, dim), out=(out, phases, dim), arrived=(arrived,))
-    for name, (tensor, *shape) in shapes.items():
-        check_shape(name, tensor, tuple(shape), x)
+    check(x, weights=(weights, (phases, dim, dim)))
+    check(x, (torch.float32,), x=(x, (dim,)), out=(out, (phases, dim)))
+    check(x, (torch.int32,), arrived=(arrived, ()))
+    for name, tensor in ("x", x), ("weights", weights), ("out", out), ("arrived", arrived):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-    for name, tensor, dtype in ("x", x, torch.float32), ("out", out, torch.float32), ("arrived", arrived, torch.int32):
-        check_dtype(name, tensor, (dtype,))
     config = matvec_chain_config(dim, programs, weights.itemsize, mode)
     barrier, dependent = mode.startswith("barrier"), mode == "dependent launches"
     if barrier and launch.interpreted() and x.device.type == "cpu" and config.programs > 1:
         raise ValueError(f"programs={config.programs}; a barrier takes one in the interpreter, which runs them in turn")
     constants = dict(
-        BLOCK_ROWS=config.block_rows,
-        BLOCK=config.block,
-        CHUNKS=config.chunks,
-        CHAINED=mode != "independent",
-        AHEAD=MODES[mode],
-        BARRIER=barrier,
-        DEPENDENT=dependent,
-        num_warps=config.num_warps,
-        num_stages=1,
-    )
+        BLOCK_ROWS=config.block_rows, BLOCK=config.block, CHUNKS=config.chunks, CHAINED=mode != "independent",
+        AHEAD=MODES[mode], BARRIER=barrier, DEPENDENT=dependent, num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
     each = 1 if mode.endswith("launches") else phases
     for first in range(0, phases, each):
         source = x if first == 0 else out[first - 1]
@@ -258,7 +249,7 @@ def matvec_chain_fwd(x: Tensor, weights: Tensor, out: Tensor, arrived: Tensor, p
         launch.launch(_matvec_chain_fwd_kernel, (config.programs,), *args, **launches, **constants)
 
 
-def _check_resident(config: Config, args: tuple, constants: dict) -> None:
+def _check_resident(config: MatvecChainConfig, args: tuple, constants: dict) -> None:
     """`check_resident` of the compiled kernel; the device must be the current one."""
     device = args[0].device
     with launch.on(device):

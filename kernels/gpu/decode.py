@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from . import launch
+from .launch import ceil_div, check, power_of_2
 
 MAX_SPLITS = 8
 BLOCK_M = 16  # queries of a program: the least that a matrix product takes, since few programs are what is slow
@@ -161,7 +162,7 @@ def _combine_splits_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
+class DecodeConfig:
     block_n: int
     block_d: int
     splits: int
@@ -169,7 +170,7 @@ class Config:
     num_warps: int
 
 
-def decode_attention_config(programs: int, prefix: int, dim_head: int, wide: bool) -> Config:
+def decode_attention_config(programs: int, prefix: int, dim_head: int, wide: bool) -> DecodeConfig:
     """How one call is laid out.
 
     Args:
@@ -177,7 +178,7 @@ def decode_attention_config(programs: int, prefix: int, dim_head: int, wide: boo
         prefix: columns.
         wide: whether products are of fp32.
     """
-    block_d = max(32, launch.power_of_2(dim_head))
+    block_d = max(32, power_of_2(dim_head))
     # where heads are not aligned every element takes a pointer; and fp32 queries stand in registers twice, as the high
     # and low part of tf32x3, which at 128 wide leaves little room
     aligned = dim_head % 16 == 0
@@ -187,8 +188,8 @@ def decode_attention_config(programs: int, prefix: int, dim_head: int, wide: boo
         block_n = 32 if wide and not aligned else 64
     num_warps = 4 if block_d == 32 else 8
     splits = min(MAX_SPLITS, prefix // 256) if prefix >= 512 and programs <= 64 else 1
-    span = launch.ceil_div(launch.ceil_div(prefix, splits), block_n) * block_n
-    return Config(block_n, block_d, launch.ceil_div(prefix, span), span, num_warps)
+    span = ceil_div(ceil_div(prefix, splits), block_n) * block_n
+    return DecodeConfig(block_n, block_d, ceil_div(prefix, span), span, num_warps)
 
 
 def decode_attention_fwd(
@@ -209,7 +210,7 @@ def decode_attention_fwd(
     prompts, prefix = prefix_k.shape[:2]
     group = heads // kv_heads
     wide = q.dtype != prefix_k.dtype or q.dtype == torch.float32
-    programs = rows * kv_heads * launch.ceil_div(seq * group, BLOCK_M)
+    programs = rows * kv_heads * ceil_div(seq * group, BLOCK_M)
     config = decode_attention_config(programs, prefix, dim_head, wide)
     out = launch.empty((rows, seq, heads * dim_head), q)
     split = config.splits > 1
@@ -234,21 +235,13 @@ def decode_attention_fwd(
     return out
 
 
-_decode_attention = launch.custom_op("decode_attention")(decode_attention_fwd)
-
-
-@_decode_attention.register_fake
-def _(q, k, v, prefix_k, prefix_v, cos, sin, bias, mask, scale, cosine):
-    return launch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), q)
-
-
 def _by_reference(q, k, v, prefix_k, prefix_v, cos, sin, bias, mask, scale, cosine) -> Tensor:
-    rotary = None if cos is None else (cos, sin)
-    return reference.decode_attention(
-        q, k, v, prefix_k, prefix_v, scale=scale, rotary=rotary, cosine=cosine, bias=bias, mask=mask
-    )
+    options = dict(scale=scale, rotary=None if cos is None else (cos, sin), cosine=cosine, bias=bias, mask=mask)
+    return reference.decode_attention(q, k, v, prefix_k, prefix_v, **options)
 
 
+_decode_attention = launch.custom_op("decode_attention", decode_attention_fwd)
+_decode_attention.register_fake(lambda q, *_: launch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), q))
 launch.by_reference(_decode_attention, _by_reference)
 
 
@@ -265,14 +258,11 @@ def decode_attention(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`reference.decode_attention` as one kernel, or two; its gradients are those of the reference, run again.
+    """`ops.decode_attention` as one kernel, or two; its gradients are those of the reference, run again.
 
-    Args:
-        q, k, v, prefix_k, prefix_v, scale, rotary, cosine, bias, mask: see `reference.decode_attention`; at most 16
-            suffix tokens, dim_head from 16 to 128, and every last dimension but that of `bias` contiguous. Products
-            are of 16 bits where q and the prefix are both of one such dtype, and otherwise of fp32.
-    Returns:
-        (rows, seq, heads * dim_head) in the dtype of q.
+    There are at most 16 suffix tokens, dim_head is from 16 to 128, and every last dimension but that of `bias` is
+    contiguous. Products are of 16 bits where q and the prefix are both of one such dtype, and otherwise of fp32.
+
     Raises:
         TypeError: a dtype is not fp32, bf16 or fp16; q, k and v, or prefix_k and prefix_v, differ in it.
         ValueError: shapes do not fit each other or the limits, or devices differ.
@@ -284,23 +274,12 @@ def decode_attention(
     suffix, kv_heads = k.shape[1:3]
     prompts, prefix = prefix_k.shape[:2]
     cos, sin = rotary or (None, None)
-    shapes = dict(
-        q=(q, q.shape),
-        k=(k, (rows, suffix, kv_heads, dim_head)),
-        v=(v, (rows, suffix, kv_heads, dim_head)),
-        prefix_k=(prefix_k, (prompts, prefix, kv_heads, dim_head)),
-        prefix_v=(prefix_v, (prompts, prefix, kv_heads, dim_head)),
-        bias=(bias, (suffix, heads, prefix + suffix)),
-        mask=(mask, (prompts, prefix)),
-        cos=(cos, (suffix, cos.shape[-1]) if rotary else ()),
-        sin=(sin, (suffix, cos.shape[-1]) if rotary else ()),
-    )
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None:
-            launch.check_shape(name, tensor, shape, q)
-            launch.check_dtype(name, tensor)
-            if name != "bias":
-                launch.check_last_contiguous(name, tensor)
+    own, cached = (rows, suffix, kv_heads, dim_head), (prompts, prefix, kv_heads, dim_head)
+    check(q, contiguous=True, q=(q, q.shape), k=(k, own), v=(v, own))
+    check(q, contiguous=True, prefix_k=(prefix_k, cached), prefix_v=(prefix_v, cached), mask=(mask, (prompts, prefix)))
+    check(q, bias=(bias, (suffix, heads, prefix + suffix)))
+    if rotary:
+        check(q, contiguous=True, cos=(cos, (suffix, cos.shape[-1])), sin=(sin, (suffix, cos.shape[-1])))
     for name, tensor, other, like in (("k", k, "q", q), ("v", v, "q", q), ("prefix_v", prefix_v, "prefix_k", prefix_k)):
         if tensor.dtype != like.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {like.dtype}, as {other} is")

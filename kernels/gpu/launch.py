@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..arguments import flat
+
 TYPE_NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
@@ -24,24 +26,15 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of a kernel: what Triton's compiler is given besides the target.
-
-    Attributes:
-        kernel: the jitted function.
-        signature: (argument, Triton type) of every argument; "constexpr" for the constants.
-        constants: (argument, value) of the constants: constexprs, arguments that are None, and integers that are 1.
-        num_warps, num_stages: of the launch.
-        flags: (option, value) of the launch besides, such as ("launch_pdl", True).
-        divisible: arguments whose value is a multiple of 16; not part of the identity, since any call may differ in it.
-    """
+    """One compilation of a kernel: what Triton's compiler is given besides the target."""
 
     kernel: object
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
+    signature: tuple[tuple[str, str], ...]  # the Triton type of every argument, "constexpr" for the constants
+    constants: tuple[tuple[str, object], ...]  # constexprs, arguments that are None, and integers that are 1
     num_warps: int
     num_stages: int
-    flags: tuple[tuple[str, bool], ...]
-    divisible: tuple[str, ...] = field(compare=False)
+    flags: tuple[tuple[str, bool], ...]  # other options of the launch, such as ("launch_pdl", True)
+    divisible: tuple[str, ...] = field(compare=False)  # arguments that are multiples of 16: any call may differ
 
 
 def launch(
@@ -165,23 +158,19 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def custom_op(name: str) -> Callable[[Callable], torch.library.CustomOpDef]:
-    """Make a launcher an operation `fastprior::name` of PyTorch, which changes none of its arguments."""
+def custom_op(name: str, launcher: Callable, *, flatten: bool = False) -> torch.library.CustomOpDef:
+    """Make a launcher an operation `fastprior::name` of PyTorch, which changes none of its arguments.
 
-    def register(launcher: Callable) -> torch.library.CustomOpDef:
-        LAUNCHERS[f"fastprior::{name}"] = launcher
-        return torch.library.custom_op(f"fastprior::{name}", launcher, mutates_args=())
-
-    return register
+    Args:
+        flatten: the launcher begins with a tuple, whose fields are arguments of the operation: see `arguments.flat`.
+    """
+    launcher, schema = flat(launcher) if flatten else (launcher, None)
+    LAUNCHERS[f"fastprior::{name}"] = launcher
+    return torch.library.custom_op(f"fastprior::{name}", launcher, mutates_args=(), schema=schema)
 
 
 def by_reference(op, reference: Callable) -> None:
-    """Give a custom op the gradient of its reference, run again in backward.
-
-    Args:
-        op: from `torch.library.custom_op`.
-        reference: takes the op's arguments and returns its results.
-    """
+    """Give a custom op the gradient of its reference, of the same arguments and results, run again in backward."""
 
     def setup_context(ctx, inputs, output):
         ctx.kinds = [isinstance(i, Tensor) for i in inputs]
@@ -210,19 +199,36 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FL
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be one of {names}")
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise ValueError unless the tensor has this shape, has elements, and lies on the device of `like`."""
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
-    if tensor.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; no dimension may be zero")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}; it must be on {like.device}, as the other tensors are")
+def check(
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...] | None = FLOATS,
+    *,
+    contiguous: bool = False,
+    **tensors: tuple[Tensor | None, tuple[int, ...]],
+) -> None:
+    """Raise TypeError or ValueError unless tensors fit a kernel.
 
-
-def check_last_contiguous(name: str, tensor: Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be contiguous there")
+    Args:
+        like: they must be on its device.
+        dtypes: those allowed; None for any.
+        contiguous: in the last dimension.
+        **tensors: each with the shape that it must have, without zeros; None is let pass.
+    """
+    device = like.device
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None:
+            continue
+        if dtypes is not None:
+            check_dtype(name, tensor, dtypes)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; no dimension may be zero")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, as the other tensors are")
+        if contiguous and tensor.ndim and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            stride = tensor.stride(-1)
+            raise ValueError(f"{name} has stride {stride} in its last dimension; it must be contiguous there")
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ..arguments import LinearArgs, flat
 from . import launch, norm, workspace
-from .launch import as_rows, ceil_div, check_dtype, check_last_contiguous, check_shape, promoted
+from .launch import as_rows, ceil_div, check, check_dtype, promoted
 
 MAX_ROWS = 64
 MAX_NORM_ROWS = 16  # each program normalises all rows for itself
@@ -174,7 +175,7 @@ def _linear_fwd_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
+class LinearConfig:
     """How a linear is launched; `splits` programs share the sum of one tile of the result."""
 
     block_m: int
@@ -185,7 +186,7 @@ class Config:
     num_warps: int = 4
 
 
-def linear_config(rows: int, inner: int, dim: int, itemsize: int) -> Config:
+def linear_config(rows: int, inner: int, dim: int, itemsize: int) -> LinearConfig:
     """The launch configuration for `rows` of `dim` operands of `itemsize` bytes, and `inner` results of each."""
     block_m = next(block for block in (16, 32, 64) if rows <= block)
     block_k = 32 if itemsize == 4 else 128  # a product of fp32 takes many registers
@@ -193,155 +194,65 @@ def linear_config(rows: int, inner: int, dim: int, itemsize: int) -> Config:
     steps = ceil_div(dim, block_k)
     # wide tiles read x half as often; 96 programs of them keep memory busy, and splitting has a price
     if steps == 1 or ceil_div(inner, 32) >= 96:
-        return Config(block_m, 32, block_k, 1, num_stages)
+        return LinearConfig(block_m, 32, block_k, 1, num_stages)
     splits = max(2, ceil_div(132, ceil_div(inner, 16)))  # of narrow tiles, one program for each multiprocessor
     splits = min(splits, steps, MAX_SPLITS)
-    return Config(block_m, 16, block_k, ceil_div(steps, ceil_div(steps, splits)), num_stages)  # none is empty
+    return LinearConfig(block_m, 16, block_k, ceil_div(steps, ceil_div(steps, splits)), num_stages)  # none is empty
 
 
-def linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    beside: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    stream: Tensor | None = None,
-    stream_gain: Tensor | None = None,
-    norm_gain: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch `linear` of 1 to 64 rows, with norms of 1 to 16; see `reference.linear`.
+def linear_fwd(args: LinearArgs) -> tuple[Tensor, Tensor]:
+    """Launch `linear` of 1 to 64 rows (rows, in), with norms of 1 to 16.
 
-    A sum that is split takes the `workspace` that is current; without one it makes and clears its own.
+    x, weights, stream and residual have any row stride. A sum that is split takes the `workspace` that is current;
+    without one it makes and clears its own.
 
-    Args:
-        x: (rows, in), of any row stride, as are the weights, `stream` and `residual`.
-        residual: (rows, out), or (rows, out / 2) with "swiglu".
-        dtype: by default that of `x`.
     Returns:
-        the result, and with a stream its sum.
+        the result, and the sum of a stream, which is empty without one.
     """
-    rows, dim = x.shape
-    config, tiles, columns = _layout(x, weight, beside, activation, dtype)
+    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, _ = args
+    (rows, dim), columns, dtype = x.shape, args.columns, args.product_dtype
+    inner = columns - (0 if beside is None else len(beside))
+    config = linear_config(rows, columns, dim, dtype.itemsize)
+    tiles = ceil_div(inner, config.block_n) + ceil_div(columns - inner, config.block_n)
     sums = counters = None
     if config.splits > 1:
-        shared, outputs = workspace.current(), len(weight) + (0 if beside is None else len(beside))
-        sums, counters = shared.sums((config.splits, rows, outputs), x), shared.counters(tiles, x)
-    dtype = dtype or x.dtype
-    out = launch.empty((rows, columns), x, _result_dtype(dtype, residual))
-    total = None if stream is None else launch.empty((rows, dim), x, promoted(x, stream))
+        shared = workspace.current()
+        sums, counters = shared.sums((config.splits, rows, args.outputs), x), shared.counters(tiles, x)
+    out, total = _results(args)
     launch.launch(
-        _linear_fwd_kernel,
-        (tiles, config.splits),
-        *(x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, residual, out, total),
-        *(sums, counters, rows, _inner(weight, activation), columns, dim),
-        *(ceil_div(dim, config.block_k * config.splits) * config.block_k, config.splits),
-        *(0 if t is None else t.stride(0) for t in (x, weight, beside, stream, residual)),
-        eps,
-        ACTIVATION=activation,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_NORM=512 // dtype.itemsize,
-        OPERAND=OPERANDS[dtype],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        _linear_fwd_kernel, (tiles, config.splits),
+        x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, residual,
+        out, None if stream is None else total, sums, counters, rows, inner, columns, dim,
+        ceil_div(dim, config.block_k * config.splits) * config.block_k, config.splits,
+        *(0 if t is None else t.stride(0) for t in (x, weight, beside, stream, residual)), eps,
+        ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_NORM=512 // dtype.itemsize, OPERAND=OPERANDS[dtype],
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return out, total
 
 
-def _inner(weight: Tensor, activation: str | None) -> int:
-    """Columns of the result that a weight makes."""
-    return weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+def _results(args: LinearArgs) -> tuple[Tensor, Tensor]:
+    x, stream = args.x, args.stream
+    out = launch.empty((len(x), args.columns), x, args.result_dtype)
+    return out, x.new_empty(0) if stream is None else launch.empty(x.shape, x, promoted(x, stream))
 
 
-def _result_dtype(dtype: torch.dtype, residual: Tensor | None) -> torch.dtype:
-    return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+def _reference(*given) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.linear`, which takes a bias in the dtype of the product alone."""
+    args = LinearArgs(*given)
+    if args.bias is not None and args.scale is None:
+        args = args._replace(bias=args.bias.to(args.dtype))
+    return reference.linear(args)
 
 
-def _layout(
-    x: Tensor, weight: Tensor, beside: Tensor | None, activation: str | None, dtype: torch.dtype | None
-) -> tuple[Config, int, int]:
-    """The configuration, and the tiles and columns of the result."""
-    widths = [_inner(w, activation) for w in (weight, beside) if w is not None]
-    config = linear_config(len(x), sum(widths), x.shape[1], (dtype or x.dtype).itemsize)
-    return config, sum(ceil_div(width, config.block_n) for width in widths), sum(widths)
-
-
-@launch.custom_op("linear")
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    beside: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    stream: Tensor | None,
-    stream_gain: Tensor | None,
-    norm_gain: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The sum is empty without a stream."""
-    out, total = linear_fwd(
-        x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
-    )
-    return out, x.new_empty(0) if total is None else total
-
-
-@_linear.register_fake
-def _(x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype):
-    columns = _inner(weight, activation) + (0 if beside is None else len(beside))
-    out = x.new_empty((x.shape[0], columns), dtype=_result_dtype(dtype, residual))
-    return out, x.new_empty(0) if stream is None else x.new_empty(x.shape, dtype=promoted(x, stream))
-
-
-def _reference(
-    x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
-):  # fmt: skip
-    return reference.linear(
-        x,
-        weight,
-        bias if bias is None or scale is not None else bias.to(dtype),
-        beside=beside,
-        scale=scale,
-        stream=stream,
-        stream_gain=stream_gain,
-        norm_gain=norm_gain,
-        norm_bias=norm_bias,
-        eps=eps,
-        activation=activation,
-        residual=residual,
-        dtype=dtype,
-    )
-
-
+_linear = launch.custom_op("linear", linear_fwd, flatten=True)
+_linear.register_fake(flat(_results)[0])
 launch.by_reference(_linear, _reference)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    beside: Tensor | None = None,
-    scale: Tensor | None = None,
-    stream: Tensor | None = None,
-    stream_gain: Tensor | None = None,
-    norm_gain: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.linear` by one kernel, for up to 64 rows; PyTorch computes more, and every gradient.
+def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
+    """`ops.linear` by one kernel, for up to 64 rows; PyTorch computes more, and every gradient.
 
     Norms of more than 16 rows are kernels of their own. Sums are accumulated and finished in fp32. float8 weights need
     compute capability 8.9.
@@ -351,68 +262,60 @@ def linear(
             of a larger one, with a stride between its rows.
         TypeError: where the weights have neither the dtype of the product nor, with `scale`, are int8 or float8_e4m3fn.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}; it must be None, 'gelu' or 'swiglu'")
-    check_dtype("x", x)
-    check_shape("x", x, x.shape, x)
+    _check(args)
+    leading, dtype, gain = args.x.shape[:-1], args.product_dtype, args.norm_gain
+    x, residual, stream = (None if t is None else as_rows(t) for t in (args.x, args.residual, args.stream))
+    rows, shift = x.shape[0], None if gain is None else args.norm_bias
+    args = args._replace(x=x, residual=residual, stream=stream, norm_bias=shift, dtype=dtype)
+    total = None
+    if rows > MAX_NORM_ROWS and (stream is not None or gain is not None):
+        if stream is not None:
+            x = total = norm.layer_norm(x, args.stream_gain, eps=args.eps, after=stream)
+        if gain is not None:
+            x = norm.layer_norm(x, gain, shift, args.eps, dtype=dtype)
+        args = args._replace(x=x.to(dtype), stream=None, stream_gain=None, norm_gain=None, norm_bias=None)
+    if rows > MAX_ROWS:
+        out = _reference(*args)
+    else:
+        out, summed = _linear(*args)
+        total = total if args.stream is None else summed
+    out = out.view(*leading, args.columns)
+    return out if total is None else (out, total.view(*leading, -1))
+
+
+def _check(args: LinearArgs) -> None:
+    x, weight, beside, scale, dtype = args.x, args.weight, args.beside, args.scale, args.product_dtype
+    if args.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={args.activation!r}; it must be None, 'gelu' or 'swiglu'")
+    check(x, x=(x, x.shape))
     if x.ndim == 0 or weight.ndim != 2:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; they must be (..., in), (out, in)"
         )
-    outputs, dim = weight.shape
-    if activation == "swiglu" and (outputs % 2 or beside is not None):
-        wrong = f"weight has {outputs} rows" if beside is None else "a weight stands beside"
+    if args.activation == "swiglu" and (len(weight) % 2 or beside is not None):
+        wrong = f"weight has {len(weight)} rows" if beside is None else "a weight stands beside"
         raise ValueError(f"{wrong}; 'swiglu' needs one weight, with an even number of rows")
-    weights = dict(weight=weight) if beside is None else dict(weight=weight, beside=beside)
-    normed = stream is not None or norm_gain is not None
-    if dtype is None:
-        dtype = weight.dtype if normed and scale is None else x.dtype
-    if dtype != x.dtype and not normed:
-        raise TypeError(f"dtype={dtype}; without a norm it must be that of x, {x.dtype}")
-    for name, given in weights.items():
-        check_shape(name, given, (len(given), x.shape[-1]), x)
-        check_last_contiguous(name, given)
-        if scale is None and given.dtype != dtype:
-            raise TypeError(f"{name} has dtype {given.dtype}; without a scale it must be that of the product, {dtype}")
+    if args.dtype not in (None, dtype):
+        raise TypeError(f"dtype={args.dtype}; without a norm it must be that of x, {x.dtype}")
+    if (args.stream is None) != (args.stream_gain is None):
+        raise ValueError("stream and stream_gain must be given together")
+    dim, outputs = x.shape[-1], args.outputs
+    for name, given in ("weight", weight), ("beside", beside):
+        if given is None:
+            continue
+        check(x, None, contiguous=True, **{name: (given, (given.shape[0], dim))})
         if scale is not None:
             check_dtype(f"{name} (with a scale)", given, QUANTISED)
-            check_dtype("scale", scale, (torch.float32,))
-    if (stream is None) != (stream_gain is None):
-        raise ValueError("stream and stream_gain must be given together")
-    if norm_gain is None:
-        norm_bias = None
-    outputs = sum(map(len, weights.values()))
-    vectors = dict(
-        bias=(bias, outputs),
-        scale=(scale, outputs),
-        stream_gain=(stream_gain, dim),
-        norm_gain=(norm_gain, dim),
-        norm_bias=(norm_bias, dim),
-    )
-    for name, (vector, length) in vectors.items():
-        if vector is not None:
-            check_dtype(name, vector)
-            check_shape(name, vector, (length,), x)
-            check_last_contiguous(name, vector)
-    shape = (*x.shape[:-1], outputs // 2 if activation == "swiglu" else outputs)
-    for name, given, wanted in ("residual", residual, shape), ("stream", stream, x.shape):
-        if given is not None:
-            check_dtype(name, given)
-            check_shape(name, given, wanted, x)
-
-    rows, given = x.numel() // dim, x.shape
-    x, residual, stream = (None if t is None else as_rows(t) for t in (x, residual, stream))
-    total = None
-    if rows > MAX_NORM_ROWS and normed:
-        if stream is not None:
-            x = total = norm.layer_norm(x, stream_gain, eps=eps, after=stream)
-        if norm_gain is not None:
-            x = norm.layer_norm(x, norm_gain, norm_bias, eps, dtype=dtype)
-        x, stream, stream_gain, norm_gain, norm_bias = x.to(dtype), None, None, None, None
-    around = beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype
-    if rows > MAX_ROWS:
-        out = _reference(x, weight, *around)
-    else:
-        out, own = _linear(x, weight, *around)
-        total = own if total is None and stream is not None else total
-    return out.view(shape) if total is None else (out.view(shape), total.view(given))
+        elif given.dtype != dtype:
+            raise TypeError(f"{name} has dtype {given.dtype}; without a scale it must be that of the product, {dtype}")
+    if scale is not None:
+        check(x, (torch.float32,), contiguous=True, scale=(scale, (outputs,)))
+    if args.bias is not None:
+        check(x, contiguous=True, bias=(args.bias, (outputs,)))
+    if args.norm_gain is not None:
+        check(x, contiguous=True, norm_gain=(args.norm_gain, (dim,)), norm_bias=(args.norm_bias, (dim,)))
+    if args.stream is not None:
+        check(x, stream=(args.stream, x.shape))
+        check(x, contiguous=True, stream_gain=(args.stream_gain, (dim,)))
+    if args.residual is not None:
+        check(x, residual=(args.residual, (*x.shape[:-1], args.columns)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from . import launch
-from .launch import FLOATS, as_rows, ceil_div, check_dtype, check_shape, power_of_2, promoted
+from .launch import FLOATS, as_rows, ceil_div, check, power_of_2, promoted
 
 MAX_DIM = 4096  # longer rows do not fit the registers of a program in backward
 TILE = 4096  # elements that a program holds at once
@@ -151,7 +151,7 @@ def _layer_norm_bwd_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
+class NormConfig:
     """A tile of whole rows: `rows` of `block` elements."""
 
     rows: int
@@ -159,13 +159,13 @@ class Config:
     num_warps: int
 
 
-def layer_norm_config(dim: int) -> Config:
+def layer_norm_config(dim: int) -> NormConfig:
     if dim > MAX_DIM:
         raise ValueError(f"dim={dim}; it must be at most {MAX_DIM}")
     block = max(power_of_2(dim), 256)  # shorter rows are many to a tile, and need no variants of their own
     # with fewer, rows of 4096 with every option spill in backward
     num_warps = 16 if block == 4096 else 4
-    return Config(TILE // block, block, num_warps)
+    return NormConfig(TILE // block, block, num_warps)
 
 
 def layer_norm_fwd(
@@ -179,15 +179,17 @@ def layer_norm_fwd(
     rms: bool,
     l2: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """The norm of rows (rows, dim) in `dtype`, and the sum of x and residual; there may be a stride between rows."""
+) -> tuple[Tensor, Tensor]:
+    """The norm of rows (rows, dim) in `dtype`, and the sum of x and residual, empty without one.
+
+    There may be a stride between rows.
+    """
     rows, dim = x.shape
-    out = launch.empty((rows, dim), x, dtype)
-    total = None if residual is None else launch.empty((rows, dim), x, promoted(x, residual))
+    out, total = launch.empty((rows, dim), x, dtype), _total(x, residual)
     config = layer_norm_config(dim)
     launch.launch(
         _layer_norm_fwd_kernel, (ceil_div(rows, config.rows),),
-        x, gain, bias, residual, after, out, total,
+        x, gain, bias, residual, after, out, None if residual is None else total,
         rows, dim, *(_row_stride(t) for t in (x, residual, after)), eps,
         STABLE=stable, RMS=rms, L2=l2, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
@@ -207,8 +209,8 @@ def layer_norm_bwd(
     need_dx: bool,
     need_dgain: bool,
     need_dbias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the sum, in its dtype, and of gain and bias, in fp32; None where they are not needed."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the sum, in its dtype, and of gain and bias, in fp32; empty where they are not needed."""
     rows, dim = total.shape
     config = layer_norm_config(dim)
     programs = min(ceil_div(rows, config.rows), PARTS)
@@ -222,63 +224,32 @@ def layer_norm_bwd(
         rows, dim, *(_row_stride(t) for t in (dout, dtotal, total)), eps,
         STABLE=stable, RMS=rms, L2=l2, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
-    return dx, *(None if parts is None else parts.sum(0) for parts in (dgain, dbias))
+    grads = dx, *(None if parts is None else parts.sum(0) for parts in (dgain, dbias))
+    return tuple(total.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _total(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x.new_empty(0) if residual is None else launch.empty(x.shape, x, promoted(x, residual))
 
 
 def _row_stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-@launch.custom_op("layer_norm")
-def _layer_norm(
-    x: Tensor,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    after: Tensor | None,
-    eps: float,
-    stable: bool,
-    rms: bool,
-    l2: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    out, total = layer_norm_fwd(x, gain, bias, residual, after, eps, stable, rms, l2, dtype)
-    return out, x.new_empty(0) if total is None else total
+_layer_norm = launch.custom_op("layer_norm", layer_norm_fwd)
+_layer_norm_bwd = launch.custom_op("layer_norm_bwd", layer_norm_bwd)
 
 
 @_layer_norm.register_fake
 def _(x, gain, bias, residual, after, eps, stable, rms, l2, dtype):
-    total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=promoted(x, residual))
-    return x.new_empty(x.shape, dtype=dtype), total
-
-
-@launch.custom_op("layer_norm_bwd")
-def _layer_norm_bwd(
-    dout: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    stable: bool,
-    rms: bool,
-    l2: bool,
-    need_dx: bool,
-    need_dgain: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    needed = need_dx, need_dgain, need_dbias
-    grads = layer_norm_bwd(dout, dtotal, total, gain, bias, eps, stable, rms, l2, *needed)
-    dx, dgain, dbias = (total.new_empty(0) if g is None else g for g in grads)
-    return dx, dgain, dbias
+    return launch.empty(x.shape, x, dtype), _total(x, residual)
 
 
 @_layer_norm_bwd.register_fake
-def _(dout, dtotal, total, gain, bias, eps, stable, rms, l2, need_dx, need_dgain, need_dbias):
-    dx = torch.empty_like(total, memory_format=torch.contiguous_format) if need_dx else total.new_empty(0)
+def _(dout, dtotal, total, gain, bias, eps, stable, rms, l2, need_dx, *need_vectors):
+    dx = total.new_empty(total.shape if need_dx else 0)
     dgain, dbias = (
-        total.new_empty(total.shape[1], dtype=torch.float32) if need else total.new_empty(0)
-        for need in (need_dgain, need_dbias)
+        total.new_empty(total.shape[1:], dtype=torch.float32) if need else total.new_empty(0) for need in need_vectors
     )
     return dx, dgain, dbias
 
@@ -321,17 +292,12 @@ def layer_norm(
     l2: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.layer_norm` as one kernel, and one more for all its gradients; PyTorch computes rows beyond 4096.
+    """`ops.layer_norm` as one kernel, and one more for all its gradients; PyTorch computes rows beyond 4096.
 
     All is computed in fp32, from gain and bias in the dtype that they are stored in; the sum with `residual` is rounded
-    to its dtype before it is normalised. Nothing is kept for backward but `x`, or the sum.
+    to its dtype before it is normalised. Nothing is kept for backward but `x`, or the sum. x, residual and after may
+    have any strides; those whose rows are not contiguous, or not at one stride from each other, are copied.
 
-    Args:
-        x: (..., dim). x, residual and after may have any strides; those whose rows are not contiguous, or not at one
-            stride from each other, are copied.
-        gain, bias, eps, stable, rms, residual, after, l2, dtype: see `reference.layer_norm`.
-    Returns:
-        (..., dim), contiguous; with `residual` also the sum, in the wider dtype of the two.
     Raises:
         TypeError: a dtype is not fp32, bf16 or fp16.
         ValueError: shapes do not fit, devices differ, or a dimension is zero.
@@ -339,12 +305,8 @@ def layer_norm(
     if x.ndim == 0:
         raise ValueError("x has no dimensions; it must be (..., dim)")
     dim = x.shape[-1]
-    tensors = dict(x=(x, x.shape), gain=(gain, (dim,)), bias=(bias, (dim,)))
-    tensors |= dict(residual=(residual, x.shape), after=(after, x.shape))
-    for name, (tensor, shape) in tensors.items():
-        if tensor is not None:
-            check_dtype(name, tensor)
-            check_shape(name, tensor, shape, x)
+    same = dict(x=(x, x.shape), residual=(residual, x.shape), after=(after, x.shape))
+    check(x, **same, gain=(gain, (dim,)), bias=(bias, (dim,)))
     if dtype is None:
         dtype = promoted(x, residual, after)
     elif dtype not in FLOATS:
@@ -357,8 +319,3 @@ def layer_norm(
     out, total = _layer_norm(rows, gain, bias, residual_rows, after_rows, eps, stable, rms, l2, dtype)
     out = out.view(x.shape)
     return out if residual is None else (out, total.view(x.shape))
-
-
-def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-5, **options) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm `x / sqrt(mean(x^2) + eps) * gain` (Zhang & Sennrich 2019), with the options of `layer_norm`."""
-    return layer_norm(x, gain, eps=eps, rms=True, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from . import launch, philox
-from .launch import FLOATS, check_dtype, check_last_contiguous, check_shape, power_of_2
+from .launch import check, power_of_2
 
 MAX_DIM = 4096
 CLAMPS = None, "range", "l2"
@@ -89,19 +89,19 @@ def _diffusion_step_fwd_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
+class StepConfig:
     """One row a program, of `block` elements."""
 
     block: int
     num_warps: int
 
 
-def diffusion_step_config(dim: int) -> Config:
+def diffusion_step_config(dim: int) -> StepConfig:
     if dim > MAX_DIM:
         raise ValueError(f"dim={dim}; it must be at most {MAX_DIM}")
     block = max(power_of_2(dim), 256)
     # no more threads than groups of 4 elements: every element is read by one thread alone, as in-place results need
-    return Config(block=block, num_warps=max(block // 256, 2))
+    return StepConfig(block=block, num_warps=max(block // 256, 2))
 
 
 def diffusion_step_fwd(
@@ -117,47 +117,28 @@ def diffusion_step_fwd(
     radius: float,
     null_table: Tensor | None,
     seed: Tensor | None,
-    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The next x, and x0, as new tensors or in `out`, which may be `(x, x0_prev)` themselves. Checks nothing."""
-    rows, dim = x.shape
-    x_next, x0 = (launch.empty((rows, dim), x), launch.empty((rows, dim), x)) if out is None else out
-    null = null_pred if null_table is None else null_table
-    strides = (0 if t is None else t.stride(0) for t in (x, pred, null, x0_prev, noise, x_next, x0))
+    """The next x, and x0. Checks nothing."""
+    out = launch.empty(x.shape, x), launch.empty(x.shape, x)
+    inputs = x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
+    diffusion_step_into(out, *inputs)
+    return out
+
+
+def diffusion_step_into(
+    out, x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
+) -> None:
+    """Write the next x, and x0, to two tensors, which may be x and x0_prev themselves; see `diffusion_step_fwd`."""
+    (rows, dim), null = x.shape, null_pred if null_table is None else null_table
+    strides = (0 if t is None else t.stride(0) for t in (x, pred, null, x0_prev, noise, *out))
     config = diffusion_step_config(dim)
     launch.launch(
         _diffusion_step_fwd_kernel, (rows,),
-        x, pred, null, cond_scale, x0_prev, noise, table, index, seed if noise is None else None, x_next, x0,
+        x, pred, null, cond_scale, x0_prev, noise, table, index, seed if noise is None else None, *out,
         dim, *strides, *(int(t.numel() > 1) for t in (cond_scale, index)), radius,
         CLAMP=clamp, NULL_BY_INDEX=null_table is not None, BLOCK=config.block,
         num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
-    return x_next, x0
-
-
-@launch.custom_op("diffusion_step")
-def _diffusion_step(
-    x: Tensor,
-    pred: Tensor,
-    null_pred: Tensor | None,
-    cond_scale: Tensor,
-    x0_prev: Tensor,
-    noise: Tensor | None,
-    table: Tensor,
-    index: Tensor,
-    clamp: str | None,
-    radius: float,
-    null_table: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return diffusion_step_fwd(
-        x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
-    )
-
-
-@_diffusion_step.register_fake
-def _(x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def _reference(*inputs):
@@ -165,6 +146,8 @@ def _reference(*inputs):
     return reference.diffusion_step(*positional, null_table=null_table, seed=seed)
 
 
+_diffusion_step = launch.custom_op("diffusion_step", diffusion_step_fwd)
+_diffusion_step.register_fake(lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
 launch.by_reference(_diffusion_step, _reference)
 
 
@@ -183,14 +166,11 @@ def diffusion_step(
     null_table: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.diffusion_step` as one kernel; PyTorch computes rows beyond 4096, and every gradient.
+    """`ops.diffusion_step` as one kernel; PyTorch computes rows beyond 4096, and every gradient.
 
-    Args:
-        x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed: see
-            `reference.diffusion_step`; last dimensions contiguous. cond_scale and index may also be (1,). They are
-            read on the device, so an index beyond the table is not noticed: the result is then undefined.
-    Returns:
-        the next x, and x0, (rows, dim) fp32, contiguous.
+    Last dimensions must be contiguous. cond_scale and index may also be (1,). They are read on the device, so an index
+    beyond the table is not noticed: the result is then undefined.
+
     Raises:
         TypeError: x, x0_prev, noise, table or cond_scale is not fp32; a prediction is not fp32, bf16 or fp16; index or
             seed is not int64.
@@ -204,26 +184,13 @@ def diffusion_step(
         raise ValueError("noise=None and seed=None; one of them must be given")
     if table.ndim != 2:
         raise ValueError(f"table has shape {tuple(table.shape)}; it must be (steps, 6)")
-    fp32, int64 = (torch.float32,), (torch.int64,)
-    rows, steps = len(x), len(table)
-    tensors = (
-        ("x", x, x.shape, fp32),
-        ("pred", pred, x.shape, FLOATS),
-        ("null_pred", null_pred, x.shape, FLOATS),
-        ("cond_scale", cond_scale, _per_row(cond_scale, rows), fp32),
-        ("x0_prev", x0_prev, x.shape, fp32),
-        ("noise", noise, x.shape, fp32),
-        ("table", table, (steps, 6), fp32),
-        ("index", index, _per_row(index, rows), int64),
-        ("null_table", null_table, (steps, x.shape[1]), FLOATS),
-        ("seed", seed, (), int64),
-    )
-    for name, tensor, shape, dtypes in tensors:
-        if tensor is not None:
-            check_dtype(name, tensor, dtypes)
-            check_shape(name, tensor, shape, x)
-            if tensor.ndim == 2:
-                check_last_contiguous(name, tensor)
+    rows, steps, shape = len(x), len(table), x.shape
+    fp32 = dict(x=(x, shape), x0_prev=(x0_prev, shape), noise=(noise, shape), table=(table, (steps, 6)))
+    check(x, (torch.float32,), contiguous=True, **fp32)
+    check(x, (torch.float32,), cond_scale=(cond_scale, _per_row(cond_scale, rows)))
+    check(x, (torch.int64,), index=(index, _per_row(index, rows)), seed=(seed, ()))
+    preds = dict(pred=(pred, shape), null_pred=(null_pred, shape), null_table=(null_table, (steps, shape[1])))
+    check(x, contiguous=True, **preds)
     cond_scale, table, index = cond_scale.contiguous(), table.contiguous(), index.contiguous()
     inputs = x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
     return _diffusion_step(*inputs) if x.shape[1] <= MAX_DIM else _reference(*inputs)

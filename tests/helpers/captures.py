@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastprior import graphs
+from fastprior.engine import graphs
 
 # they wait for the device, or what they return depends on values: a capture ends there
 REFUSED = "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"

@@ -7,14 +7,16 @@ import platform
 
 import pytest
 import torch
+from torch import nn
+
+from fastprior.kernels import ops, reference
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import attention as cpu_attention
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
-from torch import nn
-
-from fastprior import layers, prior_blocks
-from fastprior.kernels import ops, reference
+from fastprior.models.dalle2.transformer import CausalTransformer
+from fastprior.models.prior_transformer import blocks as prior_blocks
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EPS = torch.finfo(FP32).eps
@@ -171,8 +173,9 @@ def floor(dtype, rows):
 
 
 def check_linear(inputs, run=None):
-    got, rounded = (run or cpu_linear.linear)(**inputs), reference.linear(**inputs)
-    exact, plain = (reference.linear(**cast(inputs, dtype)) for dtype in (torch.float64, FP32))
+    got = run(**inputs) if run else cpu_linear.linear(LinearArgs(**inputs))
+    rounded = reference.linear(LinearArgs(**inputs))
+    exact, plain = (reference.linear(LinearArgs(**cast(inputs, dtype))) for dtype in (torch.float64, FP32))
     if "stream" in inputs:
         (got, total), (rounded, _) = got, rounded
         (exact, true_total), (plain, plain_total) = exact, plain
@@ -228,7 +231,7 @@ DECODE_OPTIONS = dict(
 
 def make_transformer(dtype=FP32, **config):
     torch.manual_seed(0)
-    transformer = layers.CausalTransformer(**dict(dim=40, depth=3, dim_head=12, heads=3) | config).eval()
+    transformer = CausalTransformer(**dict(dim=40, depth=3, dim_head=12, heads=3) | config).eval()
     with torch.no_grad():
         for weight in transformer.parameters():
             weight.copy_(torch.randn(weight.shape) * 0.2 + (0.8 if weight.dim() == 1 else 0))

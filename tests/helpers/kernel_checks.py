@@ -3,8 +3,9 @@
 import contextlib
 
 import torch
-from fastprior.kernels.gpu import launch
 from torch import Tensor
+
+from fastprior.kernels.gpu import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter computes bf16 dot products wrongly, so bf16 is for devices alone

@@ -7,7 +7,7 @@ from torch import nn
 
 import fastprior
 from fastprior.clip import BaseClipAdapter, EmbeddedImage, EmbeddedText
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
 
 NETWORK = dict(dim=32, depth=2, dim_head=16, heads=4, max_text_len=7)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+PROOF = Path(__file__).resolve().parents[2] / "benchmarks" / "proof"  # its modules are found in `compiling`
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fastprior.train_diffusion_prior", "torch._dynamo", "pytest"])  # all that takes long
 
@@ -76,6 +77,7 @@ def run_ranks(world, function, arguments, folder, fsdp=False, zero=None, timeout
 def compiling(*command: str, **environment: str) -> subprocess.CompletedProcess:
     """Python, where kernels are compiled: not in Triton's interpreter."""
     own = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PROOF_FILL")}
+    own["PYTHONPATH"] = os.pathsep.join([str(PROOF), *filter(None, [own.get("PYTHONPATH")])])
     command = sys.executable, *command
     return subprocess.run(command, capture_output=True, text=True, env=own | environment)
 

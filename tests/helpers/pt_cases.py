@@ -5,7 +5,8 @@ import copy
 import torch
 
 import fastprior
-from fastprior import prefix_reuse, prior_transformer
+from fastprior.models.prior_transformer import prompt_memory
+from fastprior.models.prior_transformer.model import PriorTransformer
 
 CONFIG = dict(
     num_attention_heads=4, attention_head_dim=8, num_layers=3, embedding_dim=20, num_embeddings=7,
@@ -32,7 +33,7 @@ def within_diffusers(stock):
 
 def without_diffusers(stock):
     config = {name: value for name, value in stock.config.items() if not name.startswith("_")}
-    model = prior_transformer.PriorTransformer(**config).to(stock.dtype).train(stock.training)
+    model = PriorTransformer(**config).to(stock.dtype).train(stock.training)
     model.load_state_dict(stock.state_dict())
     return model
 
@@ -40,9 +41,9 @@ def without_diffusers(stock):
 MAKES = {"within": within_diffusers, "without": without_diffusers}
 
 
-def kept(model) -> prefix_reuse._Entry | None:
+def kept(model) -> prompt_memory._Entry | None:
     """What is remembered of the last call of a model in this thread."""
-    local = prefix_reuse._SLOTS.get(model)
+    local = prompt_memory._SLOTS.get(model)
     slot = local and vars(local).get("slot")
     return slot and slot.entry
 

@@ -8,10 +8,10 @@ It says that every access was within bounds, and reads at last beyond them, whic
 import itertools
 import sys
 
+from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import calls as cpu_calls
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
-
 from helpers.cpu_cases import (
     CONFIGS,
     DECODE_OPTIONS,
@@ -64,7 +64,7 @@ def sanitized():
             prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)
     print("every access was within bounds", flush=True)
     cpu_calls.check_shape = lambda *args: None
-    cpu_linear.linear(x=random(3, 64), weight=random(5, 7))
+    cpu_linear.linear(LinearArgs(x=random(3, 64), weight=random(5, 7)))
 
 
 if __name__ == "__main__":

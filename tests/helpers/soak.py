@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from fastprior.serving import PriorSampler
+from fastprior.serving.prior_sampler import PriorSampler
 from helpers.priors import make_prior, make_text
 
 PHASES = 12  # between changes of the weights

@@ -4,12 +4,18 @@ import torch
 from accelerate import Accelerator
 
 from fastprior.clip import BaseClipAdapter, EmbeddedText
-from fastprior.layers import l2norm
+from fastprior.models.dalle2.layers import l2norm
 from fastprior.trainer import DiffusionPriorTrainer
 from helpers.priors import make_prior
 
 NET = dict(dim=16, depth=2, dim_head=8, heads=2, num_timesteps=10, max_text_len=4)
 BATCH = 8
+SCHEDULES = {
+    "plain": {},
+    "warm-up": dict(warmup_steps=10),
+    "both": dict(warmup_steps=10, cosine_decay_max_steps=40, max_grad_norm=0.05, wd=0.1),
+    "adam": dict(wd=0, group_wd_params=False),
+}
 
 
 class ToyClip(BaseClipAdapter):

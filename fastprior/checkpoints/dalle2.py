@@ -1,0 +1,248 @@
+"""Load priors from every era and shape of checkpoint file, and save them atomically.
+
+Files are not trusted: pickles are read with `weights_only=True`, and the few foreign types that trainers pickle become
+inert stand-ins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fastprior.checkpoints.contents import LoadReport, choose_root, first_few, flatten, without_wrappers
+from fastprior.checkpoints.eras import read_config, translate
+from fastprior.models.dalle2.layers import RotaryEmbedding
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.peer import check_fits_peer
+from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.utils import atomic
+from fastprior.version import __version__
+from fastprior.weight_files.safe import HEADER, read_file, version_string
+
+FORMAT = 1  # of our own files
+_ROOT = re.compile(r"(?:(?<=\.)|^)(net\.)?learned_query$")
+
+
+def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[str, Tensor]:
+    """The tensors of one prior, with keys `net.…`, out of whatever they are nested in."""
+    flat = dict(flatten(payload))
+    bare = {key[: match.start()]: match[1] is None for key in flat if (match := _ROOT.search(key))}
+    if not bare:
+        other = " (but a PriorTransformer of diffusers or Karlo, which convert writes to a folder)"
+        hint = other if any("prd_emb" in key for key in flat) else ""
+        found = first_few(flat or payload) or "nothing"
+        raise ValueError(f"{report.path} holds no diffusion prior{hint}: no key ends in learned_query. Found: {found}")
+    root, state = choose_root(flat, bare, weights, report)
+    report.kind = "network state dict" if bare[root] else "prior state dict"
+    if "optimizer" in payload:
+        report.kind = "trainer checkpoint"
+    prefix = "net." if bare[root] else ""
+    return {prefix + key: value for key, value in state.items()}
+
+
+def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
+    """The arguments of network and prior in the header of a file of ours, or in place of them the config's."""
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{report.path} has format {header.get('format')!r}; this release reads format {FORMAT}")
+    given_net, given_prior = read_config(config, report)
+    net, prior = read_config(header, report)
+    report.kind, report.version, report.metadata = "fastprior file", header.get("version"), header.get("metadata", {})
+    report.architecture = "recorded" if config is None else "given"
+    return net | given_net, prior | given_prior
+
+
+def _restore_constants(state: dict[str, Tensor], betas_named: bool, report: LoadReport) -> None:
+    """Undo the rounding of constants to 16 bits."""
+    rounded = [key for key, value in state.items() if value.dtype.itemsize == 2]
+    for key in rounded:
+        if key.startswith("noise_scheduler.") and betas_named:
+            del state[key]
+        elif key.endswith(".rotary_emb.freqs"):
+            exact = RotaryEmbedding(2 * len(state[key])).freqs.detach()
+            state[key] = exact if torch.equal(exact.to(state[key].dtype), state[key]) else state[key]
+    if rounded:
+        report.notes.append("the noise schedule and rotary frequencies are exact again, where 16 bits rounded them")
+
+
+def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport, strict: bool) -> None:
+    """Check names, shapes and values of a prior's tensors."""
+    for key, value in state.items():
+        if key in wanted and value.shape != wanted[key].shape:
+            raise ValueError(
+                f"{report.path}: {key} has shape {tuple(value.shape)}; by the {report.architecture} architecture it "
+                f"must be {tuple(wanted[key].shape)}"
+            )
+        if key in wanted and not value.is_floating_point():
+            raise ValueError(f"{report.path}: {key} has dtype {value.dtype}; it must be a floating point tensor")
+    # the jsd schedule ends at beta 1, where the tables derived from it are infinite
+    checked = [key for key in wanted if key in state and key.startswith(("net.", "noise_scheduler.betas"))]
+    bad = [key for key in checked if not state[key].isfinite().all()]
+    if bad:
+        raise ValueError(f"{report.path} holds NaN or infinity in {first_few(bad)}")
+    scheduled = any(key.startswith("noise_scheduler.") for key in state)  # all or nothing, but for p2, since 0.9.0
+    optional = (lambda key: key.endswith(".p2_loss_weight")) if scheduled else (lambda key: key.startswith("noise_"))
+    report.missing = [key for key in wanted if key not in state and not optional(key)]
+    report.unexpected = [key for key in state if key not in wanted]
+    if strict and (report.missing or report.unexpected):
+        raise ValueError(
+            f"{report.path} does not fit the {report.architecture} architecture; strict=False loads what fits. "
+            f"Missing: {first_few(report.missing) or 'none'}; unexpected: {first_few(report.unexpected) or 'none'}"
+        )
+
+
+def _build(
+    state: dict[str, Tensor],
+    net_config: dict,
+    prior_config: dict,
+    clip: nn.Module | None,
+    dtype: torch.dtype | None,
+    report: LoadReport,
+    strict: bool,
+) -> DiffusionPrior:
+    """The prior of these arguments and tensors; the weights of the network are random where `report` says missing."""
+    file_dtype = state["net.learned_query"].dtype
+    _restore_constants(state, "beta_schedule" in prior_config, report)
+    if dtype is not None and dtype != file_dtype:
+        report.notes.append(f"weights are {file_dtype} in the file, and were cast to {dtype}")
+    with torch.device("meta"):
+        net = DiffusionPriorNetwork(**net_config)
+    prior = DiffusionPrior(net, clip=clip, **prior_config)
+    wanted = {key: value for key, value in prior.state_dict().items() if not key.startswith("clip.")}
+    _compare(state, wanted, report, strict)
+    if any(key.startswith("net.") for key in report.missing):
+        with torch.random.fork_rng(devices=[]):
+            prior.net = DiffusionPriorNetwork(**net_config)
+    else:
+        prior.net.to_empty(device="cpu")
+    prior.net.to(file_dtype if dtype is None else dtype)
+    prior.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
+    return prior
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    config: Mapping | str | os.PathLike | None = None,
+    weights: str = "auto",
+    version: str | None = None,
+    clip: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    strict: bool = True,
+) -> DiffusionPrior:
+    """Load a prior, in eval mode. The global random generators are not touched.
+
+    Args:
+        path: a safetensors file, ours or not, or a torch pickle: the state dict of a prior or of its network, alone or
+            in a trainer's checkpoint, an EMA, DDP or torch.compile.
+        config: what weights do not show, as a dict or a JSON file: ours, `{"net": …, "prior": …}`, or DALLE2-pytorch's
+            of a training or of a prior. Arguments of the network that it leaves out are inferred.
+        weights: "ema", "model", or "auto" for the EMA where there is one.
+        version: the dalle2-pytorch release that trained the weights, where the file does not record it. Releases
+            before 1.4.3 had other attention, at times under the same keys.
+        clip: see `DiffusionPrior`. CLIP weights in the file are ignored without it.
+        dtype: of the network; None keeps the file's. The noise schedule stays fp32.
+        strict: raise for missing and unexpected keys, and where the network here cannot give the results of the
+            release that trained the weights. With False these are only reported, and missing weights are random.
+    Returns:
+        The prior, with its `LoadReport` in `load_report`.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, unsafe, or no prior; tensors are not finite, or have other shapes than the config
+            says; the config has an unknown key.
+    """
+    report = LoadReport(str(path))
+    if version is not None and not re.match(r"v?\d+\.\d+", version):
+        raise ValueError(f"version={version!r}; it must read like '1.4.2'")
+    payload, header = read_file(Path(path))
+    state = _find_weights(payload, weights, report)
+    clip_state = {key[5:]: state.pop(key) for key in list(state) if key.startswith("clip.")}
+    if header is None:
+        report.version = version or version_string(payload.get("version"))
+        state, net_config, prior_config = translate(state, config, report, strict)
+    else:
+        net_config, prior_config = _recorded(header, config, report)
+    del payload  # a trainer's is several times the model
+    prior = _build(state, net_config, prior_config, clip, dtype, report, strict)
+    if clip_state and clip is None:
+        report.notes.append(f"{len(clip_state)} tensors of a CLIP were ignored; they need clip=")
+    elif clip_state:
+        try:
+            prior.clip.load_state_dict(clip_state, strict=strict)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: its CLIP weights do not fit the clip given ({error})") from error
+    for guess in report.guesses:
+        warnings.warn(f"{path}: assumed {guess}", stacklevel=2)
+    prior.load_report = report
+    return prior.to(device).eval()
+
+
+# saving
+
+
+def _contents(prior: DiffusionPrior) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a prior without its CLIP, none sharing memory, and its configuration; checked to be loadable."""
+    config = {"net": getattr(prior.net, "config", None), "prior": getattr(prior, "config", None)}
+    for name, part in (("net", prior.net), ("prior", prior)):
+        if not isinstance(config[name], dict):
+            kind = type(part).__name__
+            raise ValueError(f"the {name} is a {kind} without a `config` dict: a file could not tell how to build it")
+    state, storages = {}, set()
+    for key, value in prior.state_dict().items():
+        if not key.startswith("clip."):
+            value = value.detach().cpu().contiguous()
+            storage = value.untyped_storage()
+            if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:
+                value = value.clone()
+            storages.add(value.untyped_storage().data_ptr())
+            state[without_wrappers(key)] = value
+    with torch.device("meta"):
+        net = DiffusionPriorNetwork(**config["net"])
+    built = {f"net.{key}": value.shape for key, value in net.state_dict().items()}
+    found = {key: value.shape for key, value in state.items() if key.startswith("net.")}
+    if differing := [key for key in {**found, **built} if found.get(key) != built.get(key)]:
+        raise ValueError(f"the network is not what its `config` builds; differing: {first_few(differing)}")
+    return state, config
+
+
+def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | None = None) -> None:
+    """Save a prior, without its CLIP, as one safetensors file that records how to build it. Atomic.
+
+    Args:
+        path: ends in .safetensors; an existing file is replaced.
+        metadata: JSON values to keep with it; `load` returns them in `load_report.metadata`.
+    Raises:
+        ValueError: another suffix, or a network that is not what its `config` builds.
+        TypeError: metadata that is not JSON.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"path={os.fspath(path)!r}; it must end in .safetensors")
+    state, config = _contents(prior)
+    try:
+        header = json.dumps({"format": FORMAT, "version": __version__, **config, "metadata": dict(metadata or {})})
+    except TypeError as error:
+        raise TypeError(f"metadata and configuration must be JSON values ({error})") from error
+    with atomic(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata={HEADER: header})
+
+
+def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
+    """Save the state dict that a `dalle2_pytorch.DiffusionPrior` of the same arguments loads strictly. Atomic.
+
+    Raises ValueError for a suffix other than .pt and .pth, and for what dalle2-pytorch has not: dot-product attention,
+    text of another width, conditions.
+    """
+    if Path(path).suffix not in (".pt", ".pth"):
+        raise ValueError(f"path={os.fspath(path)!r}; it must end in .pt or .pth")
+    state, config = _contents(prior)
+    check_fits_peer(config["net"])
+    with atomic(path) as temporary:
+        torch.save(state, temporary)

@@ -1,0 +1,7 @@
+"""The command line, as `python -m fastprior.cli`."""
+
+import sys
+
+from fastprior.cli.command_line import main
+
+sys.exit(main())

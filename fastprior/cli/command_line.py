@@ -1,0 +1,47 @@
+"""The command line: `fastprior info`, `fastprior sample` and the other commands, each a module of this package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+
+from fastprior.cli import bench, convert, evaluate, info, inspect, quickstart, sample, train
+from fastprior.cli.common import say
+from fastprior.version import __version__
+
+# What takes long to import (data, training, other packages) commands import when they run: --help needs none of it.
+COMMANDS = info, quickstart, sample, convert, inspect, train, evaluate, bench
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastprior", description="Fast, exact diffusion priors: CLIP text embeddings to CLIP image embeddings."
+    )
+    parser.add_argument("--version", action="version", version=f"fastprior {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command: 0, 1 where the quickstart misses its goal, 2 for a user's error, 130 when interrupted."""
+    args = make_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: say("warning", message)
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as interrupt:
+        say("interrupted", interrupt)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output has left; the interpreter flushes stdout once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, ImportError, OSError) as error:
+        say("error", error)
+        return 2

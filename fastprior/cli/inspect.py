@@ -1,0 +1,45 @@
+"""`fastprior inspect`: what folders of embeddings hold, what is wrong with them, and how many pairs there are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fastprior.cli.common import add_command
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    summary = "say what folders of embeddings and captions hold, what is wrong, and how many pairs"
+    add = add_command(subparsers, "inspect", run, summary).add_argument
+    add("folder", metavar="DIR", help="image embeddings, or what clip-retrieval wrote; a path or an url")
+    add("--meta", metavar="DIR", help="captions, in parquet files")
+    add("--text", metavar="DIR", help="text embeddings")
+    add("--encodings", metavar="DIR", help="text encodings")
+    add("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")
+    add("--format", choices=("npy", "parquet", "parquet_npy", "webdataset"), help="by default as found")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report: 0, or 1 where there is a problem."""
+    from fastprior.dataloaders import EmbeddingShards
+
+    image, meta, text = _folders(args.folder, args.meta, args.text)
+    options = dict(file_format=args.format, caption_column=args.caption_column, on_problem="skip")
+    try:
+        shards = EmbeddingShards.open(image, meta, text, args.encodings, **options)
+    except ValueError as error:
+        print(f"fastprior: {error}", file=sys.stderr)
+        return 1
+    print(shards.report())
+    return 1 if shards.problems else 0
+
+
+def _folders(folder: str, meta: str | None, text: str | None) -> tuple[str, str | None, str | None]:
+    """Where images, captions and text embeddings are: clip-retrieval makes a folder of each in its output folder."""
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(folder)
+    if not fs.isdir(f"{root}/img_emb"):
+        return folder, meta, text
+    inside = {name: f"{folder.rstrip('/')}/{name}" for name in ("metadata", "text_emb") if fs.isdir(f"{root}/{name}")}
+    return f"{folder.rstrip('/')}/img_emb", meta or inside.get("metadata"), text or inside.get("text_emb")

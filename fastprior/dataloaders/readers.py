@@ -1,0 +1,212 @@
+"""Pairs of embeddings for training: dalle2-pytorch's readers and splits, and fastprior's own shards and streams.
+
+`get_reader` and `make_splits` have dalle2-pytorch's signatures and are built on `embedding_reader`, but pair files by
+the number in their names. `EmbeddingShards` and `PairStream` also shuffle, resume and read further formats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+try:
+    import pandas as pd
+    from embedding_reader import EmbeddingReader
+    from embedding_reader.numpy_reader import NumpyReader
+    from embedding_reader.parquet_numpy_reader import ParquetNumpyReader
+except ImportError as error:
+    raise ImportError(f'{error.name} is not installed: pip install "fastprior[train]"') from error
+
+from fastprior.dataloaders.files import NpyFile, ParquetColumn
+from fastprior.dataloaders.shards import EmbeddingShards
+
+_TOLERANCE = 1e-6  # of shares that are sums of decimal fractions
+
+
+class MatchedReader(EmbeddingReader):
+    """An `EmbeddingReader` over .npy files that `EmbeddingShards` matched and checked, with their captions if any.
+
+    Called as `reader(batch_size, start, end, show_progress=False)` it yields (embeddings, table), in the order of the
+    shards' numbers. embeddings: (batch, dim), fp32; table: a DataFrame of "caption", if any, and the position "i".
+    """
+
+    def __init__(self, shards: EmbeddingShards, column: str = "image_embed", captions: bool = False):
+        files = [shard.files[column] for shard in shards.shards]
+        rows = pd.Series([file.rows for file in files])
+        texts = [shard.files["text"] for shard in shards.shards] if captions else []
+        if not isinstance(files[0], NpyFile) or not all(isinstance(file, ParquetColumn) for file in texts):
+            raise ValueError(f"{files[0].name}: readers need .npy embeddings, and captions in parquet files")
+        # the readers' own constructors pair files by their sorted names; they need no more than this table
+        kind = ParquetNumpyReader if captions else NumpyReader
+        reader = kind.__new__(kind)
+        reader.headers = pd.DataFrame(
+            dict(
+                filename=[file.path for file in files],
+                count=rows,
+                count_before=rows.cumsum() - rows,
+                dimension=files[0].shape[0],
+                dtype=files[0].dtype,
+                header_offset=[file.offset for file in files],
+                byte_per_item=files[0].row_bytes,
+            )
+        )
+        reader.fs, reader.dtype, reader.dimension = files[0].fs, files[0].dtype, files[0].shape[0]
+        reader.nb_files, reader.count, reader.byte_per_item = len(files), int(rows.sum()), files[0].row_bytes
+        reader.total_size = reader.count * reader.byte_per_item
+        reader.max_file_size = int(rows.max()) * reader.byte_per_item
+        if captions:
+            reader.headers["metadata_path"] = [file.path for file in texts]
+            reader.metadata_fs, reader.metadata_column_names = texts[0].fs, [texts[0].column]
+        self.reader, self.shards = reader, shards
+        self.embeddings_folder = reader.embeddings_folder = shards.sources[column]
+        self.dimension, self.count = reader.dimension, reader.count
+        self.byte_per_item, self.total_size = reader.byte_per_item, reader.total_size
+
+
+def get_reader(
+    text_conditioned: bool,
+    img_url: str,
+    meta_url: str | None = None,
+    txt_url: str | None = None,
+    *,
+    on_problem: str = "error",
+) -> EmbeddingReader | tuple[EmbeddingReader, EmbeddingReader]:
+    """Readers of .npy image embeddings: one with captions if text_conditioned, else one more, of text embeddings.
+
+    img_url, txt_url: folders of .npy files; meta_url: of parquet files with a column "caption". Files belong together
+    by the number in their names. on_problem: as for `EmbeddingShards.open`, which says what it raises.
+
+    Raises ValueError where meta_url, or without text_conditioned txt_url, is missing.
+    """
+    name, url = ("meta_url", meta_url) if text_conditioned else ("txt_url", txt_url)
+    if img_url is None or url is None:
+        raise ValueError(
+            f"img_url={img_url!r}, {name}={url!r}; with text_conditioned={text_conditioned} both are needed"
+        )
+    if text_conditioned:
+        shards = EmbeddingShards.open(img_url, meta_url, file_format="npy", on_problem=on_problem)
+        return MatchedReader(shards, captions=True)
+    shards = EmbeddingShards.open(img_url, text_url=txt_url, file_format="npy", on_problem=on_problem)
+    return MatchedReader(shards), MatchedReader(shards, "text_embed")
+
+
+class PriorEmbeddingDataset(IterableDataset):
+    """Batches (image embeddings, tokens or text embeddings) of pairs start to stop of readers, in their order.
+
+    image embeddings, text embeddings: (batch, dim), fp32. tokens: (batch, 77), int64, of captions cut to that length.
+    """
+
+    def __init__(
+        self,
+        text_conditioned: bool,
+        batch_size: int,
+        start: int,
+        stop: int,
+        image_reader: EmbeddingReader,
+        text_reader: EmbeddingReader | None = None,
+    ):
+        super().__init__()
+        if not text_conditioned and text_reader is None:
+            raise ValueError("text_reader=None; without text_conditioned there must be one")
+        self.text_conditioned, self.batch_size = text_conditioned, batch_size
+        self.start, self.stop = start, stop
+        self.image_reader, self.text_reader = image_reader, text_reader
+
+    def __len__(self) -> int:
+        """Pairs, not batches."""
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.stop <= self.start:
+            return
+        options = dict(batch_size=self.batch_size, start=self.start, end=self.stop, show_progress=False)
+        if self.text_conditioned:
+            for images, table in self.image_reader(**options):
+                captions = ["" if pd.isna(caption) else caption for caption in table["caption"]]
+                yield torch.from_numpy(images), _tokenizer()(captions)
+        else:
+            for (images, _), (texts, _) in zip(self.image_reader(**options), self.text_reader(**options)):
+                yield torch.from_numpy(images), torch.from_numpy(texts)
+
+    def __str__(self) -> str:
+        return f"<PriorEmbeddingDataset: start: {self.start}, stop: {self.stop}, len: {len(self)}>"
+
+    def set_start(self, start: int) -> None:
+        """Move the first pair, to resume within an epoch."""
+        self.start = start
+
+    def get_start(self) -> int:
+        return self.start
+
+
+@cache
+def _tokenizer() -> Any:
+    try:
+        from open_clip import get_tokenizer
+    except ImportError as error:
+        raise ImportError('open-clip-torch is not installed: pip install "fastprior[clip]"') from error
+    return get_tokenizer("ViT-L-14")  # OpenAI's vocabulary and length
+
+
+def distribute_to_rank(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Start and stop of one rank's part of [start, stop): as many pairs on every rank, so that none waits for another.
+
+    What does not divide, fewer than world_size pairs at the end, is left out.
+
+    Raises ValueError where the range is not empty but every part would be, and for a rank that there is not.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank}, world_size={world_size}; it must be 0 <= rank < world_size")
+    if stop < start or 0 < stop - start < world_size:
+        raise ValueError(f"start={start}, stop={stop}; {world_size} ranks need at least as many pairs, or none at all")
+    length = (stop - start) // world_size
+    return start + rank * length, start + (rank + 1) * length
+
+
+def make_splits(
+    text_conditioned: bool,
+    batch_size: int,
+    num_data_points: int,
+    train_split: float,
+    eval_split: float,
+    image_reader: EmbeddingReader,
+    text_reader: EmbeddingReader | None = None,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """Loaders of one rank's part of the pairs for training, validation and test, over `PriorEmbeddingDataset`.
+
+    batch_size: of one rank. num_data_points: how many of the readers' pairs to use, from the first; at most all.
+    train_split, eval_split: shares of them; the test part is the rest, which may be empty.
+    start: position at which the training part begins, to resume.
+
+    Raises ValueError for shares that are negative or sum to more than 1, a start beyond the training part, and as
+    `distribute_to_rank`.
+    """
+    count = min(num_data_points, int(image_reader.count))
+    if min(train_split, eval_split) < 0 or train_split + eval_split > 1 + _TOLERANCE:
+        raise ValueError(
+            f"train_split={train_split}, eval_split={eval_split}; they must be at least 0, and at most 1 together"
+        )
+    train_stop = _share(train_split, count)
+    nothing_left = train_split + eval_split > 1 - _TOLERANCE
+    eval_stop = count if nothing_left else train_stop + _share(eval_split, count)
+    if not 0 <= start <= train_stop:
+        raise ValueError(f"start={start}; it must be between 0 and the end of the training part, {train_stop}")
+    loaders = []
+    for begin, end in ((start, train_stop), (train_stop, eval_stop), (eval_stop, count)):
+        begin, end = distribute_to_rank(begin, end, rank, world_size)
+        dataset = PriorEmbeddingDataset(text_conditioned, batch_size, begin, end, image_reader, text_reader)
+        loaders.append(DataLoader(dataset, batch_size=None))
+    return tuple(loaders)
+
+
+def _share(share: float, count: int) -> int:
+    return min(count, math.floor(share * count + _TOLERANCE))

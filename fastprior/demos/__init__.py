@@ -1,0 +1,1 @@
+"""Data whose answers are known, and the quickstart."""

@@ -1,0 +1,1 @@
+"""The numbers of diffusion alone: schedules, and solvers as tables."""

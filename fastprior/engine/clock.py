@@ -1,0 +1,71 @@
+"""Times of calls, which on CUDA wait for each other."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+
+import torch
+
+
+class Clock:
+    """Times what runs within it, call by call; on CUDA by events, and calls of several streams wait for each other."""
+
+    KEPT = 1000
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.read = 0  # bytes that the steps of the call read
+        self.kept: deque = deque(maxlen=self.KEPT)
+
+    def now(self):
+        """What `add` takes as the beginning."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda" and self.kept:
+            torch.cuda.current_stream(self.device).wait_event(self.kept[-1][1])
+        self.began, self.read = self.now(), 0
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            ended = self.now()
+        except RuntimeError:
+            if kind is None:
+                raise
+            return  # the device is lost, of which the error that is under way says more
+        if kind is None or self.device.type == "cuda":  # what failed may still run
+            self.kept.append((self.began, ended, self.read))
+
+    def add(self, began, read: int) -> None:
+        """Note what was not within it: it may be calls of several threads at a time, and none waits for another."""
+        self.kept.append((began, self.now(), read))
+
+    def wait(self) -> None:
+        """Until the device is done with all that ran."""
+        if self.device.type == "cuda" and self.kept:
+            self.kept[-1][1].synchronize()
+
+    def read_bytes(self) -> int:
+        return sum(read for _, _, read in tuple(self.kept))
+
+    def milliseconds(self) -> list[float]:
+        kept = tuple(self.kept)  # other threads may add to it
+        if self.device.type != "cuda":
+            return [(end - begin) * 1e3 for begin, end, _ in kept]
+        for _, end, _ in kept:
+            end.synchronize()
+        return [begin.elapsed_time(end) for begin, end, _ in kept]
+
+    def stats(self) -> dict[str, float]:
+        times = self.milliseconds()
+        return dict(
+            calls=len(times),
+            p50_ms=statistics.median(times) if times else float("nan"),
+            p99_ms=statistics.quantiles(times, n=100)[98] if len(times) > 1 else float("nan"),
+        )

@@ -1,0 +1,261 @@
+"""Runs of one shape on buffers of their own, which CUDA graphs replay: a step is one launch, whatever is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprior.batches import map_rows
+from fastprior.draws import capturing
+from fastprior.kernels import ops
+
+TABLE_STEPS = 64  # of which the lengths of step tables in graphs are multiples, so that many solvers share them
+WARMUPS = 3  # runs before a capture: lazy initialisation and compilation must not happen within
+
+
+class Pool(NamedTuple):
+    """Memory that graphs share, as torch.cuda.CUDAGraph names it, and the stream that they are captured on."""
+
+    id: tuple[int, int]
+    stream: torch.cuda.Stream
+
+
+def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) -> tuple[Callable[[], None], Pool, int]:
+    """Record what `run` launches, after a few plain runs on a side stream.
+
+    Args:
+        pool: of a capture whose memory this one may use too; a new one, with a stream of its own, by default.
+    Returns:
+        what launches it again; the pool, and by how many bytes it grew.
+
+    `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors. What it
+    writes is there after the first replay, not before. Raises RuntimeError where something in it cannot be captured, or
+    there is too little memory.
+    """
+    if device.type != "cuda":
+        raise RuntimeError(f"tensors are on {device}, and CUDA graphs need CUDA")
+    if pool is None:  # torch has a stream for captures, but one for all devices
+        pool = Pool(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+    pool.stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(pool.stream):
+        for _ in range(WARMUPS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(pool.stream)
+    graph, options = torch.cuda.CUDAGraph(), dict(stream=pool.stream, capture_error_mode="thread_local")
+    # what other threads do meanwhile, such as encoding texts, is no part of it and must not end it
+    with capturing, torch.cuda.device(device), torch.cuda.stream(pool.stream), _own_workspaces():
+        try:
+            with torch.cuda.graph(graph, pool=pool.id, **options):
+                before = torch.cuda.memory_reserved(device)  # in here: entering gave back what was cached and free
+                run()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a lost device the error that is under way says more
+                _clean_up(device, pool, options)
+            raise
+    return graph.replay, pool, torch.cuda.memory_reserved(device) - before
+
+
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Let what is captured allocate cuBLAS's workspaces in its pool, and nobody else keep them.
+
+    There is one for each stream, kept once it was used: another capture on that stream would take it over, and race
+    with this one, or use what was freed with it.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def _clean_up(device: torch.device, pool: Pool, options: dict) -> None:
+    """Bring the allocator and the default generator back from a capture that is invalid, which torch leaves half ended.
+
+    All later draws would fail otherwise.
+    """
+    with contextlib.suppress(RuntimeError):  # that much was ended
+        torch._C._cuda_endAllocateToPool(device.index, pool.id)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):  # whose end lets go of the generator
+        torch.zeros((), device=device)
+
+
+def _no_autocast_cache(kind: str) -> torch.autocast:
+    """Autocast as it is, but casting weights anew: those that it keeps are gone when the caller leaves it."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype, enabled, cache_enabled=False)
+
+
+def settings(device: torch.device) -> tuple:
+    """What decides besides shapes and weights which kernels run there: graphs are good for the same only."""
+    kind, matmul = device.type, torch.backends.cuda.matmul
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    precision = matmul.fp32_precision, matmul.allow_fp16_reduced_precision_reduction
+    precision += (matmul.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled())
+    return ops.forced(), autocast, *precision
+
+
+class StepGraph:
+    """The prefill and the step of one shape, in a pool of memory of their own, captured on a stream of their own.
+
+    A pool that several shapes share would be as large as the largest of them needs, but give nothing back before the
+    last is gone. One of their own is free as soon as this object is, and goes back to the device at the next
+    `torch.cuda.empty_cache`, capture, or allocation that would fail otherwise. For sizes of 1, 8 and 64 that is a
+    seventh more.
+
+    Args:
+        prefill: (given) to what `step` needs of it.
+        step: (condition, cond_scale, x, x0, noise, index) to the next x and x0: see `sampler.denoise_step`.
+        given: an example of what a run depends on, a dict of tensors and such dicts, whose shapes hold for all.
+        shape: (rows, dim) of x.
+        steps: of a run, at most.
+        dtype: of x and the scale.
+
+    Attributes:
+        bytes: of the pool and the buffers.
+    """
+
+    @torch.inference_mode(False)  # what is made there cannot be written to elsewhere
+    @torch.no_grad()
+    def __init__(
+        self,
+        prefill: Callable[[dict], Any],
+        step: Callable[..., tuple[Tensor, Tensor]],
+        given: dict,
+        shape: tuple[int, int],
+        steps: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.given, buffers = map_rows(given, torch.clone), []
+        map_rows(self.given, buffers.append)
+        device = buffers[0].device
+        self.scale = torch.ones((), device=device, dtype=dtype)
+        self.x, self.x0, self.noise = torch.zeros(3, *shape, device=device, dtype=dtype)
+        self.index = torch.zeros((), dtype=torch.int64, device=device)
+        self.cond: Any = None
+        # a graph has one for itself: it goes on using what it was captured with, and others may be replayed meanwhile
+        workspaces = ops.Workspace(), ops.Workspace()
+
+        def run_prefill() -> None:
+            with ops.sharing(workspaces[0]):
+                self.cond = prefill(self.given)
+
+        def run_step() -> None:
+            with ops.sharing(workspaces[1]):
+                x, x0 = step(self.cond, self.scale, self.x, self.x0, self.noise, self.index)
+            self.x.copy_(x)
+            self.x0.copy_(x0)
+            self.index.add_(1).remainder_(steps)  # so that it is never out of range, also while warming up
+
+        with _no_autocast_cache(device.type):
+            self._prefill, pool, prefill_bytes = capture(run_prefill, device, None)
+            self._prefill()  # a capture computes nothing, and the step's warm-up reads what the prefill wrote
+            self._step, _, step_bytes = capture(run_step, device, pool)
+        buffers += [self.x, self.x0, self.noise, *workspaces[0].tensors, *workspaces[1].tensors]
+        self._buffers = [*buffers, self.scale, self.index]
+        self.bytes = prefill_bytes + step_bytes + sum(buffer.nbytes for buffer in buffers)
+
+    def begin(self, given: dict, cond_scale: Tensor | float) -> None:
+        """Run the prefill for what is given, of the shapes of the example."""
+        for buffer in self._buffers:
+            if buffer.is_cuda:  # made on another stream, for which it must not be free before this run ends
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
+        _copy(given, self.given)
+        self.scale.copy_(cond_scale) if torch.is_tensor(cond_scale) else self.scale.fill_(cond_scale)
+        self.index.zero_()
+        self._prefill()
+
+    def step(self, x: Tensor, x0: Tensor, noise: Callable[[], Tensor], index: int) -> tuple[Tensor, Tensor]:
+        """The next step of the run, as `sampler.run_steps` asks for it; its results are the buffers."""
+        if index == 0:
+            self.x.copy_(x)
+            self.x0.copy_(x0)
+        self.noise.copy_(noise())
+        self._step()
+        return self.x, self.x0
+
+
+def _copy(source: dict, target: dict) -> None:
+    for name, t in target.items():
+        if isinstance(t, dict):
+            _copy(source[name], t)
+        else:
+            t.copy_(source[name])
+
+
+class GraphCache:
+    """The graphs of several shapes by key, as many as a limit of memory allows.
+
+    Args:
+        memory: bytes that they may hold; None for no limit. Those that were not used for longest go first.
+
+    Attributes:
+        failed: whether a capture did; no other is tried then.
+        evictions: how many went for others.
+        too_large: keys of graphs that alone are larger than the limit; they are not captured again.
+    """
+
+    def __init__(self, memory: int | None):
+        self.memory, self.failed, self.evictions = None, False, 0
+        self._kept: dict[Hashable, StepGraph] = {}  # the one that was used last behind
+        self.too_large: set[Hashable] = set()
+        self.limit(memory)
+
+    def limit(self, memory: int | None) -> None:
+        """Change the limit; those that are over it go. Raises ValueError for a limit below 1."""
+        if memory is not None and memory < 1:
+            raise ValueError(f"graph_memory={memory}; it must be None or at least 1 byte")
+        if memory != self.memory:
+            self.memory = memory
+            self.too_large.clear()
+            self._evict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
+    def get(self, key: Hashable, name: str, make: Callable[[], StepGraph]) -> StepGraph | None:
+        """The graphs of a key, captured where there are none.
+
+        None, after a warning that calls them by `name`, where that fails or they are larger than the limit.
+        """
+        if key in self._kept:
+            self._kept[key] = self._kept.pop(key)
+        elif not self.failed and key not in self.too_large:
+            try:
+                self._keep(key, name, make())
+            except RuntimeError as error:  # too little memory too
+                self.failed = True
+                self._kept.clear()
+                warnings.warn(f"{name} was not captured as a CUDA graph, all runs go on without: {error}")
+        return self._kept.get(key)
+
+    def _keep(self, key: Hashable, name: str, graph: StepGraph) -> None:
+        if self.memory is not None and graph.bytes > self.memory:
+            self.too_large.add(key)
+            needed = f"its CUDA graphs take {graph.bytes} bytes, and graph_memory={self.memory}"
+            warnings.warn(f"{name} runs without graphs: {needed}")
+            return
+        self._kept[key] = graph
+        self._evict()
+
+    def _evict(self) -> None:
+        while self.memory is not None and self.bytes > self.memory:
+            del self._kept[next(iter(self._kept))]
+            self.evictions += 1
+            torch.cuda.empty_cache()  # gives the memory of their pool back
+
+    def clear(self) -> None:
+        """Drop all graphs: what they read is no more. The device must be done with them."""
+        self._kept.clear()
+
+    @property
+    def bytes(self) -> int:
+        return sum(graph.bytes for graph in self._kept.values())
+
+    def stats(self) -> dict[str, int]:
+        return dict(graphs=len(self._kept), graph_bytes=self.bytes, evictions=self.evictions)

@@ -1,0 +1,1 @@
+"""DALLE2-pytorch's network."""

@@ -1,0 +1,286 @@
+"""Building blocks of the causal prior transformer, with the parameter names that trained checkpoints use."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprior.kernels import ops, reference
+from fastprior.kernels.reference import Rotary
+from fastprior.models.quantised_linear import product_dtype, scale_of
+
+
+def l2norm(t: Tensor) -> Tensor:
+    """Scale the last dimension to Euclidean length 1."""
+    return F.normalize(t, dim=-1)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a gain `g` and no bias, statistics in fp32.
+
+    `eps` is 1e-5, and 1e-3 for 16-bit input to an fp32 module (autocast), as DALLE2-pytorch trains. A module that was
+    itself cast to 16 bits keeps 1e-5: it stands in for the fp32 module, whose result 1e-3 would move.
+    With `stable=True` each row is first divided by its signed maximum (see `kernels.reference.layer_norm`).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, fp16_eps: float = 1e-3, stable: bool = False):
+        super().__init__()
+        self.eps, self.fp16_eps, self.stable = eps, fp16_eps, stable
+        self.g = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, *, after: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The norm of x (..., dim), plus `after`, in `dtype`: see `kernels.reference.layer_norm`."""
+        autocast = x.element_size() < self.g.element_size() and x.element_size() == 2
+        eps = self.fp16_eps if autocast else self.eps
+        return ops.layer_norm(x, self.g, eps=eps, stable=self.stable, after=after, dtype=dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that is fast for few rows too, see `kernels.reference.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class SinusoidalPosEmb(nn.Module):
+    """Embed real-valued times (batch,) as (batch, dim) sines and cosines; computed in fp32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"SinusoidalPosEmb: x has dtype {x.dtype}; it must be a floating point tensor")
+        half = self.dim // 2
+        rate = torch.arange(half, device=x.device, dtype=torch.float32).mul(-math.log(10000) / (half - 1)).exp()
+        angles = x.float()[:, None] * rate
+        return torch.cat((angles.sin(), angles.cos()), dim=-1).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """`depth` SiLU layers of width `expansion_factor * dim_out`, then a linear to `dim_out`."""
+
+    def __init__(self, dim_in: int, dim_out: int, *, expansion_factor: float = 2.0, depth: int = 2, norm: bool = False):
+        super().__init__()
+        hidden = int(expansion_factor * dim_out)
+        widths = [dim_in] + [hidden] * depth
+        hidden_layers = [
+            nn.Sequential(nn.Linear(i, o), nn.SiLU(), nn.LayerNorm(o) if norm else nn.Identity())
+            for i, o in itertools.pairwise(widths)
+        ]
+        self.net = nn.Sequential(*hidden_layers, nn.Linear(hidden, dim_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.to(self.net[-1].weight.dtype))
+
+
+class RelPosBias(nn.Module):
+    """T5's relative position bias (Raffel et al. 2020): one learned number per head and distance bucket.
+
+    The key at column 0 is the null key, so the buckets of the real keys are shifted by one; trained weights rely on it.
+    """
+
+    def __init__(self, heads: int = 8, num_buckets: int = 32, max_distance: int = 128):
+        super().__init__()
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+
+    def buckets(self, distances: int, device=None) -> Tensor:
+        """The bucket of each distance from 0: (distances,) int64."""
+        distance = torch.arange(distances, device=device)
+        exact = self.num_buckets // 2
+        scale = (self.num_buckets - exact) / math.log(self.max_distance / exact)
+        far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
+        return torch.where(distance < exact, distance, far.clamp(max=self.num_buckets - 1))
+
+    def forward(self, i: int, j: int, *, device=None) -> Tensor:
+        """The bias of queries 0..i-1 to keys 0..j-1: (heads, i, j)."""
+        return self.rows(0, i, j, device).permute(1, 0, 2)
+
+    def rows(self, start: int, end: int, keys: int, device=None) -> Tensor:
+        """The bias of queries start..end-1 to keys 0..keys-1: (end - start, heads, keys)."""
+        table = self.relative_attention_bias.weight
+        return reference.expand_bias(table, self.buckets(end, table.device), end - start, keys)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding on interleaved pairs of the first `dim` features (RoFormer, Su et al. 2021).
+
+    `freqs` (dim / 2) is a parameter, as in the rotary-embedding-torch package, so that state dicts agree; it is
+    trained only with `learned_freq=True`. Angles are computed in fp32 whatever the dtype of the input.
+    """
+
+    def __init__(self, dim: int, custom_freqs: Tensor | None = None, theta: float = 10000, learned_freq: bool = False):
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"RotaryEmbedding: dim={dim}; it must be even and at least 2")
+        freqs = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim) if custom_freqs is None else custom_freqs
+        self.freqs = nn.Parameter(freqs, requires_grad=learned_freq)
+
+    def table(self, start: int, end: int, dim_head: int) -> Rotary:
+        """cos and sin at positions start..end-1 for `kernels.reference.rotate`: (end - start, width), fp32."""
+        angles = torch.arange(start, end, device=self.freqs.device)[:, None] * self.freqs.float()
+        still = 0, dim_head // 2 * 2 - 2 * angles.shape[-1]  # features that are not rotated
+        cos = torch.stack((angles.cos(), angles.cos()), dim=-1).flatten(-2)
+        sin = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(-2)
+        return F.pad(cos, still, value=1.0), F.pad(sin, still)
+
+    def rotate_queries_or_keys(self, t: Tensor, seq_dim: int = -2, offset: int = 0) -> Tensor:
+        """Rotate t (..., seq, dim_head), or (..., seq, heads, dim_head) with `seq_dim=-3`, by its position."""
+        cos, sin = self.table(offset, offset + t.shape[seq_dim], t.shape[-1])
+        if seq_dim == -3:
+            cos, sin = cos[:, None], sin[:, None]
+        return reference.rotate(t, cos, sin).to(t.dtype)
+
+
+class SwiGLU(nn.Module):
+    """`x * silu(gate)` of the two halves of the last dimension (GLU Variants, Shazeer 2020)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        return x * F.silu(gate)
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, linear, SwiGLU, optional LayerNorm (NormFormer, Shleifer et al. 2021), dropout, linear."""
+
+    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0, post_activation_norm: bool = False):
+        inner = int(mult * dim)
+        super().__init__(
+            LayerNorm(dim),
+            Linear(dim, inner * 2, bias=False),
+            SwiGLU(),
+            LayerNorm(inner) if post_activation_norm else nn.Identity(),
+            nn.Dropout(dropout),
+            Linear(inner, dim, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, expand, activation, inner_norm, dropout, contract = self
+        h = activation(expand(norm(x, dtype=product_dtype(expand))))
+        return contract(dropout(inner_norm(h)))
+
+    def fused(self, x: Tensor, stream: Tensor, stream_gain: Tensor) -> Tensor:
+        """`y + self(y)` of `y = stream + norm(x) * stream_gain`, without dropout, by two kernels."""
+        norm, expand, _, inner_norm, _, contract = self
+        norms = dict(
+            stream=stream, stream_gain=stream_gain, norm_gain=norm.g, eps=norm.eps, dtype=product_dtype(expand)
+        )
+        h, stream = ops.linear(x, expand.weight, activation="swiglu", scale=scale_of(expand), **norms)
+        gain = None if isinstance(inner_norm, nn.Identity) else inner_norm.g
+        around = dict(norm_gain=gain, eps=norm.eps, residual=stream)
+        return ops.linear(h, contract.weight, scale=scale_of(contract), **around)
+
+
+class NormedLinear(nn.Sequential):
+    """A linear and the norm of its result."""
+
+    def forward(self, x: Tensor, after: Tensor | None = None) -> Tensor:
+        linear, norm = self
+        return norm(linear(x), after=after)
+
+
+class Attention(nn.Module):
+    """Many query heads over one key/value head, with a learned null key and value in front.
+
+    Args:
+        dim: width of the tokens.
+        dim_head, heads: width and number of the query heads.
+        dropout: on the attention weights, in training.
+        causal: token i sees the null key and tokens 0..i.
+        rotary_emb: anything with `rotate_queries_or_keys`; the null key is not rotated.
+        cosine_sim: l2-normalise queries and keys; logits are then `cosine_sim_scale * cos(q, k)`.
+        dot_scale: the factor on q·k without `cosine_sim`. Default 1 / dim_head, which is what DALLE2-pytorch ≥ 1.4.3
+            computes; weights from before 1.4.3 need the textbook dim_head ** -0.5.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int = 64,
+        heads: int = 8,
+        dropout: float = 0.0,
+        causal: bool = False,
+        rotary_emb: nn.Module | None = None,
+        cosine_sim: bool = True,
+        cosine_sim_scale: float = 16,
+        dot_scale: float | None = None,
+    ):
+        super().__init__()
+        self.heads, self.causal, self.cosine_sim = heads, causal, cosine_sim
+        self.scale = cosine_sim_scale if cosine_sim else (1 / dim_head if dot_scale is None else dot_scale)
+        self.norm = LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.null_kv = nn.Parameter(torch.randn(2, dim_head))
+        self.to_q = Linear(dim, dim_head * heads, bias=False)
+        self.to_kv = Linear(dim, dim_head * 2, bias=False)
+        self.rotary_emb = rotary_emb
+        self.qkv_scale: Tensor | None = None  # of both projections, where they are quantised
+        self.to_out = NormedLinear(Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The input of the projections: the norm of the residual stream, in the weights' dtype."""
+        return self.norm(x, dtype=product_dtype(self.to_q))
+
+    def queries(self, h: Tensor) -> Tensor:
+        """Raw queries of normed tokens (batch, seq, dim): (batch, seq, heads, dim_head)."""
+        return self.to_q(h).unflatten(-1, (self.heads, -1))
+
+    def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw keys and values of normed tokens (batch, seq, dim): two (batch, seq, 1, dim_head)."""
+        return self.to_kv(h).unsqueeze(-2).chunk(2, dim=-1)
+
+    def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw queries, keys and values of the residual stream (batch, seq, dim), with heads as above."""
+        h = self.normed(x)
+        return self.queries(h), *self.keys_values(h)
+
+    def fused_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`projections` by one kernel, with the norm before."""
+        dim_head, norm = self.null_kv.shape[-1], dict(norm_gain=self.norm.g, eps=self.norm.eps)
+        weights = dict(beside=self.to_kv.weight, scale=self.qkv_scale, dtype=product_dtype(self.to_q))
+        y = ops.linear(x, self.to_q.weight, **weights, **norm)
+        return y.unflatten(-1, (-1, dim_head)).split((self.heads, 1, 1), dim=-2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, attn_bias: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (batch, seq, dim).
+            mask: (batch, seq) bool, False for keys that must not be seen; the null key always is.
+            attn_bias: (heads, seq, seq + 1), added to the logits.
+        Returns:
+            (batch, seq, dim).
+        """
+        h, rotary = self.normed(x), None
+        q, (k, v) = self.queries(h), self.keys_values(h)
+        if isinstance(self.rotary_emb, RotaryEmbedding):
+            rotary = self.rotary_emb.table(0, x.shape[1], q.shape[-1])
+        elif self.rotary_emb is not None:
+            rotate = self.rotary_emb.rotate_queries_or_keys
+            q, k = (rotate(reference.at_least_fp32(t).transpose(1, 2)).transpose(1, 2) for t in (q, k))
+        bias = None if attn_bias is None else attn_bias.transpose(0, 1)
+        return self.attend(q, k, v, rotary, dict(bias=bias, causal=self.causal), mask=mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, bias: dict, **kwargs) -> Tensor:
+        """Attention of raw queries, keys and values, and the output projection; `residual` is added to it.
+
+        Args:
+            bias: `bias`, `buckets` and `causal` of `kernels.reference.attention`.
+            **kwargs: `mask`, `residual`.
+        """
+        residual = kwargs.pop("residual", None)
+        if rotary is not None and rotary[0].requires_grad:  # learned frequencies: kernels give them no gradient
+            q, k = (reference.rotate(t, *(table[-t.shape[1] :, None] for table in rotary)) for t in (q, k))
+            rotary = None
+        out = ops.attention(
+            q, k, v, scale=self.scale, rotary=rotary, cosine=self.cosine_sim, null_kv=self.null_kv[:, None],
+            dropout=self.dropout.p if self.training else 0.0, **bias, **kwargs,
+        )  # fmt: skip
+        return self.to_out(out.to(product_dtype(self.to_q)), after=residual)

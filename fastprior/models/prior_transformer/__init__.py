@@ -1,0 +1,1 @@
+"""diffusers' network: the priors of Kandinsky, Karlo and Shap-E."""

@@ -1,0 +1,1 @@
+"""Pipelines from the folders of diffusers, without it."""

@@ -1,0 +1,218 @@
+"""Image embeddings of prompts from the folder of a diffusers pipeline (Kandinsky, Karlo, StableUnCLIP), without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprior.diffusion.solvers import StepTable
+from fastprior.pipelines.parts import listed
+from fastprior.pipelines.runs import PriorRuns, Run
+from fastprior.pipelines.text_encoding import Generators, TextEncoding
+
+
+class ImageEmbeddings(NamedTuple):
+    """image_embeds (rows, dim), and negative_image_embeds of the same shape, None where nothing says what they are."""
+
+    image_embeds: Tensor
+    negative_image_embeds: Tensor | None
+
+
+class PriorPipeline(PriorRuns):
+    """Sample CLIP image embeddings of prompts: what diffusers' prior pipelines give, for the same generator.
+
+    The text is encoded once per different prompt, and its prefix computed once, however many images and steps there
+    are. The state of a run is fp32 (or wider), whatever the dtype of the prior.
+
+    Args:
+        *args, **kwargs: see `PipelineParts`; the folder is of a Kandinsky prior, or a Karlo or StableUnCLIP pipeline.
+        compile: use torch.compile for the steps. Each batch size, and each text length up to a multiple of 16 tokens,
+            takes a graph of its own, as do other numbers of images and steps; the first call with it is slow.
+        batch_sizes: numbers of prompts that compiled steps run, see `PriorSampler`.
+        quantise: "int8" or "float8": steps read linears of 8 bits. The next call after each change of the weights
+            compares embeddings of random texts first, and fails where they differ too much, see `PriorSampler`.
+        graphs: capture prefill and step as CUDA graphs, by default on CUDA. Each batch size, text length up to a
+            multiple of 16 tokens, number of images and kind of guidance takes graphs of its own, whatever solver and
+            steps (up to 64). They are captured again for other weights or modules. Where a capture fails, a warning
+            says why, and all runs go on without. Runs by graphs wait for each other, also those of other threads and
+            streams, and draw all their noise before the first step. With torch 2.11 what other threads of yours draw
+            from the device's default generator during a capture fails: run each shape before they begin, or draw from
+            generators of your own.
+        graph_memory: bytes that graphs may hold, without limit by default, see `PriorSampler`.
+
+    Attributes:
+        quality: with `quantise`, the median and the worst cosine that were found.
+        graphs: as given; False after a capture that failed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._table: tuple[tuple, StepTable | None] = (), None  # of the last run, and what it was made for
+
+    def _texts(
+        self, prompt: str | list[str] | TextEncoding, negative: str | list[str] | TextEncoding | None
+    ) -> tuple[TextEncoding, list[int], list[int]]:
+        """All different texts, and which of them each prompt, and the negative of each prompt, is."""
+        parts, choices, count = [], [], 0
+        for name, given in (("prompt", prompt), ("negative_prompt", negative)):
+            if given is None:
+                continue
+            if isinstance(given, TextEncoding):
+                choice = list(range(len(given.embeds)))
+            else:
+                texts = listed(name, given)
+                different = list(dict.fromkeys(texts))
+                choice, given = [different.index(text) for text in texts], self.encode_text(different)
+            self._check(name, given)
+            parts.append(given)
+            choices.append([count + number for number in choice])
+            count += len(given.embeds)
+        prompts, negatives = choices[0], choices[1] if len(choices) > 1 else []
+        if len(negatives) == 1:
+            negatives = negatives * len(prompts)
+        if negatives and len(negatives) != len(prompts):
+            raise ValueError(
+                f"negative_prompt has {len(negatives)} texts; it must have 1, or as many as prompt, {len(prompts)}"
+            )
+        return TextEncoding(*(torch.cat(tensors).to(self.device) for tensors in zip(*parts))), prompts, negatives
+
+    def _check(self, name: str, text: TextEncoding) -> None:
+        config, prompts = self.prior.config, len(text.embeds)
+        length, dim = config["num_embeddings"], config["embedding_dim"]
+        wanted = (prompts, config["embedding_proj_dim"] or dim), (prompts, length, dim), (prompts, length)
+        for field, tensor, shape in zip(text._fields, text, wanted):
+            if tensor.shape != shape or not prompts:
+                raise ValueError(f"{name}.{field} has shape {tuple(tensor.shape)}; for this prior it must be {shape}")
+
+    def _noised(self, table: StepTable, draw: Callable[[], Tensor], image: Any, rows: int, repeats: int) -> Tensor:
+        """What a run from images, or their embeddings (images, dim), begins with."""
+        embeds = image if torch.is_tensor(image) and image.ndim == 2 else self.encode_image(image)
+        embeds = embeds.to(self.device).repeat_interleave(repeats, dim=0)
+        if rows % len(embeds):
+            images = len(embeds) // repeats
+            raise ValueError(f"image has {images} images; the number of prompts must be a multiple of it")
+        noise = draw()
+        return self.schedule.add_noise(embeds.to(noise.dtype).repeat(rows // len(embeds), 1), noise, table.times[0])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | TextEncoding,
+        negative_prompt: str | list[str] | TextEncoding | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        image: Any = None,
+        strength: float = 0.3,
+        zero_embed: Tensor | None = None,
+    ) -> ImageEmbeddings:
+        """Sample.
+
+        Args:
+            prompt: texts, or their encoding.
+            negative_prompt: guide away from these instead of the empty text: one for all prompts, or one for each.
+            num_images_per_prompt: samples of each prompt, which lie together.
+            guidance_scale: classifier-free guidance, `null + (prediction - null) * scale`; none at 1 and below.
+            generator: one, or one for each row. A seed means the same as in diffusers' pipelines; as there, sampling
+                for a negative prompt doubles the rows.
+            latents: (rows, dim), the initial noise.
+            eta: noise of a DDIM scheduler.
+            image: begin with noise on images, or on their embeddings (images, dim), instead of pure noise.
+            strength: with `image`, the part of the steps that is run.
+            zero_embed: (1, dim), the `negative_image_embeds`, so that none are computed.
+        Returns:
+            image_embeds (prompts * num_images_per_prompt, dim), and negative_image_embeds: `zero_embed` where given,
+            else samples for the negative prompts where given, else the embedding of the zero image, else (for want of
+            an image encoder) None.
+        Raises:
+            ValueError, TypeError: naming the argument, its value and the rule.
+        """
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; it must be at least 1")
+        if zero_embed is not None and zero_embed.shape != (1, self.prior.config["embedding_dim"]):
+            wanted = 1, self.prior.config["embedding_dim"]
+            raise ValueError(f"zero_embed has shape {tuple(zero_embed.shape)}; it must be {wanted}")
+        guidance, sample_negatives = guidance_scale > 1, negative_prompt is not None and zero_embed is None
+        null_text = "" if guidance and negative_prompt is None else negative_prompt
+        text, prompts, negatives = self._texts(prompt, null_text if guidance or sample_negatives else None)
+        conditions = prompts + negatives if sample_negatives else prompts
+        wanted = len(prompts) * num_images_per_prompt
+        rows = len(conditions) * num_images_per_prompt
+        asked = self.schedule, num_inference_steps, eta, 1.0 if image is None else strength
+        made_for, table = self._table
+        if made_for != asked:
+            table = self.schedule.table(num_inference_steps, eta=eta, strength=asked[-1])
+            self._table = asked, table
+
+        dim = self.prior.config["embedding_dim"]
+        draw = self.noise(rows, dim, generator, text.embeds.dtype)
+        if image is None:
+            x = self.pure_noise(table, draw, latents, (rows, dim))
+        elif latents is None:
+            x = self._noised(table, draw, image, rows, num_images_per_prompt)
+        else:
+            raise ValueError("latents and image were both given; a run begins with only one of them")
+        prefixes = conditions + (negatives if guidance else [])
+        run = Run(table, text, prefixes, len(prompts), num_images_per_prompt, guidance, guidance_scale)
+        x = self._run(run, x, draw)
+        embeds = self.prior.post_process_latents(x).to(text.embeds.dtype)
+        if sample_negatives:
+            return ImageEmbeddings(*embeds.split(wanted))
+        if zero_embed is None and self.has("image_encoder"):
+            zero_embed = self.zero_embed()
+        return ImageEmbeddings(embeds, None if zero_embed is None else zero_embed.to(embeds).expand(wanted, -1))
+
+    def interpolate(
+        self,
+        images_and_prompts: list,
+        weights: list[float],
+        *,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        negative_prior_prompt: str | None = None,
+        negative_prompt: str = "",
+    ) -> ImageEmbeddings:
+        """The weighted sum of the embeddings of texts and images.
+
+        Args:
+            images_and_prompts: texts, PIL images, or preprocessed pixels (1, 3, height, width).
+            weights: one for each.
+            num_images_per_prompt, num_inference_steps, guidance_scale, generator, latents, eta: of each text, see
+                `__call__`. Texts are sampled one after the other, from one generator.
+            negative_prior_prompt: the negative prompt of every text.
+            negative_prompt: what `negative_image_embeds` are sampled for; as `__call__` says where it is empty.
+        Returns:
+            (num_images_per_prompt, dim) each.
+        """
+        if not images_and_prompts or len(images_and_prompts) != len(weights):
+            sizes = f"images_and_prompts has {len(images_and_prompts)} entries and weights {len(weights)}"
+            raise ValueError(f"{sizes}; they must be as many, and at least one")
+        options = dict(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
+        options |= dict(guidance_scale=guidance_scale, generator=generator, latents=latents, eta=eta)
+        embeds = 0.0
+        for given, weight in zip(images_and_prompts, weights):
+            if isinstance(given, str):
+                embed = self(given, negative_prior_prompt, **options).image_embeds
+            elif len(embed := self.encode_image(given)) != 1:
+                raise ValueError(f"images_and_prompts has an entry of {len(embed)} images; each must be one")
+            embeds = embeds + embed.expand(num_images_per_prompt, -1) * weight
+        if negative_prompt == "" and negative_prior_prompt is None and self.has("image_encoder"):
+            # only the zero image is asked for; but the run that diffusers makes here moves the generator on
+            draw = self.noise(num_images_per_prompt, self.prior.config["embedding_dim"], generator, self.dtype)
+            table = self.schedule.table(num_inference_steps, eta=eta)
+            for _ in range(sum(table.draws_noise) + (latents is None)):
+                draw()
+            return ImageEmbeddings(embeds, self.zero_embed().expand(num_images_per_prompt, -1))
+        negative = self(negative_prompt, negative_prior_prompt, **options)
+        return ImageEmbeddings(embeds, negative[1] if negative_prompt == "" else negative[0])

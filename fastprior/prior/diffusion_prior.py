@@ -1,0 +1,553 @@
+"""The diffusion prior: CLIP text embeddings to CLIP image embeddings. Training loss, sampling, best-of-n."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+
+from fastprior.batches import repeat_rows
+from fastprior.clip import as_clip_adapter, freeze_and_eval
+from fastprior.diffusion.schedule import NoiseScheduler
+from fastprior.diffusion.solvers import default_solver, step_table
+from fastprior.draws import randn_like
+from fastprior.kernels import ops
+from fastprior.models.dalle2.layers import l2norm
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.prior import graphs as prior_graphs
+from fastprior.prior.loop import sample_loop
+from fastprior.prior.plan import SamplingPlan, is_overridden, network_obstacles, obstacles
+
+LOOPS = ("p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim")
+
+
+def in_eval_mode(method):
+    """Make a method run in eval mode; the mode comes back afterwards, also after an error."""
+
+    @wraps(method)
+    def inner(self, *args, **kwargs):
+        training = self.training
+        self.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.train(training)
+
+    return inner
+
+
+class DiffusionPrior(nn.Module):
+    """Gaussian diffusion over image embeddings, conditioned on text (unCLIP, Ramesh et al. 2022, section 2.2).
+
+    Args:
+        net: a `DiffusionPriorNetwork`, or any module with `dim`, `self_cond`, `forward` and `forward_with_cond_scale`.
+        clip: an adapter from `fastprior.clip`, or an x-clip or CoCa model; needed only to embed raw text and images.
+        image_embed_dim: width of the embeddings; taken from `clip` by default.
+        image_channels: checked against `clip`.
+        timesteps: length of the schedule.
+        sample_timesteps: default number of steps of `sample`.
+        cond_drop_prob: chance of dropping text, and of dropping the image, in training; > 0 allows guidance.
+        text_cond_drop_prob, image_cond_drop_prob: override `cond_drop_prob` for each.
+        loss_type: "l2", "l1" or "huber".
+        predict_x_start: the network predicts x0; with False, the noise.
+        predict_v: the network predicts v; takes precedence.
+        beta_schedule: see `NoiseScheduler`.
+        condition_on_text_encodings: whether text encodings are part of the condition.
+        sampling_clamp_l2norm: scale each predicted x0 to length `image_embed_scale`.
+        sampling_final_clamp_l2norm: the same for the result.
+        training_clamp_l2norm: the same for the prediction in training.
+        init_image_embed_l2norm: the same for the initial noise.
+        image_embed_scale: diffusion runs on embeddings times this; default sqrt(image_embed_dim), or 1 where the
+            network normalises them.
+        clip_adapter_overrides: passed to the adapter made of an x-clip or CoCa model.
+        clamp: how a predicted x0 is clamped in sampling: None, a float radius for ± clamping, or "l2". By default as
+            DALLE2-pytorch: "l2" with `sampling_clamp_l2norm`, nothing for x0 and v, ±1 where `predict_x_start=False`
+            (which is too tight for embeddings scaled by sqrt(dim)).
+        image_size: accepted for old configs, and not used.
+
+    Attributes:
+        graphs: whether runs on CUDA replay CUDA graphs of the prefill and the step, with the same result. None, the
+            default: from the second run of a shape (of the text and the rows) on, or at once in one of 256 steps or
+            more; True: from the first; False: never. They serve any solver and up to 64 steps (128, …), and are
+            captured again for other weights or modules. Runs by graphs wait for each other. Where a capture fails, a
+            warning says why, and runs go on without. `sampling_plan` says which way they go. See `sample` for threads.
+        graph_memory: bytes that these graphs may hold; those of shapes that were not used for longest go. By default
+            1 GiB, by an estimate ten shapes of few prompts or one of 64; None for no limit.
+        can_compare_text: whether text embeddings lie in the space of the image embeddings, as a CLIP's do.
+        config: the constructor's arguments without `net` and `clip`, for saving.
+    """
+
+    # of the class, so that neither constructors nor what was pickled before must know of them
+    graphs: bool | None = None
+    graph_memory: int | None = 2**30
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        clip: nn.Module | None = None,
+        image_embed_dim: int | None = None,
+        image_size: int | None = None,
+        image_channels: int = 3,
+        timesteps: int = 1000,
+        sample_timesteps: int | None = None,
+        cond_drop_prob: float = 0.0,
+        text_cond_drop_prob: float | None = None,
+        image_cond_drop_prob: float | None = None,
+        loss_type: str = "l2",
+        predict_x_start: bool = True,
+        predict_v: bool = False,
+        beta_schedule: str = "cosine",
+        condition_on_text_encodings: bool = True,
+        sampling_clamp_l2norm: bool = False,
+        sampling_final_clamp_l2norm: bool = False,
+        training_clamp_l2norm: bool = False,
+        init_image_embed_l2norm: bool = False,
+        image_embed_scale: float | None = None,
+        clip_adapter_overrides: dict | None = None,
+        clamp: str | float | None = "default",
+    ):
+        super().__init__()
+        self.sample_timesteps = sample_timesteps
+        self.noise_scheduler = NoiseScheduler(beta_schedule=beta_schedule, timesteps=timesteps, loss_type=loss_type)
+        if clip is not None:
+            clip = freeze_and_eval(as_clip_adapter(clip, **(clip_adapter_overrides or {})))
+            if image_channels != clip.image_channels:
+                raise ValueError(f"image_channels={image_channels}; the CLIP given takes {clip.image_channels}")
+        elif image_embed_dim is None:
+            raise ValueError("image_embed_dim=None; it must be given where no clip is")
+        self.clip = clip
+        self.net = net
+        self.image_embed_dim = clip.dim_latent if image_embed_dim is None else image_embed_dim
+        if net.dim != self.image_embed_dim:
+            raise ValueError(f"image_embed_dim={self.image_embed_dim}; it must be the network's dim, {net.dim}")
+        own = isinstance(net, DiffusionPriorNetwork)
+        if own and net.text_dim != net.dim and not condition_on_text_encodings:
+            raise ValueError(f"text_dim={net.text_dim}; with condition_on_text_encodings=False no encodings are read")
+        if clip is not None and clip.dim_latent != self.image_embed_dim:
+            raise ValueError(f"image_embed_dim={self.image_embed_dim}; the CLIP given embeds in {clip.dim_latent}")
+        self.channels = image_channels
+        self.text_cond_drop_prob = cond_drop_prob if text_cond_drop_prob is None else text_cond_drop_prob
+        self.image_cond_drop_prob = cond_drop_prob if image_cond_drop_prob is None else image_cond_drop_prob
+        self.can_classifier_guidance = self.text_cond_drop_prob > 0 and self.image_cond_drop_prob > 0
+        self.condition_on_text_encodings = condition_on_text_encodings
+        self.can_compare_text = not own or net.text_embed_dim == net.dim
+        self.predict_x_start, self.predict_v = predict_x_start, predict_v
+        if image_embed_scale is None:
+            image_embed_scale = 1.0 if hasattr(net, "normalize") else self.image_embed_dim**0.5
+        self.image_embed_scale = image_embed_scale
+        self.sampling_clamp_l2norm = sampling_clamp_l2norm
+        self.sampling_final_clamp_l2norm = sampling_final_clamp_l2norm
+        self.training_clamp_l2norm = training_clamp_l2norm
+        self.init_image_embed_l2norm = init_image_embed_l2norm
+        if not (clamp in (None, "default", "l2") or (isinstance(clamp, (int, float)) and clamp > 0)):
+            raise ValueError(f"clamp={clamp!r}; it must be None, 'l2', a positive radius, or left out")
+        self.clamp = clamp
+        self.config = dict(
+            image_embed_dim=self.image_embed_dim, image_channels=image_channels, timesteps=timesteps,
+            sample_timesteps=sample_timesteps, text_cond_drop_prob=self.text_cond_drop_prob,
+            image_cond_drop_prob=self.image_cond_drop_prob, loss_type=loss_type, predict_x_start=predict_x_start,
+            predict_v=predict_v, beta_schedule=beta_schedule, condition_on_text_encodings=condition_on_text_encodings,
+            sampling_clamp_l2norm=sampling_clamp_l2norm, sampling_final_clamp_l2norm=sampling_final_clamp_l2norm,
+            training_clamp_l2norm=training_clamp_l2norm, init_image_embed_l2norm=init_image_embed_l2norm,
+            image_embed_scale=self.image_embed_scale, clamp=clamp,
+        )  # fmt: skip
+        self._warned_of_norm = False
+        self.register_buffer("_dummy", torch.tensor([True]), persistent=False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.clip is not None:
+            self.clip.eval()  # frozen: it must give the same embeddings in training
+        return self
+
+    def _apply(self, *args, **kwargs):
+        before = self.device
+        super()._apply(*args, **kwargs)
+        if self.device != before:
+            prior_graphs.forget(self)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self._dummy.device
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts: "v", "x0" or "noise"."""
+        return "v" if self.predict_v else "x0" if self.predict_x_start else "noise"
+
+    def normalize(self, image_embed: Tensor) -> Tensor:
+        """What diffusion runs on: `image_embed * image_embed_scale`, unless the network has a way of its own."""
+        if hasattr(self.net, "normalize"):
+            image_embed = self.net.normalize(image_embed)
+        return image_embed * self.image_embed_scale
+
+    def denormalize(self, image_embed: Tensor) -> Tensor:
+        """Undo `normalize`."""
+        image_embed = image_embed / self.image_embed_scale
+        return self.net.denormalize(image_embed) if hasattr(self.net, "denormalize") else image_embed
+
+    def l2norm_clamp_embed(self, image_embed: Tensor) -> Tensor:
+        """Scale to length `image_embed_scale`."""
+        return l2norm(image_embed) * self.image_embed_scale
+
+    # one step, method by method: what subclasses override and call
+
+    def _clamp(self) -> tuple[str | None, float]:
+        if self.clamp == "default":
+            if self.predict_x_start:
+                return ("l2", self.image_embed_scale) if self.sampling_clamp_l2norm else (None, 0.0)
+            return "range", 1.0
+        if self.clamp == "l2":
+            return "l2", self.image_embed_scale
+        return (None, 0.0) if self.clamp is None else ("range", float(self.clamp))
+
+    def x_start_from(self, x: Tensor, t: Tensor, pred: Tensor, clip_denoised: bool = True) -> Tensor:
+        """The clean embedding that a prediction at time t (batch,) stands for, clamped: the shape of x."""
+        if self.predict_v:
+            x_start = self.noise_scheduler.predict_start_from_v(x, t=t, v=pred)
+        elif self.predict_x_start:
+            x_start = pred
+        else:
+            x_start = self.noise_scheduler.predict_start_from_noise(x, t=t, noise=pred)
+        clamp, radius = self._clamp()
+        if clamp == "l2":
+            return self.l2norm_clamp_embed(x_start)
+        return x_start.clamp(-radius, radius) if clamp == "range" and clip_denoised else x_start
+
+    def _check_guidance(self, cond_scale: float) -> None:
+        if cond_scale != 1 and not self.can_classifier_guidance:
+            raise ValueError(
+                f"cond_scale={cond_scale}; this prior was built without conditional dropout (cond_drop_prob > 0): it "
+                "has no unconditional branch, and cond_scale must be 1"
+            )
+
+    def p_mean_variance(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text_cond: dict,
+        self_cond: Tensor | None = None,
+        clip_denoised: bool = False,
+        cond_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of p(x_{t-1} | x_t), and the predicted x0."""
+        self._check_guidance(cond_scale)
+        pred = self.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, self_cond=self_cond, **text_cond)
+        x_start = self.x_start_from(x, t, pred, clip_denoised)
+        return *self.noise_scheduler.q_posterior(x_start=x_start, x_t=x, t=t), x_start
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text_cond: dict | None = None,
+        self_cond: Tensor | None = None,
+        clip_denoised: bool = True,
+        cond_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """One ancestral step from x at time t (batch,): the next x, and the predicted x0."""
+        mean, _, log_variance, x_start = self.p_mean_variance(
+            x=x, t=t, text_cond=text_cond, self_cond=self_cond, clip_denoised=clip_denoised, cond_scale=cond_scale
+        )
+        noise = randn_like(x)
+        is_last = (t == 0).view(-1, *(1,) * (x.ndim - 1))
+        return torch.where(is_last, mean, mean + (0.5 * log_variance).exp() * noise), x_start
+
+    # whole runs
+
+    def sampling_plan(
+        self,
+        timesteps: int | None = None,
+        cond_scale: float = 1.0,
+        solver: str | None = None,
+        eta: float | None = None,
+        *,
+        rows: int | None = None,
+    ) -> SamplingPlan:
+        """Say how a run with these arguments goes, and why. Print it, or read its attributes.
+
+        Args:
+            timesteps, cond_scale, solver, eta: see `p_sample_loop`.
+            rows: of embeddings, on which depends whether CUDA graphs are used; by default that of few.
+
+        Raises ValueError where the arguments do not fit the prior.
+        """
+        total = self.noise_scheduler.num_timesteps
+        timesteps = total if timesteps is None else timesteps
+        solver = solver or default_solver(total, timesteps)
+        table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta)
+        self._check_guidance(cond_scale)
+        reasons = tuple(obstacles(self))
+        cached = not reasons
+        if cond_scale == 1:
+            guidance = "none"
+        elif not cached:
+            guidance = "two passes"
+        else:
+            guidance = "second branch" if self.net.null_sees_image else "null table"
+        tokens = (self.net.prefix_tokens, self.net.suffix_tokens) if cached else (None, None)
+        path = "cached" if cached else "plain"
+        no_graphs = prior_graphs.obstacles(self, path, len(table), rows)
+        return SamplingPlan(path, reasons, guidance, table, *self._clamp(), *tokens, no_graphs)
+
+    def _check_conditions(self, text_cond: dict) -> None:
+        own = isinstance(self.net, DiffusionPriorNetwork) and self.net.conditions is not None
+        if own and text_cond.get("conditions"):
+            self.net.conditions.check_values(text_cond["conditions"], len(text_cond["text_embed"]))
+
+    def check_text_condition(self, shape: tuple[int, ...], text_cond: dict) -> None:
+        """Raise ValueError unless embeddings of this shape can be sampled for it; warn of a norm not CLIP's."""
+        if shape[0] == 0:
+            raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
+        embed = text_cond.get("text_embed")
+        if embed is None:
+            if not isinstance(self.net, DiffusionPriorNetwork):
+                return  # a foreign network's own condition
+            raise ValueError(f"text_cond has the keys {sorted(text_cond)}; it must hold 'text_embed'")
+        if len(embed) == 0 or shape[0] % len(embed):
+            raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")
+        self._check_conditions(text_cond)
+        for name, t in text_cond.items():
+            if not torch.is_tensor(t):
+                continue
+            if len(t) != len(embed):
+                raise ValueError(f"text_cond[{name!r}] has {len(t)} rows and text_embed {len(embed)}; they must agree")
+            with ops.one_thread(t):
+                if t.is_floating_point() and not t.isfinite().all():
+                    raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
+        clip_like = embed.ndim == 2 and self.can_compare_text and not hasattr(self.net, "normalize")
+        if clip_like and not self._warned_of_norm and (embed.float().norm(dim=-1) - 1).abs().max() > 0.05:
+            self._warned_of_norm = True
+            warnings.warn(
+                f"text_embed rows have norms up to {embed.float().norm(dim=-1).max():.3g}; CLIP priors are trained on "
+                "embeddings of norm 1 (this is said once)",
+                stacklevel=4,
+            )
+
+    def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
+        plan = self.sampling_plan(timesteps, cond_scale, solver, eta, rows=shape[0])
+        self.check_text_condition(shape, text_cond)
+        if self.graphs is False:
+            prior_graphs.forget(self)
+        if not len(plan.table):
+            warnings.warn(f"timesteps={timesteps}: the {solver} solver makes no evaluation, the result is noise")
+        return sample_loop(self, plan, shape, text_cond, cond_scale, generator, progress)
+
+    @torch.no_grad()
+    def p_sample_loop_ddpm(self, shape, text_cond, cond_scale=1.0) -> Tensor:
+        """DDPM over the whole schedule. See `p_sample_loop`; the result is scaled by `image_embed_scale`."""
+        return self._run(shape, text_cond, cond_scale, self.noise_scheduler.num_timesteps, "ddpm")
+
+    @torch.no_grad()
+    def p_sample_loop_ddim(self, shape, text_cond, *, timesteps, eta=1.0, cond_scale=1.0) -> Tensor:
+        """DDIM on DALLE2-pytorch's grid. See `p_sample_loop`; the result is scaled by `image_embed_scale`."""
+        return self._run(shape, text_cond, cond_scale, timesteps, "ddim", eta)
+
+    @torch.no_grad()
+    def p_sample_loop(
+        self,
+        shape: tuple[int, ...],
+        text_cond: dict,
+        cond_scale: float = 1.0,
+        timesteps: int | None = None,
+        *,
+        solver: str | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = True,
+        **kwargs,
+    ) -> Tensor:
+        """Sample image embeddings.
+
+        Args:
+            shape: (rows, image_embed_dim); rows is a multiple of the prompts, and the samples of a prompt lie together.
+            text_cond: `text_embed` (prompts, dim) and, where conditioned on, `text_encodings` (prompts, length, dim);
+                and `conditions`, a dict of the values of extra conditions, of which any may be left out.
+            cond_scale: classifier-free guidance; 1 is none.
+            timesteps: number of steps; all of the schedule by default.
+            solver: see `fastprior.diffusion.solvers`; by default "ddpm" over the whole schedule, else "ddim".
+            generator: on the prior's device; the global one by default.
+            progress: show a bar.
+            **kwargs: `eta` for the DDIM solvers; anything else goes to an overridden loop.
+        Returns:
+            (rows, image_embed_dim) in fp32 or wider, not scaled.
+        Raises:
+            ValueError: for arguments that do not fit, with the argument, its value and the rule.
+        """
+        total = self.noise_scheduler.num_timesteps
+        timesteps = total if timesteps is None else timesteps
+        solver = solver or default_solver(total, timesteps)
+        loop = {"ddpm": "p_sample_loop_ddpm", "ddim": "p_sample_loop_ddim"}.get(solver)
+        if loop and is_overridden(self, loop, DiffusionPrior):
+            if timesteps > total:
+                raise ValueError(f"timesteps={timesteps}; the schedule has {total}")
+            if generator is not None:
+                kwargs["generator"] = generator
+            if solver == "ddim":
+                kwargs["timesteps"] = timesteps
+            embeds = getattr(self, loop)(shape, repeat_rows(text_cond, shape[0]), cond_scale=cond_scale, **kwargs)
+        else:
+            embeds = self._run(
+                shape, text_cond, cond_scale, timesteps, solver, generator=generator, progress=progress, **kwargs
+            )
+        return self.denormalize(embeds)
+
+    @torch.no_grad()
+    @in_eval_mode
+    def sample_batch_size(self, batch_size: int, text_cond: dict, cond_scale: float = 1.0) -> Tensor:
+        """DDPM samples (batch_size, image_embed_dim) for given conditions, still scaled by `image_embed_scale`."""
+        return self.p_sample_loop_ddpm((batch_size, self.image_embed_dim), text_cond, cond_scale=cond_scale)
+
+    def text_condition(self, text, text_embed, text_encodings, mask=None, conditions=None) -> dict:
+        """What the network is conditioned on, from arguments as `sample` takes them: text_embed, text_encodings, …"""
+        if (text is None) == (text_embed is None):
+            raise ValueError("exactly one of text and text_embed must be given")
+        if text is not None:
+            if self.clip is None:
+                raise ValueError("text was given, but this prior has no clip; give text_embed and text_encodings")
+            if not torch.is_tensor(text):
+                text = self.clip.tokenize([text] if isinstance(text, str) else list(text))
+            text_embed, text_encodings = self.clip.embed_text(text.to(self.device))
+        extra = dict(conditions=conditions) if conditions else {}
+        if not self.condition_on_text_encodings:
+            return dict(text_embed=text_embed, **extra)
+        if text_encodings is None:
+            raise ValueError("text_encodings=None; this prior is conditioned on text encodings")
+        if mask is not None:
+            text_encodings = text_encodings.masked_fill(~mask.bool()[..., None], 0)
+        return dict(text_embed=text_embed, text_encodings=text_encodings, **extra)
+
+    def check_best_of(self, candidates: int, name: str) -> None:
+        """Raise ValueError where there are no candidates, or no telling which of them is the best."""
+        if candidates < 1:
+            raise ValueError(f"{name}={candidates}; it must be at least 1")
+        if candidates > 1 and not self.can_compare_text:
+            raise ValueError(
+                f"{name}={candidates}; it must be 1, since a text_embed of width {self.net.text_embed_dim} cannot be "
+                "compared with image embeddings"
+            )
+
+    def best_of(self, embeds: Tensor, text_embed: Tensor) -> Tensor:
+        """Of embeds (prompts, candidates, dim) those most similar to text_embed (prompts, dim): (prompts, dim)."""
+        if embeds.shape[1] == 1:
+            return embeds[:, 0]
+        best = (l2norm(text_embed)[:, None] * l2norm(embeds)).sum(dim=-1).argmax(dim=-1)
+        return embeds[torch.arange(len(embeds), device=embeds.device), best]
+
+    @torch.no_grad()
+    @in_eval_mode
+    def sample(
+        self,
+        text: Tensor | str | list[str] | None = None,
+        num_samples_per_batch: int = 2,
+        cond_scale: float = 1.0,
+        timesteps: int | None = None,
+        *,
+        text_embed: Tensor | None = None,
+        text_encodings: Tensor | None = None,
+        mask: Tensor | None = None,
+        conditions: dict[str, Tensor] | None = None,
+        n_samples_per_batch: int | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Sample `num_samples_per_batch` embeddings per prompt and keep the one most similar to its text embedding.
+
+        Args:
+            text: (prompts, length) int64 tokens, or strings; both need a CLIP adapter.
+            num_samples_per_batch: candidates per prompt; `n_samples_per_batch` is the same.
+            cond_scale, timesteps: see `p_sample_loop`; timesteps defaults to `sample_timesteps`.
+            text_embed: (prompts, dim), instead of `text`.
+            text_encodings: (prompts, length, dim), with `text_embed`.
+            mask: (prompts, length) bool, False where `text_encodings` is padding.
+            conditions: see `p_sample_loop`.
+            **kwargs: solver, eta, generator, progress: see `p_sample_loop`.
+        Returns:
+            (prompts, image_embed_dim).
+
+        On CUDA a run may capture graphs, see `graphs` of the class. With torch 2.11 what other threads of yours draw
+        from the device's default generator meanwhile fails (what fastprior draws waits): give them generators of their
+        own, or run each shape twice before.
+        """
+        repeats = num_samples_per_batch if n_samples_per_batch is None else n_samples_per_batch
+        self.check_best_of(repeats, "num_samples_per_batch")
+        timesteps = self.sample_timesteps if timesteps is None else timesteps
+        text_cond = self.text_condition(text, text_embed, text_encodings, mask, conditions)
+        prompts = len(text_cond["text_embed"])
+        shape = prompts * repeats, self.image_embed_dim
+        if any(is_overridden(self, loop, DiffusionPrior) for loop in LOOPS):
+            text_cond = repeat_rows(text_cond, shape[0]) if prompts else text_cond
+        embeds = self.p_sample_loop(shape, text_cond=text_cond, cond_scale=cond_scale, timesteps=timesteps, **kwargs)
+        wanted = text_cond["text_embed"].view(prompts, -1, text_cond["text_embed"].shape[-1])[:, 0]
+        return self.best_of(embeds.view(prompts, repeats, -1), wanted)
+
+    # training
+
+    def p_losses(self, image_embed: Tensor, times: Tensor, text_cond: dict, noise: Tensor | None = None) -> Tensor:
+        """The loss at given times (rows,) for scaled image embeddings (rows, dim): a 0-d tensor."""
+        noise = randn_like(image_embed) if noise is None else noise
+        noisy = self.noise_scheduler.q_sample(x_start=image_embed, t=times, noise=noise)
+        self_cond = None
+        if self.net.self_cond and random.random() < 0.5:
+            with torch.no_grad():
+                self_cond = self.net(noisy, times, **text_cond)
+        pred = self.net(
+            noisy,
+            times,
+            self_cond=self_cond,
+            text_cond_drop_prob=self.text_cond_drop_prob,
+            image_cond_drop_prob=self.image_cond_drop_prob,
+            **text_cond,
+        )
+        if self.predict_x_start and self.training_clamp_l2norm:
+            pred = self.l2norm_clamp_embed(pred)
+        if self.predict_v:
+            target = self.noise_scheduler.calculate_v(image_embed, times, noise)
+        else:
+            target = image_embed if self.predict_x_start else noise
+        dtype = torch.promote_types(pred.dtype, target.dtype)  # torch 2.11 has no gradient of a loss between two
+        return self.noise_scheduler.loss_fn(pred.to(dtype), target.to(dtype))
+
+    def forward(
+        self,
+        text: Tensor | None = None,
+        image: Tensor | None = None,
+        text_embed: Tensor | None = None,
+        image_embed: Tensor | None = None,
+        text_encodings: Tensor | None = None,
+        *args,
+        draws: int = 1,
+        conditions: dict[str, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """The training loss at random times.
+
+        Args:
+            text: (batch, length) int64 tokens, or text_embed (batch, dim) with text_encodings (batch, length, dim).
+            image: (batch, channels, height, width) in 0..1, or image_embed (batch, dim), which is not modified.
+            draws: times and noises per pair. The text runs once for all of them, so that 8 draws cost much less than 8
+                steps; the loss has the same mean and a smaller variance. Dropped text is dropped for all draws of a
+                pair.
+            conditions: see `p_sample_loop`.
+            *args, **kwargs: go to `p_losses`, such as `noise`, of (batch * draws, dim).
+        Returns:
+            0-d tensor.
+        """
+        if draws < 1:
+            raise ValueError(f"draws={draws}; it must be at least 1")
+        if (image is None) == (image_embed is None):
+            raise ValueError("exactly one of image and image_embed must be given")
+        if image is not None:
+            image_embed, _ = self.clip.embed_image(image)
+        text_cond = self.text_condition(text, text_embed, text_encodings, conditions=conditions)
+        self._check_conditions(text_cond)
+        if draws > 1:
+            image_embed = image_embed.repeat_interleave(draws, dim=0)
+            if network_obstacles(self.net, dropout=True):
+                text_cond = repeat_rows(text_cond, len(image_embed))
+        times = self.noise_scheduler.sample_random_times(len(image_embed))
+        return self.p_losses(self.normalize(image_embed), times, *args, text_cond=text_cond, **kwargs)

@@ -1,0 +1,110 @@
+"""Folders of diffusers models, `config.json` and `diffusion_pytorch_model…`, without diffusers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastprior.utils import atomic, nearest
+from fastprior.weight_files.safe import read_file
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+SUFFIXES = ".safetensors", ".bin"
+OPTIONAL = "clip_mean", "clip_std"  # None in models that were saved without
+
+
+def _file_names(variant: str | None) -> list[str]:
+    """Where weights may be, in the order of preference: an index names the shards of one model."""
+    name, inner = (WEIGHTS, "") if variant is None else (f"{WEIGHTS}.{variant}", f".{variant}")
+    return [file for suffix in SUFFIXES for file in (name + suffix, f"{WEIGHTS}{suffix}.index{inner}.json")]
+
+
+def _folder(path: str | os.PathLike, subfolder: str | None, variant: str | None, hub: dict) -> Path:
+    """The local folder, after a download where `path` is the id of a repository."""
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError as error:
+            raise ImportError(
+                f"{path} is no folder, so it is taken as a repository's id, which needs pip install huggingface_hub"
+            ) from error
+        inner = "" if variant is None else f".{variant}"
+        start = f"{subfolder}/" if subfolder else ""
+        for suffix in SUFFIXES:  # one after the other: many repositories hold the weights in both formats
+            weights = (f"{inner}{suffix}", f"{inner}-*{suffix}", f"{suffix}.index{inner}.json")
+            wanted = [start + CONFIG, *(start + WEIGHTS + end for end in weights)]
+            folder = Path(snapshot_download(os.fspath(path), allow_patterns=wanted, **hub))
+            if any(folder.glob(f"{start}{WEIGHTS}*{suffix}")):
+                break
+    return folder / subfolder if subfolder else folder
+
+
+def read(path: str | os.PathLike, subfolder: str | None, variant: str | None, **hub) -> tuple[dict, dict[str, Tensor]]:
+    """The config, without diffusers' own entries, and the tensors: see `PriorTransformer.from_pretrained`."""
+    folder = _folder(path, subfolder, variant, hub)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; it must be a folder that a diffusers model was saved to")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    names = _file_names(variant)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"{folder} has no weights of variant={variant!r}; one must be there of {', '.join(names)}"
+        )
+    files = [file]
+    if file.suffix == ".json":
+        files = [folder / name for name in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= read_file(file)[0]
+    return config, state
+
+
+def check_config(config: Mapping, known: Iterable[str]) -> None:
+    for name in config:
+        if name not in known:
+            raise ValueError(f"the config has the unknown key {name!r}; {nearest(name, known)}")
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a model on the meta device its tensors, cast to `dtype`."""
+    for name in OPTIONAL:
+        if name not in state:
+            setattr(model, name, None)
+    wanted = {name: t.shape for name, t in model.state_dict().items()}
+    found = {name: t.shape for name, t in state.items()}
+    if wrong := sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name)):
+        raise ValueError(
+            f"the weights do not fit the config: {wrong[0]} has shape {found.get(wrong[0])}, and by the config it must "
+            f"have {wanted.get(wrong[0])}; so with {len(wrong) - 1} others"
+        )
+    model.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
+    model.requires_grad_()
+
+
+def write(
+    folder: str | os.PathLike, config: Mapping, state: Mapping[str, Tensor], variant: str | None, safe: bool
+) -> None:
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"save_directory={os.fspath(folder)!r} is a file; it must be a folder, or a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    with atomic(folder / _file_names(variant)[0 if safe else 2]) as file:
+        if safe:
+            save_file(state, file, metadata={"format": "pt"})
+        else:
+            torch.save(state, file)
+    with atomic(folder / CONFIG) as file:
+        file.write_text(json.dumps({"_class_name": "PriorTransformer", **config}, indent=2) + "\n")

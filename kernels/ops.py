@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from . import reference
 from .arguments import LinearArgs
+from .cpu import attention as cpu_attention
 from .cpu import blocks as cpu_blocks
 from .cpu import linear as cpu_linear
+from .cpu import run as cpu_run
 from .cpu import threads as cpu_threads
 from .gpu import workspace
 from .reference import Rotary
@@ -243,8 +245,8 @@ def decode_attention(
         from .gpu.decode import decode_attention as run
 
         return run(q, k, v, prefix_k, prefix_v, **options)
-    takes = _forced is None and cpu_linear.takes_decode(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
-    run = cpu_linear.decode_attention if takes else reference.decode_attention
+    takes = _forced is None and cpu_attention.takes_decode(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
+    run = cpu_attention.decode_attention if takes else reference.decode_attention
     return run(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
 
 
@@ -291,7 +293,7 @@ def diffusion_step(
     )
 
 
-Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_blocks.Run
+Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run
 one_thread = cpu_threads.one_thread
 Workspace, sharing = workspace.Workspace, workspace.sharing
 
@@ -400,4 +402,4 @@ def prepare_run(
     tables = dict(time_tokens=time_tokens, query=query, coefficients=coefficients, null_table=null_table)
     solver = dict(cond_scale=cond_scale, clamp=clamp, radius=radius)
     sizes, options = dict(rows=rows, samples=samples), dict(rotary=rotary, bias=bias)
-    return cpu_blocks.prepare_run(blocks, prefix_k, prefix_v, **sizes, **tables, **solver, **options)
+    return cpu_run.prepare_run(blocks, prefix_k, prefix_v, **sizes, **tables, **solver, **options)

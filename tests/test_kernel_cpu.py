@@ -10,6 +10,7 @@ from torch import nn
 
 from fastprior.kernels import reference
 from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.cpu import attention as cpu_attention
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
@@ -319,9 +320,9 @@ def test_decode_options(build, options, kv_heads):
 
 def test_decode_comparison_rejects():
     given = make_decode(bias=True)
-    got, exact = cpu_linear.decode_attention(**given), reference.decode_attention(**cast(given, torch.float64))
+    got, exact = cpu_attention.decode_attention(**given), reference.decode_attention(**cast(given, torch.float64))
     plain = reference.decode_attention(**given)
-    other = cpu_linear.decode_attention(**given | dict(scale=given["scale"] * 1.01))
+    other = cpu_attention.decode_attention(**given | dict(scale=given["scale"] * 1.01))
     for wrong in (torch.zeros_like(got), -got, got.roll(1, -1), other):
         with pytest.raises(AssertionError):
             check(wrong, exact, plain)
@@ -329,23 +330,23 @@ def test_decode_comparison_rejects():
 
 def test_decode_strides(build):
     given = make_decode(prompts=2, prefix=9, kv_heads=2, suffix=5, seq=5)
-    expected = cpu_linear.decode_attention(**given)
+    expected = cpu_attention.decode_attention(**given)
     by_head = {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("prefix_k", "prefix_v")}
     by_dim = {name: given[name].transpose(1, 3).contiguous().transpose(1, 3) for name in ("q", "k", "v", *by_head)}
     mixed = dict(k=given["k"].contiguous(), v=by_dim["v"], prefix_k=by_head["prefix_k"])
     for change in by_head, by_dim, mixed:
-        assert torch.equal(cpu_linear.decode_attention(**given | change), expected)
-    last = cpu_linear.decode_attention(**given | dict(q=given["q"][:, -2:]))
+        assert torch.equal(cpu_attention.decode_attention(**given | change), expected)
+    last = cpu_attention.decode_attention(**given | dict(q=given["q"][:, -2:]))
     assert error(last, expected[:, -2:].double()) <= 32 * EPS
 
 
 def test_a_query_that_sees_nothing_is_nan(build):
     given = make_decode(bias=True)
     given["bias"][1] = -math.inf
-    got = cpu_linear.decode_attention(**given)
+    got = cpu_attention.decode_attention(**given)
     assert got[:, 1].isnan().all() and got[:, [0, 2]].isfinite().all()
     given["q"][0, 2, 3, 0] = math.nan
-    got = cpu_linear.decode_attention(**given).unflatten(-1, (4, 16))
+    got = cpu_attention.decode_attention(**given).unflatten(-1, (4, 16))
     assert got[0, 2, 3].isnan().all() and got[0, 2, :3].isfinite().all() and got[1, 2].isfinite().all()
 
 

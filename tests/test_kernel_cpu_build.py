@@ -1,7 +1,10 @@
 """The CPU kernels as a library: how it is compiled and kept, threads and forks that share it, and its memory."""
 
+import ctypes
 import multiprocessing
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.kernels.cpu import structs
 from helpers.at_once import at_once
 from helpers.cpu_cases import (
     NEEDS_KERNELS,
@@ -160,6 +164,51 @@ def test_a_cache_that_was_filled_is_only_read(tmp_path):
         refuses = refusing(tmp_path, '[ "$1" = --version ] && exec cc --version\nexit 1\n')
         with built(QUICK, CC=refuses):
             assert cpu_library.build() == path and cpu_library.unavailable() is None
+
+
+def test_every_source_has_a_part_in_the_name_of_the_library(tmp_path, monkeypatch):
+    """A library that was kept is never that of other sources."""
+    sources = shutil.copytree(cpu_library.SOURCES, tmp_path / "c")
+    found = subprocess.run(["cc", *cpu_library.FLAGS, "-MM", sources / "library.c"], capture_output=True, check=True)
+    included = {Path(name) for name in found.stdout.decode().replace("\\\n", " ").split()[1:]}
+    assert included == set(sources.iterdir()), "each is shipped, and has a part in the library"
+    monkeypatch.setattr(cpu_library, "SOURCES", sources)
+    empty = refusing(tmp_path, '[ "$1" = --version ] && exec cc --version\nexit 0\n')
+    with built(CC=empty, FASTPRIOR_CACHE=tmp_path / "cache"):
+        paths = {cpu_library.build()}
+        for source in sorted(included):
+            source.write_text(source.read_text() + "\n")
+            paths.add(cpu_library.build())
+    assert len(paths) == 1 + len(included)
+
+
+@pytest.mark.slow
+def test_a_struct_of_another_size_is_not_filled(tmp_path, monkeypatch):
+    """A field that one side alone has: the library is not used, or is not compiled."""
+    for mirror in structs.ALL:
+        name = mirror.__name__
+        longer = type(name, (mirror,), {"_fields_": [("more", ctypes.c_long)]})
+        with built(QUICK, FASTPRIOR_CACHE=tmp_path), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(structs, "ALL", (*structs.ALL, longer))
+            assert cpu_library.unavailable() == (
+                f"struct {name.lower()} of C has not the {ctypes.sizeof(longer)} bytes of its mirror in structs.py"
+            )
+    monkeypatch.setattr(cpu_library, "SOURCES", shutil.copytree(cpu_library.SOURCES, tmp_path / "c"))
+    source = cpu_library.SOURCES / "run.c"
+    source.write_text(source.read_text().replace("double cond_scale,", "double more, cond_scale,"))
+    with built(QUICK, FASTPRIOR_CACHE=tmp_path):
+        goes_on("structs.py mirrors struct run")
+
+
+@pytest.mark.parametrize("mirror", [m for m in structs.ALL if m is not structs.Linear], ids=lambda m: m.__name__)
+def test_fields_have_the_order_of_their_struct(mirror):
+    """No comparison of sizes sees two that changed places. A linear has names of its own."""
+    text = "".join(path.read_text() for path in cpu_library.SOURCES.iterdir())
+    body = re.search(rf"^struct {mirror.__name__.lower()} {{(.*?)^}};", text, re.DOTALL | re.MULTILINE)[1]
+    declared = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).replace(";", ",").split(",")
+    assert [re.search(r"\w+$", part.strip())[0] for part in declared if part.strip()] == [
+        name for name, _ in mirror._fields_
+    ]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastprior.kernels import ops
 from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.cpu import attention as cpu_attention
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.models.dalle2 import layers
@@ -313,7 +314,7 @@ def test_op_decode(dtype):
 
 def test_op_blocks():
     x, blocks, *prefix, outputs, (cos, sin), bias = block_arguments().values()
-    arguments = x, blocks.table, *prefix, outputs, blocks.sizes, 1.0, cos, sin, True, bias, None, "swiglu", 1e-5
+    arguments = x, blocks.table, *prefix, outputs, blocks.shape, 1.0, cos, sin, True, bias, None, "swiglu", 1e-5
     torch.library.opcheck(torch.ops.fastprior.cpu_blocks.default, arguments)
 
 
@@ -370,7 +371,7 @@ def test_messages_of_linear(change, message):
 )
 def test_messages_of_decode(change, message):
     with pytest.raises(ValueError) as raised:
-        cpu_linear.decode_attention(**make_decode() | change)
+        cpu_attention.decode_attention(**make_decode() | change)
     assert message in str(raised.value)
 
 

@@ -11,6 +11,7 @@ from fastprior import DiffusionPriorNetwork, PriorSampler
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.kernels.cpu import run as cpu_run
 from fastprior.prior import loop
 from helpers.cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, through_reference
 from helpers.priors import make_prior, make_text, relative_error, sample
@@ -254,7 +255,7 @@ def test_runs_of_a_prior(monkeypatch, solver, eta):
 
     def noted(step, make=loop.run_table):
         def run_table(table, step, *args):
-            kinds.append(type(step) is cpu_blocks.Run)
+            kinds.append(type(step) is cpu_run.Run)
             return make(table, step, *args)
 
         return run_table

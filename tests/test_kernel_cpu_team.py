@@ -15,6 +15,7 @@ from fastprior.cli import info
 from fastprior.kernels import ops
 from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import calls as cpu_calls
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.kernels.cpu import threads as cpu_threads
@@ -102,7 +103,7 @@ int main(void) {
 def compiled(folder, *flags) -> list[str]:
     """The command that runs the program; skips where the compiler does not have what the flags ask for."""
     (folder / "team.c").write_text(TEAM)
-    command = ["cc", "-O2", "-fopenmp", *flags, f"-I{cpu_library.SOURCES[0].parent}", "team.c", "-o", "team"]
+    command = ["cc", "-O2", "-fopenmp", *flags, f"-I{cpu_library.SOURCES}", "team.c", "-o", "team"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode and "sanitize" in " ".join(flags):
         pytest.skip(f"the compiler has no such sanitizer: {done.stderr[-200:]}")
@@ -133,7 +134,7 @@ def test_no_race_in_teams(tmp_path, look_ns):
 @pytest.mark.slow
 def test_the_sanitizer_sees_a_race(tmp_path):
     """What the test before shows is worth something: without meetings there is one."""
-    source = cpu_library.SOURCES[1].read_text() + "\n#define meet(me) ((void)(me))\n"
+    source = (cpu_library.SOURCES / "team.h").read_text() + "\n#define meet(me) ((void)(me))\n"
     (tmp_path / "without_meetings.h").write_text(source)
     (tmp_path / "team.c").write_text(TEAM.replace("team.h", "without_meetings.h"))
     command = ["cc", "-O2", "-g", "-fopenmp", "-DSHARED=1", "-I.", "-fsanitize=thread", "team.c", "-o", "team"]
@@ -166,7 +167,7 @@ int main(void) {
     printf("%ld\n", (long)parts);
 }
 """)
-    include = f"-I{cpu_library.SOURCES[0].parent}"
+    include = f"-I{cpu_library.SOURCES}"
     subprocess.run(["cc", "-fopenmp", include, "few.c", "-o", "few"], cwd=tmp_path, check=True)
     done = subprocess.run([tmp_path / "few"], capture_output=True, text=True, timeout=60)
     assert done.stdout == f"{3 * 99 + 100}\n"
@@ -366,8 +367,7 @@ class Threads(TorchDispatchMode):
 def test_a_run_of_one_prompt_waits_for_no_thread_of_pytorch(monkeypatch, how):
     from fastprior import PriorSampler
 
-    monkeypatch.setattr(cpu_linear, "_is_watched", lambda: False)  # the mode below would keep kernels away
-    monkeypatch.setattr(cpu_blocks, "_is_watched", lambda: False)
+    monkeypatch.setattr(cpu_calls, "is_watched", lambda: False)  # the mode below would keep kernels away
     prior = make_prior(dict(dim=512, dim_head=64, heads=8, max_text_len=77, num_timesteps=20))
     text = make_text(1, 512, 77)
     with threads(2):

@@ -35,7 +35,7 @@ import triton
 from cases import cases
 from compilations import MEASURED, MISSED, Kept, compile_variant, key, measure
 
-from fastprior.kernels.cpu.library import _cache_dir
+from fastprior.kernels.cpu.library import cache_dir
 from fastprior.kernels.gpu.launch import Variant, interpreted, recording
 
 ARCHITECTURES = 80, 90, 100
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--limits {path}: no such file")
     record = read_record(path) if path.exists() and not options.record else None
     jobs = [(v, arch) for arch in options.arch for v in variants(arch) if options.only in v.kernel.__name__]
-    kept = Kept(_cache_dir() / f"resources-triton-{VERSION}.json")
+    kept = Kept(cache_dir() / f"resources-triton-{VERSION}.json")
     judged = record is not None or options.record is not None
     columns = "kernel", "arch", "pointers", "num_warps", "num_stages", *MEASURED
     print(*columns, "constants", sep="\t")

@@ -1,40 +1,19 @@
-"""Whole blocks of linears and attention, and whole steps of a run, on the CPU: calls of `c/linear.c`."""
+"""Whole blocks of linears and attention on the CPU, in one call: calls of `c/blocks.c`."""
 
 from __future__ import annotations
 
 import itertools
-import struct
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import huge_pages
+from . import calls, huge_pages, structs
+from .attention import attention_of, caches_of, fits_stacks
 from .library import KINDS, library, most_rows
-from .linear import (
-    ACTIVATIONS,
-    MAX_DIM_HEAD,
-    MAX_KEYS,
-    MAX_OWN,
-    _address,
-    _are_numbers,
-    _are_plain,
-    _cache,
-    _check,
-    _fit,
-    _fit_attention,
-    _fit_rows,
-    _is_watched,
-    _operations,
-    _vector,
-    _weight,
-)
 from .threads import thread_count
-
-CLAMPS = {None: 0, "range": 1, "l2": 2}
-BLOCKS = struct.Struct("=48qdd")  # of the source
-RUN = struct.Struct(f"{BLOCKS.format}8qdd")
 
 
 def most_tokens(dtype: torch.dtype) -> int:
@@ -42,41 +21,21 @@ def most_tokens(dtype: torch.dtype) -> int:
     return max(most_rows(dtype), min(128, most_rows(torch.float32)))
 
 
-class Block(NamedTuple):
+MATRICES, BIASES, NORMS = structs.Block.MATRICES, structs.Block.BIASES, structs.Block.NORMS
+SCALES = tuple(f"{name}_scale" for name in MATRICES)
+
+
+class Block(namedtuple("Block", (*MATRICES, *SCALES, *BIASES, *NORMS), defaults=(None,) * 23)):
     """The weights of a transformer block: attention and feed-forward, each behind a norm, on a residual stream.
 
-    Without `v`, `k` has the rows of the values behind those of the keys. `out_gain` is that of a norm of attention's
-    result, `inner_gain` of a norm before `contract`. Scales are those of int8 weights. A head, the norm and the linear
-    of what the last block gives, is one of `q` and what belongs to it.
+    A head, the norm and the linear of what the last block gives, is one of `q` and what belongs to it.
+
+    Attributes:
+        q, k, v, out, expand, contract: the matrices. Without `v`, `k` has the values' rows behind those of the keys.
+        q_scale, …, q_bias, …: of each matrix; scales are those of int8 weights.
+        norm_gain, norm_bias, ff_gain, ff_bias: of the norms before attention and before the feed-forward.
+        out_gain, inner_gain: of norms of attention's result, and before `contract`.
     """
-
-    q: Tensor
-    k: Tensor | None = None
-    v: Tensor | None = None
-    out: Tensor | None = None
-    expand: Tensor | None = None
-    contract: Tensor | None = None
-    q_scale: Tensor | None = None
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    out_scale: Tensor | None = None
-    expand_scale: Tensor | None = None
-    contract_scale: Tensor | None = None
-    q_bias: Tensor | None = None
-    k_bias: Tensor | None = None
-    v_bias: Tensor | None = None
-    out_bias: Tensor | None = None
-    expand_bias: Tensor | None = None
-    contract_bias: Tensor | None = None
-    norm_gain: Tensor | None = None
-    norm_bias: Tensor | None = None
-    out_gain: Tensor | None = None
-    ff_gain: Tensor | None = None
-    ff_bias: Tensor | None = None
-    inner_gain: Tensor | None = None
-
-
-MATRICES = 6
 
 
 class Blocks(NamedTuple):
@@ -87,7 +46,7 @@ class Blocks(NamedTuple):
         kept: what lies there.
         owner: whose weights they are.
         dtype: of the matrices.
-        sizes: depth, dim, inner, heads, kv_heads, dim_head, whether there is a head, and columns of the result.
+        shape: depth, dim, inner, heads, kv_heads, dim_head, whether there is a head, and columns of the result.
         scale, cosine, activation, eps: see `prepare_blocks`.
         requires_grad: whether a weight does.
     """
@@ -96,7 +55,7 @@ class Blocks(NamedTuple):
     kept: object
     owner: nn.Module
     dtype: torch.dtype
-    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
     scale: float
     cosine: bool
     activation: str
@@ -105,7 +64,7 @@ class Blocks(NamedTuple):
 
     @property
     def has_head(self) -> bool:
-        return bool(self.sizes[-2])
+        return bool(self.shape[-2])
 
 
 def prepare_blocks(
@@ -135,13 +94,13 @@ def prepare_blocks(
     """
     first, everything = blocks[0], [*blocks, *([] if head is None else [head])]
     weights = [t for t in itertools.chain(*everything) if t is not None]
-    matrices = [t for block in everything for t in block[:MATRICES] if t is not None]
-    if not _are_numbers(weights) or any(t.dtype != first.q.dtype or t.stride(1) != 1 for t in matrices):
+    matrices = [t for block in everything for name in MATRICES if (t := getattr(block, name)) is not None]
+    if not calls.are_numbers(weights) or any(t.dtype != first.q.dtype or t.stride(1) != 1 for t in matrices):
         return None
-    if _is_watched() or first.q.dtype not in KINDS or not most_tokens(first.q.dtype):
+    if calls.is_watched() or first.q.dtype not in KINDS or not most_tokens(first.q.dtype):
         return None
     own, shared, dim, inner = heads * dim_head, kv_heads * dim_head, first.q.shape[1], first.contract.shape[1]
-    kept, numbers = [t.untyped_storage() for t in weights], []  # those of a parameter may be replaced
+    kept = [t.untyped_storage() for t in weights]  # those of a parameter may be replaced
     shapes = {
         "q": (own, dim), "k": (shared, dim), "v": (shared, dim), "out": (dim, own),
         "expand": (inner * 2 if activation == "swiglu" else inner, dim), "contract": (dim, inner),
@@ -150,16 +109,13 @@ def prepare_blocks(
     for block in everything:
         given = {"q": (columns, dim)} if block is head else shapes
         given = given if block is head or block.v is not None else shapes | {"k": (2 * shared, dim)}
-        _fit_block(block, given, dim, inner)
-        for at in range(MATRICES):
-            numbers += _weight(block[at], block[MATRICES + at], kept)
-        for at in range(2 * MATRICES, len(block)):
-            numbers += _vector(block[at], kept)
-    table = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(len(everything), -1)
-    sizes = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
+        _check_block(block, given, dim, inner)
+    table = (structs.Block * len(everything))(*(_struct_of(block, kept) for block in everything))
+    table = torch.frombuffer(table, dtype=torch.int64).view(len(everything), -1)
+    shape = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
     requires_grad = any(t.requires_grad for t in weights)
     huge_pages.settle(owner, matrices)
-    return Blocks(table, kept, owner, first.q.dtype, sizes, scale, cosine, activation, eps, requires_grad)
+    return Blocks(table, kept, owner, first.q.dtype, shape, scale, cosine, activation, eps, requires_grad)
 
 
 def takes_blocks(
@@ -172,73 +128,81 @@ def takes_blocks(
         return False
     if not 0 < x.shape[0] * x.shape[1] <= most_tokens(blocks.dtype):
         return False
-    if prefix_k.shape[-1] > MAX_DIM_HEAD or prefix_k.shape[2] + x.shape[1] > MAX_KEYS:
+    if not fits_stacks(prefix_k.shape[-1], prefix_k.shape[2], x.shape[1]):
         return False
-    if x.shape[1] * prefix_k.shape[-1] > MAX_OWN:
-        return False
-    return _are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not _is_watched()
+    return calls.are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not calls.is_watched()
 
 
-_operations.define(
-    "cpu_blocks(Tensor x, Tensor table, Tensor prefix_k, Tensor prefix_v, int outputs, int[] sizes, float scale, "
-    "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps) -> Tensor"
-)
+def _struct_of(block: Block, kept: list) -> structs.Block:
+    fields = {name: calls.vector_of(getattr(block, name), kept) for name in (*BIASES, *NORMS)}
+    for name, scale in zip(MATRICES, SCALES):
+        if (t := getattr(block, name)) is not None:
+            scale = calls.vector_of(getattr(block, scale), kept)
+            fields[name] = structs.Weight((t.data_ptr(), KINDS[t.dtype], t.stride(0)), scale)
+    return structs.Block(**fields)
 
 
-def _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes, *_) -> Tensor:
+def _check_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
+    for name, shape in shapes.items():
+        calls.check_shape(name, getattr(block, name), *shape)
+        calls.check_shape(f"{name}_scale", getattr(block, f"{name}_scale"), shape[0])
+        calls.check_shape(f"{name}_bias", getattr(block, f"{name}_bias"), shape[0])
+    for name in NORMS:
+        calls.check_shape(name, getattr(block, name), inner if name == "inner_gain" else dim)
+
+
+def _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape, *_) -> Tensor:
     rows, suffix, _ = x.shape
     depth, _, _, *heads_and_dim = prefix_k.shape
-    shape = (rows, outputs, sizes[-1]) if outputs else (depth, rows, suffix, 2, *heads_and_dim)
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-
-def _fit_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
-    for at, (name, shape) in enumerate(shapes.items()):
-        for kind, given, wanted in ("", block[at], shape), ("_scale", block[MATRICES + at], shape[:1]):
-            if given is not None and given.shape != wanted:
-                _fit(name + kind, given, *wanted)
-        _fit(f"{name}_bias", block[2 * MATRICES + at], shape[0])
-    for name in "norm_gain", "norm_bias", "out_gain", "ff_gain", "ff_bias":
-        _fit(name, getattr(block, name), dim)
-    _fit("inner_gain", block.inner_gain, inner)
+    out = (rows, outputs, shape[-1]) if outputs else (depth, rows, suffix, 2, *heads_and_dim)
+    return torch.empty(out, dtype=torch.float32, device=x.device)
 
 
 def _run_blocks(
-    x, table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps
+    x, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps
 ):  # fmt: skip
-    kept = []
-    _fit("x", x, *x.shape[:2], sizes[1])
-    given = table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps
-    numbers = _numbers_of_blocks(*x.shape[:2], *given, kept)
-    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, sizes)
-    call = BLOCKS.pack(_address(x, kept), out.data_ptr(), *numbers)
-    _check(library().run_blocks(call, thread_count()), x)
+    kept, (rows, suffix, _) = [], x.shape
+    calls.check_shape("x", x, rows, suffix, shape[1])
+    call = blocks_of(
+        rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps,
+        kept,
+    )  # fmt: skip
+    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape)
+    call.x, call.out = calls.address_of(x, kept), out.data_ptr()
+    calls.check_memory(library().run_blocks(call, thread_count()), x)
     return out
 
 
-def _numbers_of_blocks(
-    rows, suffix, table, prefix_k, prefix_v, outputs, sizes, scale, cos, sin, cosine, bias, mask, activation, eps, kept
-):  # fmt: skip
-    """`struct blocks` behind x and out, of shapes that fit."""
-    depth, dim, inner, heads, kv_heads, dim_head, head, columns = sizes
-    prompts, prefix = prefix_k.shape[1:3]
-    _fit_rows(rows * suffix)
-    _fit("prefix_k", prefix_k, depth, prompts, prefix, kv_heads, dim_head)
-    _fit("prefix_v", prefix_v, *prefix_k.shape)
-    _fit_attention(rows, heads, outputs or suffix, suffix, dim_head, prefix_k[0], cos, sin, bias, mask)
-    bias = None if bias is None else bias.expand(-1, heads, -1)
-    (first_k, layer_k, *of_k), (first_v, layer_v, *of_v) = _cache(prefix_k, kept), _cache(prefix_v, kept)
-    return (
-        table.data_ptr(), depth, dim, inner, outputs, head, columns, ACTIVATIONS[activation], layer_k, layer_v,
-        *(0,) * 12, first_k, *of_k, first_v, *of_v,
-        _address(bias, kept), _address(mask, kept), _address(cos, kept), _address(sin, kept),
-        0, 0, rows, 0, suffix, heads, kv_heads, dim_head, prompts, prefix, 0 if cos is None else cos.shape[-1], cosine,
-        scale, eps,
+def blocks_of(
+    rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps, kept
+) -> structs.Blocks:  # fmt: skip
+    """Everything but x and out, which the caller sets; what C reads by address is kept.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    depth, dim, inner, heads, kv_heads, dim_head, head, columns = shape
+    calls.check_rows(rows * suffix)
+    calls.check_shape("prefix_k", prefix_k, depth, *prefix_k.shape[1:3], kv_heads, dim_head)
+    calls.check_shape("prefix_v", prefix_v, *prefix_k.shape)
+    prefix_k, prefix_v = caches_of(prefix_k, prefix_v)
+    kept += prefix_k, prefix_v
+    return structs.Blocks(
+        blocks=table.data_ptr(), depth=depth, dim=dim, inner=inner, outputs=outputs, head=head, columns=columns,
+        activation=calls.ACTIVATIONS[activation], eps=eps, prefix_layer=prefix_k.stride(0),
+        attention=attention_of(
+            rows, heads, outputs or suffix, suffix, dim_head, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask,
+            kept,
+        ),
     )  # fmt: skip
 
 
-_operations.impl("cpu_blocks", _run_blocks, "CPU")
-torch.library.register_fake("fastprior::cpu_blocks", _fake_blocks, lib=_operations)
+calls.define_operation(
+    "cpu_blocks(Tensor x, Tensor table, Tensor prefix_k, Tensor prefix_v, int outputs, int[] shape, float scale, "
+    "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps) -> Tensor",
+    _run_blocks,
+    _fake_blocks,
+)
 
 
 def run_blocks(
@@ -266,97 +230,5 @@ def run_blocks(
         neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
     """
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
-    given, tables = (blocks.table, prefix_k, prefix_v, outputs, blocks.sizes, blocks.scale), rotary or (None, None)
+    given, tables = (blocks.table, prefix_k, prefix_v, outputs, blocks.shape, blocks.scale), rotary or (None, None)
     return run(x, *given, *tables, blocks.cosine, bias, mask, blocks.activation, blocks.eps)
-
-
-class Run:
-    """A run whose steps are calls of C; from `prepare_run`.
-
-    Attributes:
-        x: the state, (samples, dim) fp32, which a call overwrites.
-        steps: how many there are.
-    """
-
-    def __init__(self, call: bytes, x: Tensor, x0: Tensor, kept: object, steps: int):
-        self.x, self.steps = x, steps
-        self._x0, self._call, self._kept, self._run = x0, call, kept, library().run_steps
-
-    def start(self, x: Tensor) -> None:
-        """Begin at x (samples, dim)."""
-        _fit("x", x, *self.x.shape)
-        self.x.copy_(x)
-        self._x0.zero_()
-
-    def __call__(self, first: int, noise: Sequence[Tensor | None]) -> None:
-        """Some steps that follow each other.
-
-        Args:
-            first: the number of the first.
-            noise: that of each step, (samples, dim), or None.
-        Raises:
-            IndexError: there are not so many steps.
-        """
-        kept, count = [], len(noise)
-        if not 0 <= first <= first + count <= self.steps:
-            raise IndexError(f"steps {first} to {first + count - 1}; there are {self.steps}")
-        for drawn in noise:
-            _fit("noise", drawn, *self.x.shape)
-        pointers = struct.pack(f"={count}q", *(_address(drawn, kept) for drawn in noise))
-        _check(self._run(self._call, pointers, first, count, thread_count()), self.x)
-
-
-def prepare_run(
-    blocks: Blocks,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    *,
-    rows: int,
-    samples: int,
-    time_tokens: Tensor,
-    query: Tensor,
-    coefficients: Tensor,
-    null_table: Tensor,
-    cond_scale: float,
-    clamp: str | None = None,
-    radius: float = 1.0,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
-) -> Run | None:
-    """A run, each step of which makes its tokens, runs all blocks, and does `reference.diffusion_step`.
-
-    A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None where `run_blocks`
-    does not take this, or what the head gives is no embedding.
-
-    Args:
-        blocks, prefix_k, prefix_v, rotary, bias: see `run_blocks`.
-        rows, samples: how many rows, and samples in each; those of one prompt lie together.
-        time_tokens: (steps, tokens, dim) fp32.
-        query: (dim,).
-        coefficients: (steps, 6) fp32, the table of `reference.diffusion_step`, as are the next.
-        null_table: (steps, dim) fp32; zeros leave predictions as they are.
-        cond_scale, clamp, radius: see there.
-    """
-    steps, times, dim = time_tokens.shape
-    x = torch.empty(rows * samples, dim, dtype=torch.float32, device="cpu")
-    x0, suffix = torch.empty_like(x), times + 2 * samples
-    given, (cos, sin) = (prefix_k, prefix_v, time_tokens, coefficients, null_table), rotary or (None, None)
-    kept = [blocks, query, cos, sin, bias, *given]
-    if not blocks.has_head or blocks.sizes[-1] != dim or not _are_plain(query, *given):
-        return None
-    tokens = x.new_empty(rows, suffix, 0)
-    taken = takes_blocks(tokens, blocks, prefix_k, prefix_v, rotary=rotary, bias=bias)
-    if not taken or any(t.dtype != torch.float32 for t in given):
-        return None
-    _fit("query", query, dim)
-    _fit("coefficients", coefficients, steps, 6)
-    _fit("null_table", null_table, steps, dim)
-    numbers = _numbers_of_blocks(
-        rows, suffix, blocks.table, prefix_k, prefix_v, samples, blocks.sizes, blocks.scale, cos, sin, blocks.cosine,
-        bias, None, blocks.activation, blocks.eps, kept,
-    )  # fmt: skip
-    tables = (_address(t, kept) for t in (time_tokens, null_table, coefficients))
-    call = RUN.pack(
-        0, 0, *numbers, *tables, *_vector(query, kept), x.data_ptr(), x0.data_ptr(), CLAMPS[clamp], cond_scale, radius
-    )
-    return Run(call, x, x0, kept, steps)

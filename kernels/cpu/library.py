@@ -19,13 +19,15 @@ from pathlib import Path
 
 import torch
 
-SOURCES = tuple(Path(__file__).parent / "c" / name for name in ("linear.c", "team.h"))
+from . import structs
+
+SOURCES = Path(__file__).parent / "c"  # of which library.c includes all
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as the source counts them
 OMP_PAUSE_SOFT = 1
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     given = os.environ.get("FASTPRIOR_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
 
@@ -61,7 +63,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Whole or not at all, whoever else does the same."""
+    """Compile into a path, whole or not at all, whoever else does the same."""
     handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
@@ -76,7 +78,7 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def build() -> Path:
-    """Compile the source unless it was: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
+    """Compile the sources unless they were: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
 
     Its hash stands behind it in the file, so that what a crash or a full disk left of one is made again.
 
@@ -86,14 +88,23 @@ def build() -> Path:
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
-    parts = *(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode(), _machine().encode()
-    path = _cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    sources = (source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]")))
+    parts = *sources, version, " ".join(FLAGS).encode(), _machine().encode()
+    path = cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):
             if not _is_whole(path):  # as another process left it
-                _compile([*compiler, *FLAGS, str(SOURCES[0])], path)
+                _compile([*compiler, *FLAGS, str(SOURCES / "library.c")], path)
     return path
+
+
+def _check_structs(loaded: ctypes.CDLL) -> None:
+    """Raise TypeError where a struct of C has another size than its mirror, which calls would fill wrongly."""
+    for mirror in structs.ALL:
+        name, size = mirror.__name__.lower(), ctypes.sizeof(mirror)
+        if ctypes.c_long.in_dll(loaded, f"size_of_{name}").value != size:
+            raise TypeError(f"struct {name} of C has not the {size} bytes of its mirror in structs.py")
 
 
 _loaded: ctypes.CDLL | str | None = None
@@ -105,14 +116,21 @@ def _load() -> None:
     global _loaded
     try:
         _loaded = ctypes.CDLL(str(build()))
+        _check_structs(_loaded)
     except subprocess.CalledProcessError as error:
-        _loaded = f"{error.cmd[0]} failed: {error.stderr.decode(errors='replace').strip()[:300]}"
+        said = error.stderr.decode(errors="replace").strip()
+        said = said[max(0, said.find("error")) :]  # behind the files that lead there
+        _loaded = f"{error.cmd[0]} failed: {said[:300]}"
     except (OSError, RuntimeError) as error:  # a user without a home directory is a RuntimeError
         _loaded = f"no C compiler, or no place for what it makes: {error}"
+    except TypeError as error:  # of `_check_structs`
+        _loaded = str(error)
     else:
-        for function in (_loaded.linear, _loaded.decode_attention, _loaded.run_blocks):
-            function.argtypes = ctypes.c_char_p, ctypes.c_long
-        _loaded.run_steps.argtypes = ctypes.c_char_p, ctypes.c_char_p, *(ctypes.c_long,) * 3
+        _loaded.linear.argtypes = ctypes.POINTER(structs.Linear), ctypes.c_long
+        _loaded.decode_attention.argtypes = ctypes.POINTER(structs.Decode), ctypes.c_long
+        _loaded.run_blocks.argtypes = ctypes.POINTER(structs.Blocks), ctypes.c_long
+        pointers = ctypes.POINTER(ctypes.c_void_p)
+        _loaded.run_steps.argtypes = ctypes.POINTER(structs.Run), pointers, *(ctypes.c_long,) * 3
         _loaded.most_rows.restype = ctypes.c_long
         _loaded.set_threads.argtypes = (ctypes.c_long,)
         # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
@@ -128,7 +146,7 @@ def unavailable() -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """Its functions.
+    """The library, whose functions are those of C without `static`.
 
     Raises:
         RuntimeError: it cannot be compiled.

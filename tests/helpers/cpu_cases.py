@@ -11,6 +11,7 @@ from torch import nn
 
 from fastprior.kernels import ops, reference
 from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.cpu import attention as cpu_attention
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
@@ -211,7 +212,7 @@ def make_decode(
 
 
 def check_decode(given):
-    got = cpu_linear.decode_attention(**given)
+    got = cpu_attention.decode_attention(**given)
     assert got.dtype == given["q"].dtype
     results = []
     for dtype in (torch.float64, FP32):
@@ -244,9 +245,9 @@ def make_tokens(prompts=2, samples=2, prefix=6, suffix=3, dim=40):
 
 def count_calls(monkeypatch):
     """How often each kernel of `cpu` runs from here on."""
-    counts = dict(linear=0, decode_attention=0, run_blocks=0)
-    for name in counts:
-        module = cpu_blocks if name == "run_blocks" else cpu_linear
+    modules = dict(linear=cpu_linear, decode_attention=cpu_attention, run_blocks=cpu_blocks)
+    counts = dict.fromkeys(modules, 0)
+    for name, module in modules.items():
         run = getattr(module, name)
 
         def counted(*args, name=name, run=run, **kwargs):

@@ -7,6 +7,7 @@
    look for work of PyTorch's at the same time. Once a thread was waited for as long as only another process takes a core,
    threads of our own compute, which no one else keeps awake. */
 
+#pragma once
 #include <limits.h>
 #include <omp.h>
 #include <pthread.h>
@@ -121,6 +122,10 @@ static void meet(const struct member *me) {
             atomic_store_explicit(&crowded_until, until, memory_order_relaxed);
     }
 }
+
+/* The first of `all` things that are a member's, and the first that is not any more. */
+static inline long begin_of(const struct member *me, long all) { return all * me->thread / me->threads; }
+static inline long end_of(const struct member *me, long all) { return all * (me->thread + 1) / me->threads; }
 
 /* Have turns of so many ns on a core that is shared, of which there are fewer then; returns how long they were, 0 where
    that cannot be had. Who waits for another's turn sleeps, and begins one with it: threads with long turns fall into

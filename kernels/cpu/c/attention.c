@@ -1,0 +1,141 @@
+/* Attention of a few tokens behind a cached prefix. */
+
+#include "numbers.h"
+#include "team.h"
+
+struct decode {
+    const char *q, *k, *v; /* (rows, seq, heads, dim_head), (rows, suffix, kv_heads, dim_head) twice; heads side by side */
+    char *out; /* (rows, seq, heads * dim_head) */
+    long kind, q_row, q_token, kv_row, kv_token; /* of these numbers, and strides */
+    const float *prefix_k, *prefix_v; /* (prompts, prefix, kv_heads, dim_head) */
+    long prefix_prompt, prefix_token, prefix_head; /* strides of both */
+    const float *bias, *mask, *cos, *sin; /* (suffix, heads, prefix + suffix), (prompts, prefix), (suffix, rotated) twice */
+    long rows, seq, suffix, heads, kv_heads, dim_head, prompts, prefix, rotated, cosine;
+    double scale;
+};
+MIRRORED(decode, 29);
+
+/* A head of a suffix token from element `first` on, rotated, then of length 1 with `cosine`, then times `scale`:
+   (dim_head,). */
+static void prepare(const struct decode *a, const char *tokens, long first, long token, float scale, float *head) {
+    const long dim = a->dim_head;
+    const float *cos = a->cos + token * a->rotated, *sin = a->sin + token * a->rotated;
+    for (long d = 0; d < dim; d++) head[d] = number((struct vector){tokens, a->kind}, first + d);
+    for (long d = 0; d < a->rotated; d += 2) {
+        const float x = head[d], y = head[d + 1];
+        head[d] = x * cos[d] + y * sin[d];
+        head[d + 1] = y * cos[d + 1] + x * sin[d + 1];
+    }
+    if (a->cosine) {
+        vec squares = {0};
+        float square = 0;
+        long d = 0;
+        for (; d + LANES <= dim; d += LANES) squares += *(vec *)(head + d) * *(vec *)(head + d);
+        for (; d < dim; d++) square += head[d] * head[d];
+        scale /= fmaxf(sqrtf(square + sum(squares)), 1e-12f);
+    }
+    for (long d = 0; d < dim; d++) head[d] *= scale;
+}
+
+/* Up to LANES queries that share their keys, a lane for each: of a row and a kv_head, by tokens, then by heads. */
+struct queries {
+    long row, kv_head, count, token[LANES], head[LANES]; /* tokens count from the first query */
+};
+
+static struct queries queries_of(const struct decode *a, long row, long kv_head, long first) {
+    const long group = a->heads / a->kv_heads; /* heads that share a kv_head */
+    struct queries q = {.row = row, .kv_head = kv_head, .count = least(group * a->seq - first, LANES)};
+    for (long lane = 0; lane < q.count; lane++) {
+        q.token[lane] = (first + lane) / group;
+        q.head[lane] = kv_head * group + (first + lane) % group;
+    }
+    return q;
+}
+
+/* Prepared queries (dim_head, lanes), and their logits (keys, lanes) before the products: the bias, or causal. */
+INLINE void lay_queries(const struct decode *a, const struct queries *q, vec *query, vec *logits) {
+    const long dim = a->dim_head, keys = a->prefix + a->suffix;
+    float head[dim];
+    memset(query, 0, dim * sizeof *query);
+    memset(logits, 0, (keys + 3) * sizeof *logits);
+    for (long lane = 0; lane < q->count; lane++) {
+        const long token = a->suffix - a->seq + q->token[lane];
+        const long first = q->row * a->q_row + q->token[lane] * a->q_token + q->head[lane] * dim;
+        prepare(a, a->q, first, token, a->scale, head);
+        for (long d = 0; d < dim; d++) query[d][lane] = head[d];
+        const float *bias = a->bias + (token * a->heads + q->head[lane]) * keys;
+        if (a->bias) for (long j = 0; j < keys; j++) logits[j][lane] = bias[j];
+        else for (long j = a->prefix + token + 1; j < keys; j++) logits[j][lane] = -INFINITY;
+    }
+}
+
+/* Logits (keys, lanes) to the weights of a softmax, in place; returns what their sum is to be divided by. */
+INLINE vec softmax(const float *mask, long prefix, long keys, vec *logits) {
+    vec most = {0}, total = {0};
+    for (long j = 0; j < keys; j++) {
+        if (mask && j < prefix) logits[j] += mask[j];
+        most = j ? choose(logits[j] > most, logits[j], most) : logits[0];
+    }
+    for (long j = 0; j < keys; j++) total += logits[j] = exponential(logits[j] - most);
+    return total;
+}
+
+/* Attention of queries; those of the suffix among their keys and values, (suffix, dim_head), are prepared. Its loops are
+   slower in the function that calls it. */
+static __attribute__((noinline)) void attend(const struct decode *a, const struct queries *q, const float *suffix_keys,
+                                             const float *suffix_values) {
+    const long dim = a->dim_head, prefix = a->prefix, keys = prefix + a->suffix, prompt = q->row / (a->rows / a->prompts);
+    const float *key[keys + 3], *value[keys];
+    vec query[dim], weight[keys + 3];
+
+    lay_queries(a, q, query, weight);
+    for (long j = 0; j < prefix; j++) {
+        const long place = prompt * a->prefix_prompt + j * a->prefix_token + q->kv_head * a->prefix_head;
+        key[j] = a->prefix_k + place, value[j] = a->prefix_v + place;
+    }
+    for (long j = prefix; j < keys; j++)
+        key[j] = suffix_keys + (j - prefix) * dim, value[j] = suffix_values + (j - prefix) * dim;
+    key[keys] = key[keys + 1] = key[keys + 2] = key[0]; /* four at a time */
+    for (long j = 0; j < keys; j += 4) { /* logits: (keys, lanes) */
+        vec sums[4] = {{0}};
+        for (long d = 0; d < dim; d++) UNROLLED for (int i = 0; i < 4; i++) sums[i] += key[j + i][d] * query[d];
+        UNROLLED for (int i = 0; i < 4; i++) weight[j + i] += sums[i];
+    }
+    const vec total = 1 / softmax(a->mask ? a->mask + prompt * prefix : NULL, prefix, keys, weight);
+    for (long d = 0; d < dim; d += 8) { /* values, mixed: (dim_head, lanes), in place of the queries */
+        vec sums[8] = {{0}};
+        const long here = least(dim - d, 8);
+        if (here == 8)
+            for (long j = 0; j < keys; j++) UNROLLED for (int i = 0; i < 8; i++) sums[i] += value[j][d + i] * weight[j];
+        else
+            for (long j = 0; j < keys; j++) for (long i = 0; i < here; i++) sums[i] += value[j][d + i] * weight[j];
+        for (long i = 0; i < here; i++) query[d + i] = sums[i] * total;
+    }
+    const struct matrix out = {a->out, a->kind, a->heads * dim};
+    for (long lane = 0; lane < q->count; lane++)
+        for (long d = 0; d < dim; d++)
+            store(out, q->row * a->seq + q->token[lane], q->head[lane] * dim + d, query[d][lane]);
+}
+
+/* Attention of suffix tokens over a prefix and themselves, by all threads of a team. */
+static void decode_of_team(const struct decode *a, const struct member *me) {
+    const long parts = (a->heads / a->kv_heads * a->seq + LANES - 1) / LANES, all = a->rows * a->kv_heads * parts;
+    const long dim = a->dim_head;
+    float keys[a->suffix][dim], values[a->suffix][dim];
+    for (long i = begin_of(me, all), known = -1; i < end_of(me, all); i++) {
+        const long row = i / parts / a->kv_heads, kv_head = i / parts % a->kv_heads;
+        for (long j = 0; j < a->suffix && known != i / parts; j++) {
+            const long first = row * a->kv_row + j * a->kv_token + kv_head * dim;
+            prepare(a, a->k, first, j, 1, keys[j]);
+            for (long d = 0; d < dim; d++) values[j][d] = number((struct vector){a->v, a->kind}, first + d);
+        }
+        known = i / parts;
+        const struct queries queries = queries_of(a, row, kv_head, i % parts * LANES);
+        attend(a, &queries, keys[0], values[0]);
+    }
+    meet(me);
+}
+
+static void decode_by_member(const void *argument, const struct member *me) { decode_of_team(argument, me); }
+
+void decode_attention(const struct decode *a, long threads) { in_team(decode_by_member, a, threads); }

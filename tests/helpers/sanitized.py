@@ -70,5 +70,5 @@ def sanitized():
 if __name__ == "__main__":
     flags = *FLAGS, "-fno-sanitize-recover=all", "-march=" + sys.argv[1]
     # kept, as the library is; the compiler does without the sanitizer itself
-    with built(flags, FASTPRIOR_CACHE=cpu_library._cache_dir() / "sanitized", LD_PRELOAD=""):
+    with built(flags, FASTPRIOR_CACHE=cpu_library.cache_dir() / "sanitized", LD_PRELOAD=""):
         sanitized()

@@ -11,12 +11,13 @@ from torch import nn
 import fastprior
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.engine import shapes
+from fastprior.engine.steps import STEPS_AT_ONCE, StepInputs
 from fastprior.kernels import ops
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.prior_transformer.model import PriorTransformer
-from fastprior.pipelines.runs import guided_step
+from fastprior.pipelines.runs import PromptRun
 from fastprior.pipelines.text_encoding import TextEncoding
-from fastprior.prior.loop import STEPS_AT_ONCE, denoise_step, prefill, prepare_run, step_inputs
+from fastprior.prior.loop import CachedSteps
 
 D2_SMALL = dict(dim=768, depth=12, dim_head=64, heads=12, max_text_len=77, normformer=True, num_timesteps=1000)
 D2_LARGE = D2_SMALL | dict(depth=24, heads=32, max_text_len=256)  # LAION's prior for ViT-L/14
@@ -135,43 +136,38 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
     plan = prior.sampling_plan(64, 1.0)
     net = prior.net.to(dtype)
     with torch.no_grad():
-        times, null_preds, rows = step_inputs(net, plan)
-        cond = prefill(net, plan, text(1, device), times)
-        by_calls = prepare_run(net, plan, cond, null_preds, rows, 1.0, 1)
-    x, x0, noise = torch.randn(3, 1, net.dim, device=device)
-    if by_calls is not None:
-        by_calls.start(x)
-        several = [None] * STEPS_AT_ONCE
-        return lambda: by_calls(0, several), len(several), step_weights(net), plan.suffix_tokens
-    run = shapes.compiled(denoise_step) if compile else denoise_step
-    scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
-    given = net, cond, null_preds, rows, scale, x, x0, noise, index, plan.clamp, plan.radius
-    return _as_in_runs(run, given), 1, step_weights(net), plan.suffix_tokens
+        steps = CachedSteps(net, plan)
+        inputs = steps.prefill(text(1, device), 1)
+        in_c = steps.in_c(inputs, 1.0, 1)
+    if in_c is None:
+        return _as_in_runs(steps.step, inputs, net.dim, compile), 1, step_weights(net), plan.suffix_tokens
+    in_c.start(torch.randn(1, net.dim))
+    several = [None] * STEPS_AT_ONCE
+    return lambda: in_c(0, several), len(several), step_weights(net), plan.suffix_tokens
 
 
 def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], Any], int, int, int]:
-    prior = pt_prior(device).to(dtype)
+    prior, dim = pt_prior(device).to(dtype), PT_1B["embedding_dim"]
     schedule = DiffusersSchedule("UnCLIPScheduler", **UNCLIP)
     table = schedule.table(25)
     with torch.no_grad():
         encoding = pt_text(1, PT_1B["num_embeddings"], device)
         encoding = encoding._replace(embeds=encoding.embeds.to(dtype), encodings=encoding.encodings.to(dtype))
         cond = prior.prefill(*encoding, torch.tensor(table.times, device=device))
-    run = shapes.compiled(guided_step) if compile else guided_step
-    x, x0, noise = torch.randn(3, 1, PT_1B["embedding_dim"], device=device)
-    scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
-    rows = table.rows.to(device, torch.float32)
-    given = prior, cond, rows, scale, x, x0, noise, index, 0, schedule.clamp, schedule.radius, table.uses_prediction
-    return _as_in_runs(run, given), 1, step_weights(prior), 3
+    run = PromptRun(prior, schedule, table, encoding, [0], 1, 1, False, 1.0)
+    inputs = StepInputs(cond, table.rows.to(device, torch.float32))
+    return _as_in_runs(run.step(prior), inputs, dim, compile), 1, step_weights(prior), 3
 
 
-def _as_in_runs(step: Callable, given: tuple) -> Callable[[], Any]:
+def _as_in_runs(step: Callable, inputs: StepInputs, dim: int, compile: bool) -> Callable[[], Any]:
     """A step whose kernels share a workspace, which is cleared once and not for each of them."""
-    workspace = ops.Workspace()
+    step, workspace, device = shapes.compiled(step) if compile else step, ops.Workspace(), inputs.rows.device
+    state = torch.randn(3, 1, dim, device=device)
+    scale, index = torch.ones((), device=device), torch.tensor(2, device=device)
 
     @torch.no_grad()
     def run():
         with ops.sharing(workspace):
-            return step(*given)
+            return step(inputs, scale, *state, index)
 
     return run

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +49,21 @@ def remove_leftovers(path: str | os.PathLike) -> None:
         for hidden in (f".{name}", f"..{name}"):  # a write within a write has two dots
             for leftover in path.parent.glob(f"{hidden}{suffix}.{'[0-9a-f]' * 8}.tmp*"):
                 leftover.unlink(missing_ok=True)
+
+
+def in_eval_mode(method):
+    """Make a method run in eval mode; the mode comes back afterwards, also after an error."""
+
+    @wraps(method)
+    def inner(self, *args, **kwargs):
+        training = self.training
+        self.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.train(training)
+
+    return inner
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -12,11 +12,9 @@ import torch
 
 import fastprior
 from fastprior import draws
-from fastprior.engine import graphs
+from fastprior.engine import graphs, steps
 from fastprior.kernels import ops
 from fastprior.kernels.gpu import workspace
-from fastprior.prior import loop
-from fastprior.serving.prior_sampler import PriorSampler
 from helpers import captures
 from helpers.at_once import at_once
 
@@ -168,6 +166,7 @@ def drawn(cuda, monkeypatch):
     def randn(*args, device=None, **kwargs):
         assert not cuda.capturing, "Offset increment outside graph capture encountered unexpectedly."
         found.append(device)
+        return SimpleNamespace(to=lambda *args: None)
 
     monkeypatch.setattr(torch, "randn", randn)
     monkeypatch.setattr(torch, "randn_like", lambda t: randn(device=t.device))
@@ -176,14 +175,8 @@ def drawn(cuda, monkeypatch):
 
 def test_draws_wait_for_captures_of_other_threads(cuda, drawn, monkeypatch):
     place = SimpleNamespace(device=torch.device("cuda:0"))
-    monkeypatch.setattr(loop, "_cached_step", lambda *args: None)
-    monkeypatch.setattr(loop, "run_steps", lambda prior, table, step, draw, progress: draw())
-    plan, begun = SimpleNamespace(path="cached", table=None, graphs=False), threading.Event()
-    calls = (
-        lambda: loop.sample_loop(place, plan, (2, 3), {}, 1.0),
-        lambda: PriorSampler._draws(SimpleNamespace(prior=place), (2, 3), None, keep=False)(0),
-        lambda: draws.randn_like(place),
-    )
+    begun, noise = threading.Event(), steps.Noise((2, 3), place.device)
+    calls = (lambda: next(noise), lambda: next(steps.Noise((2, 3), place.device)), lambda: draws.randn_like(place))
 
     def run():
         if "clear" in cuda.events:  # no longer warming up

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastprior import DiffusionPriorNetwork, PriorSampler
+from fastprior.engine import steps
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import linear as cpu_linear
@@ -59,11 +60,10 @@ def by_steps(net, samples, dtype=FP32, clamp=None, radius=1.5, scale=2.5):
     cond, rows = conditioned(net, samples=samples), 2 * samples
     x, noise, null, table = inputs(net, rows, dtype)
     x0, scale = torch.zeros_like(x), torch.tensor(scale, dtype=dtype)
+    step, tables = steps.solver_step(loop.predictor(net), clamp, radius), steps.StepInputs(cond, table, null)
     for number, drawn in enumerate(noise):
         drawn = torch.zeros_like(x) if drawn is None else drawn
-        x, x0 = loop.denoise_step(
-            net, cond, null, table, scale, x, x0, drawn, torch.tensor(number), clamp, radius
-        )  # fmt: skip
+        x, x0 = step(tables, scale, x, x0, drawn, torch.tensor(number))
     return x
 
 
@@ -242,25 +242,25 @@ def test_messages_of_calls():
 def test_runs_of_a_prior(monkeypatch, solver, eta):
     """More steps than a call takes, with noise in the order in which steps one by one draw it."""
     prior, text = make_prior(), make_text(3, 32)
-    steps = 20 if solver == "ddpm" else 11
+    timesteps = 20 if solver == "ddpm" else 11
     kinds = []
 
     def runs(**options):
         torch.manual_seed(7)
-        found = prior.sample(**text, timesteps=steps, solver=solver, cond_scale=2.0, **options, **eta, progress=False)
+        found = prior.sample(
+            **text, timesteps=timesteps, solver=solver, cond_scale=2.0, **options, **eta, progress=False
+        )
         sampled = PriorSampler(
-            prior, batch_sizes=(2,), timesteps=steps, solver=solver, samples_per_prompt=2, compile=False, **eta
+            prior, batch_sizes=(2,), timesteps=timesteps, solver=solver, samples_per_prompt=2, compile=False, **eta
         )(**text, cond_scale=2.0)
         return found, sampled, torch.rand(())
 
-    def noted(step, make=loop.run_table):
-        def run_table(table, step, *args):
-            kinds.append(type(step) is cpu_run.Run)
-            return make(table, step, *args)
+    def noted(table, step, *args, make=steps.run_table):
+        kinds.append(type(step) is cpu_run.Run)
+        return make(table, step, *args)
 
-        return run_table
-
-    monkeypatch.setattr(loop, "run_table", noted(loop.run_table))
+    for module in (loop, steps):
+        monkeypatch.setattr(module, "run_table", noted)
     by_calls = runs(num_samples_per_batch=2)
     assert all(kinds)
     monkeypatch.setattr(DiffusionPriorNetwork, "prepare_run", lambda *args, **kwargs: None)

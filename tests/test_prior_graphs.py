@@ -87,7 +87,7 @@ def options(choose: random.Random, net: str) -> dict:
 def test_the_same_bits_and_draws(net, graphs, captured, monkeypatch):
     """Any options, one after the other, by the same graphs; from generators of the caller, and from the global one."""
     if graphs is None:
-        monkeypatch.setattr(prior_graphs, "obstacles", lambda prior, *args: ("off",) if prior.graphs is False else ())
+        monkeypatch.setattr(prior_graphs, "graph_obstacles", lambda prior, *args: ("off",) * (prior.graphs is False))
     choose = random.Random(net)
     prior = make_prior(NETWORKS[net], predict_v=net == "many", clamp="l2" if net == "self_cond" else None)
     prior.init_image_embed_l2norm = prior.sampling_final_clamp_l2norm = net == "discrete"
@@ -186,7 +186,7 @@ def test_changed_weights_and_modules_are_captured_again(change, captured):
 def test_only_shapes_that_come_again_are_captured(captured, monkeypatch):
     """Or at once, for a run that pays for it; never where weights change before each run."""
     monkeypatch.setattr(prior_graphs, "PAYS_ALONE", 15)
-    monkeypatch.setattr(prior_graphs, "obstacles", lambda *args: ())
+    monkeypatch.setattr(prior_graphs, "graph_obstacles", lambda *args: ())
     prior, one, two = make_prior(), make_text(1, 32), make_text(2, 32)
     for number, (text, kwargs) in enumerate(
         ((one, {}), (two, {}), (one, {}), (one, {}), (two, {}), (make_text(3, 32), dict(timesteps=20)))
@@ -247,7 +247,7 @@ def test_memory_has_a_limit(captured):
 
 def test_shapes_that_take_turns(captured, monkeypatch):
     """With room for one of two: each must come twice again before it is captured in place of the other."""
-    monkeypatch.setattr(prior_graphs, "obstacles", lambda *args: ())
+    monkeypatch.setattr(prior_graphs, "graph_obstacles", lambda *args: ())
     prior, texts = make_prior(), [make_text(prompts, 32) for prompts in (1, 2)]
     free, made = with_graphs(prior), []
     sample(free, texts[1])
@@ -314,9 +314,9 @@ def test_errors_are_those_of_runs_without(captured):
             errors.append((type(error.value), str(error.value)))
         assert errors[0] == errors[1] and not prior_graphs.graphs_of(ours).cache.failed
     assert torch.equal(sample(ours, text), sample(without_graphs(ours), text))
-    given = prior_graphs.graphs_of(ours)._given
-    assert given(ours, text | dict(conditions=dict(score=torch.ones(2)))).keys() == {*text, "conditions"}
-    assert given(ours, text | dict(conditions=dict(score=torch.ones(2, device="meta")))) is None
+    sources = prior_graphs.graphs_of(ours)._sources
+    assert sources(ours, text | dict(conditions=dict(score=torch.ones(2)))).keys() == {*text, "conditions"}
+    assert sources(ours, text | dict(conditions=dict(score=torch.ones(2, device="meta")))) is None
 
 
 def test_threads_get_their_own_results(captured, monkeypatch):
@@ -332,7 +332,7 @@ def test_threads_get_their_own_results(captured, monkeypatch):
 
     for case in cases:
         sample(ours, **case)
-    kept, replayed = list(prior_graphs.graphs_of(ours).cache._kept.values()), []
+    kept, replayed = list(prior_graphs.graphs_of(ours).cache.kept.values()), []
     for graph in kept:
         monkeypatch.setattr(graph, "_step", lambda right=graph._step: replayed.append(1) or right())
     at_once(work, range(2))
@@ -344,7 +344,7 @@ def test_a_run_within_a_run(captured, monkeypatch):
     """Such as by what is called between steps: it does not write to the buffers of the other."""
     ours, text = with_graphs(make_prior()), make_text(2, 32)
     wanted, inner = sample(ours, text), []
-    (graph,) = prior_graphs.graphs_of(ours).cache._kept.values()
+    (graph,) = prior_graphs.graphs_of(ours).cache.kept.values()
     right = graph._step
 
     def step():
@@ -362,7 +362,7 @@ def test_a_run_within_a_run(captured, monkeypatch):
 def test_a_run_that_fails_is_told_and_the_next_is_right(where, captured, monkeypatch):
     ours, text = with_graphs(make_prior()), make_text(2, 32)
     wanted = sample(ours, text)
-    (graph,) = prior_graphs.graphs_of(ours).cache._kept.values()
+    (graph,) = prior_graphs.graphs_of(ours).cache.kept.values()
     with monkeypatch.context() as patch:
         patch.setattr(graph, f"_{where}", lambda: (_ for _ in ()).throw(RuntimeError("device lost")))
         with pytest.raises(RuntimeError, match="device lost"):
@@ -411,7 +411,7 @@ def test_a_mode_that_follows_operations_sees_them(captured, monkeypatch):
 
     ours, text, counted = with_graphs(make_prior()), make_text(1, 32), []
     sample(ours, text)
-    (graph,) = prior_graphs.graphs_of(ours).cache._kept.values()
+    (graph,) = prior_graphs.graphs_of(ours).cache.kept.values()
     monkeypatch.setattr(graph, "_step", lambda: pytest.fail("a replay shows it nothing"))
     for which in (ours, without_graphs(ours)):
         with Count() as count:

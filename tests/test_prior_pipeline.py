@@ -394,7 +394,7 @@ import sys
 absent = "diffusers", "transformers", "accelerate", "peft", "open_clip"
 sys.modules.update(dict.fromkeys(absent))
 import torch, fastprior
-from fastprior.pipeline_parts import TextEncoding
+from fastprior.pipelines.text_encoding import TextEncoding
 tensors = torch.load({str(tmp_path / "texts.pt")!r})
 pipeline = fastprior.PriorPipeline.from_pretrained({str(folder)!r})
 options = dict(generator=torch.Generator().manual_seed(0), num_inference_steps={STEPS})
@@ -492,5 +492,5 @@ def test_encodings_of_another_prior_are_refused(ours):
         PriorPipeline(torch.nn.Linear(1, 1), ours.schedule)
     with pytest.raises(ValueError, match=r"batch_sizes=\(0, 2\); it must hold at least one number, each at least 1"):
         PriorPipeline(ours.prior, ours.schedule, batch_sizes=(0, 2))
-    with pytest.raises(TypeError, match="unet= is no part of a pipeline; it must be one of text_encoder"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'unet'"):
         PriorPipeline(ours.prior, ours.schedule, unet=None)

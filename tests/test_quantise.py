@@ -14,6 +14,7 @@ from fastprior.models import quantise
 from fastprior.models.dalle2.layers import Linear
 from fastprior.models.quantised_linear import QuantisedLinear
 from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.prior.loop import CachedSteps
 from fastprior.serving import quality
 from helpers.priors import make_prior, make_text, relative_error
 from helpers.pt_cases import make_stock, without_diffusers
@@ -77,9 +78,9 @@ def test_samples_are_those_of_the_rounded_weights(lenient, kind, dtype, cond_sca
                 rounded.net.get_submodule(name).weight.copy_(module.weight.float() * module.scale[:, None])
     # the same steps, in fp32 and over the prefix of the weights as they were
     exact = PriorSampler(prior, batch_sizes=(2,), timesteps=6, compile=False)
-    exact._refresh()
-    exact._step_net = rounded.net
-    exact._null_preds = sampler._null_preds.float()
+    exact(**text)  # builds what is replaced here
+    exact._steps = CachedSteps(prior.net, exact.plan, rounded.net)
+    exact._steps.null_table = sampler._steps.null_table.float()
     got, wanted, other = (
         s(**text, cond_scale=cond_scale, generator=torch.Generator().manual_seed(3))
         for s in (sampler, exact, PriorSampler(prior, batch_sizes=(2,), timesteps=6, compile=False))

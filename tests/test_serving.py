@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastprior.engine import graphs
+from fastprior.engine import clock, graphs
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.serving import prior_sampler as serving
@@ -269,7 +269,7 @@ def test_what_a_step_reads():
         assert stats["modelled_step_ms"] == pytest.approx(read / 1e6)
         assert stats["launches"] == stats["run_launches"] == 0, "the CPU launches none"
         less = read - stats["prefix_bytes"] * 3 // 4  # of one prompt
-        seconds = sum(sampler._clock.milliseconds()) / 1e3
+        seconds = sum(sampler._engine.clock.milliseconds()) / 1e3
         assert stats["floor_share"] == pytest.approx(steps * (read + less) / 1e9 / seconds)
 
 
@@ -364,21 +364,23 @@ def test_a_run_that_fails_is_told_and_the_next_is_right(error, where, with_graph
     sampler = with_graphs(prior, **kwargs) if with_graph else PriorSampler(prior, **kwargs)
     call(sampler, text)
     prior.load_state_dict(make_prior(net, seed=1).state_dict())
-    name = dict(prefill="prefill", tables="step_inputs").get(where, "denoise_step")
-    right, calls = getattr(serving, name), []
+    owner, name = {"prefill": (serving.CachedSteps, "prefill"), "tables": (serving, "CachedSteps")}.get(
+        where, (ops, "diffusion_step")
+    )
+    right, calls = getattr(owner, name), []
     # of two parts with three evaluations each; a prefill that fails while it is captured is done without
     fails_at = {"last step": 6, "prefill": 1 + with_graph}.get(where, 1)
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         calls.append(name)
         if len(calls) == fails_at:
             raise error
-        return right(*args)
+        return right(*args, **kwargs)
 
-    monkeypatch.setattr(serving, name, fail)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(type(error), match=str(error)):
         call(sampler, text, cond_scale=2.0)
-    assert len(calls) == fails_at and not sampler._lock.locked()
+    assert len(calls) == fails_at and not sampler._engine.lock.locked()
     got = call(sampler, text, cond_scale=2.0)
     monkeypatch.undo()
     wanted = call(PriorSampler(prior, **kwargs), text, cond_scale=2.0)
@@ -392,16 +394,16 @@ def test_a_lost_device_is_told_at_each_call(monkeypatch):
     call(sampler, text)
 
     def lost(*args):
-        monkeypatch.setattr(serving.Clock, "now", lambda clock: (_ for _ in ()).throw(RuntimeError("no event")))
+        monkeypatch.setattr(clock.Clock, "now", lambda clock: (_ for _ in ()).throw(RuntimeError("no event")))
         raise DEVICE_LOST
 
-    monkeypatch.setattr(serving, "run_steps", lost)
+    monkeypatch.setattr(serving, "run_prior", lost)
     with pytest.raises(torch.AcceleratorError, match="unspecified launch failure"):
         call(sampler, text)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no event"):
             call(sampler, text)
-    assert not sampler._lock.locked() and sampler.stats()["calls"] == 1
+    assert not sampler._engine.lock.locked() and sampler.stats()["calls"] == 1
 
 
 def test_too_little_memory_for_a_capture(monkeypatch):

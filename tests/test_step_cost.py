@@ -8,11 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprior import PriorPipeline
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
-from fastprior.engine.step_cost import CountLaunches, step_reads, step_seconds
+from fastprior.engine.step_cost import CountLaunches, step_seconds
+from fastprior.engine.steps import StepInputs
 from fastprior.kernels import ops
 from fastprior.kernels.gpu import launch, workspace
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.prior.loop import network_reads
 from fastprior.serving.prior_sampler import PriorSampler
 from helpers.priors import make_prior, make_text
 from helpers.pt_cases import make_stock, without_diffusers
@@ -56,7 +58,7 @@ def test_launches_and_reads_of_a_step(network, rows):
     cond, launched = traced(net, rows)
     depth = len(net.causal_transformer.layers)
     assert len(launched) <= 5 * depth + 3
-    reads = step_reads(net, cond, torch.zeros(4, 768), torch.zeros(4, 6))
+    reads = network_reads(net, StepInputs(cond, torch.zeros(4, 6), torch.zeros(4, 768)))
     assert (reads.weights + reads.tables) / 2e6 == pytest.approx(millions, abs=0.06)
     assert reads.prefix == 2 * depth * rows * (77 + 1 + 1) * 64 * 4
     assert reads.tables < 0.002 * reads.weights

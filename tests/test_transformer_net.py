@@ -12,7 +12,8 @@ from fastprior import DiffusionPrior, DiffusionPriorTrainer, PriorTransformer, t
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.models.prior_transformer import cached_blocks
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
-from fastprior.pipelines.prior_pipeline import PriorPipeline, TextEncoding
+from fastprior.pipelines.prior_pipeline import PriorPipeline
+from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.serving.prior_sampler import PriorSampler
 from helpers.priors import relative_error
 

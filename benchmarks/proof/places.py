@@ -10,7 +10,7 @@ import priors
 import torch
 
 from fastprior.engine import graphs
-from fastprior.prior import loop
+from fastprior.engine import steps as engine_steps
 from fastprior.serving import quality
 
 REAL = torch.cuda.is_available() and not kernel_cache.filling()
@@ -37,13 +37,13 @@ def scales(*all: float) -> tuple[float, ...]:
 @contextlib.contextmanager
 def few_steps() -> Iterator[None]:
     """Where launches are only compiled, runs end after two steps, whose kernels are those of all."""
-    plain = loop.tqdm
+    plain = engine_steps.tqdm
     if kernel_cache.filling():
-        loop.tqdm = lambda steps, **_: itertools.islice(steps, 2)
+        engine_steps.tqdm = lambda steps, **_: itertools.islice(steps, 2)
     try:
         yield
     finally:
-        loop.tqdm = plain
+        engine_steps.tqdm = plain
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 
@@ -20,7 +19,7 @@ class Clock:
         self.kept: deque = deque(maxlen=self.KEPT)
 
     def now(self):
-        """What `add` takes as the beginning."""
+        """A time that `add` takes as the beginning."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -47,12 +46,9 @@ class Clock:
         self.kept.append((began, self.now(), read))
 
     def wait(self) -> None:
-        """Until the device is done with all that ran."""
+        """Wait until the device is done with all that ran."""
         if self.device.type == "cuda" and self.kept:
             self.kept[-1][1].synchronize()
-
-    def read_bytes(self) -> int:
-        return sum(read for _, _, read in tuple(self.kept))
 
     def milliseconds(self) -> list[float]:
         kept = tuple(self.kept)  # other threads may add to it
@@ -61,11 +57,3 @@ class Clock:
         for _, end, _ in kept:
             end.synchronize()
         return [begin.elapsed_time(end) for begin, end, _ in kept]
-
-    def stats(self) -> dict[str, float]:
-        times = self.milliseconds()
-        return dict(
-            calls=len(times),
-            p50_ms=statistics.median(times) if times else float("nan"),
-            p99_ms=statistics.quantiles(times, n=100)[98] if len(times) > 1 else float("nan"),
-        )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior.batches import map_rows
@@ -28,14 +29,15 @@ class Pool(NamedTuple):
 def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) -> tuple[Callable[[], None], Pool, int]:
     """Record what `run` launches, after a few plain runs on a side stream.
 
+    `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors. What it
+    writes is there after the first replay, not before.
+
     Args:
         pool: of a capture whose memory this one may use too; a new one, with a stream of its own, by default.
     Returns:
         what launches it again; the pool, and by how many bytes it grew.
-
-    `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors. What it
-    writes is there after the first replay, not before. Raises RuntimeError where something in it cannot be captured, or
-    there is too little memory.
+    Raises:
+        RuntimeError: something in it cannot be captured, or there is too little memory.
     """
     if device.type != "cuda":
         raise RuntimeError(f"tensors are on {device}, and CUDA graphs need CUDA")
@@ -64,8 +66,7 @@ def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) ->
 def _own_workspaces() -> Iterator[None]:
     """Let what is captured allocate cuBLAS's workspaces in its pool, and nobody else keep them.
 
-    There is one for each stream, kept once it was used: another capture on that stream would take it over, and race
-    with this one, or use what was freed with it.
+    There is one for each stream, which another capture on it would take over, and race with this one for it.
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:
@@ -75,10 +76,7 @@ def _own_workspaces() -> Iterator[None]:
 
 
 def _clean_up(device: torch.device, pool: Pool, options: dict) -> None:
-    """Bring the allocator and the default generator back from a capture that is invalid, which torch leaves half ended.
-
-    All later draws would fail otherwise.
-    """
+    """Bring the allocator and the default generator back from an invalid capture; all later draws would fail."""
     with contextlib.suppress(RuntimeError):  # that much was ended
         torch._C._cuda_endAllocateToPool(device.index, pool.id)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):  # whose end lets go of the generator
@@ -100,23 +98,32 @@ def settings(device: torch.device) -> tuple:
     return ops.forced(), autocast, *precision
 
 
-class StepGraph:
-    """The prefill and the step of one shape, in a pool of memory of their own, captured on a stream of their own.
+def padded_length(steps: int) -> int:
+    """The length of step tables in graphs of runs of so many steps."""
+    return -(-steps // TABLE_STEPS) * TABLE_STEPS
 
-    A pool that several shapes share would be as large as the largest of them needs, but give nothing back before the
-    last is gone. One of their own is free as soon as this object is, and goes back to the device at the next
-    `torch.cuda.empty_cache`, capture, or allocation that would fail otherwise. For sizes of 1, 8 and 64 that is a
-    seventh more.
+
+def padded_table(t: Tensor) -> Tensor:
+    """A table (steps, …) of a run with zeros behind, up to its length in graphs."""
+    return F.pad(t, (0, 0) * (t.ndim - 1) + (0, padded_length(len(t)) - len(t)))
+
+
+class StepGraph:
+    """The prefill and the step of one shape, captured on a stream of their own.
+
+    Their pool of memory is their own: it goes back to the device at the next `torch.cuda.empty_cache`, capture, or
+    allocation that would fail otherwise. One for all shapes would give nothing back before the last is gone.
 
     Args:
-        prefill: (given) to what `step` needs of it.
-        step: (condition, cond_scale, x, x0, noise, index) to the next x and x0: see `sampler.denoise_step`.
-        given: an example of what a run depends on, a dict of tensors and such dicts, whose shapes hold for all.
+        prefill: takes what a run depends on; gives the inputs of its steps.
+        step: of these inputs, see `solver_step`.
+        sources: an example of what a run depends on, a dict of tensors and such dicts, whose shapes hold for all.
         shape: (rows, dim) of x.
         steps: of a run, at most.
         dtype: of x and the scale.
 
     Attributes:
+        inputs: what the prefill gave.
         bytes: of the pool and the buffers.
     """
 
@@ -126,28 +133,28 @@ class StepGraph:
         self,
         prefill: Callable[[dict], Any],
         step: Callable[..., tuple[Tensor, Tensor]],
-        given: dict,
+        sources: dict,
         shape: tuple[int, int],
         steps: int,
         dtype: torch.dtype = torch.float32,
     ):
-        self.given, buffers = map_rows(given, torch.clone), []
-        map_rows(self.given, buffers.append)
+        self.sources, buffers = map_rows(sources, torch.clone), []
+        map_rows(self.sources, buffers.append)
         device = buffers[0].device
         self.scale = torch.ones((), device=device, dtype=dtype)
         self.x, self.x0, self.noise = torch.zeros(3, *shape, device=device, dtype=dtype)
         self.index = torch.zeros((), dtype=torch.int64, device=device)
-        self.cond: Any = None
+        self.inputs: Any = None
         # a graph has one for itself: it goes on using what it was captured with, and others may be replayed meanwhile
         workspaces = ops.Workspace(), ops.Workspace()
 
         def run_prefill() -> None:
             with ops.sharing(workspaces[0]):
-                self.cond = prefill(self.given)
+                self.inputs = prefill(self.sources)
 
         def run_step() -> None:
             with ops.sharing(workspaces[1]):
-                x, x0 = step(self.cond, self.scale, self.x, self.x0, self.noise, self.index)
+                x, x0 = step(self.inputs, self.scale, self.x, self.x0, self.noise, self.index)
             self.x.copy_(x)
             self.x0.copy_(x0)
             self.index.add_(1).remainder_(steps)  # so that it is never out of range, also while warming up
@@ -160,22 +167,22 @@ class StepGraph:
         self._buffers = [*buffers, self.scale, self.index]
         self.bytes = prefill_bytes + step_bytes + sum(buffer.nbytes for buffer in buffers)
 
-    def begin(self, given: dict, cond_scale: Tensor | float) -> None:
-        """Run the prefill for what is given, of the shapes of the example."""
+    def begin(self, sources: dict, cond_scale: Tensor | float) -> None:
+        """Run the prefill for what a run depends on, of the shapes of the example."""
         for buffer in self._buffers:
             if buffer.is_cuda:  # made on another stream, for which it must not be free before this run ends
                 buffer.record_stream(torch.cuda.current_stream(buffer.device))
-        _copy(given, self.given)
+        _copy(sources, self.sources)
         self.scale.copy_(cond_scale) if torch.is_tensor(cond_scale) else self.scale.fill_(cond_scale)
         self.index.zero_()
         self._prefill()
 
-    def step(self, x: Tensor, x0: Tensor, noise: Callable[[], Tensor], index: int) -> tuple[Tensor, Tensor]:
-        """The next step of the run, as `sampler.run_steps` asks for it; its results are the buffers."""
+    def step(self, x: Tensor, x0: Tensor, noise: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """The next step of the run, as `run_table` asks for it; its results are the buffers."""
         if index == 0:
             self.x.copy_(x)
             self.x0.copy_(x0)
-        self.noise.copy_(noise())
+        self.noise.copy_(noise)
         self._step()
         return self.x, self.x0
 
@@ -195,6 +202,7 @@ class GraphCache:
         memory: bytes that they may hold; None for no limit. Those that were not used for longest go first.
 
     Attributes:
+        kept: the graphs, that which was used last behind. The device must be done with those that are dropped.
         failed: whether a capture did; no other is tried then.
         evictions: how many went for others.
         too_large: keys of graphs that alone are larger than the limit; they are not captured again.
@@ -202,7 +210,7 @@ class GraphCache:
 
     def __init__(self, memory: int | None):
         self.memory, self.failed, self.evictions = None, False, 0
-        self._kept: dict[Hashable, StepGraph] = {}  # the one that was used last behind
+        self.kept: dict[Hashable, StepGraph] = {}
         self.too_large: set[Hashable] = set()
         self.limit(memory)
 
@@ -215,47 +223,39 @@ class GraphCache:
             self.too_large.clear()
             self._evict()
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._kept
-
     def get(self, key: Hashable, name: str, make: Callable[[], StepGraph]) -> StepGraph | None:
-        """The graphs of a key, captured where there are none.
+        """Find the graphs of a key, or capture them; None, after a warning that calls them by `name`, where that fails.
 
-        None, after a warning that calls them by `name`, where that fails or they are larger than the limit.
+        None, too, where they are larger than the limit.
         """
-        if key in self._kept:
-            self._kept[key] = self._kept.pop(key)
+        if key in self.kept:
+            self.kept[key] = self.kept.pop(key)
         elif not self.failed and key not in self.too_large:
             try:
-                self._keep(key, name, make())
+                graph = make()
             except RuntimeError as error:  # too little memory too
                 self.failed = True
-                self._kept.clear()
+                self.kept.clear()
                 warnings.warn(f"{name} was not captured as a CUDA graph, all runs go on without: {error}")
-        return self._kept.get(key)
-
-    def _keep(self, key: Hashable, name: str, graph: StepGraph) -> None:
-        if self.memory is not None and graph.bytes > self.memory:
-            self.too_large.add(key)
-            needed = f"its CUDA graphs take {graph.bytes} bytes, and graph_memory={self.memory}"
-            warnings.warn(f"{name} runs without graphs: {needed}")
-            return
-        self._kept[key] = graph
-        self._evict()
+                return None
+            if self.memory is not None and graph.bytes > self.memory:
+                self.too_large.add(key)
+                needed = f"its CUDA graphs take {graph.bytes} bytes, and graph_memory={self.memory}"
+                warnings.warn(f"{name} runs without graphs: {needed}")
+                return None
+            self.kept[key] = graph
+            self._evict()
+        return self.kept.get(key)
 
     def _evict(self) -> None:
         while self.memory is not None and self.bytes > self.memory:
-            del self._kept[next(iter(self._kept))]
+            del self.kept[next(iter(self.kept))]
             self.evictions += 1
             torch.cuda.empty_cache()  # gives the memory of their pool back
 
-    def clear(self) -> None:
-        """Drop all graphs: what they read is no more. The device must be done with them."""
-        self._kept.clear()
-
     @property
     def bytes(self) -> int:
-        return sum(graph.bytes for graph in self._kept.values())
+        return sum(graph.bytes for graph in self.kept.values())
 
     def stats(self) -> dict[str, int]:
-        return dict(graphs=len(self._kept), graph_bytes=self.bytes, evictions=self.evictions)
+        return dict(graphs=len(self.kept), graph_bytes=self.bytes, evictions=self.evictions)

@@ -12,7 +12,7 @@ TEXT_TOKENS = 16  # of which text lengths are multiples
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
-    """The different ones, in order. Raises ValueError unless there is one, and all are at least 1."""
+    """Sort different batch sizes. Raises ValueError unless there is one, and all are at least 1."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes={batch_sizes}; it must hold at least one number, each at least 1")
     return tuple(sorted(set(batch_sizes)))

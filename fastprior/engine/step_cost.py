@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from fastprior.engine.steps import StepInputs
 from fastprior.kernels import ops
-from fastprior.models.dalle2.network import DiffusionPriorNetwork, NetworkConditioning
-
-if TYPE_CHECKING:
-    from fastprior.models.prior_transformer.forward import PriorTransformerConditioning
 
 LAUNCH_SECONDS = 1.7e-6
 NO_KERNEL = "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"
@@ -34,27 +31,17 @@ class StepReads(NamedTuple):
     tables: int
 
 
-def step_reads(net: DiffusionPriorNetwork, cond: NetworkConditioning, null_preds: Tensor, rows: Tensor) -> StepReads:
-    """For a network, and what `sampler.denoise_step` takes besides."""
-    cache, (matrices, vectors) = cond.cache, _weights(net.causal_transformer)
-    tables = *vectors, cache.bias, *(cache.rotary or ()), cond.time_tokens[:1], null_preds[:1], rows[:1]
-    return StepReads(*(sum(t.nbytes for t in read) for read in (matrices, (cache.k, cache.v), tables)))
+def step_reads(modules: Iterable[nn.Module], prefix: Iterable[Tensor], tables: Iterable[Tensor | None]) -> StepReads:
+    """What a step reads whose tokens pass some modules, behind keys and values of a prefix.
 
-
-def transformer_reads(prior: nn.Module, cond: PriorTransformerConditioning, rows: Tensor) -> StepReads:
-    """The same for a `PriorTransformer`, or what is like one: its blocks, and what its suffix tokens pass besides."""
-    modules = prior.transformer_blocks, prior.proj_in, prior.norm_in, prior.norm_out, prior.proj_to_clip_embeddings
-    matrices, vectors = _weights(*(module for module in modules if module is not None))
-    suffix = 2 + (prior.prd_embedding is not None)
-    embeddings = prior.positional_embedding[:, -suffix:], prior.prd_embedding, cond.time_tokens[:1]
-    tables = *vectors, *(t for t in embeddings if t is not None), rows[:1]
-    return StepReads(*(sum(t.nbytes for t in read) for read in (matrices, cond.prefix[:2], tables)))
-
-
-def _weights(*modules: nn.Module) -> Iterable[list[Tensor]]:
-    """Matrices and vectors."""
+    Args:
+        modules: whose matrices and vectors are read.
+        prefix: its tensors.
+        tables: what else is read.
+    """
     weights = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    return ([t for t in weights if t.ndim == dims] for dims in (2, 1))
+    vectors = *(t for t in weights if t.ndim == 1), *(t for t in tables if t is not None)
+    return StepReads(*(sum(t.nbytes for t in read) for read in ((t for t in weights if t.ndim == 2), prefix, vectors)))
 
 
 def step_seconds(read_bytes: int, bandwidth: float, launches: int) -> float:
@@ -106,6 +93,26 @@ class CountLaunches(TorchDispatchMode):
 
     def _note(self, kernel, *_) -> None:
         self.names.append(kernel.__name__)
+
+
+@torch.no_grad()
+def count_launches(step: Callable, inputs: StepInputs, shape: tuple[int, int], device: torch.device) -> int:
+    """Kernels that a step of x of a shape launches there without torch.compile; traced without running anything.
+
+    Args:
+        step: see `solver_step`.
+        inputs: of their shapes and dtypes.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # which takes long to import
+
+    with FakeTensorMode(allow_non_fake_inputs=True), CountLaunches() as launches, torch.device(device):
+        inputs = tree_map(lambda t: torch.empty_like(t, device=device) if torch.is_tensor(t) else t, inputs)
+        x, scale = (torch.zeros(size, dtype=inputs.rows.dtype) for size in (shape, ()))
+        index = torch.zeros((), dtype=torch.int64)
+        for _ in range(2):  # what the first clears is cleared
+            launches.names.clear()
+            step(inputs, scale, x, x, x, index)
+    return launches.count
 
 
 def _is_kernel(func, out) -> bool:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.diffusion.solvers import StepTable
-from fastprior.pipelines.parts import listed
-from fastprior.pipelines.runs import PriorRuns, Run
-from fastprior.pipelines.text_encoding import Generators, TextEncoding
+from fastprior.engine.shapes import BATCH_SIZES
+from fastprior.engine.steps import Generators, Noise
+from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.pipelines.parts import Encoders, check_prior, first_state, listed, load
+from fastprior.pipelines.runs import PromptRun, PromptRuns
+from fastprior.pipelines.text_encoding import TextEncoding
 
 
 class ImageEmbeddings(NamedTuple):
@@ -21,14 +27,20 @@ class ImageEmbeddings(NamedTuple):
     negative_image_embeds: Tensor | None
 
 
-class PriorPipeline(PriorRuns):
+class PriorPipeline:
     """Sample CLIP image embeddings of prompts: what diffusers' prior pipelines give, for the same generator.
 
-    The text is encoded once per different prompt, and its prefix computed once, however many images and steps there
-    are. The state of a run is fp32 (or wider), whatever the dtype of the prior.
+    A text is encoded, and its prefix computed, once for all images and steps. The state of a run is fp32 (or wider),
+    whatever the dtype of the prior.
 
     Args:
-        *args, **kwargs: see `PipelineParts`; the folder is of a Kandinsky prior, or a Karlo or StableUnCLIP pipeline.
+        prior: in eval mode.
+        schedule: of the noise.
+        folder: of a Kandinsky prior, or a Karlo or StableUnCLIP pipeline, from where encoders are loaded when they are
+            needed.
+        variant: of the weights' files, such as "fp16", where an encoder has it.
+        text_encoder, tokenizer, image_encoder, image_processor: of transformers, those that are not in the folder, or
+            in place of the folder's.
         compile: use torch.compile for the steps. Each batch size, and each text length up to a multiple of 16 tokens,
             takes a graph of its own, as do other numbers of images and steps; the first call with it is slow.
         batch_sizes: numbers of prompts that compiled steps run, see `PriorSampler`.
@@ -36,11 +48,8 @@ class PriorPipeline(PriorRuns):
             compares embeddings of random texts first, and fails where they differ too much, see `PriorSampler`.
         graphs: capture prefill and step as CUDA graphs, by default on CUDA. Each batch size, text length up to a
             multiple of 16 tokens, number of images and kind of guidance takes graphs of its own, whatever solver and
-            steps (up to 64). They are captured again for other weights or modules. Where a capture fails, a warning
-            says why, and all runs go on without. Runs by graphs wait for each other, also those of other threads and
-            streams, and draw all their noise before the first step. With torch 2.11 what other threads of yours draw
-            from the device's default generator during a capture fails: run each shape before they begin, or draw from
-            generators of your own.
+            steps (up to 64). They are captured again for other weights or modules. Runs by graphs wait for each other,
+            also those of other threads and streams. See `PriorSampler` for captures that fail, and for threads.
         graph_memory: bytes that graphs may hold, without limit by default, see `PriorSampler`.
 
     Attributes:
@@ -48,9 +57,107 @@ class PriorPipeline(PriorRuns):
         graphs: as given; False after a capture that failed.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        prior: PriorTransformer,
+        schedule: DiffusersSchedule,
+        *,
+        folder: str | os.PathLike | None = None,
+        variant: str | None = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        image_encoder: Any = None,
+        image_processor: Any = None,
+        compile: bool = False,
+        batch_sizes: tuple[int, ...] = BATCH_SIZES,
+        quantise: str | None = None,
+        graphs: bool | None = None,
+        graph_memory: int | None = None,
+    ):
+        check_prior(prior)
+        self.prior, self.schedule = prior, schedule
+        self._encoders = Encoders(folder, variant, text_encoder, tokenizer, image_encoder, image_processor)
+        self._runs = PromptRuns(prior.device, compile, batch_sizes, quantise, graphs, graph_memory)
+        self.compile, self.batch_sizes, self.quantise = compile, self._runs.engine.batch_sizes, quantise
         self._table: tuple[tuple, StepTable | None] = (), None  # of the last run, and what it was made for
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        image_encoder: Any = None,
+        image_processor: Any = None,
+        compile: bool = False,
+        batch_sizes: tuple[int, ...] = BATCH_SIZES,
+        quantise: str | None = None,
+        graphs: bool | None = None,
+        graph_memory: int | None = None,
+    ) -> PriorPipeline:
+        """Read a pipeline's folder, as diffusers saves it: the prior and the scheduler now, the rest when needed.
+
+        Args:
+            dtype: of the prior and the encoders, fp32 by default.
+            device: where they are to lie.
+            …: see the class.
+        Raises:
+            FileNotFoundError: there is no such folder, or no prior or scheduler in it.
+        """
+        options = {name: value for name, value in locals().items() if name not in ("cls", "dtype", "device")}
+        return cls(*load(folder, variant, dtype, device), **options)
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.prior.dtype
+
+    @property
+    def folder(self) -> Path | None:
+        return self._encoders.folder
+
+    @property
+    def quality(self):
+        return self._runs.quality
+
+    @property
+    def graphs(self) -> bool | None:
+        return self._runs.engine.graphs
+
+    @graphs.setter
+    def graphs(self, wanted: bool | None) -> None:
+        self._runs.engine.graphs = wanted
+
+    def has(self, name: str) -> bool:
+        """Whether there is an encoder of that name, loaded or not."""
+        return self._encoders.has(name)
+
+    def part(self, name: str) -> Any:
+        """An encoder, loaded when it is first needed."""
+        return self._encoders.part(name, self.device, self.dtype)
+
+    def encode_text(self, texts: str | list[str]) -> TextEncoding:
+        """Encode texts; those that are longer than the text encoder takes are cut, with a warning."""
+        return self._encoders.encode_text(texts, self.device, self.dtype)
+
+    def encode_image(self, image: Any) -> Tensor:
+        """CLIP embeddings (images, dim) of a PIL image, a list of them, or preprocessed pixels (images, 3, h, w)."""
+        return self._encoders.encode_image(image, self.device, self.dtype)
+
+    def zero_embed(self) -> Tensor:
+        """(1, dim), the embedding of an all-zero image: what decoders are guided away from by default."""
+        return self._encoders.zero_embed(self.device, self.dtype)
+
+    def noise(self, rows: int, dim: int, generator: Generators, dtype: torch.dtype) -> Noise:
+        """Noise (rows, dim), fp32 or wider, as diffusers draws it: in the text's dtype, where the generator lives."""
+        return Noise((rows, dim), self.device, generator, dtype)
 
     def _texts(
         self, prompt: str | list[str] | TextEncoding, negative: str | list[str] | TextEncoding | None
@@ -77,7 +184,8 @@ class PriorPipeline(PriorRuns):
             raise ValueError(
                 f"negative_prompt has {len(negatives)} texts; it must have 1, or as many as prompt, {len(prompts)}"
             )
-        return TextEncoding(*(torch.cat(tensors).to(self.device) for tensors in zip(*parts))), prompts, negatives
+        device = self.device
+        return TextEncoding(*(torch.cat(tensors).to(device) for tensors in zip(*parts))), prompts, negatives
 
     def _check(self, name: str, text: TextEncoding) -> None:
         config, prompts = self.prior.config, len(text.embeds)
@@ -87,14 +195,14 @@ class PriorPipeline(PriorRuns):
             if tensor.shape != shape or not prompts:
                 raise ValueError(f"{name}.{field} has shape {tuple(tensor.shape)}; for this prior it must be {shape}")
 
-    def _noised(self, table: StepTable, draw: Callable[[], Tensor], image: Any, rows: int, repeats: int) -> Tensor:
+    def _noised(self, table: StepTable, drawn: Iterator[Tensor], image: Any, rows: int, repeats: int) -> Tensor:
         """What a run from images, or their embeddings (images, dim), begins with."""
         embeds = image if torch.is_tensor(image) and image.ndim == 2 else self.encode_image(image)
         embeds = embeds.to(self.device).repeat_interleave(repeats, dim=0)
         if rows % len(embeds):
             images = len(embeds) // repeats
             raise ValueError(f"image has {images} images; the number of prompts must be a multiple of it")
-        noise = draw()
+        noise = next(drawn)
         return self.schedule.add_noise(embeds.to(noise.dtype).repeat(rows // len(embeds), 1), noise, table.times[0])
 
     @torch.no_grad()
@@ -136,32 +244,31 @@ class PriorPipeline(PriorRuns):
         """
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; it must be at least 1")
-        if zero_embed is not None and zero_embed.shape != (1, self.prior.config["embedding_dim"]):
-            wanted = 1, self.prior.config["embedding_dim"]
-            raise ValueError(f"zero_embed has shape {tuple(zero_embed.shape)}; it must be {wanted}")
+        dim = self.prior.config["embedding_dim"]
+        if zero_embed is not None and zero_embed.shape != (1, dim):
+            raise ValueError(f"zero_embed has shape {tuple(zero_embed.shape)}; it must be {(1, dim)}")
         guidance, sample_negatives = guidance_scale > 1, negative_prompt is not None and zero_embed is None
         null_text = "" if guidance and negative_prompt is None else negative_prompt
         text, prompts, negatives = self._texts(prompt, null_text if guidance or sample_negatives else None)
         conditions = prompts + negatives if sample_negatives else prompts
-        wanted = len(prompts) * num_images_per_prompt
-        rows = len(conditions) * num_images_per_prompt
-        asked = self.schedule, num_inference_steps, eta, 1.0 if image is None else strength
+        wanted, rows = (len(of) * num_images_per_prompt for of in (prompts, conditions))
+        strength = 1.0 if image is None else strength
+        asked = self.schedule, num_inference_steps, eta, strength
         made_for, table = self._table
         if made_for != asked:
-            table = self.schedule.table(num_inference_steps, eta=eta, strength=asked[-1])
+            table = self.schedule.table(num_inference_steps, eta=eta, strength=strength)
             self._table = asked, table
-
-        dim = self.prior.config["embedding_dim"]
-        draw = self.noise(rows, dim, generator, text.embeds.dtype)
+        noise = self.noise(rows, dim, generator, text.embeds.dtype)
         if image is None:
-            x = self.pure_noise(table, draw, latents, (rows, dim))
+            x = next(noise) if latents is None else first_state(latents, (rows, dim), self.device)
+            x = x * table.noise_scale
         elif latents is None:
-            x = self._noised(table, draw, image, rows, num_images_per_prompt)
+            x = self._noised(table, noise, image, rows, num_images_per_prompt)
         else:
             raise ValueError("latents and image were both given; a run begins with only one of them")
         prefixes = conditions + (negatives if guidance else [])
-        run = Run(table, text, prefixes, len(prompts), num_images_per_prompt, guidance, guidance_scale)
-        x = self._run(run, x, draw)
+        what = self.prior, self.schedule, table, text, prefixes
+        x = self._runs.run(PromptRun(*what, len(prompts), num_images_per_prompt, guidance, guidance_scale), x, noise)
         embeds = self.prior.post_process_latents(x).to(text.embeds.dtype)
         if sample_negatives:
             return ImageEmbeddings(*embeds.split(wanted))
@@ -209,10 +316,18 @@ class PriorPipeline(PriorRuns):
             embeds = embeds + embed.expand(num_images_per_prompt, -1) * weight
         if negative_prompt == "" and negative_prior_prompt is None and self.has("image_encoder"):
             # only the zero image is asked for; but the run that diffusers makes here moves the generator on
-            draw = self.noise(num_images_per_prompt, self.prior.config["embedding_dim"], generator, self.dtype)
+            noise = self.noise(num_images_per_prompt, self.prior.config["embedding_dim"], generator, self.dtype)
             table = self.schedule.table(num_inference_steps, eta=eta)
             for _ in range(sum(table.draws_noise) + (latents is None)):
-                draw()
+                next(noise)
             return ImageEmbeddings(embeds, self.zero_embed().expand(num_images_per_prompt, -1))
         negative = self(negative_prompt, negative_prior_prompt, **options)
         return ImageEmbeddings(embeds, negative[1] if negative_prompt == "" else negative[0])
+
+    def stats(self, bandwidth: float | None = None) -> dict[str, float]:
+        """How the last 1000 calls went, and what a step takes: see `PriorSampler.stats`.
+
+        Times are of the prefill and all steps, without encoders. Bytes and launches are those of the last run, and of
+        its last part where it had more prompts than the largest batch size.
+        """
+        return self._runs.stats(bandwidth)

@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprior.pipelines.parts import PipelineParts
-from fastprior.pipelines.runs import update
-from fastprior.pipelines.text_encoding import Generators
-from fastprior.prior.loop import run_table
+from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.engine.steps import Generators, Noise, StepInputs, bind, run_table, solver_step
+from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.pipelines.parts import Encoders, check_prior, first_state, load
+from fastprior.pipelines.text_encoding import TextEncoding
 
 
-class ShapEPrior(PipelineParts):
+class ShapEPrior:
     """Sample Shap-E's latents: what diffusers' ShapEPipeline hands to its renderer, for the same generator.
 
     Attention is in both directions here, so that nothing of the text can be kept: every step is a full pass.
+
+    Args: see `PriorPipeline`.
     """
+
+    def __init__(
+        self,
+        prior: PriorTransformer,
+        schedule: DiffusersSchedule,
+        *,
+        folder: str | os.PathLike | None = None,
+        variant: str | None = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+    ):
+        check_prior(prior)
+        self.prior, self.schedule = prior, schedule
+        self._encoders = Encoders(folder, variant, text_encoder, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+    ) -> ShapEPrior:
+        """Read a pipeline's folder, as diffusers saves it: see `PriorPipeline.from_pretrained`."""
+        options = {name: value for name, value in locals().items() if name not in ("cls", "dtype", "device")}
+        return cls(*load(folder, variant, dtype, device), **options)
+
+    def encode_text(self, texts: str | list[str]) -> TextEncoding:
+        """Encode texts; those that are longer than the text encoder takes are cut, with a warning."""
+        return self._encoders.encode_text(texts, self.prior.device, self.prior.dtype)
 
     @torch.no_grad()
     def __call__(
@@ -44,7 +83,8 @@ class ShapEPrior(PipelineParts):
         """
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; it must be at least 1")
-        config, guidance = self.prior.config, guidance_scale > 1
+        prior, guidance, device = self.prior, guidance_scale > 1, self.prior.device
+        config, dtype = prior.config, prior.dtype
         tokens, dim = config["num_embeddings"], config["embedding_dim"]
         embeds = prompt if torch.is_tensor(prompt) else self.encode_text(prompt).embeds
         wanted = config["embedding_proj_dim"] or dim
@@ -53,20 +93,20 @@ class ShapEPrior(PipelineParts):
         embeds = F.normalize(embeds, dim=-1).repeat_interleave(num_images_per_prompt, dim=0) * wanted**0.5
         rows = len(embeds)
         table = self.schedule.table(num_inference_steps)
-        draw = self.noise(rows, tokens * dim, generator, embeds.dtype)
-        x = self.pure_noise(table, draw, latents, (rows, tokens * dim)).view(rows * tokens, dim)
+        noise = Noise((rows, tokens * dim), device, generator, embeds.dtype)
+        x = next(noise) if latents is None else first_state(latents, (rows, tokens * dim), device)
+        x = (x * table.noise_scale).view(rows * tokens, dim)
         if guidance:
             embeds = torch.cat((embeds, torch.zeros_like(embeds)))
-        coefficients = table.rows.to(self.device, x.dtype)
-        scale = torch.tensor(guidance_scale, dtype=x.dtype, device=self.device)
-        indices = torch.arange(len(table), device=self.device)
-        times = torch.tensor(table.times, device=self.device)
+        times = torch.tensor(table.times, device=device)
 
-        def step(x, x0, noise, index):
-            given = x.view(rows, tokens, dim).to(self.dtype).repeat(1 + guidance, 1, 1)
-            pred = self.prior(given, times[index], embeds).predicted_image_embedding[..., :dim].reshape(-1, dim)
-            pred, null = pred.chunk(2) if guidance else (pred, None)
-            fixed = coefficients, indices[index], self.schedule.clamp, self.schedule.radius, table.uses_prediction
-            return update(pred, null, scale, x, x0, noise().view_as(x), *fixed)
+        def predict(cond, x, x0, index):
+            hidden = x.view(rows, tokens, dim).to(dtype).repeat(1 + guidance, 1, 1)
+            pred = prior(hidden, times[index], cond).predicted_image_embedding[..., :dim].reshape(-1, dim)
+            return pred.chunk(2) if guidance else (pred, None)
 
-        return run_table(table, step, x, draw).view(rows, tokens, dim).to(embeds.dtype)
+        step = solver_step(predict, self.schedule.clamp, self.schedule.radius, table.uses_prediction)
+        scale = torch.tensor(guidance_scale, dtype=x.dtype, device=device)
+        step = bind(step, StepInputs(embeds, table.rows.to(device, x.dtype)), scale)
+        x = run_table(table, step, x, (t.view_as(x) for t in noise))
+        return x.view(rows, tokens, dim).to(embeds.dtype)

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class TextEncoding(NamedTuple):

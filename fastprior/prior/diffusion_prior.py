@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from functools import wraps
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +14,23 @@ from fastprior.clip import as_clip_adapter, freeze_and_eval
 from fastprior.diffusion.schedule import NoiseScheduler
 from fastprior.diffusion.solvers import default_solver, step_table
 from fastprior.draws import randn_like
-from fastprior.kernels import ops
+from fastprior.engine.steps import Noise
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.prior import graphs as prior_graphs
 from fastprior.prior.loop import sample_loop
-from fastprior.prior.plan import SamplingPlan, is_overridden, network_obstacles, obstacles
+from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden
+from fastprior.prior.text_condition import TextConditioned, check_conditions
+from fastprior.utils import in_eval_mode
 
-LOOPS = ("p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim")
-
-
-def in_eval_mode(method):
-    """Make a method run in eval mode; the mode comes back afterwards, also after an error."""
-
-    @wraps(method)
-    def inner(self, *args, **kwargs):
-        training = self.training
-        self.eval()
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self.train(training)
-
-    return inner
+LOOPS = "p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim"
+UNSAVED = "self", "__class__", "net", "clip", "image_size", "cond_drop_prob", "clip_adapter_overrides"
+RESOLVED = "image_embed_dim", "text_cond_drop_prob", "image_cond_drop_prob", "image_embed_scale"  # of what was given
+STEP_METHODS = "p_mean_variance", "p_sample", "l2norm_clamp_embed"
+SCHEDULE_METHODS = "q_posterior", "predict_start_from_v", "predict_start_from_noise", "predict_noise_from_start"
 
 
-class DiffusionPrior(nn.Module):
+class DiffusionPrior(TextConditioned, nn.Module):
     """Gaussian diffusion over image embeddings, conditioned on text (unCLIP, Ramesh et al. 2022, section 2.2).
 
     Args:
@@ -57,9 +48,8 @@ class DiffusionPrior(nn.Module):
         beta_schedule: see `NoiseScheduler`.
         condition_on_text_encodings: whether text encodings are part of the condition.
         sampling_clamp_l2norm: scale each predicted x0 to length `image_embed_scale`.
-        sampling_final_clamp_l2norm: the same for the result.
-        training_clamp_l2norm: the same for the prediction in training.
-        init_image_embed_l2norm: the same for the initial noise.
+        sampling_final_clamp_l2norm, training_clamp_l2norm, init_image_embed_l2norm: the same for the result, for the
+            prediction in training, and for the initial noise.
         image_embed_scale: diffusion runs on embeddings times this; default sqrt(image_embed_dim), or 1 where the
             network normalises them.
         clip_adapter_overrides: passed to the adapter made of an x-clip or CoCa model.
@@ -73,7 +63,7 @@ class DiffusionPrior(nn.Module):
             default: from the second run of a shape (of the text and the rows) on, or at once in one of 256 steps or
             more; True: from the first; False: never. They serve any solver and up to 64 steps (128, …), and are
             captured again for other weights or modules. Runs by graphs wait for each other. Where a capture fails, a
-            warning says why, and runs go on without. `sampling_plan` says which way they go. See `sample` for threads.
+            warning says why, and runs go on without. See `sampling_plan`, and `sample` for threads.
         graph_memory: bytes that these graphs may hold; those of shapes that were not used for longest go. By default
             1 GiB, by an estimate ten shapes of few prompts or one of 64; None for no limit.
         can_compare_text: whether text embeddings lie in the space of the image embeddings, as a CLIP's do.
@@ -110,8 +100,8 @@ class DiffusionPrior(nn.Module):
         clip_adapter_overrides: dict | None = None,
         clamp: str | float | None = "default",
     ):
+        arguments = {name: value for name, value in locals().items() if name not in UNSAVED}
         super().__init__()
-        self.sample_timesteps = sample_timesteps
         self.noise_scheduler = NoiseScheduler(beta_schedule=beta_schedule, timesteps=timesteps, loss_type=loss_type)
         if clip is not None:
             clip = freeze_and_eval(as_clip_adapter(clip, **(clip_adapter_overrides or {})))
@@ -119,8 +109,7 @@ class DiffusionPrior(nn.Module):
                 raise ValueError(f"image_channels={image_channels}; the CLIP given takes {clip.image_channels}")
         elif image_embed_dim is None:
             raise ValueError("image_embed_dim=None; it must be given where no clip is")
-        self.clip = clip
-        self.net = net
+        self.clip, self.net = clip, net
         self.image_embed_dim = clip.dim_latent if image_embed_dim is None else image_embed_dim
         if net.dim != self.image_embed_dim:
             raise ValueError(f"image_embed_dim={self.image_embed_dim}; it must be the network's dim, {net.dim}")
@@ -139,23 +128,13 @@ class DiffusionPrior(nn.Module):
         if image_embed_scale is None:
             image_embed_scale = 1.0 if hasattr(net, "normalize") else self.image_embed_dim**0.5
         self.image_embed_scale = image_embed_scale
+        self.init_image_embed_l2norm, self.training_clamp_l2norm = init_image_embed_l2norm, training_clamp_l2norm
         self.sampling_clamp_l2norm = sampling_clamp_l2norm
         self.sampling_final_clamp_l2norm = sampling_final_clamp_l2norm
-        self.training_clamp_l2norm = training_clamp_l2norm
-        self.init_image_embed_l2norm = init_image_embed_l2norm
         if not (clamp in (None, "default", "l2") or (isinstance(clamp, (int, float)) and clamp > 0)):
             raise ValueError(f"clamp={clamp!r}; it must be None, 'l2', a positive radius, or left out")
-        self.clamp = clamp
-        self.config = dict(
-            image_embed_dim=self.image_embed_dim, image_channels=image_channels, timesteps=timesteps,
-            sample_timesteps=sample_timesteps, text_cond_drop_prob=self.text_cond_drop_prob,
-            image_cond_drop_prob=self.image_cond_drop_prob, loss_type=loss_type, predict_x_start=predict_x_start,
-            predict_v=predict_v, beta_schedule=beta_schedule, condition_on_text_encodings=condition_on_text_encodings,
-            sampling_clamp_l2norm=sampling_clamp_l2norm, sampling_final_clamp_l2norm=sampling_final_clamp_l2norm,
-            training_clamp_l2norm=training_clamp_l2norm, init_image_embed_l2norm=init_image_embed_l2norm,
-            image_embed_scale=self.image_embed_scale, clamp=clamp,
-        )  # fmt: skip
-        self._warned_of_norm = False
+        self.clamp, self.sample_timesteps = clamp, sample_timesteps
+        self.config = arguments | {name: getattr(self, name) for name in RESOLVED}
         self.register_buffer("_dummy", torch.tensor([True]), persistent=False)
 
     def train(self, mode: bool = True):
@@ -283,61 +262,20 @@ class DiffusionPrior(nn.Module):
         solver = solver or default_solver(total, timesteps)
         table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta)
         self._check_guidance(cond_scale)
-        reasons = tuple(obstacles(self))
-        cached = not reasons
-        if cond_scale == 1:
-            guidance = "none"
-        elif not cached:
-            guidance = "two passes"
-        else:
-            guidance = "second branch" if self.net.null_sees_image else "null table"
-        tokens = (self.net.prefix_tokens, self.net.suffix_tokens) if cached else (None, None)
-        path = "cached" if cached else "plain"
-        no_graphs = prior_graphs.obstacles(self, path, len(table), rows)
-        return SamplingPlan(path, reasons, guidance, table, *self._clamp(), *tokens, no_graphs)
-
-    def _check_conditions(self, text_cond: dict) -> None:
-        own = isinstance(self.net, DiffusionPriorNetwork) and self.net.conditions is not None
-        if own and text_cond.get("conditions"):
-            self.net.conditions.check_values(text_cond["conditions"], len(text_cond["text_embed"]))
-
-    def check_text_condition(self, shape: tuple[int, ...], text_cond: dict) -> None:
-        """Raise ValueError unless embeddings of this shape can be sampled for it; warn of a norm not CLIP's."""
-        if shape[0] == 0:
-            raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
-        embed = text_cond.get("text_embed")
-        if embed is None:
-            if not isinstance(self.net, DiffusionPriorNetwork):
-                return  # a foreign network's own condition
-            raise ValueError(f"text_cond has the keys {sorted(text_cond)}; it must hold 'text_embed'")
-        if len(embed) == 0 or shape[0] % len(embed):
-            raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")
-        self._check_conditions(text_cond)
-        for name, t in text_cond.items():
-            if not torch.is_tensor(t):
-                continue
-            if len(t) != len(embed):
-                raise ValueError(f"text_cond[{name!r}] has {len(t)} rows and text_embed {len(embed)}; they must agree")
-            with ops.one_thread(t):
-                if t.is_floating_point() and not t.isfinite().all():
-                    raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
-        clip_like = embed.ndim == 2 and self.can_compare_text and not hasattr(self.net, "normalize")
-        if clip_like and not self._warned_of_norm and (embed.float().norm(dim=-1) - 1).abs().max() > 0.05:
-            self._warned_of_norm = True
-            warnings.warn(
-                f"text_embed rows have norms up to {embed.float().norm(dim=-1).max():.3g}; CLIP priors are trained on "
-                "embeddings of norm 1 (this is said once)",
-                stacklevel=4,
-            )
+        owners = (self, STEP_METHODS, DiffusionPrior), (self.noise_scheduler, SCHEDULE_METHODS, NoiseScheduler)
+        plan = make_plan(self.net, owners, table, cond_scale, *self._clamp())
+        return replace(plan, graph_reasons=prior_graphs.graph_obstacles(self, plan.path, len(table.times), rows))
 
     def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
         plan = self.sampling_plan(timesteps, cond_scale, solver, eta, rows=shape[0])
         self.check_text_condition(shape, text_cond)
         if self.graphs is False:
             prior_graphs.forget(self)
-        if not len(plan.table):
+        if not plan.table.times:
             warnings.warn(f"timesteps={timesteps}: the {solver} solver makes no evaluation, the result is noise")
-        return sample_loop(self, plan, shape, text_cond, cond_scale, generator, progress)
+        run = self, plan, shape[0], text_cond, cond_scale, Noise(shape, self.device, generator), progress
+        embeds = None if plan.graph_reasons else prior_graphs.graphs_of(self).run(*run)
+        return sample_loop(*run) if embeds is None else embeds
 
     @torch.no_grad()
     def p_sample_loop_ddpm(self, shape, text_cond, cond_scale=1.0) -> Tensor:
@@ -403,42 +341,6 @@ class DiffusionPrior(nn.Module):
         """DDPM samples (batch_size, image_embed_dim) for given conditions, still scaled by `image_embed_scale`."""
         return self.p_sample_loop_ddpm((batch_size, self.image_embed_dim), text_cond, cond_scale=cond_scale)
 
-    def text_condition(self, text, text_embed, text_encodings, mask=None, conditions=None) -> dict:
-        """What the network is conditioned on, from arguments as `sample` takes them: text_embed, text_encodings, …"""
-        if (text is None) == (text_embed is None):
-            raise ValueError("exactly one of text and text_embed must be given")
-        if text is not None:
-            if self.clip is None:
-                raise ValueError("text was given, but this prior has no clip; give text_embed and text_encodings")
-            if not torch.is_tensor(text):
-                text = self.clip.tokenize([text] if isinstance(text, str) else list(text))
-            text_embed, text_encodings = self.clip.embed_text(text.to(self.device))
-        extra = dict(conditions=conditions) if conditions else {}
-        if not self.condition_on_text_encodings:
-            return dict(text_embed=text_embed, **extra)
-        if text_encodings is None:
-            raise ValueError("text_encodings=None; this prior is conditioned on text encodings")
-        if mask is not None:
-            text_encodings = text_encodings.masked_fill(~mask.bool()[..., None], 0)
-        return dict(text_embed=text_embed, text_encodings=text_encodings, **extra)
-
-    def check_best_of(self, candidates: int, name: str) -> None:
-        """Raise ValueError where there are no candidates, or no telling which of them is the best."""
-        if candidates < 1:
-            raise ValueError(f"{name}={candidates}; it must be at least 1")
-        if candidates > 1 and not self.can_compare_text:
-            raise ValueError(
-                f"{name}={candidates}; it must be 1, since a text_embed of width {self.net.text_embed_dim} cannot be "
-                "compared with image embeddings"
-            )
-
-    def best_of(self, embeds: Tensor, text_embed: Tensor) -> Tensor:
-        """Of embeds (prompts, candidates, dim) those most similar to text_embed (prompts, dim): (prompts, dim)."""
-        if embeds.shape[1] == 1:
-            return embeds[:, 0]
-        best = (l2norm(text_embed)[:, None] * l2norm(embeds)).sum(dim=-1).argmax(dim=-1)
-        return embeds[torch.arange(len(embeds), device=embeds.device), best]
-
     @torch.no_grad()
     @in_eval_mode
     def sample(
@@ -479,7 +381,7 @@ class DiffusionPrior(nn.Module):
         text_cond = self.text_condition(text, text_embed, text_encodings, mask, conditions)
         prompts = len(text_cond["text_embed"])
         shape = prompts * repeats, self.image_embed_dim
-        if any(is_overridden(self, loop, DiffusionPrior) for loop in LOOPS):
+        if overridden(self, LOOPS, DiffusionPrior):
             text_cond = repeat_rows(text_cond, shape[0]) if prompts else text_cond
         embeds = self.p_sample_loop(shape, text_cond=text_cond, cond_scale=cond_scale, timesteps=timesteps, **kwargs)
         wanted = text_cond["text_embed"].view(prompts, -1, text_cond["text_embed"].shape[-1])[:, 0]
@@ -495,14 +397,8 @@ class DiffusionPrior(nn.Module):
         if self.net.self_cond and random.random() < 0.5:
             with torch.no_grad():
                 self_cond = self.net(noisy, times, **text_cond)
-        pred = self.net(
-            noisy,
-            times,
-            self_cond=self_cond,
-            text_cond_drop_prob=self.text_cond_drop_prob,
-            image_cond_drop_prob=self.image_cond_drop_prob,
-            **text_cond,
-        )
+        drop = dict(text_cond_drop_prob=self.text_cond_drop_prob, image_cond_drop_prob=self.image_cond_drop_prob)
+        pred = self.net(noisy, times, self_cond=self_cond, **drop, **text_cond)
         if self.predict_x_start and self.training_clamp_l2norm:
             pred = self.l2norm_clamp_embed(pred)
         if self.predict_v:
@@ -544,7 +440,7 @@ class DiffusionPrior(nn.Module):
         if image is not None:
             image_embed, _ = self.clip.embed_image(image)
         text_cond = self.text_condition(text, text_embed, text_encodings, conditions=conditions)
-        self._check_conditions(text_cond)
+        check_conditions(self.net, text_cond)
         if draws > 1:
             image_embed = image_embed.repeat_interleave(draws, dim=0)
             if network_obstacles(self.net, dropout=True):

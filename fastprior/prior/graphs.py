@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastprior.batches import map_rows
-from fastprior.engine.clock import Clock
-from fastprior.engine.graphs import TABLE_STEPS, GraphCache, StepGraph, settings
-from fastprior.models import snapshot
+from fastprior.engine.engine import Engine
+from fastprior.engine.graphs import StepGraph, padded_length, padded_table
+from fastprior.engine.steps import run_table
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
-from fastprior.prior.loop import denoise_step, prefill, run_steps, step_inputs
+from fastprior.prior.loop import CachedSteps, run_prior
 from fastprior.prior.plan import HOOKS, SamplingPlan
-
-if TYPE_CHECKING:
-    from fastprior.prior.diffusion_prior import DiffusionPrior
 
 # Not measured: a capture takes about as long as 30 steps without graphs, and a step of so many rows keeps a device busy
 # for longer than its launches take.
@@ -45,12 +41,12 @@ def _foreign(net: nn.Module) -> str | None:
     return None
 
 
-def obstacles(prior: DiffusionPrior, path: str, steps: int, rows: int | None) -> tuple[str, ...]:
+def graph_obstacles(prior: nn.Module, path: str, steps: int, rows: int | None) -> tuple[str, ...]:
     """Why runs of so many steps, and rows where given, are not replayed as CUDA graphs; empty where they are."""
     if prior.graphs is False:
         return ("prior.graphs=False",)
-    if prior.graphs is None and prior.device.type != "cuda":
-        return (f"the prior is on {prior.device}",)
+    if prior.graphs is None and (device := prior.device).type != "cuda":
+        return (f"the prior is on {device}",)
     net = prior.net
     if path != "cached":
         return ("the path is plain",)
@@ -81,91 +77,78 @@ class PriorGraphs:
     """
 
     def __init__(self, device: torch.device, memory: int | None):
-        self.cache = GraphCache(memory)
-        self._clock, self._state = Clock(device), None
-        self._lock, self._running = threading.RLock(), False
+        self._engine = Engine(device, graph_memory=memory)
+        self.cache = self._engine.cache
+        self._thread: int | None = None  # that a run is under way in
         self._seen: set[tuple] = set()  # keys of runs that came once, of the same weights
 
     def run(
-        self, prior: DiffusionPrior, plan: SamplingPlan, rows: int, text_cond: dict, cond_scale: float, **how
+        self,
+        prior: nn.Module,
+        plan: SamplingPlan,
+        rows: int,
+        text_cond: dict,
+        cond_scale: float,
+        noise: Iterator[Tensor],
+        progress: bool,
     ) -> Tensor | None:
-        """As `sampler.run_steps`, which takes `draw` and `progress`; None where there are no graphs for such a run."""
-        given = self._given(prior, text_cond)
-        if given is None or is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
+        """Run a plan as `sample_loop` does; None where there are no graphs for such a run."""
+        sources, thread = self._sources(prior, text_cond), threading.get_ident()
+        if sources is None or is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
             return None
-        with self._lock:
-            if self._running:  # by this thread, whose buffers it would overwrite
-                return None
-            self._running = True
+        if self._thread == thread:  # whose buffers it would overwrite
+            return None
+        with self._engine.lock:
+            self._thread = thread
             try:
-                self._refresh(prior)
-                graph = self._graph(prior, plan, rows, given)
+                self.cache.limit(prior.graph_memory)
+                self._engine.refresh(prior.net, self._seen.clear)
+                key = self._due(prior, plan, rows, sources)
+                if key is None:
+                    return None
+                steps, samples = CachedSteps(prior.net, plan), rows // len(sources["text_embed"])
+                sources |= map_rows(steps.tables(), padded_table)
+                prefill, shape = (lambda s: steps.prefill(s, samples, s)), (rows, prior.net.dim)
+                what = prefill, steps.step, sources, shape, len(sources["rows"])
+                graph = self._engine.graph(key, f"a run of {rows} rows", lambda: StepGraph(*what))
                 if graph is None:
                     return None
-                with self._clock:
-                    graph.begin(given | self._tables(prior.net, plan), cond_scale)
-                    return run_steps(prior, plan.table, graph.step, **how).clone()  # it may be a buffer
+                with self._engine.clock:
+                    graph.begin(sources, cond_scale)
+                    x = run_prior(prior, noise, lambda x: run_table(plan.table, graph.step, x, noise, progress))
+                    return x.clone()  # it may be a buffer
             finally:
-                self._running = False
+                self._thread = None
 
-    def _given(self, prior: DiffusionPrior, text_cond: dict) -> dict | None:
+    def _sources(self, prior: nn.Module, text_cond: dict) -> dict | None:
         """What the prefill takes of a text condition; None where a part of it is somewhere else, which is an error."""
-        given, devices = {name: text_cond[name] for name in TEXT if text_cond.get(name) is not None}, set()
-        if "text_encodings" in given:
-            given["text_encodings"] = given["text_encodings"][:, : prior.net.max_text_len]
-        map_rows(given, lambda t: devices.add(t.device))
-        return given if devices == {prior.device} else None
+        sources, devices = {name: text_cond[name] for name in TEXT if text_cond.get(name) is not None}, set()
+        if "text_encodings" in sources:
+            sources["text_encodings"] = sources["text_encodings"][:, : prior.net.max_text_len]
+        map_rows(sources, lambda t: devices.add(t.device))
+        return sources if devices == {prior.device} else None
 
-    def _refresh(self, prior: DiffusionPrior) -> None:
-        """Drop the graphs of weights or modules that are no more."""
-        self.cache.limit(prior.graph_memory)
-        state = snapshot.state(prior.net)
-        if state is not self._state:
-            self._clock.wait()
-            self.cache.clear()
-            self._seen.clear()
-            self._state = state
-
-    def _tables(self, net: DiffusionPriorNetwork, plan: SamplingPlan) -> dict[str, Tensor]:
-        """What the steps of a plan read, computed as without graphs, with zeros up to a length that many share."""
-        times, null_preds, rows = step_inputs(net, plan)
-        tables = dict(time_tokens=net.time_tokens(times), null_preds=null_preds, rows=rows)
-        missing = -len(rows) % TABLE_STEPS
-        return {name: F.pad(t, (0, 0) * (t.ndim - 1) + (0, missing)) for name, t in tables.items()}
-
-    def _graph(self, prior: DiffusionPrior, plan: SamplingPlan, rows: int, given: dict) -> StepGraph | None:
-        """Those of the key of a run: captured when it comes again, or at once where told to, or where that pays."""
-        shapes = []
-        map_rows(given, lambda t: shapes.append((t.shape, t.dtype)))
-        steps, names = len(plan.table) + -len(plan.table) % TABLE_STEPS, (*given, *given.get("conditions", ()))
+    def _due(self, prior: nn.Module, plan: SamplingPlan, rows: int, sources: dict) -> tuple | None:
+        """The key of a run that goes by graphs: when it comes again, or at once where told to, or where that pays."""
+        shapes, steps = [], len(plan.table.times)
+        map_rows(sources, lambda t: shapes.append((t.shape, t.dtype)))
+        names = *sources, *sources.get("conditions", ())
         fixed = plan.guidance == "second branch", plan.clamp, plan.radius, plan.prefix_tokens, plan.suffix_tokens
-        key = rows, steps, *fixed, names, *shapes, settings(prior.device)
-        if not (key in self.cache or prior.graphs or key in self._seen or len(plan.table) >= PAYS_ALONE):
-            if len(self._seen) == MOST_SHAPES:
-                self._seen.clear()
-            self._seen.add(key)
-            return None
-        self._seen.discard(key)  # where others take its place, it must come twice again
-
-        def capture() -> StepGraph:
-            net, samples = prior.net, rows // len(given["text_embed"])
-
-            def run_prefill(given):
-                return prefill(net, plan, given, given["time_tokens"], samples), given["null_preds"], given["rows"]
-
-            def step(cond, *state):
-                return denoise_step(net, *cond, *state, plan.clamp, plan.radius)
-
-            return StepGraph(run_prefill, step, given | self._tables(net, plan), (rows, net.dim), steps)
-
-        return self.cache.get(key, f"a run of {rows} rows", capture)
+        key = self._engine.key(rows, padded_length(steps), *fixed, names, *shapes)
+        if key in self.cache.kept or prior.graphs or key in self._seen or steps >= PAYS_ALONE:
+            self._seen.discard(key)  # where others take its place, it must come twice again
+            return key
+        if len(self._seen) == MOST_SHAPES:
+            self._seen.clear()
+        self._seen.add(key)
+        return None
 
 
-_GRAPHS: weakref.WeakKeyDictionary[DiffusionPrior, PriorGraphs] = weakref.WeakKeyDictionary()
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, PriorGraphs] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def graphs_of(prior: DiffusionPrior) -> PriorGraphs:
+def graphs_of(prior: nn.Module) -> PriorGraphs:
     """The graphs of a prior, for as long as it lives, stays where it is, and nobody forgets them."""
     with _making:
         if prior not in _GRAPHS:
@@ -173,6 +156,6 @@ def graphs_of(prior: DiffusionPrior) -> PriorGraphs:
         return _GRAPHS[prior]
 
 
-def forget(prior: DiffusionPrior) -> None:
+def forget(prior: nn.Module) -> None:
     """Drop the graphs of a prior, and their memory."""
     _GRAPHS.pop(prior, None)

@@ -3,232 +3,165 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fastprior.batches import repeat_rows
-from fastprior.diffusion.schedule import NoiseScheduler
-from fastprior.diffusion.solvers import StepTable
-from fastprior.draws import drawing
+from fastprior.engine.step_cost import StepReads, step_reads
+from fastprior.engine.steps import Predict, Step, StepInputs, bind, run_table, solver_step
 from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.dalle2.layers import l2norm
-from fastprior.models.dalle2.network import DiffusionPriorNetwork, NetworkConditioning
-from fastprior.prior.plan import SamplingPlan, is_overridden, method_overrides
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.prior.plan import SamplingPlan
 
-if TYPE_CHECKING:
-    from fastprior.prior.diffusion_prior import DiffusionPrior
-
-STEPS_AT_ONCE = 8  # of a run on the CPU: between them Python runs, which is slow to wake, and sees an interruption
-Step = Callable[[Tensor, Tensor, Callable[[], Tensor], int], tuple[Tensor, Tensor]]  # x, x0, noise, index -> x, x0
-
-
-class NullTables:
-    """The null tables of one network, by schedule; forgotten when its weights change."""
-
-    def __init__(self):
-        self.state: snapshot.State | None = None
-        self.tables: dict[tuple[int, ...], Tensor] = {}
-
-    def get(self, net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
-        """(steps, dim) null predictions at the given times."""
-        state = snapshot.state(net)
-        if state is not self.state:
-            self.state = state
-            self.tables.clear()
-        if times not in self.tables:
-            self.tables[times] = net.null_table(torch.tensor(times, device=net.learned_query.device))
-        return self.tables[times]
-
-
-_NULL_TABLES: weakref.WeakKeyDictionary[nn.Module, NullTables] = weakref.WeakKeyDictionary()
+_NULL_TABLES: weakref.WeakKeyDictionary[nn.Module, tuple[snapshot.State, dict]] = weakref.WeakKeyDictionary()
 
 
 def null_table(net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
     """`net.null_table(times)`, remembered for as long as the network lives and its weights stay."""
-    return _NULL_TABLES.setdefault(net, NullTables()).get(net, times)
+    state = snapshot.state(net)
+    known, tables = _NULL_TABLES.get(net, (None, {}))
+    if known is not state:
+        tables = {}
+        _NULL_TABLES[net] = state, tables
+    if times not in tables:
+        tables[times] = net.null_table(torch.tensor(times, device=net.learned_query.device))
+    return tables[times]
 
 
-def denoise_step(
-    net: DiffusionPriorNetwork,
-    cond: NetworkConditioning,
-    null_preds: Tensor,
-    rows: Tensor,
-    cond_scale: Tensor,
-    x: Tensor,
-    x0: Tensor,
-    noise: Tensor,
-    index: Tensor,
-    clamp: str | None,
-    radius: float,
-) -> tuple[Tensor, Tensor]:
-    """One step of any solver behind the prefix cache: the function that is compiled, and captured.
+def network_reads(net: DiffusionPriorNetwork, inputs: StepInputs) -> StepReads:
+    """What a step of a network reads."""
+    cond, cache = inputs.cond, inputs.cond.cache
+    tables = cache.bias, *(cache.rotary or ()), cond.time_tokens[:1], inputs.null_table[:1], inputs.rows[:1]
+    return step_reads([net.causal_transformer], (cache.k, cache.v), tables)
+
+
+def predictor(net: nn.Module) -> Predict:
+    """Predictions of a network behind its conditioning; with null rows in that, both branches run as one batch."""
+
+    def predict(cond, x, x0, index):
+        if cond.null_rows:
+            return net.step(x.repeat(2, 1), index, cond, x0.repeat(2, 1)).chunk(2)
+        return net.step(x, index, cond, x0), None
+
+    return predict
+
+
+class CachedSteps:
+    """The steps of a plan behind the prefix cache, for any number of texts.
 
     Args:
-        cond: from `net.prefill`; with null rows in it, both branches of guidance run as one batch.
-        null_preds: (steps, dim), the null predictions; zeros without guidance, which leaves the prediction as it is.
-        rows: (steps, 6), the solver's coefficients.
-        cond_scale: 0-d.
-        x, x0, noise: (rows, dim), fp32: the state, the last clean estimate (zeros at first) and this step's noise.
-        index: 0-d int64, the step.
-    Returns:
-        the next x, and the clean estimate.
+        net: with `prefill`, `share` and `step`, see `DiffusionPriorNetwork`.
+        step_net: runs the steps in its place, such as one that is quantised.
+
+    Attributes:
+        step: see `solver_step`.
+        times: (steps,), of the network.
+        rows: (steps, 6) fp32, the solver's coefficients.
+        null_table: (steps, dim) null predictions; zeros, which leave predictions as they are, without guidance by them.
     """
-    index = index.reshape(1)
-    if cond.null_rows:
-        pred, null = net.step(x.repeat(2, 1), index, cond, x0.repeat(2, 1)).chunk(2)
-        null_preds = None
-    else:
-        pred, null = net.step(x, index, cond, x0), None
-    return ops.diffusion_step(x, pred, null, cond_scale, x0, noise, rows, index, clamp, radius, null_table=null_preds)
+
+    def __init__(self, net: nn.Module, plan: SamplingPlan, step_net: nn.Module | None = None):
+        table, device = plan.table, next(net.parameters()).device
+        self.net, self.step_net, self.plan = net, step_net or net, plan
+        self.times, self.rows = torch.tensor(table.times, device=device), table.rows.to(device, torch.float32)
+        if plan.guidance == "null table":
+            self.null_table = null_table(net, table.times)
+        else:
+            self.null_table = self.rows.new_zeros(len(self.rows), net.dim)
+        self.step = solver_step(predictor(self.step_net), plan.clamp, plan.radius)
+
+    def tables(self) -> dict[str, Tensor]:
+        """All tables of the plan, for a prefill that they are an input of."""
+        return dict(times=self.net.time_tokens(self.times), null_table=self.null_table, rows=self.rows)
+
+    def prefill(self, text_cond: dict, samples: int, tables: dict[str, Tensor] | None = None) -> StepInputs:
+        """Run the texts once, for steps of `samples` rows of each prompt; their tables may be others, see `tables`."""
+        tables = tables or dict(times=self.times, null_table=self.null_table, rows=self.rows)
+        net, text_embed, times = self.net, text_cond["text_embed"], tables["times"]
+        null_rows = len(text_embed) if self.plan.guidance == "second branch" else 0
+        cond = net.prefill(text_embed, text_cond.get("text_encodings"), times, null_rows, text_cond.get("conditions"))
+        cond = net.share(cond, samples)
+        cond = cond if self.step_net is net else self.step_net.prepare(cond)
+        return StepInputs(cond, tables["rows"], tables["null_table"])
+
+    def in_c(self, inputs: StepInputs, cond_scale: float, samples: int) -> ops.Run | None:
+        """A run for `samples` rows whose steps are each one kernel of the CPU; None where there is none for them."""
+        net = self.step_net
+        if not isinstance(net, DiffusionPriorNetwork) or torch.get_default_dtype() != torch.float32:  # of the noise
+            return None
+        solver = dict(coefficients=inputs.rows, null_table=inputs.null_table, cond_scale=cond_scale)
+        return net.prepare_run(inputs.cond, samples, **solver, clamp=self.plan.clamp, radius=self.plan.radius)
 
 
-def prepare_run(
-    net: nn.Module,
-    plan: SamplingPlan,
-    cond: NetworkConditioning,
-    null_preds: Tensor,
-    rows: Tensor,
-    cond_scale: float,
-    samples: int,
-) -> ops.Run | None:
-    """A run for `samples` rows whose steps are each one kernel of the CPU; None where there is none for them.
+def run_prior(prior: nn.Module, noise: Iterator[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
+    """A whole run of a `DiffusionPrior` from the first noise on, by what takes that through all steps.
 
-    What it takes: see `denoise_step`. Noise must be fp32.
+    Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one.
     """
-    if not isinstance(net, DiffusionPriorNetwork) or torch.get_default_dtype() != torch.float32:
-        return None
-    solver = dict(coefficients=rows, null_table=null_preds, cond_scale=cond_scale)
-    return net.prepare_run(cond, samples, **solver, clamp=plan.clamp, radius=plan.radius)
-
-
-def sample_loop(
-    prior: DiffusionPrior,
-    plan: SamplingPlan,
-    shape: tuple[int, ...],
-    text_cond: dict,
-    cond_scale: float,
-    generator: torch.Generator | None = None,
-    progress: bool = True,
-) -> Tensor:
-    """Run a plan: (rows, dim) scaled embeddings, before the division by `image_embed_scale`."""
-    device = prior.device
-
-    def draw() -> Tensor:
-        with drawing(device, generator):
-            return torch.randn(shape, device=device, generator=generator)
-
-    if plan.graphs:
-        from fastprior.prior import graphs as prior_graphs
-
-        run = prior_graphs.graphs_of(prior).run
-        x = run(prior, plan, shape[0], text_cond, cond_scale, draw=draw, progress=progress)
-        if x is not None:
-            return x
-    make = _cached_step if plan.path == "cached" else _plain_step
-    with ops.sharing():
-        return run_steps(prior, plan.table, make(prior, plan, shape, text_cond, cond_scale), draw, progress)
-
-
-def run_steps(
-    prior: DiffusionPrior, table: StepTable, step: Step | ops.Run, draw: Callable[[], Tensor], progress: bool = False
-) -> Tensor:
-    """A whole run. Noise is drawn as DALLE2-pytorch draws it: the start, then one tensor at each step that has one."""
-    x = draw()
+    x = next(noise)
     if prior.init_image_embed_l2norm:
         x = l2norm(x) * prior.image_embed_scale
-    x = run_table(table, step, x, draw, progress)
+    x = run(x)
     if prior.sampling_final_clamp_l2norm and prior.predict_x_start:
         x = prior.l2norm_clamp_embed(x)
     return x
 
 
-def run_table(
-    table: StepTable, step: Step | ops.Run, x: Tensor, draw: Callable[[], Tensor], progress: bool = False
+def sample_loop(
+    prior: nn.Module,
+    plan: SamplingPlan,
+    rows: int,
+    text_cond: dict,
+    cond_scale: float,
+    noise: Iterator[Tensor],
+    progress: bool = True,
 ) -> Tensor:
-    """Every step of a table from x (rows, dim), with noise drawn at those that have some."""
-    bar = dict(desc="sampling loop time step", disable=not progress)
-    if isinstance(step, ops.Run):
-        return _run_several(table, step, x, draw, bar)
-    x0 = no_noise = torch.zeros_like(x)
-    for index in tqdm(range(len(table)), **bar):
-        x, x0 = step(x, x0, draw if table.draws_noise[index] else lambda: no_noise, index)
-    return x
+    """Run a plan of a `DiffusionPrior`: (rows, dim) scaled embeddings, before `denormalize`."""
+    table = plan.table
+    with ops.sharing():
+        if plan.path == "cached":
+            step = _cached_step(prior.net, plan, rows, text_cond, cond_scale)
+        else:
+            step = _plain_step(prior, plan, rows, text_cond, cond_scale)
+            if plan.overrides and table.solver == "ddpm":
+                table = replace(table, draws_noise=(False,) * len(table.times))  # `p_sample` draws its own
+        return run_prior(prior, noise, lambda x: run_table(table, step, x, noise, progress))
 
 
-def _run_several(table: StepTable, run: ops.Run, x: Tensor, draw: Callable[[], Tensor], bar: dict) -> Tensor:
-    """The same by calls of several steps, whose noise is drawn before, in the same order."""
-    run.start(x)
-    with tqdm(total=len(table), **bar) as shown:
-        for first in range(0, len(table), STEPS_AT_ONCE):
-            drawn = table.draws_noise[first : first + STEPS_AT_ONCE]
-            run(first, [draw() if noisy else None for noisy in drawn])
-            shown.update(len(drawn))
-    return run.x
-
-
-def step_inputs(net: DiffusionPriorNetwork, plan: SamplingPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """What `denoise_step` needs besides the condition: the times, the null predictions and the coefficient rows."""
-    device = next(net.parameters()).device
-    rows = plan.table.rows.to(device, torch.float32)
-    if plan.guidance == "null table":
-        null_preds = null_table(net, plan.table.times)
-    else:
-        null_preds = rows.new_zeros(len(rows), net.dim)
-    return torch.tensor(plan.table.times, device=device), null_preds, rows
-
-
-def prefill(
-    net: DiffusionPriorNetwork, plan: SamplingPlan, text_cond: dict, times: Tensor, samples: int = 1
-) -> NetworkConditioning:
-    """What the steps of a plan share, for `samples` rows of each prompt."""
-    text_embed = text_cond["text_embed"]
-    second_branch = len(text_embed) if plan.guidance == "second branch" else 0
-    given = text_cond.get("text_encodings"), times, second_branch, text_cond.get("conditions")
-    return net.share(net.prefill(text_embed, *given), samples)
-
-
-def _cached_step(prior, plan, shape, text_cond, cond_scale) -> Step | ops.Run:
-    times, null_preds, rows = step_inputs(prior.net, plan)
-    cond = prefill(prior.net, plan, text_cond, times, shape[0] // max(len(text_cond["text_embed"]), 1))
-    if (run := prepare_run(prior.net, plan, cond, null_preds, rows, cond_scale, shape[0])) is not None:
+def _cached_step(net: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict, cond_scale: float) -> Step | ops.Run:
+    steps = CachedSteps(net, plan)
+    inputs = steps.prefill(text_cond, rows // max(len(text_cond["text_embed"]), 1))
+    if (run := steps.in_c(inputs, cond_scale, rows)) is not None:
         return run
-    scale = torch.tensor(cond_scale, dtype=torch.float32, device=prior.device)
-    indices = torch.arange(len(rows), device=prior.device)
-    fixed = prior.net, cond, null_preds, rows, scale
+    return bind(steps.step, inputs, torch.tensor(cond_scale, dtype=torch.float32, device=steps.rows.device))
+
+
+def _plain_step(prior: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict, cond_scale: float) -> Step:
+    text_cond, table, schedule = repeat_rows(text_cond, rows), plan.table, prior.noise_scheduler
+    by_p_sample = table.solver == "ddpm" and bool(plan.overrides)
+    by_noise = table.solver == "ddim" and "predict_noise_from_start" in plan.overrides
 
     def step(x, x0, noise, index):
-        return denoise_step(*fixed, x, x0, noise(), indices[index], plan.clamp, plan.radius)
-
-    return step
-
-
-def _plain_step(prior, plan, shape, text_cond, cond_scale) -> Step:
-    text_cond = repeat_rows(text_cond, shape[0])
-    schedule = prior.noise_scheduler
-    by_p_sample = plan.table.solver == "ddpm" and bool(method_overrides(prior))
-    by_noise = plan.table.solver == "ddim" and is_overridden(schedule, "predict_noise_from_start", NoiseScheduler)
-
-    def step(x, x0, noise, index):
-        t = torch.full((shape[0],), plan.table.times[index], device=x.device, dtype=torch.long)
+        t = torch.full((rows,), table.times[index], device=x.device, dtype=torch.long)
         self_cond = x0 if prior.net.self_cond and index else None
         if by_p_sample:
             return prior.p_sample(x, t, text_cond=text_cond, self_cond=self_cond, cond_scale=cond_scale)
         pred = prior.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, self_cond=self_cond, **text_cond)
         start = prior.x_start_from(x, t, pred)
-        _, _, a, b, c, s = plan.table.rows[index].tolist()
+        _, _, a, b, c, s = table.rows[index].tolist()
         if by_noise:  # the table folds the noise prediction into a and b: take it out again
             recip, recipm1 = (
-                table[plan.table.times[index]].item()
-                for table in (schedule.sqrt_recip_alphas_cumprod, schedule.sqrt_recipm1_alphas_cumprod)
+                values[table.times[index]].item()
+                for values in (schedule.sqrt_recip_alphas_cumprod, schedule.sqrt_recipm1_alphas_cumprod)
             )
             direction = a * recipm1 / recip
             predicted = schedule.predict_noise_from_start(x, t=t, x0=start)
-            return direction * predicted + (b + direction / recipm1) * start + s * noise(), start
-        return a * x + b * start + c * x0 + s * noise(), start
+            return direction * predicted + (b + direction / recipm1) * start + s * noise, start
+        return a * x + b * start + c * x0 + s * noise, start
 
     return step

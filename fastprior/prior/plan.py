@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastprior.diffusion.schedule import NoiseScheduler
 from fastprior.diffusion.solvers import StepTable
 from fastprior.models.dalle2.layers import Attention, FeedForward
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
 
-if TYPE_CHECKING:
-    from fastprior.prior.diffusion_prior import DiffusionPrior
-
-
-NETWORK_METHODS = ("forward", "forward_with_cond_scale", "prefill", "step", "null_table")
-
-
-PRIOR_METHODS = ("p_mean_variance", "p_sample", "l2norm_clamp_embed")
-
-
-SCHEDULE_METHODS = ("q_posterior", "predict_start_from_v", "predict_start_from_noise", "predict_noise_from_start")
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+NETWORK_METHODS = "forward", "forward_with_cond_scale", "prefill", "step", "null_table"
+HOOKS = "_forward_hooks", "_forward_pre_hooks"
 
 
 @dataclass(frozen=True)
@@ -43,6 +30,8 @@ class SamplingPlan:
         prefix_tokens, suffix_tokens: None on the plain path.
         graphs: whether the steps are replayed as CUDA graphs, see `DiffusionPrior`.
         graph_reasons: why not; empty where they are.
+        overrides: names of the step methods of the prior, or of its schedule, that a user replaced: each is called at
+            every step.
     """
 
     path: str
@@ -54,6 +43,7 @@ class SamplingPlan:
     prefix_tokens: int | None
     suffix_tokens: int | None
     graph_reasons: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
     @property
     def graphs(self) -> bool:
@@ -74,8 +64,9 @@ def is_overridden(instance: object, name: str, base: type) -> bool:
     return name in vars(instance) or getattr(type(instance), name) is not getattr(base, name)
 
 
-def _overrides(instance: object, names: tuple[str, ...], base: type) -> list[str]:
-    return [f"{type(instance).__name__}.{name} is overridden" for name in names if is_overridden(instance, name, base)]
+def overridden(instance: object, names: tuple[str, ...], base: type) -> tuple[str, ...]:
+    """Find which of some methods of `base` were replaced."""
+    return tuple(name for name in names if is_overridden(instance, name, base))
 
 
 def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
@@ -84,7 +75,8 @@ def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
         return net.obstacles(dropout)
     if not isinstance(net, DiffusionPriorNetwork):
         return [f"net is a {type(net).__name__}, not a fastprior.DiffusionPriorNetwork"]
-    found = _overrides(net, NETWORK_METHODS, DiffusionPriorNetwork)
+    replaced = overridden(net, NETWORK_METHODS, DiffusionPriorNetwork)
+    found = [f"{type(net).__name__}.{name} is overridden" for name in replaced]
     transformer = net.causal_transformer
     if type(transformer) is not CausalTransformer:
         return [*found, f"net.causal_transformer is a {type(transformer).__name__}"]
@@ -102,17 +94,23 @@ def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
     return found
 
 
-def method_overrides(prior: DiffusionPrior) -> list[str]:
-    """The step methods of the prior, or of its schedule, that a user replaced; each must be called at every step."""
-    from fastprior.prior.diffusion_prior import DiffusionPrior
-
-    schedule = prior.noise_scheduler
-    return [
-        *_overrides(prior, PRIOR_METHODS, DiffusionPrior),
-        *_overrides(schedule, SCHEDULE_METHODS, NoiseScheduler),
-    ]
-
-
-def obstacles(prior: DiffusionPrior) -> list[str]:
-    """Why a run of this prior must call methods one by one; empty when the cached path gives the same result."""
-    return [*method_overrides(prior), *network_obstacles(prior.net)]
+def make_plan(
+    net: nn.Module,
+    owners: Sequence[tuple[object, tuple[str, ...], type]],
+    table: StepTable,
+    cond_scale: float,
+    clamp: str | None,
+    radius: float,
+) -> SamplingPlan:
+    """The plan of a run, without graphs; `owners` of step methods come with what `overridden` takes of them."""
+    replaced = [(type(owner).__name__, name) for owner, *known in owners for name in overridden(owner, *known)]
+    reasons = *(f"{cls}.{name} is overridden" for cls, name in replaced), *network_obstacles(net)
+    guidance, path, tokens = "none", "plain" if reasons else "cached", (None, None)
+    if cond_scale != 1 and reasons:
+        guidance = "two passes"
+    elif cond_scale != 1:
+        guidance = "second branch" if net.null_sees_image else "null table"
+    if not reasons:
+        tokens = net.prefix_tokens, net.suffix_tokens
+    overrides = tuple(name for _, name in replaced)
+    return SamplingPlan(path, reasons, guidance, table, clamp, radius, *tokens, overrides=overrides)

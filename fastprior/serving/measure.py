@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    import torch
-
     start = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -22,7 +18,5 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second of reading a tensor larger than the caches, best of several."""
-    import torch
-
     x = torch.ones(2**28, device=device)  # 1 GiB
     return x.nbytes / min(seconds(x.sum, device) for _ in range(8))

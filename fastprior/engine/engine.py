@@ -1,0 +1,155 @@
+"""What all runs of one model's steps share, whichever way they go: eagerly, compiled, in C, or by CUDA graphs."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from fastprior.engine import shapes
+from fastprior.engine.clock import Clock
+from fastprior.engine.graphs import GraphCache, StepGraph, settings
+from fastprior.engine.step_cost import StepReads, count_launches, step_seconds
+from fastprior.engine.steps import StepInputs
+from fastprior.kernels import ops
+from fastprior.models import snapshot
+
+
+@dataclass
+class _Noted:
+    """What `stats` says of a kind of steps; `trace` counts their kernels when these are first asked for."""
+
+    reads: StepReads
+    trace: Callable[[], int] = int  # none
+    launches: int | None = None
+
+
+class Engine:
+    """Notices that a model changed, keeps the steps and graphs of each shape, and times the calls.
+
+    What differs between models is given with each call: what to build, a prefill, a step, shapes, and what is read.
+
+    Args:
+        device: where the model lies.
+        batch_sizes: numbers of prompts that compiled and captured steps run.
+        compile: use torch.compile for steps.
+        graphs: replay CUDA graphs; by default on CUDA. False after a capture that failed.
+        graph_memory: bytes that they may hold, without limit by default, see `GraphCache`.
+
+    Attributes:
+        lock: to hold while something is built or graphs run.
+        clock: times of calls.
+        cache: the graphs.
+        noted: what a step reads, by the key that it was noted with.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        batch_sizes: Sequence[int] = shapes.BATCH_SIZES,
+        *,
+        compile: bool = False,
+        graphs: bool | None = None,
+        graph_memory: int | None = None,
+    ):
+        self.batch_sizes = shapes.check_batch_sizes(batch_sizes)
+        if graphs and device.type != "cuda":
+            raise ValueError(f"graphs=True; the prior is on {device}, and CUDA graphs need CUDA")
+        self.compile, self.graphs, self.cache = compile, graphs, GraphCache(graph_memory)
+        self.lock, self.clock = threading.Lock(), Clock(device)
+        self._state: snapshot.State | None = None
+        self._model: nn.Module | None = None  # that steps were compiled for
+        self._compiled: dict[Hashable, Callable] = {}
+        self.noted: dict[int, _Noted] = {}
+
+    @property
+    def replays(self) -> bool:
+        """Whether runs go by graphs, where there are some."""
+        return self.clock.device.type == "cuda" if self.graphs is None else self.graphs
+
+    def refresh(self, model: nn.Module, build: Callable[[], None]) -> None:
+        """Build what depends on a model's modules and weights where these changed, and drop their graphs.
+
+        `lock` must be held. What `build` did not end, or did not find good, is built again at the next call.
+        """
+        state = snapshot.state(model)
+        if state is not self._state:
+            self._state = None
+            self.clock.wait()
+            self.cache.kept.clear()  # graphs hold addresses of weights
+            build()
+            self._state = state
+
+    def forget_steps(self) -> None:
+        """Drop what is of modules that are no more, besides graphs."""
+        for kept in (self._compiled, self.noted, self.cache.too_large):
+            kept.clear()
+
+    def step(self, model: nn.Module, key: Hashable, step: Callable, **options) -> Callable:
+        """A model's step for tensors of one shape, which the key says: compiled once, where steps are compiled.
+
+        Steps of another model are dropped; `options` are torch.compile's.
+        """
+        if not self.compile:
+            return step
+        if model is not self._model:
+            self._model, self._compiled = model, {}
+        if key not in self._compiled:
+            self._compiled[key] = shapes.compiled(step, **options)
+        return self._compiled[key]
+
+    def key(self, *shape: Hashable) -> tuple:
+        """A key of graphs: of a shape, as things are set now."""
+        return *shape, settings(self.clock.device)
+
+    def graph(self, key: tuple, name: str, capture: Callable[[], StepGraph]) -> StepGraph | None:
+        """Find or capture the graphs of a `key`, see `GraphCache.get`."""
+        graph = self.cache.get(key, name, capture)
+        if self.cache.failed:
+            self.graphs = False
+        return graph
+
+    def note(self, key: int, reads: StepReads, step: Callable, inputs: StepInputs, shape: tuple[int, int]) -> int:
+        """Keep for `stats` what a step is, of x of a shape: in all the bytes that it reads."""
+        noted = self.noted[key] = _Noted(reads)
+        if ops.on_triton(inputs.rows):
+            like = tree_map(lambda t: torch.empty_like(t, device="meta") if torch.is_tensor(t) else t, inputs)
+            noted.trace = partial(count_launches, step, like, shape, self.clock.device)
+        return sum(reads)
+
+    def stats(self, steps: int, bandwidth: float | None) -> dict[str, float]:
+        """Figures of the last 1000 calls, and of the noted step with the largest key in a run of so many.
+
+        See `PriorSampler.stats`, where each has its meaning.
+        """
+        with self.lock:
+            times, graphs = self.clock.milliseconds(), self.cache.stats()
+            read = sum(read for _, _, read in tuple(self.clock.kept))
+            noted = self.noted[max(self.noted)] if self.noted else _Noted(StepReads(0, 0, 0))
+        if noted.launches is None:  # takes half a second, for which no call should wait
+            noted.launches = noted.trace()
+        reads, launches = noted.reads, noted.launches
+        stats = dict(
+            calls=len(times),
+            p50_ms=statistics.median(times) if times else float("nan"),
+            p99_ms=statistics.quantiles(times, n=100)[98] if len(times) > 1 else float("nan"),
+            weight_bytes=reads.weights,
+            prefix_bytes=reads.prefix,
+            table_bytes=reads.tables,
+            launches=launches,
+            run_launches=launches * steps,
+            **graphs,
+        )
+        if bandwidth is not None:
+            stats["floor_share"] = read / bandwidth / (sum(times) / 1e3) if times else float("nan")
+            stats["modelled_step_ms"] = step_seconds(sum(reads), bandwidth, launches) * 1e3
+        return stats

@@ -1,0 +1,101 @@
+"""What the network of a prior is conditioned on: made of what users give, checked, and compared with the samples."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from fastprior.kernels import ops
+from fastprior.models.dalle2.layers import l2norm
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
+
+NORM_TOLERANCE = 0.05  # how far from 1 the norm of a CLIP's embedding may be
+
+
+def check_conditions(net: nn.Module, text_cond: dict) -> None:
+    """Raise ValueError unless values of extra conditions are what the network takes."""
+    own = isinstance(net, DiffusionPriorNetwork) and net.conditions is not None
+    if own and text_cond.get("conditions"):
+        net.conditions.check_values(text_cond["conditions"], len(text_cond["text_embed"]))
+
+
+def check_text_condition(net: nn.Module, shape: tuple[int, ...], text_cond: dict) -> None:
+    """Raise ValueError unless embeddings of this shape can be sampled for it."""
+    if shape[0] == 0:
+        raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
+    embed = text_cond.get("text_embed")
+    if embed is None:
+        if not isinstance(net, DiffusionPriorNetwork):
+            return  # a foreign network's own condition
+        raise ValueError(f"text_cond has the keys {sorted(text_cond)}; it must hold 'text_embed'")
+    if len(embed) == 0 or shape[0] % len(embed):
+        raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")
+    check_conditions(net, text_cond)
+    tensors = {name: t for name, t in text_cond.items() if torch.is_tensor(t)}
+    with ops.one_thread(max(tensors.values(), key=Tensor.numel)):
+        for name, t in tensors.items():
+            if len(t) != len(embed):
+                raise ValueError(f"text_cond[{name!r}] has {len(t)} rows and text_embed {len(embed)}; they must agree")
+            if t.is_floating_point() and not t.isfinite().all():
+                raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
+
+
+class TextConditioned:
+    """The methods of a `DiffusionPrior` for its text condition."""
+
+    _warned_of_norm = False
+
+    def text_condition(self, text, text_embed, text_encodings, mask=None, conditions=None) -> dict:
+        """What the network is conditioned on, from arguments as `sample` takes them: text_embed, text_encodings, …"""
+        if (text is None) == (text_embed is None):
+            raise ValueError("exactly one of text and text_embed must be given")
+        if text is not None:
+            if self.clip is None:
+                raise ValueError("text was given, but this prior has no clip; give text_embed and text_encodings")
+            if not torch.is_tensor(text):
+                text = self.clip.tokenize([text] if isinstance(text, str) else list(text))
+            text_embed, text_encodings = self.clip.embed_text(text.to(self.device))
+        extra = dict(conditions=conditions) if conditions else {}
+        if not self.condition_on_text_encodings:
+            return dict(text_embed=text_embed, **extra)
+        if text_encodings is None:
+            raise ValueError("text_encodings=None; this prior is conditioned on text encodings")
+        if mask is not None:
+            text_encodings = text_encodings.masked_fill(~mask.bool()[..., None], 0)
+        return dict(text_embed=text_embed, text_encodings=text_encodings, **extra)
+
+    def check_text_condition(self, shape: tuple[int, ...], text_cond: dict) -> None:
+        """Raise ValueError unless embeddings of this shape can be sampled for it; warn of a norm not CLIP's."""
+        check_text_condition(self.net, shape, text_cond)
+        embed = text_cond.get("text_embed")
+        if self._warned_of_norm or embed is None or embed.ndim != 2:
+            return
+        if not self.can_compare_text or hasattr(self.net, "normalize"):
+            return
+        norms = embed.float().norm(dim=-1)
+        if (norms - 1).abs().max() > NORM_TOLERANCE:
+            self._warned_of_norm = True
+            warnings.warn(
+                f"text_embed rows have norms up to {norms.max():.3g}; CLIP priors are trained on embeddings of norm 1 "
+                "(this is said once)",
+                stacklevel=4,
+            )
+
+    def check_best_of(self, candidates: int, name: str) -> None:
+        """Raise ValueError where there are no candidates, or no telling which of them is the best."""
+        if candidates < 1:
+            raise ValueError(f"{name}={candidates}; it must be at least 1")
+        if candidates > 1 and not self.can_compare_text:
+            raise ValueError(
+                f"{name}={candidates}; it must be 1, since a text_embed of width {self.net.text_embed_dim} cannot be "
+                "compared with image embeddings"
+            )
+
+    def best_of(self, embeds: Tensor, text_embed: Tensor) -> Tensor:
+        """Choose from embeds (prompts, candidates, dim) those most similar to text_embed (prompts, dim)."""
+        if embeds.shape[1] == 1:
+            return embeds[:, 0]
+        best = (l2norm(text_embed)[:, None] * l2norm(embeds)).sum(dim=-1).argmax(dim=-1)
+        return embeds[torch.arange(len(embeds), device=embeds.device), best]

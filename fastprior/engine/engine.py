@@ -33,7 +33,7 @@ class _Noted:
 class Engine:
     """Notices that a model changed, keeps the steps and graphs of each shape, and times the calls.
 
-    What differs between models is given with each call: what to build, a prefill, a step, shapes, and what is read.
+    What differs between models comes with each call: what to build, a prefill and a step of a shape, what is read.
 
     Args:
         device: where the model lies.
@@ -77,9 +77,9 @@ class Engine:
         return self.clock.device.type == "cuda" if self.graphs is None else self.graphs
 
     def refresh(self, model: nn.Module, build: Callable[[], None]) -> None:
-        """Build what depends on a model's modules and weights where these changed, and drop their graphs.
+        """Where a model's modules or weights changed, drop its graphs and build what depends on them.
 
-        `lock` must be held. What `build` did not end, or did not find good, is built again at the next call.
+        `lock` must be held. A build that raises is made again at the next call.
         """
         state = snapshot.state(model)
         if state is not self._state:
@@ -127,10 +127,7 @@ class Engine:
         return sum(reads)
 
     def stats(self, steps: int, bandwidth: float | None) -> dict[str, float]:
-        """Figures of the last 1000 calls, and of the noted step with the largest key in a run of so many.
-
-        See `PriorSampler.stats`, where each has its meaning.
-        """
+        """Figures of the last 1000 calls, and of the noted step with the largest key: see `PriorSampler.stats`."""
         with self.lock:
             times, graphs = self.clock.milliseconds(), self.cache.stats()
             read = sum(read for _, _, read in tuple(self.clock.kept))

@@ -32,13 +32,7 @@ class StepReads(NamedTuple):
 
 
 def step_reads(modules: Iterable[nn.Module], prefix: Iterable[Tensor], tables: Iterable[Tensor | None]) -> StepReads:
-    """What a step reads whose tokens pass some modules, behind keys and values of a prefix.
-
-    Args:
-        modules: whose matrices and vectors are read.
-        prefix: its tensors.
-        tables: what else is read.
-    """
+    """Count what a step reads whose tokens pass some modules, behind a prefix; `tables` are what else it reads."""
     weights = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     vectors = *(t for t in weights if t.ndim == 1), *(t for t in tables if t is not None)
     return StepReads(*(sum(t.nbytes for t in read) for read in ((t for t in weights if t.ndim == 2), prefix, vectors)))
@@ -97,11 +91,9 @@ class CountLaunches(TorchDispatchMode):
 
 @torch.no_grad()
 def count_launches(step: Callable, inputs: StepInputs, shape: tuple[int, int], device: torch.device) -> int:
-    """Kernels that a step of x of a shape launches there without torch.compile; traced without running anything.
+    """Kernels that a `solver_step` of x of a shape launches without torch.compile; traced, and nothing runs.
 
-    Args:
-        step: see `solver_step`.
-        inputs: of their shapes and dtypes.
+    `inputs` say shapes and dtypes alone.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # which takes long to import
 

@@ -121,12 +121,7 @@ def _padded_texts(run: PromptRun, lengths: list[int], batch_sizes: Sequence[int]
 
 
 class PromptRuns:
-    """Runs of a prior, with what they share; see `PriorPipeline` for the arguments.
-
-    Attributes:
-        engine: of the prior's steps.
-        quality: with `quantise`, see `quality.judge`.
-    """
+    """Runs of a prior, with what they share; see `PriorPipeline` for arguments and attributes."""
 
     def __init__(
         self,

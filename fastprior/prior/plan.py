@@ -102,7 +102,7 @@ def make_plan(
     clamp: str | None,
     radius: float,
 ) -> SamplingPlan:
-    """The plan of a run, without graphs; `owners` of step methods come with what `overridden` takes of them."""
+    """The plan of a run, without graphs; `owners` of step methods come with the arguments of `overridden`."""
     replaced = [(type(owner).__name__, name) for owner, *known in owners for name in overridden(owner, *known)]
     reasons = *(f"{cls}.{name} is overridden" for cls, name in replaced), *network_obstacles(net)
     guidance, path, tokens = "none", "plain" if reasons else "cached", (None, None)

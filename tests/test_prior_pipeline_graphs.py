@@ -374,7 +374,7 @@ def test_a_run_that_fails_is_told_and_the_next_is_right(where, monkeypatch):
     monkeypatch.setattr(graphs, "capture", captures.capture)
     ours = with_graphs(make_transformer(), batch_sizes=(2,))
     wanted = sample(ours, [9, 3, 7])
-    (graph,) = ours._runs.engine.cache.kept.values()
+    (graph,) = ours._engine.cache.kept.values()
     name, calls = f"_{where}", []
     right = getattr(graph, name)
 
@@ -387,7 +387,7 @@ def test_a_run_that_fails_is_told_and_the_next_is_right(where, monkeypatch):
     monkeypatch.setattr(graph, name, fail)
     with pytest.raises(RuntimeError, match="device lost"):
         sample(ours, [2, 2, 2])
-    assert not ours._runs.engine.lock.locked() and torch.equal(sample(ours, [9, 3, 7]), wanted) and ours.graphs
+    assert not ours._engine.lock.locked() and torch.equal(sample(ours, [9, 3, 7]), wanted) and ours.graphs
 
 
 def test_buffers_that_inference_mode_made(captured):

@@ -12,12 +12,17 @@ from torch import Tensor
 
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.diffusion.solvers import StepTable
+from fastprior.engine.clock import Clock
+from fastprior.engine.engine import Engine
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Generators, Noise
+from fastprior.kernels import ops
+from fastprior.models import quantise as quantisation
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.pipelines.parts import Encoders, check_prior, first_state, listed, load
-from fastprior.pipelines.runs import PromptRun, PromptRuns
+from fastprior.pipelines.runs import PromptRun, judged
 from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.serving import quality
 
 
 class ImageEmbeddings(NamedTuple):
@@ -77,8 +82,12 @@ class PriorPipeline:
         check_prior(prior)
         self.prior, self.schedule = prior, schedule
         self._encoders = Encoders(folder, variant, text_encoder, tokenizer, image_encoder, image_processor)
-        self._runs = PromptRuns(prior.device, compile, batch_sizes, quantise, graphs, graph_memory)
-        self.compile, self.batch_sizes, self.quantise = compile, self._runs.engine.batch_sizes, quantise
+        quantisation.check(quantise)
+        self._engine = Engine(prior.device, batch_sizes, compile=compile, graphs=graphs, graph_memory=graph_memory)
+        self.compile, self.batch_sizes, self.quantise = compile, self._engine.batch_sizes, quantise
+        self.quality: quality.Quality | None = None
+        self._quantised: PriorTransformer | None = None
+        self._steps = 0  # of the last run
         self._table: tuple[tuple, StepTable | None] = (), None  # of the last run, and what it was made for
 
     @classmethod
@@ -124,16 +133,12 @@ class PriorPipeline:
         return self._encoders.folder
 
     @property
-    def quality(self):
-        return self._runs.quality
-
-    @property
     def graphs(self) -> bool | None:
-        return self._runs.engine.graphs
+        return self._engine.graphs
 
     @graphs.setter
     def graphs(self, wanted: bool | None) -> None:
-        self._runs.engine.graphs = wanted
+        self._engine.graphs = wanted
 
     def has(self, name: str) -> bool:
         """Whether there is an encoder of that name, loaded or not."""
@@ -205,6 +210,37 @@ class PriorPipeline:
         noise = next(drawn)
         return self.schedule.add_noise(embeds.to(noise.dtype).repeat(rows // len(embeds), 1), noise, table.times[0])
 
+    def _refresh(self) -> None:
+        def build():
+            self._quantised = None
+            if self.quantise:
+                self._quantised, self.quality = judged(self.quantise, self.prior, self.schedule)
+
+        self._engine.refresh(self.prior, build)
+
+    def _run(self, run: PromptRun, x: Tensor, noise: Noise) -> Tensor:
+        """All steps from x (rows, dim), the rows of a prompt together."""
+        engine, self._steps = self._engine, len(run.table.times)
+        if engine.clock.device != x.device:  # the prior moved
+            with engine.lock:
+                engine.clock.wait()
+                engine.clock = Clock(x.device)
+        if engine.replays:
+            with engine.lock, engine.clock:
+                self._refresh()
+                sources = run.sources(engine.batch_sizes, x)
+                x, engine.clock.read = run.run(engine, self._quantised or run.prior, x, noise, sources)
+            return x
+        if self.quantise:
+            with engine.lock:
+                self._refresh()
+        clock = engine.clock
+        with ops.sharing():
+            began = clock.now()
+            x, read = run.run(engine, self._quantised or run.prior, x, noise)
+        clock.add(began, read)
+        return x
+
     @torch.no_grad()
     def __call__(
         self,
@@ -268,7 +304,7 @@ class PriorPipeline:
             raise ValueError("latents and image were both given; a run begins with only one of them")
         prefixes = conditions + (negatives if guidance else [])
         what = self.prior, self.schedule, table, text, prefixes
-        x = self._runs.run(PromptRun(*what, len(prompts), num_images_per_prompt, guidance, guidance_scale), x, noise)
+        x = self._run(PromptRun(*what, len(prompts), num_images_per_prompt, guidance, guidance_scale), x, noise)
         embeds = self.prior.post_process_latents(x).to(text.embeds.dtype)
         if sample_negatives:
             return ImageEmbeddings(*embeds.split(wanted))
@@ -330,4 +366,4 @@ class PriorPipeline:
         Times are of the prefill and all steps, without encoders. Bytes and launches are those of the last run, and of
         its last part where it had more prompts than the largest batch size.
         """
-        return self._runs.stats(bandwidth)
+        return self._engine.stats(self._steps, bandwidth)

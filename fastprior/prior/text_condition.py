@@ -21,27 +21,6 @@ def check_conditions(net: nn.Module, text_cond: dict) -> None:
         net.conditions.check_values(text_cond["conditions"], len(text_cond["text_embed"]))
 
 
-def check_text_condition(net: nn.Module, shape: tuple[int, ...], text_cond: dict) -> None:
-    """Raise ValueError unless embeddings of this shape can be sampled for it."""
-    if shape[0] == 0:
-        raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
-    embed = text_cond.get("text_embed")
-    if embed is None:
-        if not isinstance(net, DiffusionPriorNetwork):
-            return  # a foreign network's own condition
-        raise ValueError(f"text_cond has the keys {sorted(text_cond)}; it must hold 'text_embed'")
-    if len(embed) == 0 or shape[0] % len(embed):
-        raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")
-    check_conditions(net, text_cond)
-    tensors = {name: t for name, t in text_cond.items() if torch.is_tensor(t)}
-    with ops.one_thread(max(tensors.values(), key=Tensor.numel)):
-        for name, t in tensors.items():
-            if len(t) != len(embed):
-                raise ValueError(f"text_cond[{name!r}] has {len(t)} rows and text_embed {len(embed)}; they must agree")
-            if t.is_floating_point() and not t.isfinite().all():
-                raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
-
-
 class TextConditioned:
     """The methods of a `DiffusionPrior` for its text condition."""
 
@@ -68,20 +47,32 @@ class TextConditioned:
 
     def check_text_condition(self, shape: tuple[int, ...], text_cond: dict) -> None:
         """Raise ValueError unless embeddings of this shape can be sampled for it; warn of a norm not CLIP's."""
-        check_text_condition(self.net, shape, text_cond)
+        if shape[0] == 0:
+            raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
         embed = text_cond.get("text_embed")
-        if self._warned_of_norm or embed is None or embed.ndim != 2:
-            return
-        if not self.can_compare_text or hasattr(self.net, "normalize"):
+        if embed is None:
+            if not isinstance(self.net, DiffusionPriorNetwork):
+                return  # a foreign network's own condition
+            raise ValueError(f"text_cond has the keys {sorted(text_cond)}; it must hold 'text_embed'")
+        if len(embed) == 0 or shape[0] % len(embed):
+            raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")
+        check_conditions(self.net, text_cond)
+        tensors = {name: t for name, t in text_cond.items() if torch.is_tensor(t)}
+        with ops.one_thread(max(tensors.values(), key=Tensor.numel)):
+            for name, t in tensors.items():
+                if len(t) != len(embed):
+                    rows = f"{len(t)} rows and text_embed {len(embed)}"
+                    raise ValueError(f"text_cond[{name!r}] has {rows}; they must agree")
+                if t.is_floating_point() and not t.isfinite().all():
+                    raise ValueError(f"text_cond[{name!r}] holds NaN or infinity")
+        clip_like = embed.ndim == 2 and self.can_compare_text and not hasattr(self.net, "normalize")
+        if self._warned_of_norm or not clip_like:
             return
         norms = embed.float().norm(dim=-1)
         if (norms - 1).abs().max() > NORM_TOLERANCE:
             self._warned_of_norm = True
-            warnings.warn(
-                f"text_embed rows have norms up to {norms.max():.3g}; CLIP priors are trained on embeddings of norm 1 "
-                "(this is said once)",
-                stacklevel=4,
-            )
+            rule = "CLIP priors are trained on embeddings of norm 1 (this is said once)"
+            warnings.warn(f"text_embed rows have norms up to {norms.max():.3g}; {rule}", stacklevel=4)
 
     def check_best_of(self, candidates: int, name: str) -> None:
         """Raise ValueError where there are no candidates, or no telling which of them is the best."""

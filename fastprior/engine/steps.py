@@ -50,7 +50,7 @@ def solver_step(predict: Predict, clamp: str | None, radius: float, uses_predict
     """
 
     def step(inputs, scale, x, x0, noise, index):
-        index = index.reshape(1)
+        index = index.reshape(-1)
         pred, null = predict(inputs.cond, x, x0, index)
         null_table = inputs.null_table if null is None else None
         if uses_prediction:

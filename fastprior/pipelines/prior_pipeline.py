@@ -17,8 +17,8 @@ from fastprior.engine.engine import Engine
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Generators, Noise
 from fastprior.kernels import ops
-from fastprior.models import quantise as quantisation
 from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.models.quantise import check as check_quantise
 from fastprior.pipelines.parts import Encoders, check_prior, first_state, listed, load
 from fastprior.pipelines.runs import PromptRun, judged
 from fastprior.pipelines.text_encoding import TextEncoding
@@ -82,7 +82,7 @@ class PriorPipeline:
         check_prior(prior)
         self.prior, self.schedule = prior, schedule
         self._encoders = Encoders(folder, variant, text_encoder, tokenizer, image_encoder, image_processor)
-        quantisation.check(quantise)
+        check_quantise(quantise)
         self._engine = Engine(prior.device, batch_sizes, compile=compile, graphs=graphs, graph_memory=graph_memory)
         self.compile, self.batch_sizes, self.quantise = compile, self._engine.batch_sizes, quantise
         self.quality: quality.Quality | None = None

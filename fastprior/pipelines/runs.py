@@ -16,9 +16,9 @@ from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph, padded_table
 from fastprior.engine.step_cost import step_reads
 from fastprior.engine.steps import Noise, Step, StepInputs, bind, run_parts, run_table, solver_step, with_unconditional
-from fastprior.models import quantise as quantisation
 from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
 from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.models.quantise import quantised
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.serving import quality
 
@@ -207,7 +207,7 @@ def judged(kind: str, prior: PriorTransformer, schedule: DiffusersSchedule) -> t
     text = (torch.cat((t, t[:1])).to(device) for t in (embeds, encodings, torch.arange(length) < lengths))
     table, prefixes = schedule.table(25), [*range(count), *[count] * count]
     run = PromptRun(prior, schedule, table, TextEncoding(*text), prefixes, count, 1, True, 4.0)
-    twin, results = quantisation.quantised(prior, kind), []
+    twin, results = quantised(prior, kind), []
     for net in (prior, twin):
         noise = Noise((count, dim), device, torch.Generator(device).manual_seed(0), torch.float32)
         x = next(noise) * table.noise_scale

@@ -17,8 +17,9 @@ from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Noise, Step, bind, run_parts
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import huge_pages
-from fastprior.models import quantise as quantisation
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.models.quantise import check as check_quantise
+from fastprior.models.quantise import quantised, update
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.loop import CachedSteps, network_reads, run_prior
 from fastprior.prior.plan import network_obstacles
@@ -96,7 +97,7 @@ class PriorSampler:
             raise ValueError(f"this prior cannot be served by PriorSampler: {'; '.join(self.plan.reasons)}")
         self.prior, self.samples_per_prompt = prior, samples_per_prompt
         self.dtype = dtype or prior.net.learned_query.dtype
-        quantisation.check(quantise)
+        check_quantise(quantise)
         self.quantise, self._quality_prompts, self.quality = quantise, quality_prompts, None
         self._modules: list | None = None
         self._timesteps, self._eta = timesteps, {} if eta is None else dict(eta=eta)
@@ -124,13 +125,13 @@ class PriorSampler:
             if found := network_obstacles(own):
                 raise ValueError(f"the prior's network was changed, and cannot be served: {'; '.join(found)}")
             self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
-            self._step_net = quantisation.quantised(self._net, self.quantise) if self.quantise else self._net
+            self._step_net = quantised(self._net, self.quantise) if self.quantise else self._net
             self._engine.forget_steps()
         if self._net is not own:
             self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
         self._steps = CachedSteps(self._net, self.plan, self._step_net)
         if self.quantise:
-            quantisation.update(self._step_net)
+            update(self._step_net)
             self._judge()
         huge_pages.collapse((*self._net.parameters(), *self._step_net.buffers()))  # now, not in the second call
         self._modules = modules

@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -19,15 +18,6 @@ from fastprior.engine.step_cost import StepReads, count_launches, step_seconds
 from fastprior.engine.steps import StepInputs
 from fastprior.kernels import ops
 from fastprior.models import snapshot
-
-
-@dataclass
-class _Noted:
-    """What `stats` says of a kind of steps; `trace` counts their kernels when these are first asked for."""
-
-    reads: StepReads
-    trace: Callable[[], int] = int  # none
-    launches: int | None = None
 
 
 class Engine:
@@ -46,7 +36,7 @@ class Engine:
         lock: to hold while something is built or graphs run.
         clock: times of calls.
         cache: the graphs.
-        noted: what a step reads, by the key that it was noted with.
+        noted: what steps read, and what counts the kernels that they launch, by the key that they were noted with.
 
     Raises:
         ValueError: an argument does not fit.
@@ -69,7 +59,7 @@ class Engine:
         self._state: snapshot.State | None = None
         self._model: nn.Module | None = None  # that steps were compiled for
         self._compiled: dict[Hashable, Callable] = {}
-        self.noted: dict[int, _Noted] = {}
+        self.noted: dict[int, tuple[StepReads, Callable[[], int]]] = {}
 
     @property
     def replays(self) -> bool:
@@ -120,10 +110,11 @@ class Engine:
 
     def note(self, key: int, reads: StepReads, step: Callable, inputs: StepInputs, shape: tuple[int, int]) -> int:
         """Keep for `stats` what a step is, of x of a shape: in all the bytes that it reads."""
-        noted = self.noted[key] = _Noted(reads)
+        launches = int  # none
         if ops.on_triton(inputs.rows):
             like = tree_map(lambda t: torch.empty_like(t, device="meta") if torch.is_tensor(t) else t, inputs)
-            noted.trace = partial(count_launches, step, like, shape, self.clock.device)
+            launches = cache(partial(count_launches, step, like, shape, self.clock.device))
+        self.noted[key] = reads, launches
         return sum(reads)
 
     def stats(self, steps: int, bandwidth: float | None) -> dict[str, float]:
@@ -131,10 +122,8 @@ class Engine:
         with self.lock:
             times, graphs = self.clock.milliseconds(), self.cache.stats()
             read = sum(read for _, _, read in tuple(self.clock.kept))
-            noted = self.noted[max(self.noted)] if self.noted else _Noted(StepReads(0, 0, 0))
-        if noted.launches is None:  # takes half a second, for which no call should wait
-            noted.launches = noted.trace()
-        reads, launches = noted.reads, noted.launches
+            reads, count = self.noted[max(self.noted)] if self.noted else (StepReads(0, 0, 0), int)
+        launches = count()  # takes half a second at first, for which no call should wait
         stats = dict(
             calls=len(times),
             p50_ms=statistics.median(times) if times else float("nan"),

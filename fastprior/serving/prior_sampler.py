@@ -265,7 +265,7 @@ class PriorSampler:
             if batch not in engine.noted:
                 reads, shape = network_reads(self._step_net, inputs), (batch * repeats, self.prior.image_embed_dim)
                 engine.note(batch, reads, self._steps.step, inputs, shape)
-            engine.clock.read += sum(engine.noted[batch].reads) * len(table.times)
+            engine.clock.read += sum(engine.noted[batch][0]) * len(table.times)
             return step, batch
 
         noise = Noise((prompts * repeats, self.prior.image_embed_dim), device, generator)

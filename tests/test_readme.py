@@ -20,12 +20,12 @@ from fastprior.train_configs import (
     TrainDiffusionPriorConfig,
     TrainSplitConfig,
 )
+from helpers import ROOT
 from helpers.priors import WordClip, make_prior
 
 diffusers = pytest.importorskip("diffusers")
 from helpers.pipeline_cases import make_parts  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 

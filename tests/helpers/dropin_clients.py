@@ -1,4 +1,4 @@
-"""Clients of dalle2-pytorch as they are written: programs that `test_dropin.py` runs on it and on fastprior."""
+"""Clients of dalle2-pytorch as they are written: programs that `dropin/test_dropin.py` runs on it and on fastprior."""
 
 # What the clients share: small sizes, seeded data, and a count of calls.
 PREAMBLE = """

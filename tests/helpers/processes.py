@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-PROOF = Path(__file__).resolve().parents[2] / "benchmarks" / "proof"  # its modules are found in `compiling`
+from helpers import ROOT
+
+PROOF = ROOT / "benchmarks" / "proof"  # its modules are found in `compiling`
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fastprior.train_diffusion_prior", "torch._dynamo", "pytest"])  # all that takes long
 

@@ -5,12 +5,12 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
+
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 pytest.importorskip("dalle2_pytorch", reason="the peer is in the test extra")

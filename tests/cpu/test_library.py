@@ -18,6 +18,7 @@ from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.kernels.cpu import structs
+from helpers import ROOT
 from helpers.at_once import at_once
 from helpers.cpu_cases import (
     NEEDS_KERNELS,
@@ -234,7 +235,7 @@ def test_memory_is_read_and_written_within_bounds(march):
     if not os.path.isabs(library):
         pytest.skip("the compiler has no libasan")
     options = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000"
-    environment = os.environ | dict(LD_PRELOAD=library, ASAN_OPTIONS=options, PYTHONPATH=str(Path(__file__).parent))
+    environment = os.environ | dict(LD_PRELOAD=library, ASAN_OPTIONS=options, PYTHONPATH=str(ROOT / "tests"))
     command = [sys.executable, "-m", "helpers.sanitized", march]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "every access was within bounds" in done.stdout, done.stderr[-3000:]

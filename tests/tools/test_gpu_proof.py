@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
+
 BENCHMARKS = ROOT / "benchmarks"
 PROOF = BENCHMARKS / "proof"
 PATHS = str(ROOT), str(ROOT / "tests"), str(BENCHMARKS), str(PROOF)

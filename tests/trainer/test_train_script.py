@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -28,10 +27,9 @@ from fastprior.trackers.loggers import LOGGERS
 from fastprior.trackers.storage import LOADERS, SAVERS
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import TrainingRun, make_accelerator, split_edges
-from helpers import processes
+from helpers import ROOT, processes
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-ROOT = Path(__file__).parent.parent
 DIM, SHARDS, ROWS = 16, 3, 120
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fastprior.checkpoints.convert import convert
+from fastprior.checkpoints.conversion import convert
 from fastprior.checkpoints.dalle2 import load, save, save_peer
 from fastprior.clip import BaseClipAdapter
 from helpers.checkpoint_cases import (

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastprior
-from fastprior.checkpoints.convert import convert
+from fastprior.checkpoints.conversion import convert
 from fastprior.checkpoints.prior_transformer import load
 from fastprior.cli.command_line import main
 from fastprior.models.prior_transformer.model import PriorTransformer

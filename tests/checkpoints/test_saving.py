@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from fastprior.checkpoints import dalle2 as checkpoint
-from fastprior.checkpoints.convert import convert
+from fastprior.checkpoints.conversion import convert
 from fastprior.checkpoints.dalle2 import load, save, save_peer
 from helpers.checkpoint_cases import (
     BIAS,

@@ -67,7 +67,7 @@ def in_eval_mode(method):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """For the message about an unknown name: the one that is most like it, or else all that there are."""
+    """Name what is most like an unknown name, or else all that there are, for a message."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"the nearest is {close[0]!r}" if close else f"it must be one of {', '.join(map(repr, known))}"

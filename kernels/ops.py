@@ -20,9 +20,9 @@ from . import reference
 from .arguments import LinearArgs
 from .cpu import attention as cpu_attention
 from .cpu import blocks as cpu_blocks
+from .cpu import library as cpu_library
 from .cpu import linear as cpu_linear
 from .cpu import run as cpu_run
-from .cpu import threads as cpu_threads
 from .gpu import workspace
 from .reference import Rotary
 
@@ -294,7 +294,7 @@ def diffusion_step(
 
 
 Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run
-one_thread = cpu_threads.one_thread
+one_thread = cpu_library.one_thread
 Workspace, sharing = workspace.Workspace, workspace.sharing
 
 

@@ -15,7 +15,7 @@ import torch
 from fastprior import DiffusionPrior, DiffusionPriorNetwork
 from fastprior.cli.common import add_command
 from fastprior.kernels import ops
-from fastprior.kernels.cpu import blocks, library, threads
+from fastprior.kernels.cpu import blocks, library
 from fastprior.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
@@ -70,8 +70,8 @@ def _fast_paths() -> list[tuple[str, str]]:
     why = forced or (library.unavailable() and f"off, {library.unavailable()}")
     most = (f"{blocks.most_tokens(d)} in {str(d).removeprefix('torch.')}" for d in library.KINDS)
     if not why:
-        paid = "" if threads.quota() is None else f" (a control group pays for {threads.quota():g} cores)"
-        why = f"on, threads: {threads.thread_count()}{paid}, for as many tokens at once: {', '.join(most)}"
+        paid = "" if library.quota() is None else f" (a control group pays for {library.quota():g} cores)"
+        why = f"on, threads: {library.thread_count()}{paid}, for as many tokens at once: {', '.join(most)}"
     rows.append(("CPU kernels", why))
 
     cuda = torch.cuda.is_available()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from . import calls, structs
-from .library import KINDS, library, most_rows
-from .threads import thread_count
+from .library import KINDS, library, most_rows, thread_count
 
 MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS = 256, 4096, 2**16
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from . import calls, huge_pages, structs
 from .attention import attention_of, caches_of, fits_stacks
-from .library import KINDS, library, most_rows
-from .threads import thread_count
+from .library import KINDS, library, most_rows, thread_count
 
 
 def most_tokens(dtype: torch.dtype) -> int:

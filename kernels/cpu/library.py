@@ -1,4 +1,4 @@
-"""The sources of `c/` as a library: compiled at first use and kept.
+"""The sources of `c/` as a library: compiled at first use and kept, called with as many threads as there are cores for.
 
 It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
 """
@@ -14,10 +14,12 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import structs
 
@@ -25,6 +27,9 @@ SOURCES = Path(__file__).parent / "c"  # of which library.c includes all
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as the source counts them
 OMP_PAUSE_SOFT = 1
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+OF_PROCESS = Path("/proc/self/cgroup")
+LITTLE = 2**19  # numbers, on which an operation takes one thread a tenth of a millisecond
 
 
 def cache_dir() -> Path:
@@ -109,6 +114,7 @@ def _check_structs(loaded: ctypes.CDLL) -> None:
 
 _loaded: ctypes.CDLL | str | None = None
 _most_rows: dict[torch.dtype, int] = {}
+_outer = threading.local()
 
 
 def _load() -> None:
@@ -165,3 +171,73 @@ def most_rows(dtype: torch.dtype) -> int:
 
 # what torch.compiler.assume_constant_result marks; it would import all of torch.compile, which takes 1.5 s
 most_rows._dynamo_marked_constant = True
+
+
+def _read_quota(group: Path) -> float | None:
+    """Cores that a control group of either version pays for; None without a limit."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (group / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return None if quota < 0 else quota / period
+    return None
+
+
+@functools.cache
+def quota() -> float | None:
+    """Cores that the control groups of this process pay for, as a container's limit says; None without a limit.
+
+    Read once. A group may be limited by any that it lies in.
+    """
+    with contextlib.suppress(OSError):
+        found = []
+        for line in OF_PROCESS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            root = CONTROL_GROUPS / "cpu" if controllers else CONTROL_GROUPS
+            group = root / path.lstrip("/")
+            while group != root.parent:
+                found.append(_read_quota(group))
+                group = group.parent
+        return min((cores for cores in found if cores), default=None)
+    return None
+
+
+def thread_count() -> int:
+    """Threads of a kernel: `torch.get_num_threads()`, but not more than the process has cores, or is paid for.
+
+    More would take turns on the same cores, and be waited for at each of several meetings a layer.
+    """
+    wanted = getattr(_outer, "threads", None) or torch.get_num_threads()
+    if wanted == 1:
+        return 1
+    paid = quota()
+    cores = max(1, library().omp_get_num_procs())
+    return min(wanted, cores if paid is None else min(cores, max(1, -int(-paid // 1))))
+
+
+def one_thread(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within the block PyTorch computes on this thread alone, where x lies on the CPU and is little; kernels do not.
+
+    A second thread gains nothing there, and where another process has its core it is waited for.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu or x.numel() > LITTLE:  # a trace keeps no number of threads
+        return contextlib.nullcontext()
+    return _one_thread()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if threads == 1 or unavailable():
+        yield
+        return
+    _outer.threads = threads
+    library().set_threads(1)  # of this thread alone
+    try:
+        yield
+    finally:
+        library().set_threads(threads)
+        _outer.threads = None

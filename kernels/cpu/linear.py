@@ -8,8 +8,7 @@ from torch import Tensor
 from ..arguments import LinearArgs, flat
 from . import calls, structs
 from .calls import FLOATS
-from .library import KINDS, library, most_rows
-from .threads import thread_count
+from .library import KINDS, library, most_rows, thread_count
 
 
 def takes_linear(args: LinearArgs) -> bool:

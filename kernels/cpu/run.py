@@ -10,8 +10,7 @@ from torch import Tensor
 
 from . import calls, structs
 from .blocks import Blocks, blocks_of, takes_blocks
-from .library import library
-from .threads import thread_count
+from .library import library, thread_count
 
 CLAMPS = {None: 0, "range": 1, "l2": 2}
 

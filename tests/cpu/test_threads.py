@@ -18,7 +18,6 @@ from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import calls as cpu_calls
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
-from fastprior.kernels.cpu import threads as cpu_threads
 from helpers.at_once import at_once
 from helpers.cpu_cases import NEEDS_KERNELS, OPTIONS, block_arguments, child, make, threads
 from helpers.priors import make_prior, make_text
@@ -261,9 +260,9 @@ def limited(monkeypatch, tmp_path, groups: str, files: dict[str, str]):
     for name, content in files.items():
         (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fs" / name).write_text(content)
-    monkeypatch.setattr(cpu_threads, "CONTROL_GROUPS", tmp_path / "fs")
-    monkeypatch.setattr(cpu_threads, "OF_PROCESS", tmp_path / "groups")
-    cpu_threads.quota.cache_clear()
+    monkeypatch.setattr(cpu_library, "CONTROL_GROUPS", tmp_path / "fs")
+    monkeypatch.setattr(cpu_library, "OF_PROCESS", tmp_path / "groups")
+    cpu_library.quota.cache_clear()
 
 
 V1 = "3:cpuset:/\n1:cpu,cpuacct:/docker/abc\n0::/\n"
@@ -289,12 +288,12 @@ def test_no_more_threads_than_a_control_group_pays_for(monkeypatch, tmp_path, gr
     limited(monkeypatch, tmp_path, groups, files)
     try:
         with threads(8):  # which gives as many cores
-            assert cpu_threads.quota() == cores
-            assert cpu_threads.thread_count() == count
+            assert cpu_library.quota() == cores
+            assert cpu_library.thread_count() == count
             said = dict(info._fast_paths())["CPU kernels"]
             assert f"threads: {count}" in said and (cores is None) != (f"pays for {cores} cores" in said)
     finally:
-        cpu_threads.quota.cache_clear()
+        cpu_library.quota.cache_clear()
 
 
 @pytest.mark.slow
@@ -303,8 +302,8 @@ def test_no_more_threads_than_cores():
 import os, torch
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.set_num_threads(4)
-from fastprior.kernels.cpu import threads as cpu_threads
-print(cpu_threads.thread_count())
+from fastprior.kernels.cpu import library as cpu_library
+print(cpu_library.thread_count())
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -315,19 +314,19 @@ print(cpu_threads.thread_count())
 
 
 def test_little_is_computed_by_one_thread_and_kernels_by_all():
-    little, large = torch.zeros(cpu_threads.LITTLE), torch.zeros(cpu_threads.LITTLE + 1)
+    little, large = torch.zeros(cpu_library.LITTLE), torch.zeros(cpu_library.LITTLE + 1)
     with threads(2):
-        with cpu_threads.one_thread(little):
-            assert torch.get_num_threads() == 1 and cpu_threads.thread_count() == 2
-            with cpu_threads.one_thread(little):
-                assert torch.get_num_threads() == 1 and cpu_threads.thread_count() == 2
-            assert torch.get_num_threads() == 1 and cpu_threads.thread_count() == 2
-        assert torch.get_num_threads() == 2 and cpu_threads.thread_count() == 2
-        with cpu_threads.one_thread(large):
+        with cpu_library.one_thread(little):
+            assert torch.get_num_threads() == 1 and cpu_library.thread_count() == 2
+            with cpu_library.one_thread(little):
+                assert torch.get_num_threads() == 1 and cpu_library.thread_count() == 2
+            assert torch.get_num_threads() == 1 and cpu_library.thread_count() == 2
+        assert torch.get_num_threads() == 2 and cpu_library.thread_count() == 2
+        with cpu_library.one_thread(large):
             assert torch.get_num_threads() == 2
-        with pytest.raises(ZeroDivisionError), cpu_threads.one_thread(little):
+        with pytest.raises(ZeroDivisionError), cpu_library.one_thread(little):
             raise ZeroDivisionError
-        assert torch.get_num_threads() == 2 and cpu_threads.thread_count() == 2
+        assert torch.get_num_threads() == 2 and cpu_library.thread_count() == 2
 
 
 def test_a_thread_that_begins_meanwhile_has_all_threads():
@@ -336,10 +335,10 @@ def test_a_thread_that_begins_meanwhile_has_all_threads():
 
     def begin():
         little.sum()
-        found.append((torch.get_num_threads(), cpu_threads.thread_count()))
+        found.append((torch.get_num_threads(), cpu_library.thread_count()))
 
     with threads(2):
-        with cpu_threads.one_thread(little):
+        with cpu_library.one_thread(little):
             thread = threading.Thread(target=begin)
             thread.start()
             thread.join()

@@ -55,6 +55,11 @@ class LinearArgs(NamedTuple):
         dtype = self.product_dtype
         return dtype if self.residual is None else torch.promote_types(dtype, self.residual.dtype)
 
+    @property
+    def result(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and the dtype of the result."""
+        return (*self.x.shape[:-1], self.columns), self.result_dtype
+
 
 def flat(function: Callable) -> tuple[Callable, str]:
     """A function that begins with a tuple such as `LinearArgs`, as one that has its fields as arguments instead.

@@ -332,7 +332,7 @@ def prepare_blocks(
 
 def most_tokens(blocks: Blocks) -> int:
     """The most tokens that one call of `run_blocks` takes."""
-    return cpu_blocks.most_tokens(blocks.dtype)
+    return blocks.most_tokens
 
 
 def run_blocks(
@@ -361,9 +361,10 @@ def run_blocks(
     """
     if blocks is None or _forced is not None:
         return None
-    given, options = (x, blocks, prefix_k, prefix_v), dict(rotary=rotary, bias=bias, mask=mask)
-    takes = cpu_blocks.takes_blocks(*given, **options)
-    return cpu_blocks.run_blocks(*given, outputs=outputs, **options) if takes else None
+    options = bias, mask, *(rotary or ())
+    if not cpu_blocks.takes_blocks(blocks, *x.shape[:2], (prefix_k, prefix_v, x), options):
+        return None
+    return cpu_blocks.run_blocks(x, blocks, prefix_k, prefix_v, outputs=outputs, rotary=rotary, bias=bias, mask=mask)
 
 
 def prepare_run(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import calls, structs
-from .library import KINDS, library, most_rows, thread_count
+from . import calls, library, structs
+from .library import KINDS
 
 MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS = 256, 4096, 2**16
 
@@ -21,13 +21,12 @@ def takes_decode(
     dropout: float = 0.0, **_,
 ) -> bool:  # fmt: skip
     """Whether `decode_attention` computes this: on the CPU, in fp32 or bf16 over a prefix in fp32, without gradient."""
-    if not q.is_cpu or dropout or q.dtype not in calls.FLOATS or not most_rows(torch.float32):
+    if not q.is_cpu or dropout or q.dtype not in calls.FLOATS or not q.dtype == k.dtype == v.dtype:
         return False
-    if not q.dtype == k.dtype == v.dtype or not prefix_k.dtype == prefix_v.dtype == torch.float32:
+    if not prefix_k.dtype == prefix_v.dtype == torch.float32 or not q.numel():
         return False
-    if not q.numel() or not fits_stacks(q.shape[-1], prefix_k.shape[1], k.shape[1]):
-        return False
-    return calls.are_plain(q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not calls.is_watched()
+    fits = fits_stacks(q.shape[-1], prefix_k.shape[1], k.shape[1])
+    return fits and library.takes((q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())))
 
 
 def _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
@@ -39,67 +38,66 @@ def _heads(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 and t.stride(-2) == t.shape[-1] else t.contiguous()
 
 
-def caches_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of a prefix, or copies, with the same strides, of which the last is 1."""
-    strides = k.stride()
-    return (k, v) if strides[-1] == 1 and strides == v.stride() else (k.contiguous(), v.contiguous())
-
-
 def attention_of(
-    rows, heads, seq, suffix, dim_head, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask, kept,
-    **own,
-) -> structs.Decode:  # fmt: skip
-    """Own tokens as the caller has them, behind what `caches_of` gives, of several layers that of the first.
+    prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask, kept,
+    depth=None, **own,
+) -> tuple[structs.Decode, int]:  # fmt: skip
+    """Attention behind a prefix as C reads it, of several layers that of the first, and how far these are apart.
 
+    Args:
+        prefix_k, prefix_v: (prompts, prefix, kv_heads, dim_head), behind depth where there are several layers.
+        kept: is given what C reads.
+        own: the fields of queries, keys and values, where the caller has them.
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    *_, prompts, prefix, kv_heads, prefix_dim = prefix_k.shape
+    *_, prompts, prefix, _, _ = prefix_k.shape
+    shape, keys = (*(() if depth is None else (depth,)), prompts, prefix, kv_heads, dim_head), prefix + suffix
     if not prompts or rows % prompts or not kv_heads or heads % kv_heads:
         raise ValueError(
             f"{rows} rows of {heads} heads; they must be multiples of {prompts} prompts, {kv_heads} kv_heads"
         )
     if not 0 < seq <= suffix:
         raise ValueError(f"{seq} tokens of queries; they must be 1 to {suffix}, as many as those of keys")
-    if prefix_dim != dim_head:
-        calls.check_shape("prefix_k", prefix_k, *prefix_k.shape[:-1], dim_head)
-    calls.check_shape("mask", mask, prompts, prefix)
-    if bias is not None:
-        calls.check_shape("bias", bias, suffix, 1 if bias.shape[1] == 1 else heads, prefix + suffix)
-        bias = bias if bias.shape[1] == heads else bias.expand(-1, heads, -1)
-    if cos is not None:
-        calls.check_shape("cos", cos, suffix, min(dim_head, cos.shape[-1]) // 2 * 2)
-        calls.check_shape("sin", sin, *cos.shape)
+    if bias is not None and bias.shape[1] == 1 < heads:
+        calls.check_shapes([("bias", bias, (suffix, 1, keys))])
+        bias = bias.expand(-1, heads, -1)
+    rotated = 0 if cos is None else cos.shape[-1]
+    arrays = [
+        ("mask", mask, (prompts, prefix)), ("bias", bias, (suffix, heads, keys)),
+        ("cos", cos, (suffix, min(dim_head, rotated) // 2 * 2)), ("sin", sin, (suffix, rotated)),
+    ]  # fmt: skip
+    caches = ("prefix_k", prefix_k, shape), ("prefix_v", prefix_v, shape)
+    mask, bias, cos, sin = calls.addresses_of(arrays, kept, caches)
+    if prefix_k.stride(-1) != 1 or prefix_k.stride() != prefix_v.stride():
+        prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
+    kept += prefix_k, prefix_v
     *_, prefix_prompt, prefix_token, prefix_head, _ = prefix_k.stride()
-    return structs.Decode(
+    call = structs.Decode(
         prefix_k=prefix_k.data_ptr(), prefix_v=prefix_v.data_ptr(),
         prefix_prompt=prefix_prompt, prefix_token=prefix_token, prefix_head=prefix_head,
-        bias=calls.address_of(bias, kept), mask=calls.address_of(mask, kept),
-        cos=calls.address_of(cos, kept), sin=calls.address_of(sin, kept),
+        bias=bias, mask=mask, cos=cos, sin=sin,
         rows=rows, seq=seq, suffix=suffix, heads=heads, kv_heads=kv_heads, dim_head=dim_head, prompts=prompts,
-        prefix=prefix, rotated=0 if cos is None else cos.shape[-1], cosine=cosine, scale=scale, **own,
+        prefix=prefix, rotated=rotated, cosine=cosine, scale=scale, **own,
     )  # fmt: skip
+    return call, prefix_k.stride(0)
 
 
 def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
     out = _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask)
-    rows, seq, heads, dim_head = q.shape
-    kept = []
+    (rows, seq, heads, dim_head), (_, suffix, kv_heads, _), kept = q.shape, k.shape, []
     q, k, v = map(_heads, (q, k, v))
     if k.stride()[:2] != v.stride()[:2]:
         k, v = k.contiguous(), v.contiguous()
-    suffix = k.shape[1]
-    calls.check_shape("k", k, rows, suffix, prefix_k.shape[2], dim_head)
-    calls.check_shape("v", v, *k.shape)
-    calls.check_shape("prefix_v", prefix_v, *prefix_k.shape)
-    prefix_k, prefix_v = caches_of(prefix_k, prefix_v)
+    shape = rows, suffix, kv_heads, dim_head
+    calls.check_shapes([("k", k, shape), ("v", v, shape), ("prefix_v", prefix_v, prefix_k.shape)])
     (q_row, q_token, *_), (kv_row, kv_token, *_) = q.stride(), k.stride()
-    call = attention_of(
-        rows, heads, seq, suffix, dim_head, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask, kept,
+    call, _ = attention_of(
+        prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask, kept,
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), kind=KINDS[q.dtype],
         q_row=q_row, q_token=q_token, kv_row=kv_row, kv_token=kv_token,
     )  # fmt: skip
-    library().decode_attention(call, thread_count())
+    library.run("decode_attention", call, x=q)
     return out
 
 

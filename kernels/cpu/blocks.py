@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import calls, huge_pages, structs
-from .attention import attention_of, caches_of, fits_stacks
-from .library import KINDS, library, most_rows, thread_count
+from . import calls, huge_pages, library, structs
+from .attention import attention_of, fits_stacks
+from .library import KINDS, most_rows
 
 
 def most_tokens(dtype: torch.dtype) -> int:
@@ -46,8 +46,9 @@ class Blocks(NamedTuple):
         owner: whose weights they are.
         dtype: of the matrices.
         shape: depth, dim, inner, heads, kv_heads, dim_head, whether there is a head, and columns of the result.
-        scale, cosine, activation, eps: see `prepare_blocks`.
+        scale, cosine, activation, eps: see `ops.prepare_blocks`.
         requires_grad: whether a weight does.
+        most_tokens: how many a call of `ops.run_blocks` takes.
     """
 
     table: Tensor
@@ -60,6 +61,7 @@ class Blocks(NamedTuple):
     activation: str
     eps: float
     requires_grad: bool
+    most_tokens: int
 
     @property
     def has_head(self) -> bool:
@@ -79,75 +81,61 @@ def prepare_blocks(
     eps: float,
     head: Block | None = None,
 ) -> Blocks | None:
-    """Blocks for any number of calls of `run_blocks`, which see edits in place; None where it cannot compute them.
-
-    Args:
-        blocks: the weights.
-        owner: whose weights they are, for callers to compare with.
-        heads, kv_heads, dim_head, scale, cosine: see `reference.decode_attention`.
-        activation: of the feed-forwards, "gelu" or "swiglu".
-        eps: of all norms.
-        head: after the blocks, see `Block`; its norm is `stable`, see `reference.layer_norm`.
-    Raises:
-        ValueError: shapes that do not fit each other.
-    """
-    first, everything = blocks[0], [*blocks, *([] if head is None else [head])]
+    """See `ops.prepare_blocks`."""
+    dtype, dim, inner = blocks[0].q.dtype, blocks[0].q.shape[1], blocks[0].contract.shape[1]
+    everything = [*blocks, *([] if head is None else [head])]
     weights = [t for t in itertools.chain(*everything) if t is not None]
-    matrices = [t for block in everything for name in MATRICES if (t := getattr(block, name)) is not None]
-    if not calls.are_numbers(weights) or any(t.dtype != first.q.dtype or t.stride(1) != 1 for t in matrices):
+    matrices = [t for block in everything for t in block[: len(MATRICES)] if t is not None]
+    most = most_tokens(dtype)
+    if any(t.dtype != dtype or t.stride(1) != 1 for t in matrices) or not library.takes(weights, dtype, gradients=True):
         return None
-    if calls.is_watched() or first.q.dtype not in KINDS or not most_tokens(first.q.dtype):
-        return None
-    own, shared, dim, inner = heads * dim_head, kv_heads * dim_head, first.q.shape[1], first.contract.shape[1]
     kept = [t.untyped_storage() for t in weights]  # those of a parameter may be replaced
-    shapes = {
-        "q": (own, dim), "k": (shared, dim), "v": (shared, dim), "out": (dim, own),
-        "expand": (inner * 2 if activation == "swiglu" else inner, dim), "contract": (dim, inner),
-    }  # fmt: skip
+    own, shared, wide = heads * dim_head, kv_heads * dim_head, inner * 2 if activation == "swiglu" else inner
     columns = dim if head is None else len(head.q)
+    of_matrices, of_vectors = [], []
     for block in everything:
-        given = {"q": (columns, dim)} if block is head else shapes
-        given = given if block is head or block.v is not None else shapes | {"k": (2 * shared, dim)}
-        _check_block(block, given, dim, inner)
-    table = (structs.Block * len(everything))(*(_struct_of(block, kept) for block in everything))
+        q, k = columns if block is head else own, 2 * shared if block.v is None else shared
+        shapes = (q, dim), (k, dim), (shared, dim), (dim, own), (wide, dim), (dim, inner)
+        lengths = [shape[:1] for shape in shapes]
+        norms = [(inner if name == "inner_gain" else dim,) for name in NORMS]
+        arrays = list(zip(Block._fields, block, (*shapes, *lengths, *lengths, *norms)))
+        of_matrices += arrays[: len(MATRICES)]
+        of_vectors += arrays[len(MATRICES) :]
+    vectors = iter(calls.vectors_of(of_vectors, kept, of_matrices))
+    table = (structs.Block * len(everything))(*(_struct_of(block, vectors) for block in everything))
     table = torch.frombuffer(table, dtype=torch.int64).view(len(everything), -1)
     shape = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
-    requires_grad = any(t.requires_grad for t in weights)
     huge_pages.settle(owner, matrices)
-    return Blocks(table, kept, owner, first.q.dtype, shape, scale, cosine, activation, eps, requires_grad)
+    requires_grad = any(t.requires_grad for t in weights)
+    return Blocks(table, kept, owner, dtype, shape, scale, cosine, activation, eps, requires_grad, most)
 
 
-def takes_blocks(
-    x: Tensor, blocks: Blocks, prefix_k: Tensor, prefix_v: Tensor, *, rotary=None, bias=None, mask=None, **_
-) -> bool:
-    """Whether `run_blocks` computes this: few rows in fp32 on the CPU, no gradient."""
-    if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return False
-    if not prefix_k.dtype == prefix_v.dtype == torch.float32 or (blocks.requires_grad and torch.is_grad_enabled()):
-        return False
-    if not 0 < x.shape[0] * x.shape[1] <= most_tokens(blocks.dtype):
-        return False
-    if not fits_stacks(prefix_k.shape[-1], prefix_k.shape[2], x.shape[1]):
-        return False
-    return calls.are_plain(x, prefix_k, prefix_v, bias, mask, *(rotary or ())) and not calls.is_watched()
-
-
-def _struct_of(block: Block, kept: list) -> structs.Block:
-    fields = {name: calls.vector_of(getattr(block, name), kept) for name in (*BIASES, *NORMS)}
-    for name, scale in zip(MATRICES, SCALES):
-        if (t := getattr(block, name)) is not None:
-            scale = calls.vector_of(getattr(block, scale), kept)
+def _struct_of(block: Block, vectors: Iterator[tuple[int, int]]) -> structs.Block:
+    """A row of the table; the vectors are those of the fields behind the matrices, in their order."""
+    scales = list(itertools.islice(vectors, len(SCALES)))
+    fields = dict(zip((*BIASES, *NORMS), vectors))
+    for name, t, scale in zip(MATRICES, block, scales):
+        if t is not None:
             fields[name] = structs.Weight((t.data_ptr(), KINDS[t.dtype], t.stride(0)), scale)
     return structs.Block(**fields)
 
 
-def _check_block(block: Block, shapes: dict[str, tuple[int, int]], dim: int, inner: int) -> None:
-    for name, shape in shapes.items():
-        calls.check_shape(name, getattr(block, name), *shape)
-        calls.check_shape(f"{name}_scale", getattr(block, f"{name}_scale"), shape[0])
-        calls.check_shape(f"{name}_bias", getattr(block, f"{name}_bias"), shape[0])
-    for name in NORMS:
-        calls.check_shape(name, getattr(block, name), inner if name == "inner_gain" else dim)
+def takes_blocks(
+    blocks: Blocks, rows: int, suffix: int, numbers: Sequence[Tensor], options: Iterable[Tensor | None]
+) -> bool:
+    """Whether C runs blocks: rows of few tokens, in fp32 on the CPU, without gradient.
+
+    Args:
+        rows, suffix: how many rows of how many tokens.
+        numbers: keys and values of the prefix, and others that must be fp32.
+        options: that may be converted.
+    """
+    _, _, prefix, _, dim_head = numbers[0].shape
+    if torch.is_autocast_enabled("cpu") or any(t.dtype != torch.float32 for t in numbers):
+        return False
+    if not 0 < rows * suffix <= blocks.most_tokens or (blocks.requires_grad and torch.is_grad_enabled()):
+        return False
+    return fits_stacks(dim_head, prefix, suffix) and library.takes((*numbers, *options))
 
 
 def _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape, *_) -> Tensor:
@@ -161,14 +149,14 @@ def _run_blocks(
     x, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps
 ):  # fmt: skip
     kept, (rows, suffix, _) = [], x.shape
-    calls.check_shape("x", x, rows, suffix, shape[1])
+    (address,) = calls.addresses_of([("x", x, (rows, suffix, shape[1]))], kept)
     call = blocks_of(
         rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps,
         kept,
     )  # fmt: skip
     out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape)
-    call.x, call.out = calls.address_of(x, kept), out.data_ptr()
-    calls.check_memory(library().run_blocks(call, thread_count()), x)
+    call.x, call.out = address, out.data_ptr()
+    library.run("run_blocks", call, x=x, rows=rows * suffix)
     return out
 
 
@@ -181,18 +169,13 @@ def blocks_of(
         ValueError: shapes that do not fit each other.
     """
     depth, dim, inner, heads, kv_heads, dim_head, head, columns = shape
-    calls.check_rows(rows * suffix)
-    calls.check_shape("prefix_k", prefix_k, depth, *prefix_k.shape[1:3], kv_heads, dim_head)
-    calls.check_shape("prefix_v", prefix_v, *prefix_k.shape)
-    prefix_k, prefix_v = caches_of(prefix_k, prefix_v)
-    kept += prefix_k, prefix_v
+    attention, prefix_layer = attention_of(
+        prefix_k, prefix_v, rows, heads, kv_heads, outputs or suffix, suffix, dim_head, scale, cos, sin, cosine, bias,
+        mask, kept, depth=depth,
+    )  # fmt: skip
     return structs.Blocks(
         blocks=table.data_ptr(), depth=depth, dim=dim, inner=inner, outputs=outputs, head=head, columns=columns,
-        activation=calls.ACTIVATIONS[activation], eps=eps, prefix_layer=prefix_k.stride(0),
-        attention=attention_of(
-            rows, heads, outputs or suffix, suffix, dim_head, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask,
-            kept,
-        ),
+        activation=calls.ACTIVATIONS[activation], eps=eps, prefix_layer=prefix_layer, attention=attention,
     )  # fmt: skip
 
 
@@ -215,19 +198,7 @@ def run_blocks(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """All blocks of a step, in one call and in fp32, for what `takes_blocks` says.
-
-    Args:
-        x: (rows, suffix, dim) fp32, the residual stream of the suffix tokens.
-        blocks: from `prepare_blocks`.
-        prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head) fp32, see `reference.decode_attention`.
-        outputs: of how many of the last tokens the result is wanted, that of the head where there is one. 0 asks for
-            keys and values instead.
-        rotary, bias, mask: see `reference.decode_attention`.
-    Returns:
-        (rows, outputs, dim) fp32, with a head its columns; without outputs keys and values of all tokens and blocks,
-        neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
-    """
+    """See `ops.run_blocks`; for what `takes_blocks` says."""
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
     given, tables = (blocks.table, prefix_k, prefix_v, outputs, blocks.shape, blocks.scale), rotary or (None, None)
     return run(x, *given, *tables, blocks.cosine, bias, mask, blocks.activation, blocks.eps)

@@ -15,11 +15,14 @@ import shlex
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, c_long, c_void_p
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import structs
 
@@ -132,13 +135,12 @@ def _load() -> None:
     except TypeError as error:  # of `_check_structs`
         _loaded = str(error)
     else:
-        _loaded.linear.argtypes = ctypes.POINTER(structs.Linear), ctypes.c_long
-        _loaded.decode_attention.argtypes = ctypes.POINTER(structs.Decode), ctypes.c_long
-        _loaded.run_blocks.argtypes = ctypes.POINTER(structs.Blocks), ctypes.c_long
-        pointers = ctypes.POINTER(ctypes.c_void_p)
-        _loaded.run_steps.argtypes = ctypes.POINTER(structs.Run), pointers, *(ctypes.c_long,) * 3
-        _loaded.most_rows.restype = ctypes.c_long
-        _loaded.set_threads.argtypes = (ctypes.c_long,)
+        _loaded.linear.argtypes = POINTER(structs.Linear), c_long
+        _loaded.decode_attention.argtypes, _loaded.decode_attention.restype = (POINTER(structs.Decode), c_long), None
+        _loaded.run_blocks.argtypes = POINTER(structs.Blocks), c_long
+        _loaded.run_steps.argtypes = POINTER(structs.Run), POINTER(c_void_p), c_long, c_long, c_long
+        _loaded.most_rows.restype = c_long
+        _loaded.set_threads.argtypes = (c_long,)
         # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
         os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
         _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())
@@ -171,6 +173,55 @@ def most_rows(dtype: torch.dtype) -> int:
 
 # what torch.compiler.assume_constant_result marks; it would import all of torch.compile, which takes 1.5 s
 most_rows._dynamo_marked_constant = True
+
+
+def is_watched() -> bool:
+    """Whether a mode, a transform, forward-mode gradients or a trace follow operations: C would pass them by."""
+    if torch.compiler.is_compiling():  # which sees an operation of its own
+        return False
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return transformed or is_in_torch_dispatch_mode() or torch.jit.is_tracing()
+
+
+def takes(
+    tensors: Sequence[Tensor | None],
+    dtype: torch.dtype = torch.float32,
+    rows: int = 1,
+    *,
+    gradients: bool = False,
+) -> bool:
+    """Whether C may have these: plain numbers on the CPU, without gradient, that nothing follows.
+
+    Args:
+        tensors: in no fp64, and of no subclass that keeps its numbers elsewhere; None where one is not given.
+        dtype: of the weights.
+        rows: how many meet them.
+        gradients: also tensors that require one.
+    """
+    tensors = [t for t in tensors if t is not None]
+    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype != torch.float64 for t in tensors):
+        return False
+    if not gradients and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return 0 < rows <= most_rows(dtype) and not is_watched()
+
+
+def run(name: str, call: structs.Structure, *others: object, x: Tensor, rows: int = 1) -> None:
+    """Call a function of C on as many threads as `thread_count` says.
+
+    Args:
+        name, call, others: of the function, its struct, and what it takes between this and the threads.
+        x: what it may have to lay out anew.
+        rows: how many x has, where their number is limited.
+    Raises:
+        ValueError: x has more rows than C takes, or none.
+        MemoryError: there is no memory to lay out x.
+    """
+    function, most = getattr(library(), name), _most_rows[torch.float32]
+    if not 0 < rows <= most:
+        raise ValueError(f"x has {rows} rows; they must be 1 to {most}")
+    if function(call, *others, thread_count()):
+        raise MemoryError(f"no memory to lay out x of shape {tuple(x.shape)}")
 
 
 def _read_quota(group: Path) -> float | None:

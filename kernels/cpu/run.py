@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import calls, structs
+from . import calls, library, structs
 from .blocks import Blocks, blocks_of, takes_blocks
-from .library import library, thread_count
 
 CLAMPS = {None: 0, "range": 1, "l2": 2}
 
@@ -25,11 +24,11 @@ class Run:
 
     def __init__(self, call: structs.Run, x: Tensor, x0: Tensor, kept: object, steps: int):
         self.x, self.steps = x, steps
-        self._x0, self._call, self._kept, self._run = x0, call, kept, library().run_steps
+        self._x0, self._call, self._kept = x0, call, kept
 
     def start(self, x: Tensor) -> None:
         """Begin at x (samples, dim)."""
-        calls.check_shape("x", x, *self.x.shape)
+        calls.check_shapes([("x", x, self.x.shape)])
         self.x.copy_(x)
         self._x0.zero_()
 
@@ -45,10 +44,8 @@ class Run:
         kept, count = [], len(noise)
         if not 0 <= first <= first + count <= self.steps:
             raise IndexError(f"steps {first} to {first + count - 1}; there are {self.steps}")
-        for drawn in noise:
-            calls.check_shape("noise", drawn, *self.x.shape)
-        pointers = (ctypes.c_void_p * count)(*(calls.address_of(drawn, kept) for drawn in noise))
-        calls.check_memory(self._run(self._call, pointers, first, count, thread_count()), self.x)
+        addresses = calls.addresses_of([("noise", drawn, self.x.shape) for drawn in noise], kept)
+        library.run("run_steps", self._call, (ctypes.c_void_p * count)(*addresses), first, count, x=self.x)
 
 
 def prepare_run(
@@ -68,41 +65,28 @@ def prepare_run(
     rotary: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> Run | None:
-    """A run, each step of which makes its tokens, runs all blocks, and does `reference.diffusion_step`.
-
-    A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None where `run_blocks`
-    does not take this, or what the head gives is no embedding.
-
-    Args:
-        blocks, prefix_k, prefix_v, rotary, bias: see `run_blocks`.
-        rows, samples: how many rows, and samples in each; those of one prompt lie together.
-        time_tokens: (steps, tokens, dim) fp32.
-        query: (dim,).
-        coefficients: (steps, 6) fp32, the table of `reference.diffusion_step`, as are the next.
-        null_table: (steps, dim) fp32; zeros leave predictions as they are.
-        cond_scale, clamp, radius: see there.
-    """
+    """See `ops.prepare_run`."""
     steps, times, dim = time_tokens.shape
+    if not blocks.has_head or blocks.shape[-1] != dim:
+        return None
+    suffix, (cos, sin) = times + 2 * samples, rotary or (None, None)
+    numbers = prefix_k, prefix_v, time_tokens, coefficients, null_table
+    if not takes_blocks(blocks, rows, suffix, numbers, (query, cos, sin, bias)):
+        return None
     x = torch.empty(rows * samples, dim, dtype=torch.float32, device="cpu")
-    x0, suffix = torch.empty_like(x), times + 2 * samples
-    given, (cos, sin) = (prefix_k, prefix_v, time_tokens, coefficients, null_table), rotary or (None, None)
-    kept = [blocks, query, cos, sin, bias, *given]
-    if not blocks.has_head or blocks.shape[-1] != dim or not calls.are_plain(query, *given):
-        return None
-    tokens = x.new_empty(rows, suffix, 0)
-    taken = takes_blocks(tokens, blocks, prefix_k, prefix_v, rotary=rotary, bias=bias)
-    if not taken or any(t.dtype != torch.float32 for t in given):
-        return None
-    calls.check_shape("query", query, dim)
-    calls.check_shape("coefficients", coefficients, steps, 6)
-    calls.check_shape("null_table", null_table, steps, dim)
+    x0, kept = torch.empty_like(x), [blocks, query, cos, sin, bias, *numbers]
+    arrays = [
+        ("time_tokens", time_tokens, time_tokens.shape), ("coefficients", coefficients, (steps, 6)),
+        ("null_table", null_table, (steps, dim)),
+    ]  # fmt: skip
+    time, coefficients, null = calls.addresses_of(arrays, kept)
+    (query,) = calls.vectors_of([("query", query, (dim,))], kept)
     call = structs.Run(
         blocks=blocks_of(
             rows, suffix, blocks.table, prefix_k, prefix_v, samples, blocks.shape, blocks.scale, cos, sin,
             blocks.cosine, bias, None, blocks.activation, blocks.eps, kept,
         ),
-        time=calls.address_of(time_tokens, kept), null=calls.address_of(null_table, kept),
-        coefficients=calls.address_of(coefficients, kept), query=calls.vector_of(query, kept),
+        time=time, null=null, coefficients=coefficients, query=query,
         x=x.data_ptr(), x0=x0.data_ptr(), clamp=CLAMPS[clamp], cond_scale=cond_scale, radius=radius,
     )  # fmt: skip
     return Run(call, x, x0, kept, steps)

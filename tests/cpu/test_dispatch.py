@@ -14,6 +14,7 @@ from fastprior.kernels import ops
 from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import attention as cpu_attention
 from fastprior.kernels.cpu import blocks as cpu_blocks
+from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.models.dalle2 import layers
 from helpers.cpu_cases import (
@@ -154,7 +155,7 @@ LEFT = {  # to PyTorch: which kernel, and a call
     "fp64": ("linear", lambda: ops.linear(random(3, 8).double(), random(5, 8).double())),
     "fp16": ("linear", lambda: ops.linear(random(3, 8).half(), random(5, 8).half())),
     "fp64-residual": ("linear", lambda: ops.linear(random(3, 8), random(5, 8), residual=random(3, 5).double())),
-    "many-rows": ("linear", lambda: run_linear(x=random(cpu_linear.most_rows(FP32) + 1, 52))),
+    "many-rows": ("linear", lambda: run_linear(x=random(cpu_library.most_rows(FP32) + 1, 52))),
     "no-rows": ("linear", lambda: run_linear(x=random(0, 52))),
     "gradient-of-x": ("linear", lambda: run_linear(x=random(3, 52).requires_grad_())),
     "gradient-of-bias": ("linear", lambda: run_linear(bias=random(40).requires_grad_())),

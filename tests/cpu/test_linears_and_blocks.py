@@ -67,7 +67,7 @@ pytestmark = NEEDS_KERNELS
 @pytest.fixture(scope="session")
 def haswell(tmp_path_factory):
     with built(HASWELL, FASTPRIOR_CACHE=tmp_path_factory.mktemp("haswell")):
-        assert cpu_library.unavailable() is None and cpu_linear.most_rows(FP32) == 32
+        assert cpu_library.unavailable() is None and cpu_library.most_rows(FP32) == 32
         return cpu_library._loaded, cpu_library._most_rows
 
 
@@ -103,14 +103,14 @@ ROWS = [1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 130]  # 
 @pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
 def test_linear_of_every_shape(build, shape, dtypes):
     for rows in ROWS:
-        if rows <= cpu_linear.most_rows(FP32):
+        if rows <= cpu_library.most_rows(FP32):
             check_linear(make(rows, *shape, dtypes, ("bias",)))
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16-beside-fp32", "int8"])
 def test_linear_of_every_number_of_rows(build, dtypes):
     """The passes over them are of several sizes, the last often of another than the rest."""
-    for rows in range(1, min(cpu_linear.most_rows(FP32), 66) + 1):
+    for rows in range(1, min(cpu_library.most_rows(FP32), 66) + 1):
         check_linear(make(rows, 50, 100, dtypes, ("norm_gain",)))
 
 
@@ -118,7 +118,7 @@ def test_linear_of_every_number_of_rows(build, dtypes):
 @pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
 def test_products_of_bf16_are_exact(build, rows, shape):
     """Where x is rounded to bf16 that is all that is lost: of an x that bf16 holds the result is that of fp32."""
-    if rows <= cpu_linear.most_rows(BF16):
+    if rows <= cpu_library.most_rows(BF16):
         inputs = make(rows, *shape, "bf16")
         inputs["x"] = inputs["x"].float()
         exact, plain = (reference.linear(LinearArgs(**cast(inputs, dtype))) for dtype in (torch.float64, FP32))
@@ -260,7 +260,7 @@ def test_rows_do_not_meet(build, rows, dtypes):
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rows", [3, 6, 9, 16, 32])
 def test_nan_and_infinity_stay_in_their_rows_and_columns(build, rows, dtypes):
-    if rows > cpu_linear.most_rows(FP32):
+    if rows > cpu_library.most_rows(FP32):
         pytest.skip("PyTorch computes so many")
     inputs = make(rows, 50, 100, dtypes)
     expected = cpu_linear.linear(LinearArgs(**inputs))

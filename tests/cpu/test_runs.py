@@ -6,14 +6,13 @@ import torch
 from fastprior import PriorPipeline, PriorSampler, PriorTransformer
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels.cpu import library as cpu_library
-from fastprior.kernels.cpu import linear as cpu_linear
 from fastprior.pipelines.text_encoding import TextEncoding
 from helpers.cpu_cases import NEEDS_KERNELS
 from helpers.priors import make_prior, make_text
 
 pytestmark = [
     NEEDS_KERNELS,
-    pytest.mark.skipif(cpu_linear.most_rows(torch.float32) < 18, reason="these runs have 18 tokens"),
+    pytest.mark.skipif(cpu_library.most_rows(torch.float32) < 18, reason="these runs have 18 tokens"),
 ]
 STEPS = 5
 

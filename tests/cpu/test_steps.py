@@ -11,13 +11,13 @@ from fastprior import DiffusionPriorNetwork, PriorSampler
 from fastprior.engine import steps
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import blocks as cpu_blocks
-from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import run as cpu_run
 from fastprior.prior import loop
 from helpers.cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, through_reference
 from helpers.priors import make_prior, make_text, relative_error, sample
 
-pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu_linear.most_rows(FP32) < 32, reason="these steps have 32 tokens")]
+pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu_library.most_rows(FP32) < 32, reason="these steps have 32 tokens")]
 STEPS = 5
 CONFIGS = {
     "plain": {},

@@ -15,7 +15,6 @@ from fastprior.cli import info
 from fastprior.kernels import ops
 from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import blocks as cpu_blocks
-from fastprior.kernels.cpu import calls as cpu_calls
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
 from helpers.at_once import at_once
@@ -366,7 +365,7 @@ class Threads(TorchDispatchMode):
 def test_a_run_of_one_prompt_waits_for_no_thread_of_pytorch(monkeypatch, how):
     from fastprior import PriorSampler
 
-    monkeypatch.setattr(cpu_calls, "is_watched", lambda: False)  # the mode below would keep kernels away
+    monkeypatch.setattr(cpu_library, "is_watched", lambda: False)  # the mode below would keep kernels away
     prior = make_prior(dict(dim=512, dim_head=64, heads=8, max_text_len=77, num_timesteps=20))
     text = make_text(1, 512, 77)
     with threads(2):

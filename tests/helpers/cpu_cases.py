@@ -37,7 +37,7 @@ DOT, ROUNDED, OUTER, TILES = range(4)
 
 def form(dtype, rows):
     """How a linear of so many rows of weights of a dtype is computed here."""
-    return DOT if cpu_library.unavailable() else cpu_library.library().form(cpu_linear.KINDS[dtype], rows)
+    return DOT if cpu_library.unavailable() else cpu_library.library().form(cpu_library.KINDS[dtype], rows)
 
 
 HAS_TILES = form(FP32, 64) == TILES

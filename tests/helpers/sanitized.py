@@ -43,7 +43,7 @@ def sanitized():
     assert cpu_library.unavailable() is None, cpu_library.unavailable()
     options = itertools.cycle(("all-swiglu", "all-gelu"))
     for dtypes, rows, shape in itertools.product(("fp32", "bf16", "int8"), (1, 3, 6, 7, 17, 32, 64, 67), SHAPES[::2]):
-        if rows <= cpu_linear.most_rows(FP32):
+        if rows <= cpu_library.most_rows(FP32):
             check_linear(make(rows, *shape, dtypes, OPTIONS[next(options)]))
     if HAS_TILES:
         check_linear(make(64, 70, 3500, "fp32", OPTIONS["all-swiglu"]))  # a sum in parts
@@ -63,7 +63,7 @@ def sanitized():
         with threads(count):
             prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)
     print("every access was within bounds", flush=True)
-    cpu_calls.check_shape = lambda *args: None
+    cpu_calls.check_shapes = lambda *args: None
     cpu_linear.linear(LinearArgs(x=random(3, 64), weight=random(5, 7)))
 
 

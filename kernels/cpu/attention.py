@@ -29,8 +29,9 @@ def takes_decode(
     return fits and library.takes((q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())))
 
 
-def _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
-    return torch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), dtype=q.dtype, device=q.device)
+def _fake_decode(q, *_) -> Tensor:
+    rows, seq, heads, dim_head = q.shape
+    return q.new_empty((rows, seq, heads * dim_head))
 
 
 def _heads(t: Tensor) -> Tensor:
@@ -40,19 +41,19 @@ def _heads(t: Tensor) -> Tensor:
 
 def attention_of(
     prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask, kept,
-    depth=None, **own,
+    depth=(), **own,
 ) -> tuple[structs.Decode, int]:  # fmt: skip
     """Attention behind a prefix as C reads it, of several layers that of the first, and how far these are apart.
 
     Args:
         prefix_k, prefix_v: (prompts, prefix, kv_heads, dim_head), behind depth where there are several layers.
-        kept: is given what C reads.
+        kept: is given what has to be copied.
         own: the fields of queries, keys and values, where the caller has them.
     Raises:
         ValueError: shapes that do not fit each other.
     """
     *_, prompts, prefix, _, _ = prefix_k.shape
-    shape, keys = (*(() if depth is None else (depth,)), prompts, prefix, kv_heads, dim_head), prefix + suffix
+    shape, keys = (*depth, prompts, prefix, kv_heads, dim_head), prefix + suffix
     if not prompts or rows % prompts or not kv_heads or heads % kv_heads:
         raise ValueError(
             f"{rows} rows of {heads} heads; they must be multiples of {prompts} prompts, {kv_heads} kv_heads"
@@ -63,16 +64,17 @@ def attention_of(
         calls.check_shapes([("bias", bias, (suffix, 1, keys))])
         bias = bias.expand(-1, heads, -1)
     rotated = 0 if cos is None else cos.shape[-1]
-    arrays = [
+    arrays = (
         ("mask", mask, (prompts, prefix)), ("bias", bias, (suffix, heads, keys)),
         ("cos", cos, (suffix, min(dim_head, rotated) // 2 * 2)), ("sin", sin, (suffix, rotated)),
-    ]  # fmt: skip
+    )  # fmt: skip
     caches = ("prefix_k", prefix_k, shape), ("prefix_v", prefix_v, shape)
     mask, bias, cos, sin = calls.addresses_of(arrays, kept, caches)
-    if prefix_k.stride(-1) != 1 or prefix_k.stride() != prefix_v.stride():
+    if (strides := prefix_k.stride()) != prefix_v.stride() or strides[-1] != 1:
         prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
-    kept += prefix_k, prefix_v
-    *_, prefix_prompt, prefix_token, prefix_head, _ = prefix_k.stride()
+        kept += prefix_k, prefix_v
+        strides = prefix_k.stride()
+    *_, prefix_prompt, prefix_token, prefix_head, _ = strides
     call = structs.Decode(
         prefix_k=prefix_k.data_ptr(), prefix_v=prefix_v.data_ptr(),
         prefix_prompt=prefix_prompt, prefix_token=prefix_token, prefix_head=prefix_head,
@@ -80,17 +82,17 @@ def attention_of(
         rows=rows, seq=seq, suffix=suffix, heads=heads, kv_heads=kv_heads, dim_head=dim_head, prompts=prompts,
         prefix=prefix, rotated=rotated, cosine=cosine, scale=scale, **own,
     )  # fmt: skip
-    return call, prefix_k.stride(0)
+    return call, strides[0]
 
 
 def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> Tensor:
-    out = _fake_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask)
+    out = _fake_decode(q)
     (rows, seq, heads, dim_head), (_, suffix, kv_heads, _), kept = q.shape, k.shape, []
     q, k, v = map(_heads, (q, k, v))
     if k.stride()[:2] != v.stride()[:2]:
         k, v = k.contiguous(), v.contiguous()
     shape = rows, suffix, kv_heads, dim_head
-    calls.check_shapes([("k", k, shape), ("v", v, shape), ("prefix_v", prefix_v, prefix_k.shape)])
+    calls.check_shapes((("k", k, shape), ("v", v, shape), ("prefix_v", prefix_v, prefix_k.shape)))
     (q_row, q_token, *_), (kv_row, kv_token, *_) = q.stride(), k.stride()
     call, _ = attention_of(
         prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask, kept,

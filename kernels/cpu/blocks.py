@@ -163,7 +163,7 @@ def _run_blocks(
 def blocks_of(
     rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps, kept
 ) -> structs.Blocks:  # fmt: skip
-    """Everything but x and out, which the caller sets; what C reads by address is kept.
+    """Everything but x and out, which the caller sets; what has to be copied is kept.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -171,7 +171,7 @@ def blocks_of(
     depth, dim, inner, heads, kv_heads, dim_head, head, columns = shape
     attention, prefix_layer = attention_of(
         prefix_k, prefix_v, rows, heads, kv_heads, outputs or suffix, suffix, dim_head, scale, cos, sin, cosine, bias,
-        mask, kept, depth=depth,
+        mask, kept, depth=(depth,),
     )  # fmt: skip
     return structs.Blocks(
         blocks=table.data_ptr(), depth=depth, dim=dim, inner=inner, outputs=outputs, head=head, columns=columns,

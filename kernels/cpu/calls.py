@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from .library import KINDS
 
 ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
-FLOATS = torch.float32, torch.bfloat16
+FP32, FLOATS = (torch.float32,), (torch.float32, torch.bfloat16)
 Array = tuple[str, Tensor | None, tuple[int, ...]]  # the name of an argument, what is given for it, and its shape
 
 _operations = torch.library.Library("fastprior", "FRAGMENT")
@@ -37,28 +37,28 @@ def check_shapes(arrays: Iterable[Array]) -> None:
             raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {tuple(shape)}")
 
 
-def vectors_of(
-    arrays: Iterable[Array], kept: list, others: Iterable[Array] = (), dtypes: Container[torch.dtype] = FLOATS
-) -> list[tuple[int, int]]:
+def vectors_of(arrays: Sequence[Array], kept: list, others: Sequence[Array] = ()) -> list[tuple[int, int]]:
     """`structs.Vector` of each tensor, with no data where none is given, behind a check of all shapes.
 
     Args:
-        kept: is given what has to be copied, because it does not lie side by side in one of the dtypes.
-        others: of which C reads the shapes' numbers, too.
+        kept: is given what has to be copied, because it does not lie side by side in fp32 or bf16.
+        others: whose shapes are checked before.
     """
-    check_shapes((*others, *arrays))
-    found = []
-    for _, t, _ in arrays:
-        if t is None:
-            found.append((0, 0))
-            continue
-        if t.dtype not in dtypes or not t.is_contiguous():
-            t = t.float().contiguous()
-            kept.append(t)
-        found.append((t.data_ptr(), KINDS[t.dtype]))
-    return found
+    check_shapes(others)
+    check_shapes(arrays)
+    found = (t if t is None else _side_by_side(t, FLOATS, kept) for _, t, _ in arrays)
+    return [(0, 0) if t is None else (t.data_ptr(), KINDS[t.dtype]) for t in found]
 
 
-def addresses_of(arrays: Iterable[Array], kept: list, others: Iterable[Array] = ()) -> list[int]:
+def addresses_of(arrays: Sequence[Array], kept: list, others: Sequence[Array] = ()) -> list[int]:
     """Where the numbers of each tensor lie in fp32; see `vectors_of`."""
-    return [address for address, _ in vectors_of(arrays, kept, others, (torch.float32,))]
+    check_shapes(others)
+    check_shapes(arrays)
+    return [0 if t is None else _side_by_side(t, FP32, kept).data_ptr() for _, t, _ in arrays]
+
+
+def _side_by_side(t: Tensor, dtypes: tuple[torch.dtype, ...], kept: list) -> Tensor:
+    if t.dtype not in dtypes or not t.is_contiguous():
+        t = t.float().contiguous()
+        kept.append(t)
+    return t

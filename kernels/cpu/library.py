@@ -159,7 +159,9 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: it cannot be compiled.
     """
-    if unavailable():
+    if _loaded is None:
+        _load()
+    if isinstance(_loaded, str):
         raise RuntimeError(f"the CPU kernels cannot be compiled: {_loaded}")
     return _loaded
 
@@ -198,11 +200,14 @@ def takes(
         rows: how many meet them.
         gradients: also tensors that require one.
     """
-    tensors = [t for t in tensors if t is not None]
-    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype != torch.float64 for t in tensors):
-        return False
-    if not gradients and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
+    gradients = gradients or not torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or t.dtype == torch.float64:
+            return False
+        if t.requires_grad and not gradients:
+            return False
     return 0 < rows <= most_rows(dtype) and not is_watched()
 
 
@@ -217,9 +222,9 @@ def run(name: str, call: structs.Structure, *others: object, x: Tensor, rows: in
         ValueError: x has more rows than C takes, or none.
         MemoryError: there is no memory to lay out x.
     """
-    function, most = getattr(library(), name), _most_rows[torch.float32]
-    if not 0 < rows <= most:
-        raise ValueError(f"x has {rows} rows; they must be 1 to {most}")
+    function = getattr(library(), name)
+    if rows != 1 and not 0 < rows <= most_rows(torch.float32):
+        raise ValueError(f"x has {rows} rows; they must be 1 to {most_rows(torch.float32)}")
     if function(call, *others, thread_count()):
         raise MemoryError(f"no memory to lay out x of shape {tuple(x.shape)}")
 

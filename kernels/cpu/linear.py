@@ -36,7 +36,7 @@ def _results(args: LinearArgs) -> tuple[Tensor, Tensor]:
 def _run(args: LinearArgs) -> tuple[Tensor, Tensor]:
     x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, _ = args
     out, total = _results(args)
-    columns, (first, more), dim = out.shape[-1], (len(weight), 0 if beside is None else len(beside)), x.shape[-1]
+    columns, dim, first, more = out.shape[-1], x.shape[-1], weight.shape[0], 0 if beside is None else beside.shape[0]
     outputs = first + more
     if activation == "swiglu" and (more or outputs % 2):
         raise ValueError(f"weight has {first} rows, beside {more}; 'swiglu' needs one weight of an even number")
@@ -44,6 +44,7 @@ def _run(args: LinearArgs) -> tuple[Tensor, Tensor]:
         raise ValueError("stream and stream_gain must be given together")
     of_x = x if x.ndim == 2 else x.reshape(-1, dim)
     of_x = of_x if of_x.stride(1) == 1 else of_x.contiguous()
+    rows = of_x.shape[0]
     vectors = [
         ("scale", scale, (outputs,)), ("bias", bias, (outputs,)), ("norm_gain", norm_gain, (dim,)),
         ("norm_bias", norm_bias, (dim,)), ("stream_gain", stream_gain, (dim,)),
@@ -61,13 +62,13 @@ def _run(args: LinearArgs) -> tuple[Tensor, Tensor]:
         x=of_x.data_ptr(), x_kind=KINDS[x.dtype], x_stride=of_x.stride(0),
         out=out.data_ptr(), out_kind=KINDS[out.dtype], out_stride=columns,
         weight=weight.data_ptr(), weight_kind=KINDS[weight.dtype], weight_stride=weight.stride(0),
-        total=total.data_ptr(), columns=columns - more, rows=len(of_x), dim=dim,
+        total=total.data_ptr(), columns=columns - more, rows=rows, dim=dim,
         activation=calls.ACTIVATIONS[activation], eps=eps, **fields,
     )  # fmt: skip
     if more:
         call.beside, call.beside_kind, call.beside_stride = beside.data_ptr(), call.weight_kind, beside.stride(0)
         call.beside_columns = more
-    library.run("linear", call, x=x, rows=len(of_x))
+    library.run("linear", call, x=x, rows=rows)
     return out, total
 
 

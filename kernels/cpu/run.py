@@ -41,10 +41,10 @@ class Run:
         Raises:
             IndexError: there are not so many steps.
         """
-        kept, count = [], len(noise)
+        kept, count, shape = [], len(noise), self.x.shape
         if not 0 <= first <= first + count <= self.steps:
             raise IndexError(f"steps {first} to {first + count - 1}; there are {self.steps}")
-        addresses = calls.addresses_of([("noise", drawn, self.x.shape) for drawn in noise], kept)
+        addresses = calls.addresses_of([("noise", drawn, shape) for drawn in noise], kept)
         library.run("run_steps", self._call, (ctypes.c_void_p * count)(*addresses), first, count, x=self.x)
 
 

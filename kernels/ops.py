@@ -330,11 +330,6 @@ def prepare_blocks(
     return cpu_blocks.prepare_blocks(blocks, owner=owner, **sizes, **options, head=head)
 
 
-def most_tokens(blocks: Blocks) -> int:
-    """The most tokens that one call of `run_blocks` takes."""
-    return blocks.most_tokens
-
-
 def run_blocks(
     x: Tensor,
     blocks: Blocks | None,

@@ -16,10 +16,7 @@ def fits_stacks(dim_head: int, prefix: int, suffix: int) -> bool:
     return dim_head <= MAX_DIM_HEAD and prefix + suffix <= MAX_KEYS and suffix * dim_head <= MAX_SUFFIX_NUMBERS
 
 
-def takes_decode(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, rotary=None, bias=None, mask=None,
-    dropout: float = 0.0, **_,
-) -> bool:  # fmt: skip
+def takes_decode(q, k, v, prefix_k, prefix_v, *, rotary=None, bias=None, mask=None, dropout=0.0, **_) -> bool:
     """Whether `decode_attention` computes this: on the CPU, in fp32 or bf16 over a prefix in fp32, without gradient."""
     if not q.is_cpu or dropout or q.dtype not in calls.FLOATS or not q.dtype == k.dtype == v.dtype:
         return False
@@ -40,14 +37,14 @@ def _heads(t: Tensor) -> Tensor:
 
 
 def attention_of(
-    prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask, kept,
+    kept, prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask,
     depth=(), **own,
 ) -> tuple[structs.Decode, int]:  # fmt: skip
     """Attention behind a prefix as C reads it, of several layers that of the first, and how far these are apart.
 
     Args:
-        prefix_k, prefix_v: (prompts, prefix, kv_heads, dim_head), behind depth where there are several layers.
         kept: is given what has to be copied.
+        prefix_k, prefix_v: (*depth, prompts, prefix, kv_heads, dim_head), depth being () for one layer.
         own: the fields of queries, keys and values, where the caller has them.
     Raises:
         ValueError: shapes that do not fit each other.
@@ -95,7 +92,7 @@ def _run_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask
     calls.check_shapes((("k", k, shape), ("v", v, shape), ("prefix_v", prefix_v, prefix_k.shape)))
     (q_row, q_token, *_), (kv_row, kv_token, *_) = q.stride(), k.stride()
     call, _ = attention_of(
-        prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask, kept,
+        kept, prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask,
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), kind=KINDS[q.dtype],
         q_row=q_row, q_token=q_token, kv_row=kv_row, kv_token=kv_token,
     )  # fmt: skip
@@ -112,19 +109,8 @@ calls.define_operation(
 
 
 def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    *,
-    scale: float,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    cosine: bool = False,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """`reference.decode_attention` of what `takes_decode` says."""
+    q, k, v, prefix_k, prefix_v, *, scale, rotary=None, cosine=False, bias=None, mask=None, dropout=0.0
+) -> Tensor:  # fmt: skip
+    """See `ops.decode_attention`; for what `takes_decode` says."""
     run = torch.ops.fastprior.cpu_decode.default if torch.compiler.is_compiling() else _run_decode
     return run(q, k, v, prefix_k, prefix_v, scale, *(rotary or (None, None)), cosine, bias, mask)

@@ -69,25 +69,14 @@ class Blocks(NamedTuple):
 
 
 def prepare_blocks(
-    blocks: Sequence[Block],
-    *,
-    owner: nn.Module,
-    heads: int,
-    kv_heads: int,
-    dim_head: int,
-    scale: float,
-    cosine: bool,
-    activation: str,
-    eps: float,
-    head: Block | None = None,
-) -> Blocks | None:
+    blocks, *, owner, heads, kv_heads, dim_head, scale, cosine, activation, eps, head=None
+) -> Blocks | None:  # fmt: skip
     """See `ops.prepare_blocks`."""
     dtype, dim, inner = blocks[0].q.dtype, blocks[0].q.shape[1], blocks[0].contract.shape[1]
     everything = [*blocks, *([] if head is None else [head])]
     weights = [t for t in itertools.chain(*everything) if t is not None]
     matrices = [t for block in everything for t in block[: len(MATRICES)] if t is not None]
-    most = most_tokens(dtype)
-    if any(t.dtype != dtype or t.stride(1) != 1 for t in matrices) or not library.takes(weights, dtype, gradients=True):
+    if not library.takes(weights, dtype, gradients=True) or any(t.dtype != dtype or t.stride(1) != 1 for t in matrices):
         return None
     kept = [t.untyped_storage() for t in weights]  # those of a parameter may be replaced
     own, shared, wide = heads * dim_head, kv_heads * dim_head, inner * 2 if activation == "swiglu" else inner
@@ -106,7 +95,7 @@ def prepare_blocks(
     table = torch.frombuffer(table, dtype=torch.int64).view(len(everything), -1)
     shape = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
     huge_pages.settle(owner, matrices)
-    requires_grad = any(t.requires_grad for t in weights)
+    requires_grad, most = any(t.requires_grad for t in weights), most_tokens(dtype)
     return Blocks(table, kept, owner, dtype, shape, scale, cosine, activation, eps, requires_grad, most)
 
 
@@ -145,23 +134,17 @@ def _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape, *_) -> Tensor:
     return torch.empty(out, dtype=torch.float32, device=x.device)
 
 
-def _run_blocks(
-    x, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps
-):  # fmt: skip
+def _run_blocks(x, *args) -> Tensor:
     kept, (rows, suffix, _) = [], x.shape
-    (address,) = calls.addresses_of([("x", x, (rows, suffix, shape[1]))], kept)
-    call = blocks_of(
-        rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps,
-        kept,
-    )  # fmt: skip
-    out = _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape)
-    call.x, call.out = address, out.data_ptr()
+    call, out = blocks_of(kept, rows, suffix, *args), _fake_blocks(x, *args)
+    (call.x,) = calls.addresses_of([("x", x, (rows, suffix, call.dim))], kept)
+    call.out = out.data_ptr()
     library.run("run_blocks", call, x=x, rows=rows * suffix)
     return out
 
 
 def blocks_of(
-    rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps, kept
+    kept, rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps
 ) -> structs.Blocks:  # fmt: skip
     """Everything but x and out, which the caller sets; what has to be copied is kept.
 
@@ -170,8 +153,8 @@ def blocks_of(
     """
     depth, dim, inner, heads, kv_heads, dim_head, head, columns = shape
     attention, prefix_layer = attention_of(
-        prefix_k, prefix_v, rows, heads, kv_heads, outputs or suffix, suffix, dim_head, scale, cos, sin, cosine, bias,
-        mask, kept, depth=(depth,),
+        kept, prefix_k, prefix_v, rows, heads, kv_heads, outputs or suffix, suffix, dim_head, scale, cos, sin, cosine,
+        bias, mask, depth=(depth,),
     )  # fmt: skip
     return structs.Blocks(
         blocks=table.data_ptr(), depth=depth, dim=dim, inner=inner, outputs=outputs, head=head, columns=columns,
@@ -188,15 +171,7 @@ calls.define_operation(
 
 
 def run_blocks(
-    x: Tensor,
-    blocks: Blocks,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    *,
-    outputs: int,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
+    x: Tensor, blocks: Blocks, prefix_k: Tensor, prefix_v: Tensor, *, outputs: int, rotary=None, bias=None, mask=None
 ) -> Tensor:
     """See `ops.run_blocks`; for what `takes_blocks` says."""
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks

@@ -1,4 +1,4 @@
-"""The sources of `c/` as a library: compiled at first use and kept, called with as many threads as there are cores for.
+"""The sources of `c/` as a library: compiled at first use and kept, what it takes, and calls of it on all our cores.
 
 It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
 """
@@ -186,11 +186,7 @@ def is_watched() -> bool:
 
 
 def takes(
-    tensors: Sequence[Tensor | None],
-    dtype: torch.dtype = torch.float32,
-    rows: int = 1,
-    *,
-    gradients: bool = False,
+    tensors: Sequence[Tensor | None], dtype: torch.dtype = torch.float32, rows: int = 1, *, gradients: bool = False
 ) -> bool:
     """Whether C may have these: plain numbers on the CPU, without gradient, that nothing follows.
 
@@ -223,8 +219,8 @@ def run(name: str, call: structs.Structure, *others: object, x: Tensor, rows: in
         MemoryError: there is no memory to lay out x.
     """
     function = getattr(library(), name)
-    if rows != 1 and not 0 < rows <= most_rows(torch.float32):
-        raise ValueError(f"x has {rows} rows; they must be 1 to {most_rows(torch.float32)}")
+    if not 0 < rows <= (most := most_rows(torch.float32)):
+        raise ValueError(f"x has {rows} rows; they must be 1 to {most}")
     if function(call, *others, thread_count()):
         raise MemoryError(f"no memory to lay out x of shape {tuple(x.shape)}")
 
@@ -246,19 +242,14 @@ def quota() -> float | None:
 
     Read once. A group may be limited by any that it lies in.
     """
+    found = []
     with contextlib.suppress(OSError):
-        found = []
         for line in OF_PROCESS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            root = CONTROL_GROUPS / "cpu" if controllers else CONTROL_GROUPS
-            group = root / path.lstrip("/")
-            while group != root.parent:
-                found.append(_read_quota(group))
-                group = group.parent
-        return min((cores for cores in found if cores), default=None)
-    return None
+            if not controllers or "cpu" in controllers.split(","):
+                group = (CONTROL_GROUPS / "cpu" if controllers else CONTROL_GROUPS) / path.lstrip("/")
+                found += map(_read_quota, (group, *group.parents))
+    return min((cores for cores in found if cores), default=None)
 
 
 def thread_count() -> int:

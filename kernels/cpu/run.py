@@ -49,22 +49,9 @@ class Run:
 
 
 def prepare_run(
-    blocks: Blocks,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    *,
-    rows: int,
-    samples: int,
-    time_tokens: Tensor,
-    query: Tensor,
-    coefficients: Tensor,
-    null_table: Tensor,
-    cond_scale: float,
-    clamp: str | None = None,
-    radius: float = 1.0,
-    rotary: tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
-) -> Run | None:
+    blocks: Blocks, prefix_k, prefix_v, *, rows, samples, time_tokens, query, coefficients, null_table, cond_scale,
+    clamp=None, radius=1.0, rotary=None, bias=None,
+) -> Run | None:  # fmt: skip
     """See `ops.prepare_run`."""
     steps, times, dim = time_tokens.shape
     if not blocks.has_head or blocks.shape[-1] != dim:
@@ -83,8 +70,8 @@ def prepare_run(
     (query,) = calls.vectors_of([("query", query, (dim,))], kept)
     call = structs.Run(
         blocks=blocks_of(
-            rows, suffix, blocks.table, prefix_k, prefix_v, samples, blocks.shape, blocks.scale, cos, sin,
-            blocks.cosine, bias, None, blocks.activation, blocks.eps, kept,
+            kept, rows, suffix, blocks.table, prefix_k, prefix_v, samples, blocks.shape, blocks.scale, cos, sin,
+            blocks.cosine, bias, None, blocks.activation, blocks.eps,
         ),
         time=time, null=null, coefficients=coefficients, query=query,
         x=x.data_ptr(), x0=x0.data_ptr(), clamp=CLAMPS[clamp], cond_scale=cond_scale, radius=radius,

@@ -319,7 +319,7 @@ class DiffusionPriorNetwork(nn.Module):
         Args:
             cond: see `step`.
             samples: of all prompts.
-            **solver: what `kernels.cpu.run.prepare_run` takes of the solver.
+            **solver: what `ops.prepare_run` takes of the solver.
         """
         cache, embed, norm = cond.cache, self.to_image_embeds, self.causal_transformer.init_norm
         if cache.blocks is None or cache.blocks.owner is not self.causal_transformer:

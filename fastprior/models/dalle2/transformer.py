@@ -194,7 +194,7 @@ class CausalTransformer(nn.Module):
             return None
         seq, parts = x.shape[1], []
         bias = self._bias(0, seq, x.device)
-        for part in x.split(max(1, ops.most_tokens(blocks) // seq)):
+        for part in x.split(max(1, blocks.most_tokens // seq)):
             k, v = (t.expand(-1, len(part), -1, -1, -1) for t in null)
             parts.append(ops.run_blocks(part, blocks, k, v, outputs=0, rotary=rotary, bias=bias))
             if parts[-1] is None:

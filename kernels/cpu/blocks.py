@@ -175,5 +175,8 @@ def run_blocks(
 ) -> Tensor:
     """See `ops.run_blocks`; for what `takes_blocks` says."""
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
-    given, tables = (blocks.table, prefix_k, prefix_v, outputs, blocks.shape, blocks.scale), rotary or (None, None)
-    return run(x, *given, *tables, blocks.cosine, bias, mask, blocks.activation, blocks.eps)
+    cos, sin = rotary or (None, None)
+    return run(
+        x, blocks.table, prefix_k, prefix_v, outputs, blocks.shape, blocks.scale, cos, sin, blocks.cosine, bias, mask,
+        blocks.activation, blocks.eps,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sources of `c/` as a library: compiled at first use and kept, what it takes, and calls of it on all our cores.
+"""The sources of `c/` as a library: compiled at first use and kept; what it takes, and on how many threads it runs.
 
 It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
 """

@@ -96,21 +96,10 @@ def _load_tile(weight_ptr, phase, phases, row, in_rows, dim, BLOCK: tl.constexpr
 
 @triton.jit
 def _matvec_chain_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    out_ptr,
-    arrived_ptr,
-    phases,
-    dim,
-    span,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHAINED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BARRIER: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    x_ptr, weight_ptr, out_ptr, arrived_ptr, phases, dim, span,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHAINED: tl.constexpr,
+    AHEAD: tl.constexpr, BARRIER: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     row = program * span + tl.arange(0, BLOCK_ROWS)
     in_rows = tl.arange(0, BLOCK_ROWS) < span

@@ -63,39 +63,17 @@ def _moments(x_row, stream_row, gain_ptr, in_rows, dim, mean, rstd, eps, BLOCK: 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _linear_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    beside_ptr,
-    bias_ptr,
-    scale_ptr,
-    stream_ptr,
-    stream_gain_ptr,
-    norm_gain_ptr,
-    norm_bias_ptr,
-    residual_ptr,
-    out_ptr,
+    x_ptr, weight_ptr, beside_ptr, bias_ptr, scale_ptr, stream_ptr, stream_gain_ptr, norm_gain_ptr, norm_bias_ptr,
+    residual_ptr, out_ptr,
     total_ptr,  # stream + norm(x)
-    workspace_ptr,  # None unless the sum is split
-    counters_ptr,
+    workspace_ptr, counters_ptr,  # None unless the sum is split
     rows,
-    inner,
-    columns,  # inner, and those of the weight beside
-    dim,
-    span,
-    splits,
-    stride_x_row,
-    stride_weight_row,
-    stride_beside_row,
-    stride_stream_row,
-    stride_residual_row,
-    eps,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_NORM: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
+    inner, columns,  # of the first weight, and with those of the weight beside
+    dim, span, splits,
+    stride_x_row, stride_weight_row, stride_beside_row, stride_stream_row, stride_residual_row, eps,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_NORM: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, BLOCK_M)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # of this weight

@@ -39,25 +39,11 @@ def _load_vector(ptr, col, in_dim):
 
 @triton.jit(do_not_specialize=["rows"])
 def _layer_norm_fwd_kernel(
-    x_ptr,
-    gain_ptr,
-    bias_ptr,
-    residual_ptr,
-    after_ptr,
-    out_ptr,
+    x_ptr, gain_ptr, bias_ptr, residual_ptr, after_ptr, out_ptr,
     total_ptr,  # of x + residual
-    rows,
-    dim,
-    stride_x_row,
-    stride_residual_row,
-    stride_after_row,
-    eps,
-    STABLE: tl.constexpr,
-    RMS: tl.constexpr,
-    L2: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    rows, dim, stride_x_row, stride_residual_row, stride_after_row, eps,
+    STABLE: tl.constexpr, RMS: tl.constexpr, L2: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     in_rows, in_dim = row < rows, col < dim
@@ -82,26 +68,11 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _layer_norm_bwd_kernel(
-    dout_ptr,
-    dtotal_ptr,
-    total_ptr,
-    gain_ptr,
-    bias_ptr,
-    dx_ptr,
-    dgain_ptr,  # (programs, dim)
-    dbias_ptr,
-    rows,
-    dim,
-    stride_dout_row,
-    stride_dtotal_row,
-    stride_total_row,
-    eps,
-    STABLE: tl.constexpr,
-    RMS: tl.constexpr,
-    L2: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dout_ptr, dtotal_ptr, total_ptr, gain_ptr, bias_ptr, dx_ptr,
+    dgain_ptr, dbias_ptr,  # (programs, dim)
+    rows, dim, stride_dout_row, stride_dtotal_row, stride_total_row, eps,
+    STABLE: tl.constexpr, RMS: tl.constexpr, L2: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     col = tl.arange(0, BLOCK)
     in_vector = col < dim
     if dgain_ptr is not None:

@@ -31,32 +31,12 @@ def _normal(seed, c0, c1):
 
 @triton.jit(do_not_specialize=["stride_scale", "stride_index"])
 def _diffusion_step_fwd_kernel(
-    x_ptr,
-    pred_ptr,
-    null_ptr,
-    cond_scale_ptr,
-    x0_prev_ptr,
-    noise_ptr,
-    table_ptr,
-    index_ptr,
-    seed_ptr,
-    x_next_ptr,  # may be x_ptr, and x0_ptr may be x0_prev_ptr: a program reads its row before it writes it
-    x0_ptr,
-    dim,
-    stride_x_row,
-    stride_pred_row,
-    stride_null_row,
-    stride_x0_prev_row,
-    stride_noise_row,
-    stride_x_next_row,
-    stride_x0_row,
-    stride_scale,
-    stride_index,
-    radius,
-    CLAMP: tl.constexpr,
-    NULL_BY_INDEX: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, pred_ptr, null_ptr, cond_scale_ptr, x0_prev_ptr, noise_ptr, table_ptr, index_ptr, seed_ptr,
+    x_next_ptr, x0_ptr,  # may be x_ptr and x0_prev_ptr: a program reads its row before it writes it
+    dim, stride_x_row, stride_pred_row, stride_null_row, stride_x0_prev_row, stride_noise_row,
+    stride_x_next_row, stride_x0_row, stride_scale, stride_index, radius,
+    CLAMP: tl.constexpr, NULL_BY_INDEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < dim

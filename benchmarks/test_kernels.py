@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastprior.kernels import ops, reference
 from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.reference import AttentionArgs, NormArgs, StepArgs
 
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float16}
 
@@ -112,7 +113,7 @@ def test_norm(benchmark, record, device, op, rows, dim, backward):
         return ops.layer_norm(given["x"], given["gain"], rms=rms)
 
     def torchs(given):
-        return reference.layer_norm(given["x"], given["gain"], rms=rms)
+        return reference.layer_norm(NormArgs(given["x"], given["gain"], rms=rms))
 
     runs = {"kernel": ours, "reference": torchs, "reference compiled": torch.compile(torchs)}
     if backward:
@@ -171,9 +172,8 @@ def attention_baselines(options: dict) -> dict:
 
     def reference_attention(given):
         return reference.attention(
-            given["q"], given["k"], given["v"], rotary=(given["cos"], given["sin"]), null_kv=given["null_kv"],
-            bias=given["bias"], buckets=given["buckets"], **options,
-        )  # fmt: skip
+            AttentionArgs(**{name: t for name, t in given.items() if name != "cotangent"}, **options)
+        )
 
     return {
         "reference": reference_attention,
@@ -321,10 +321,12 @@ def test_step(benchmark, record, device, rows, dim):
         )
         return x, pred, None, torch.tensor(2.0, device=device), x0, noise, table, torch.tensor([5], device=device), null
 
-    def step(run, given):
-        return run(*given[:-1], clamp="l2", radius=27.7, null_table=given[-1])
+    def ours(given):
+        return ops.diffusion_step(*given[:-1], clamp="l2", radius=27.7, null_table=given[-1])
 
-    ours, torchs = functools.partial(step, ops.diffusion_step), functools.partial(step, reference.diffusion_step)
+    def torchs(given):
+        return reference.diffusion_step(StepArgs(*given[:-1], clamp="l2", radius=27.7, null_table=given[-1]))
+
     runs = {"kernel": ours, "reference": torchs, "reference compiled": torch.compile(torchs)}
     size = rows * dim * 4
     measure(

@@ -24,7 +24,7 @@ from .cpu import library as cpu_library
 from .cpu import linear as cpu_linear
 from .cpu import run as cpu_run
 from .gpu import workspace
-from .reference import Rotary
+from .reference import AttentionArgs, NormArgs, Rotary, StepArgs
 
 BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
@@ -109,7 +109,7 @@ def layer_norm(
         from .gpu.norm import layer_norm as run
     else:
         run = reference.layer_norm
-    return run(x, gain, bias, eps, stable=stable, rms=rms, residual=residual, after=after, l2=l2, dtype=dtype)
+    return run(NormArgs(x, gain, bias, residual, after, eps, stable, rms, l2, dtype))
 
 
 def linear(
@@ -204,10 +204,8 @@ def attention(
         from .gpu.attention import attention as run
     else:
         run = reference.attention
-    return run(
-        q, k, v, scale=scale, rotary=rotary, cosine=cosine, null_kv=null_kv, bias=bias, buckets=buckets, causal=causal,
-        causal_fill=causal_fill, mask=mask, dropout=dropout, seed=seed,
-    )  # fmt: skip
+    (cos, sin), numbers = rotary or (None, None), (scale, cosine, causal, causal_fill, dropout)
+    return run(AttentionArgs(q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, *numbers))
 
 
 def decode_attention(
@@ -288,9 +286,7 @@ def diffusion_step(
         from .gpu.step import diffusion_step as run
     else:
         run = reference.diffusion_step
-    return run(
-        x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table=null_table, seed=seed
-    )
+    return run(StepArgs(x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed))
 
 
 Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +17,29 @@ from .arguments import LinearArgs
 Rotary = tuple[Tensor, Tensor]
 
 
-def layer_norm(
-    x: Tensor,
-    gain: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    stable: bool = False,
-    rms: bool = False,
-    residual: Tensor | None = None,
-    after: Tensor | None = None,
-    l2: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+class NormArgs(NamedTuple):
+    """The arguments of `ops.layer_norm`."""
+
+    x: Tensor
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    after: Tensor | None = None
+    eps: float = 1e-5
+    stable: bool = False
+    rms: bool = False
+    l2: bool = False
+    dtype: torch.dtype | None = None
+
+
+def layer_norm(args: NormArgs) -> Tensor | tuple[Tensor, Tensor]:
     """`ops.layer_norm` in plain PyTorch."""
+    x, gain, bias, residual, after, eps, stable, rms, l2, dtype = args
     total = x if residual is None else x + residual
     x = total
     if stable:
         x = x / x.amax(dim=-1, keepdim=True).detach()
-    gain, bias = (None if t is None else t.to(x.dtype) for t in (gain, bias))
+    gain, bias = [t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in (gain, bias)]
     if rms:
         y = F.rms_norm(x, x.shape[-1:], gain, eps)
         y = y if bias is None else y + bias
@@ -54,9 +59,9 @@ def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype = args
     total = None
     if stream is not None:
-        x = total = layer_norm(x, stream_gain, eps=eps, after=stream)
+        x = total = layer_norm(NormArgs(x, stream_gain, eps=eps, after=stream))
     if norm_gain is not None:
-        x = layer_norm(x, norm_gain, norm_bias, eps)
+        x = layer_norm(NormArgs(x, norm_gain, norm_bias, eps=eps))
     if stream is not None or norm_gain is not None:
         x = x.to(dtype or (x.dtype if scale is not None else weight.dtype))
     if beside is not None:
@@ -147,24 +152,30 @@ def expand_bias(table: Tensor, buckets: Tensor, queries: int, columns: int) -> T
     return F.embedding(buckets[distance], table).transpose(1, 2)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    rotary: Rotary | None = None,
-    cosine: bool = False,
-    null_kv: Tensor | None = None,
-    bias: Tensor | None = None,
-    buckets: Tensor | None = None,
-    causal: bool = False,
-    causal_fill: float = -math.inf,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
+class AttentionArgs(NamedTuple):
+    """The arguments of `ops.attention`, with the rotary tables apart."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    null_kv: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    bias: Tensor | None = None
+    buckets: Tensor | None = None
+    mask: Tensor | None = None
+    seed: Tensor | None = None
+    scale: float = 1.0
+    cosine: bool = False
+    causal: bool = False
+    causal_fill: float = -math.inf
+    dropout: float = 0.0
+
+
+def attention(args: AttentionArgs) -> Tensor:
     """`ops.attention` in plain PyTorch; 16-bit inputs are computed in fp32."""
+    q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, scale, cosine, causal, causal_fill, dropout = args
+    rotary = None if cos is None else (cos, sin)
     batch, seq, heads, dim_head = q.shape
     keys, kv_heads = k.shape[1:3]
     group, given = heads // kv_heads, q.dtype
@@ -277,22 +288,26 @@ def clamp_x0(x0: Tensor, clamp: str | None, radius: float) -> Tensor:
     return x0
 
 
-def diffusion_step(
-    x: Tensor,
-    pred: Tensor,
-    null_pred: Tensor | None,
-    cond_scale: Tensor,
-    x0_prev: Tensor,
-    noise: Tensor | None,
-    table: Tensor,
-    index: Tensor,
-    clamp: str | None = None,
-    radius: float = 1.0,
-    *,
-    null_table: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+class StepArgs(NamedTuple):
+    """The arguments of `ops.diffusion_step`."""
+
+    x: Tensor
+    pred: Tensor
+    null_pred: Tensor | None
+    cond_scale: Tensor
+    x0_prev: Tensor
+    noise: Tensor | None
+    table: Tensor
+    index: Tensor
+    clamp: str | None = None
+    radius: float = 1.0
+    null_table: Tensor | None = None
+    seed: Tensor | None = None
+
+
+def diffusion_step(args: StepArgs) -> tuple[Tensor, Tensor]:
     """`ops.diffusion_step` in plain PyTorch."""
+    x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed = args
     index = index.reshape(-1)
     p, q, a, b, c, s = table.index_select(0, index).unsqueeze(-1).unbind(-2)
     if null_table is not None:

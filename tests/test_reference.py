@@ -13,6 +13,10 @@ def linear(*args, **kwargs):
     return ops.linear(LinearArgs(*args, **kwargs))
 
 
+def attention(q, k, v, *, rotary=(None, None), **options):
+    return ops.attention(ops.AttentionArgs(q, k, v, cos=rotary[0], sin=rotary[1], **options))
+
+
 @pytest.mark.parametrize("rows", [1, 4, 5, 24, 64, 65, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_linear(rows, dtype):
@@ -59,9 +63,9 @@ def test_attention(kv_heads, seq):
     hidden = torch.arange(keys + 1) > torch.arange(keys - seq, keys)[:, None] + 1
     columns = (torch.cat((n.expand(batch, 1, -1, -1), t), dim=1) for n, t in zip(null_kv, (k, v)))
     wanted = by_hand(q, *columns, bias.masked_fill(hidden[:, None], -torch.inf))
-    got = ops.attention(q, k, v, scale=0.3, null_kv=null_kv, bias=bias, causal=True)
+    got = attention(q, k, v, scale=0.3, null_kv=null_kv, bias=bias, causal=True)
     assert relative_error(got, wanted) < 1e-5
-    unlimited = ops.attention(q, k, v, scale=0.3, causal=False)
+    unlimited = attention(q, k, v, scale=0.3, causal=False)
     assert relative_error(unlimited, by_hand(q, k, v, torch.zeros(seq, heads, keys))) < 1e-5
 
 
@@ -71,8 +75,8 @@ def test_attention_prepares_queries_and_keys():
     rotary = angle.cos(), angle.sin() * torch.tensor([-1.0, 1, -1, 1])
     ready = [F.normalize(ops.rotate(t, *(table[:, None] for table in rotary)), dim=-1) for t in (q, k)]
     wanted = by_hand(*ready, v, torch.zeros(5, 4, 5))
-    assert relative_error(ops.attention(q, k, v, scale=0.3, rotary=rotary, cosine=True), wanted) < 1e-5
-    last = ops.attention(q[:, 3:], k, v, scale=0.3, rotary=rotary, cosine=True)
+    assert relative_error(attention(q, k, v, scale=0.3, rotary=rotary, cosine=True), wanted) < 1e-5
+    last = attention(q[:, 3:], k, v, scale=0.3, rotary=rotary, cosine=True)
     assert relative_error(last, wanted[:, 3:]) < 1e-5, "queries stand at the last positions of the keys"
 
 
@@ -87,7 +91,7 @@ def test_attention_bias_by_bucket(null):
         for position in (2, 3, 4)
     ])  # fmt: skip
     got, wanted = (
-        ops.attention(q, k, v, scale=0.3, null_kv=null_kv, causal=True, **bias)
+        attention(q, k, v, scale=0.3, null_kv=null_kv, causal=True, **bias)
         for bias in (dict(bias=table, buckets=buckets), dict(bias=dense))
     )
     assert relative_error(got, wanted) < 1e-6
@@ -96,24 +100,24 @@ def test_attention_bias_by_bucket(null):
 def test_attention_masks():
     q, k, v = (torch.randn(3, 4, 2, 8) for _ in range(3))
     keep = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
-    got = ops.attention(q, k, v, scale=0.3, mask=keep)
+    got = attention(q, k, v, scale=0.3, mask=keep)
     assert relative_error(got[:1], by_hand(q[:1], k[:1, [0, 1, 3]], v[:1, [0, 1, 3]], torch.zeros(4, 2, 3))) < 1e-5
     assert relative_error(got[2], v[2].mean(0).flatten().expand(4, -1)) < 1e-5, "a row without a key sees all alike"
-    added = ops.attention(q, k, v, scale=0.3, mask=torch.where(keep, 0.0, -1e4))
+    added = attention(q, k, v, scale=0.3, mask=torch.where(keep, 0.0, -1e4))
     assert relative_error(added[:2], got[:2]) < 1e-5
-    soft = ops.attention(q, k, v, scale=0.3, causal=True, causal_fill=-1e4)
-    assert relative_error(soft, ops.attention(q, k, v, scale=0.3, causal=True)) < 1e-5
+    soft = attention(q, k, v, scale=0.3, causal=True, causal_fill=-1e4)
+    assert relative_error(soft, attention(q, k, v, scale=0.3, causal=True)) < 1e-5
 
 
 def test_attention_dropout_by_seed():
     q, k, v = (torch.randn(2, 6, h, 8) for h in (4, 2, 2))
     seed = torch.tensor(5)
-    weights = ops.attention(q, k, torch.eye(6, 8).expand(2, 2, 6, 8).transpose(1, 2), scale=0.3).unflatten(-1, (4, 8))
+    weights = attention(q, k, torch.eye(6, 8).expand(2, 2, 6, 8).transpose(1, 2), scale=0.3).unflatten(-1, (4, 8))
     kept = ops.dropout_mask(seed, 0.4, 2, 4, 6, 6).transpose(1, 2)
     assert 0.4 < kept.float().mean() < 0.8
     values = v.repeat_interleave(2, dim=2)
     wanted = torch.einsum("bshk,bkhd->bshd", weights[..., :6] * kept / 0.6, values).flatten(2)
-    assert relative_error(ops.attention(q, k, v, scale=0.3, dropout=0.4, seed=seed), wanted) < 1e-5
+    assert relative_error(attention(q, k, v, scale=0.3, dropout=0.4, seed=seed), wanted) < 1e-5
 
 
 def test_philox_is_the_published_generator():
@@ -174,7 +178,7 @@ def test_layer_norm_with_its_surroundings(stable, l2):
     wanted = (scaled - scaled.mean(-1, keepdim=True)) / (scaled.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
     wanted = wanted * gain + shift
     wanted = (wanted / wanted.norm(dim=-1, keepdim=True) if l2 else wanted) + after
-    y, summed = ops.layer_norm(x, gain, shift, stable=stable, l2=l2, residual=residual, after=after)
+    y, summed = ops.layer_norm(ops.NormArgs(x, gain, shift, residual, after, stable=stable, l2=l2))
     assert relative_error(y, wanted) < 1e-5 and torch.equal(summed, total)
-    rms = ops.layer_norm(x, gain, rms=True)
+    rms = ops.layer_norm(ops.NormArgs(x, gain, rms=True))
     assert relative_error(rms, x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain) < 1e-5

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.gpu import attention, barrier, decode, linear, norm, step
 from fastprior.kernels.gpu.launch import FLOATS
+from fastprior.kernels.reference import NormArgs, StepArgs
 
 Case = Callable[[], object]
 WHOLE = 90  # the architecture with every dtype, and without options too
@@ -47,10 +48,10 @@ def norm_cases(dtype: torch.dtype, everything: bool) -> Iterator[Case]:
         x, gain = meta(64, dim, dtype=dtype), meta(dim)
         flags = dict(eps=1e-5, stable=everything, rms=False, l2=everything)
         extra = (gain, x, x) if everything else (None, None, None)
-        yield partial(norm.layer_norm_fwd, x, gain, *extra, **flags, dtype=dtype)
+        yield partial(norm.layer_norm_fwd, NormArgs(x, gain, *extra, **flags, dtype=dtype))
         needs = dict(need_dx=True, need_dgain=True, need_dbias=everything)
-        extra = (x, x, gain, gain) if everything else (None, x, gain, None)
-        yield partial(norm.layer_norm_bwd, x, *extra, **flags, **needs)
+        bias, dtotal = (gain, x) if everything else (None, None)
+        yield partial(norm.layer_norm_bwd, NormArgs(x, gain, bias, **flags), x, dtotal, **needs)
 
 
 def step_cases(dtype: torch.dtype, everything: bool) -> Iterator[Case]:
@@ -58,7 +59,7 @@ def step_cases(dtype: torch.dtype, everything: bool) -> Iterator[Case]:
     for dim in (256, 512, 768, 2048, 4096):
         x, pred = meta(64, dim), meta(64, dim, dtype=dtype)
         end = (None, table, index, "l2", 1.0, pred, index) if everything else (x, table, index, None, 1.0, None, None)
-        yield partial(step.diffusion_step_fwd, x, pred, None, scale, x, *end)
+        yield partial(step.diffusion_step_fwd, StepArgs(x, pred, None, scale, x, *end))
 
 
 def linear_cases(dtype: torch.dtype, everything: bool, stored: torch.dtype | None = None) -> Iterator[Case]:

@@ -20,6 +20,7 @@ from fastprior.kernels.gpu.decode import decode_attention
 from fastprior.kernels.gpu.linear import MAX_NORM_ROWS, linear
 from fastprior.kernels.gpu.norm import layer_norm
 from fastprior.kernels.gpu.step import diffusion_step
+from fastprior.kernels.reference import AttentionArgs, NormArgs, StepArgs
 from helpers.kernel_checks import DEVICE, random
 
 SMALL = DEVICE == "cpu" and not kernel_cache.filling()
@@ -62,8 +63,8 @@ def norm_cases() -> Iterator[Case]:
                 yield Case(
                     f"{NAMES[dtype]}-{dim}-{'everything' if everything else 'bare'}",
                     make,
-                    partial(layer_norm, **options),
-                    partial(reference.layer_norm, **options),
+                    partial(_call, layer_norm, NormArgs, **options),
+                    partial(_call, reference.layer_norm, NormArgs, **options),
                     ("x", "residual", "after") if everything else ("x",),
                 )
 
@@ -88,10 +89,14 @@ def step_cases() -> Iterator[Case]:
                 yield Case(
                     f"{NAMES[dtype]}-{dim}-{'everything' if everything else 'bare'}",
                     make,
-                    partial(diffusion_step, **options),
-                    partial(reference.diffusion_step, **options),
+                    partial(_call, diffusion_step, StepArgs, **options),
+                    partial(_call, reference.diffusion_step, StepArgs, **options),
                     ("x", "x0_prev", "pred") if everything else ("x", "noise"),
                 )
+
+
+def _call(function, arguments, **given):
+    return function(arguments(**given))
 
 
 def linear_cases() -> Iterator[Case]:
@@ -215,7 +220,7 @@ def _attention_case(dtype, dim_head, options, grad) -> Case:
         if "rotary" in options:
             angle = random(seq, width // 2, seed=6, scale=3.0).repeat_interleave(2, dim=-1)
             signs = torch.tensor([-1.0, 1.0], device=DEVICE).repeat(width // 2)
-            others["rotary"] = angle.cos(), angle.sin() * signs
+            others |= dict(cos=angle.cos(), sin=angle.sin() * signs)
         if "causal" in options:
             others |= dict(causal=True, causal_fill=-1e4 if "finite" in options else -math.inf)
         if "keep" in options:
@@ -223,7 +228,7 @@ def _attention_case(dtype, dim_head, options, grad) -> Case:
             others["mask"][:, 0] = True
         if "dropout" in options:
             others |= dict(dropout=0.3, seed=torch.tensor(2**61 + 12345, device=DEVICE))
-        return function(**given, **others)
+        return function(AttentionArgs(**given, **others))
 
     name = f"{NAMES[dtype]}-{dim_head}-{'-'.join(options) or 'bare'}"
     return Case(name, make, partial(call, attention), partial(call, reference.attention), ("q", "k", "v"))

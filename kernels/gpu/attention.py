@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arguments import flat
-from ..reference import Rotary
+from ..reference import AttentionArgs
 from . import launch
 from .attention_kernels import (
     _attention_bwd_dbias_kernel,
@@ -55,29 +53,9 @@ def attention_config(kernel: str, dim_head: int, element_size: int, plain: bool)
     return AttentionConfig(*TILES[element_size, 64 if dim_head == 64 else 128, plain][kernel])
 
 
-class AttentionArgs(NamedTuple):
-    """The arguments of the operation: those of `ops.attention`, with the rotary tables apart; a seed means dropout."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    null_kv: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    bias: Tensor | None
-    buckets: Tensor | None
-    mask: Tensor | None
-    seed: Tensor | None
-    scale: float
-    cosine: bool
-    causal: bool
-    causal_fill: float
-    dropout: float
-
-    @property
-    def bias_by_distance(self) -> Tensor | None:
-        """The bias as the kernels take it: with buckets (distances, heads)."""
-        return self.bias if self.buckets is None else self.bias.index_select(0, self.buckets)
+def _bias_by_distance(args: AttentionArgs) -> Tensor | None:
+    """The bias as the kernels take it: with buckets (distances, heads)."""
+    return args.bias if args.buckets is None else args.bias.index_select(0, args.buckets)
 
 
 def _shared(
@@ -131,7 +109,7 @@ def _prepare(
 def attention_fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """The result; and (2, batch, kv_heads, rows) fp32, the maximum and the inverse of the sum of each row."""
     nulls = (None, None) if args.null_kv is None else args.null_kv.unbind()
-    config, arguments, constants = _shared("fwd", args, nulls, args.bias_by_distance)
+    config, arguments, constants = _shared("fwd", args, nulls, _bias_by_distance(args))
     out, stats = _results(args)
     _, batch, kv_heads, rows = stats.shape
     grid = batch * kv_heads, ceil_div(rows, config.block_m)
@@ -157,7 +135,7 @@ def attention_bwd(
         q, q_length = _prepare(q, None, cos, sin, args.cosine, k.shape[1] - q.shape[1])
     if turned or null_kv is not None:
         k, k_length = _prepare(k, null_k, cos, sin, args.cosine, 0)
-    shared = args._replace(q=q, k=k), (null_v,), args.bias_by_distance
+    shared = args._replace(q=q, k=k), (null_v,), _bias_by_distance(args)
     by_row = *stats.unbind(), launch.empty(stats.shape[1:], stats), grad.contiguous()  # the third is made with dq
     dq = _dq(shared, by_row, out, q_length)
     dk, dv, dnull = _dkv(shared, by_row, k_length)
@@ -209,10 +187,8 @@ def _gradients(args: AttentionArgs, grad: Tensor, out: Tensor, stats: Tensor, bi
     return tuple(args.q.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
 
 
-_attention = launch.custom_op("attention", attention_fwd, flatten=True)
-_attention.register_fake(flat(_results)[0])
-_attention_bwd = launch.custom_op("attention_bwd", attention_bwd, flatten=True)
-_attention_bwd.register_fake(flat(_gradients)[0])
+_attention = launch.custom_op("attention", attention_fwd, _results)
+_attention_bwd = launch.custom_op("attention_bwd", attention_bwd, _gradients)
 
 
 def _setup_context(ctx, inputs, output):
@@ -232,37 +208,20 @@ def _backward(ctx, grad, _):
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    rotary: Rotary | None = None,
-    cosine: bool = False,
-    null_kv: Tensor | None = None,
-    bias: Tensor | None = None,
-    buckets: Tensor | None = None,
-    causal: bool = False,
-    causal_fill: float = -math.inf,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
+def attention(args: AttentionArgs) -> Tensor:
     """`ops.attention` with everything around it in one kernel.
 
-    Raises:
-        TypeError, ValueError: for an argument that the kernels cannot take. They take dim_head from 16 to 128, and give
-            no gradient to rotary tables and masks.
+    It takes dim_head from 16 to 128, and gives no gradient to rotary tables and masks. In the operation that it calls a
+    seed means dropout.
     """
-    numbers, (cos, sin) = (scale, cosine, causal, causal_fill, dropout), rotary or (None, None)
-    _check(AttentionArgs(q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, *numbers))
-    if rotary is not None:
-        cos, sin = (table.float().contiguous() for table in rotary)
+    _check(args)
+    q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, *numbers = args
+    if cos is not None:
+        cos, sin = cos.float().contiguous(), sin.float().contiguous()
     null_kv = None if null_kv is None else null_kv.to(q.dtype).contiguous()
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask.float()).contiguous()
-    if not dropout:
+    if not args.dropout:
         seed = None
     elif seed is None:
         seed = torch.randint(2**62, (), device=q.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from . import launch
-from .launch import ceil_div, check, power_of_2
+from .launch import ceil_div, check, power_of_2, row_strides
 
 MAX_SPLITS = 8
 BLOCK_M = 16  # queries of a program: the least that a matrix product takes, since few programs are what is slow
@@ -222,8 +222,7 @@ def decode_attention_fwd(
         scale, seq, suffix, kv_heads, group, rows // prompts, prefix, config.span, dim_head,
         0 if cos is None else cos.shape[1],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *prefix_k.stride()[:3], *prefix_v.stride()[:3],
-        *(0 if t is None else t.stride(0) for t in (cos, sin)), *((0, 0, 0) if bias is None else bias.stride()),
-        0 if mask is None else mask.stride(0),
+        *row_strides(cos, sin), *((0, 0, 0) if bias is None else bias.stride()), *row_strides(mask),
         BLOCK_M=BLOCK_M, BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_SUFFIX=MAX_SUFFIX, COSINE=cosine,
         num_warps=config.num_warps, num_stages=1,  # tiles are fetched ahead by hand, before the queries are ready
     )  # fmt: skip
@@ -240,8 +239,9 @@ def _by_reference(q, k, v, prefix_k, prefix_v, cos, sin, bias, mask, scale, cosi
     return reference.decode_attention(q, k, v, prefix_k, prefix_v, **options)
 
 
-_decode_attention = launch.custom_op("decode_attention", decode_attention_fwd)
-_decode_attention.register_fake(lambda q, *_: launch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), q))
+_decode_attention = launch.custom_op(
+    "decode_attention", decode_attention_fwd, lambda q, *_: launch.empty(q.flatten(2).shape, q), flatten=False
+)
 launch.by_reference(_decode_attention, _by_reference)
 
 

@@ -155,18 +155,23 @@ def _probe(count):
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result, on the device of `like` and in its dtype by default. All launchers allocate here."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)  # torch reads its own Size slower
 
 
-def custom_op(name: str, launcher: Callable, *, flatten: bool = False) -> torch.library.CustomOpDef:
+def custom_op(name: str, launcher: Callable, results: Callable, *, flatten: bool = True) -> torch.library.CustomOpDef:
     """Make a launcher an operation `fastprior::name` of PyTorch, which changes none of its arguments.
 
     Args:
-        flatten: the launcher begins with a tuple, whose fields are arguments of the operation: see `arguments.flat`.
+        results: takes what the launcher takes, and makes the results without their values.
+        flatten: both begin with a tuple, whose fields are arguments of the operation: see `arguments.flat`.
     """
-    launcher, schema = flat(launcher) if flatten else (launcher, None)
+    schema = None
+    if flatten:
+        (launcher, schema), (results, _) = flat(launcher), flat(results)
     LAUNCHERS[f"fastprior::{name}"] = launcher
-    return torch.library.custom_op(f"fastprior::{name}", launcher, mutates_args=(), schema=schema)
+    operation = torch.library.custom_op(f"fastprior::{name}", launcher, mutates_args=(), schema=schema)
+    operation.register_fake(results)
+    return operation
 
 
 def by_reference(op, reference: Callable) -> None:
@@ -240,6 +245,11 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def row_strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """The stride of each in its first dimension; 0 where there is none."""
+    return tuple([0 if t is None else t.stride(0) for t in tensors])
+
+
 def promoted(t: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype that holds all of these."""
     dtype = t.dtype
@@ -250,5 +260,5 @@ def promoted(t: Tensor, *others: Tensor | None) -> torch.dtype:
 
 def as_rows(t: Tensor) -> Tensor:
     """(rows, dim), contiguous in the last dimension: a view where it can be one."""
-    t = t.reshape(-1, t.shape[-1])
+    t = t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
     return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import reference
 from ..arguments import LinearArgs, flat
+from ..reference import NormArgs
 from . import launch, norm, workspace
-from .launch import as_rows, ceil_div, check, check_dtype, promoted
+from .launch import as_rows, ceil_div, check, check_dtype, promoted, row_strides
 
 MAX_ROWS = 64
 MAX_NORM_ROWS = 16  # each program normalises all rows for itself
@@ -202,7 +203,7 @@ def linear_fwd(args: LinearArgs) -> tuple[Tensor, Tensor]:
         x, weight, beside, bias, scale, stream, stream_gain, norm_gain, norm_bias, residual,
         out, None if stream is None else total, sums, counters, rows, inner, columns, dim,
         ceil_div(dim, config.block_k * config.splits) * config.block_k, config.splits,
-        *(0 if t is None else t.stride(0) for t in (x, weight, beside, stream, residual)), eps,
+        *row_strides(x, weight, beside, stream, residual), eps,
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_NORM=512 // dtype.itemsize, OPERAND=OPERANDS[dtype],
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -216,17 +217,15 @@ def _results(args: LinearArgs) -> tuple[Tensor, Tensor]:
     return out, x.new_empty(0) if stream is None else launch.empty(x.shape, x, promoted(x, stream))
 
 
-def _reference(*given) -> Tensor | tuple[Tensor, Tensor]:
+def _reference(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.linear`, which takes a bias in the dtype of the product alone."""
-    args = LinearArgs(*given)
     if args.bias is not None and args.scale is None:
         args = args._replace(bias=args.bias.to(args.dtype))
     return reference.linear(args)
 
 
-_linear = launch.custom_op("linear", linear_fwd, flatten=True)
-_linear.register_fake(flat(_results)[0])
-launch.by_reference(_linear, _reference)
+_linear = launch.custom_op("linear", linear_fwd, _results)
+launch.by_reference(_linear, flat(_reference)[0])
 
 
 def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
@@ -248,12 +247,12 @@ def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     total = None
     if rows > MAX_NORM_ROWS and (stream is not None or gain is not None):
         if stream is not None:
-            x = total = norm.layer_norm(x, args.stream_gain, eps=args.eps, after=stream)
+            x = total = norm.layer_norm(NormArgs(x, args.stream_gain, eps=args.eps, after=stream))
         if gain is not None:
-            x = norm.layer_norm(x, gain, shift, args.eps, dtype=dtype)
+            x = norm.layer_norm(NormArgs(x, gain, shift, eps=args.eps, dtype=dtype))
         args = args._replace(x=x.to(dtype), stream=None, stream_gain=None, norm_gain=None, norm_bias=None)
     if rows > MAX_ROWS:
-        out = _reference(*args)
+        out = _reference(args)
     else:
         out, summed = _linear(*args)
         total = total if args.stream is None else summed

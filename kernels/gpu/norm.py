@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ..reference import NormArgs
 from . import launch
-from .launch import FLOATS, as_rows, ceil_div, check, power_of_2, promoted
+from .launch import FLOATS, as_rows, ceil_div, check, power_of_2, promoted, row_strides
 
 MAX_DIM = 4096  # longer rows do not fit the registers of a program in backward
 TILE = 4096  # elements that a program holds at once
@@ -139,49 +140,31 @@ def layer_norm_config(dim: int) -> NormConfig:
     return NormConfig(TILE // block, block, num_warps)
 
 
-def layer_norm_fwd(
-    x: Tensor,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    after: Tensor | None,
-    eps: float,
-    stable: bool,
-    rms: bool,
-    l2: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The norm of rows (rows, dim) in `dtype`, and the sum of x and residual, empty without one.
-
-    There may be a stride between rows.
-    """
-    rows, dim = x.shape
-    out, total = launch.empty((rows, dim), x, dtype), _total(x, residual)
+def layer_norm_fwd(args: NormArgs) -> tuple[Tensor, Tensor]:
+    """The norm of rows (rows, dim), at any stride, in a dtype that is given; the sum with residual, empty without."""
+    x, gain, bias, residual, after, eps, stable, rms, l2, _ = args
+    (rows, dim), (out, total) = x.shape, _results(args)
     config = layer_norm_config(dim)
     launch.launch(
         _layer_norm_fwd_kernel, (ceil_div(rows, config.rows),),
         x, gain, bias, residual, after, out, None if residual is None else total,
-        rows, dim, *(_row_stride(t) for t in (x, residual, after)), eps,
+        rows, dim, *row_strides(x, residual, after), eps,
         STABLE=stable, RMS=rms, L2=l2, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     return out, total
 
 
+def _results(args: NormArgs) -> tuple[Tensor, Tensor]:
+    x, residual = args.x, args.residual
+    total = x.new_empty(0) if residual is None else launch.empty(x.shape, x, promoted(x, residual))
+    return launch.empty(x.shape, x, args.dtype), total
+
+
 def layer_norm_bwd(
-    dout: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    stable: bool,
-    rms: bool,
-    l2: bool,
-    need_dx: bool,
-    need_dgain: bool,
-    need_dbias: bool,
+    args: NormArgs, dout: Tensor, dtotal: Tensor | None, need_dx: bool, need_dgain: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the sum, in its dtype, and of gain and bias, in fp32; empty where they are not needed."""
+    """The gradients of the sum, which is x here, in its dtype, and of gain and bias, in fp32; empty if not needed."""
+    total, gain, bias, _, _, eps, stable, rms, l2, _ = args
     rows, dim = total.shape
     config = layer_norm_config(dim)
     programs = min(ceil_div(rows, config.rows), PARTS)
@@ -192,37 +175,23 @@ def layer_norm_bwd(
     launch.launch(
         _layer_norm_bwd_kernel, (programs,),
         dout, dtotal if need_dx else None, total, gain, bias if l2 else None, dx, dgain, dbias,
-        rows, dim, *(_row_stride(t) for t in (dout, dtotal, total)), eps,
+        rows, dim, *row_strides(dout, dtotal, total), eps,
         STABLE=stable, RMS=rms, L2=l2, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     grads = dx, *(None if parts is None else parts.sum(0) for parts in (dgain, dbias))
     return tuple(total.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _total(x: Tensor, residual: Tensor | None) -> Tensor:
-    return x.new_empty(0) if residual is None else launch.empty(x.shape, x, promoted(x, residual))
+def _gradients(
+    args: NormArgs, dout: Tensor, dtotal: Tensor | None, need_dx: bool, *need_vectors: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = args.x
+    vectors = (x.new_empty(x.shape[1:] if need else 0, dtype=torch.float32 if need else None) for need in need_vectors)
+    return x.new_empty(x.shape if need_dx else 0), *vectors
 
 
-def _row_stride(t: Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
-
-
-_layer_norm = launch.custom_op("layer_norm", layer_norm_fwd)
-_layer_norm_bwd = launch.custom_op("layer_norm_bwd", layer_norm_bwd)
-
-
-@_layer_norm.register_fake
-def _(x, gain, bias, residual, after, eps, stable, rms, l2, dtype):
-    return launch.empty(x.shape, x, dtype), _total(x, residual)
-
-
-@_layer_norm_bwd.register_fake
-def _(dout, dtotal, total, gain, bias, eps, stable, rms, l2, need_dx, *need_vectors):
-    dx = total.new_empty(total.shape if need_dx else 0)
-    dgain, dbias = (
-        total.new_empty(total.shape[1:], dtype=torch.float32) if need else total.new_empty(0) for need in need_vectors
-    )
-    return dx, dgain, dbias
+_layer_norm = launch.custom_op("layer_norm", layer_norm_fwd, _results)
+_layer_norm_bwd = launch.custom_op("layer_norm_bwd", layer_norm_bwd, _gradients)
 
 
 def _setup_context(ctx, inputs, output):
@@ -242,7 +211,8 @@ def _backward(ctx, dout, dtotal):
     if dout is None:  # only the sum was used
         dx = dtotal
     elif any(needed):
-        dx, dgain, dbias = _layer_norm_bwd(as_rows(dout), dtotal, total, gain, bias, *ctx.options, *needed)
+        args = NormArgs(total, gain, bias, None, None, *ctx.options)
+        dx, dgain, dbias = _layer_norm_bwd(*args, as_rows(dout), dtotal, *needed)
     grads = zip((dx, dgain, dbias, dx, dout), ctx.dtypes, needs)
     return *(None if g is None or not need else g.to(dtype) for g, dtype, need in grads), *[None] * 5
 
@@ -250,29 +220,14 @@ def _backward(ctx, dout, dtotal):
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-def layer_norm(
-    x: Tensor,
-    gain: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    stable: bool = False,
-    rms: bool = False,
-    residual: Tensor | None = None,
-    after: Tensor | None = None,
-    l2: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+def layer_norm(args: NormArgs) -> Tensor | tuple[Tensor, Tensor]:
     """`ops.layer_norm` as one kernel, and one more for all its gradients; PyTorch computes rows beyond 4096.
 
     All is computed in fp32, from gain and bias in the dtype that they are stored in; the sum with `residual` is rounded
-    to its dtype before it is normalised. Nothing is kept for backward but `x`, or the sum. x, residual and after may
-    have any strides; those whose rows are not contiguous, or not at one stride from each other, are copied.
-
-    Raises:
-        TypeError: a dtype is not fp32, bf16 or fp16.
-        ValueError: shapes do not fit, devices differ, or a dimension is zero.
+    to its dtype before it is normalised. Nothing is kept for backward but `x`, or the sum. Of x, residual and after
+    those whose rows are not contiguous, or not at one stride from each other, are copied.
     """
+    x, gain, bias, residual, after, eps, stable, rms, l2, dtype = args
     if x.ndim == 0:
         raise ValueError("x has no dimensions; it must be (..., dim)")
     dim = x.shape[-1]
@@ -283,10 +238,9 @@ def layer_norm(
     elif dtype not in FLOATS:
         raise TypeError(f"dtype={dtype}; it must be float32, bfloat16 or float16")
     if dim > MAX_DIM:
-        options = dict(stable=stable, rms=rms, residual=residual, after=after, l2=l2, dtype=dtype)
-        return reference.layer_norm(x, gain, bias, eps, **options)
-    gain, bias = (None if t is None else t.contiguous() for t in (gain, bias))
-    rows, residual_rows, after_rows = (None if t is None else as_rows(t) for t in (x, residual, after))
+        return reference.layer_norm(args._replace(dtype=dtype))
+    gain, bias = [None if t is None else t.contiguous() for t in (gain, bias)]
+    rows, residual_rows, after_rows = [None if t is None else as_rows(t) for t in (x, residual, after)]
     out, total = _layer_norm(rows, gain, bias, residual_rows, after_rows, eps, stable, rms, l2, dtype)
-    out = out.view(x.shape)
-    return out if residual is None else (out, total.view(x.shape))
+    out = out.view_as(x)
+    return out if residual is None else (out, total.view_as(x))

@@ -10,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ..arguments import flat
+from ..reference import StepArgs
 from . import launch, philox
-from .launch import check, power_of_2
+from .launch import check, power_of_2, row_strides
 
 MAX_DIM = 4096
 CLAMPS = None, "range", "l2"
@@ -84,78 +86,42 @@ def diffusion_step_config(dim: int) -> StepConfig:
     return StepConfig(block=block, num_warps=max(block // 256, 2))
 
 
-def diffusion_step_fwd(
-    x: Tensor,
-    pred: Tensor,
-    null_pred: Tensor | None,
-    cond_scale: Tensor,
-    x0_prev: Tensor,
-    noise: Tensor | None,
-    table: Tensor,
-    index: Tensor,
-    clamp: str | None,
-    radius: float,
-    null_table: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def diffusion_step_fwd(args: StepArgs) -> tuple[Tensor, Tensor]:
     """The next x, and x0. Checks nothing."""
-    out = launch.empty(x.shape, x), launch.empty(x.shape, x)
-    inputs = x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
-    diffusion_step_into(out, *inputs)
+    out = launch.empty(args.x.shape, args.x), launch.empty(args.x.shape, args.x)
+    diffusion_step_into(out, args)
     return out
 
 
-def diffusion_step_into(
-    out, x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
-) -> None:
+def _results(args: StepArgs) -> tuple[Tensor, Tensor]:
+    return args.x.new_empty(args.x.shape), args.x.new_empty(args.x.shape)
+
+
+def diffusion_step_into(out: tuple[Tensor, Tensor], args: StepArgs) -> None:
     """Write the next x, and x0, to two tensors, which may be x and x0_prev themselves; see `diffusion_step_fwd`."""
+    x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed = args
     (rows, dim), null = x.shape, null_pred if null_table is None else null_table
-    strides = (0 if t is None else t.stride(0) for t in (x, pred, null, x0_prev, noise, *out))
     config = diffusion_step_config(dim)
     launch.launch(
         _diffusion_step_fwd_kernel, (rows,),
         x, pred, null, cond_scale, x0_prev, noise, table, index, seed if noise is None else None, *out,
-        dim, *strides, *(int(t.numel() > 1) for t in (cond_scale, index)), radius,
-        CLAMP=clamp, NULL_BY_INDEX=null_table is not None, BLOCK=config.block,
+        dim, *row_strides(x, pred, null, x0_prev, noise, *out), int(cond_scale.numel() > 1), int(index.numel() > 1),
+        radius, CLAMP=clamp, NULL_BY_INDEX=null_table is not None, BLOCK=config.block,
         num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
 
 
-def _reference(*inputs):
-    *positional, null_table, seed = inputs
-    return reference.diffusion_step(*positional, null_table=null_table, seed=seed)
+_diffusion_step = launch.custom_op("diffusion_step", diffusion_step_fwd, _results)
+launch.by_reference(_diffusion_step, flat(reference.diffusion_step)[0])
 
 
-_diffusion_step = launch.custom_op("diffusion_step", diffusion_step_fwd)
-_diffusion_step.register_fake(lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
-launch.by_reference(_diffusion_step, _reference)
-
-
-def diffusion_step(
-    x: Tensor,
-    pred: Tensor,
-    null_pred: Tensor | None,
-    cond_scale: Tensor,
-    x0_prev: Tensor,
-    noise: Tensor | None,
-    table: Tensor,
-    index: Tensor,
-    clamp: str | None = None,
-    radius: float = 1.0,
-    *,
-    null_table: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def diffusion_step(args: StepArgs) -> tuple[Tensor, Tensor]:
     """`ops.diffusion_step` as one kernel; PyTorch computes rows beyond 4096, and every gradient.
 
     Last dimensions must be contiguous. cond_scale and index may also be (1,). They are read on the device, so an index
     beyond the table is not noticed: the result is then undefined.
-
-    Raises:
-        TypeError: x, x0_prev, noise, table or cond_scale is not fp32; a prediction is not fp32, bf16 or fp16; index or
-            seed is not int64.
-        ValueError: shapes, strides or devices do not fit; the clamp is unknown; there is neither noise nor a seed.
     """
+    x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed = args
     if clamp not in CLAMPS:
         raise ValueError(f"clamp={clamp!r}; it must be None, 'range' or 'l2'")
     if x.ndim != 2:
@@ -171,9 +137,12 @@ def diffusion_step(
     check(x, (torch.int64,), index=(index, _per_row(index, rows)), seed=(seed, ()))
     preds = dict(pred=(pred, shape), null_pred=(null_pred, shape), null_table=(null_table, (steps, shape[1])))
     check(x, contiguous=True, **preds)
+    if x.shape[1] > MAX_DIM:
+        return reference.diffusion_step(args)
     cond_scale, table, index = cond_scale.contiguous(), table.contiguous(), index.contiguous()
-    inputs = x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
-    return _diffusion_step(*inputs) if x.shape[1] <= MAX_DIM else _reference(*inputs)
+    return _diffusion_step(
+        x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed
+    )
 
 
 def _per_row(t: Tensor, rows: int) -> tuple[int, ...]:

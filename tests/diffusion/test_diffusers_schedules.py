@@ -76,7 +76,8 @@ def our_run(schedule, steps, eta, x0=None, strength=1.0):
         pred = network(x, t)
         third = pred if table.uses_prediction else last
         fixed = rows, torch.tensor(index), schedule.clamp, schedule.radius
-        x, last = reference.diffusion_step(x, pred, None, torch.tensor(1.0), third, noise, *fixed)
+        args = reference.StepArgs(x, pred, None, torch.tensor(1.0), third, noise, *fixed)
+        x, last = reference.diffusion_step(args)
     return x, generator
 
 

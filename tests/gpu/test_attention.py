@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from fastprior.kernels import ops, reference
 from fastprior.kernels.gpu import attention as module
 from fastprior.kernels.gpu import launch
-from fastprior.kernels.gpu.attention import attention
+from fastprior.kernels.reference import AttentionArgs
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise
 
@@ -38,6 +38,13 @@ OPTIONS = {
     "all": ALL,
     "all-dense": ("rotary", "cosine", "null", "dense", "finite", "mask", "dropout"),
 }
+
+
+def attention(function=module.attention, *, rotary=(None, None), **given) -> Tensor:
+    return function(AttentionArgs(**given, cos=rotary[0], sin=rotary[1]))
+
+
+exact_attention = partial(attention, reference.attention)
 
 
 def make(shape, dtype, options=(), *, grad=True) -> tuple[dict[str, Tensor], dict]:
@@ -74,7 +81,7 @@ def make(shape, dtype, options=(), *, grad=True) -> tuple[dict[str, Tensor], dic
 
 
 def compare(inputs: dict, others: dict) -> None:
-    check_gradients(partial(attention, **others), partial(reference.attention, **others), inputs)
+    check_gradients(partial(attention, **others), partial(exact_attention, **others), inputs)
 
 
 @pytest.mark.slow
@@ -156,7 +163,7 @@ def test_bias_shared_by_heads():
     def run(function, bias, **inputs):
         return function(bias=bias.expand(-1, 4, -1), **inputs, **others)
 
-    check_gradients(partial(run, attention), partial(run, reference.attention), inputs)
+    check_gradients(partial(run, attention), partial(run, exact_attention), inputs)
 
 
 def test_null_kv_and_bias_of_another_dtype():
@@ -166,7 +173,7 @@ def test_null_kv_and_bias_of_another_dtype():
         wide = torch.promote_types(null_kv.dtype, torch.float32)
         return function(null_kv=null_kv.to(wide), bias=bias.to(wide), **inputs, **others)
 
-    check_gradients(partial(run, attention), partial(run, reference.attention), inputs)
+    check_gradients(partial(run, attention), partial(run, exact_attention), inputs)
 
 
 @pytest.mark.slow
@@ -206,7 +213,7 @@ def test_compiled(backend):
     inputs, others = make((1, 5, 5, 4, 2, 16), torch.float32, ALL)
     with ops.using("triton"):
         compiled = torch.compile(partial(ops.attention, **others), fullgraph=True, backend=backend)
-        check_gradients(lambda **given: compiled(**given), partial(reference.attention, **others), inputs)
+        check_gradients(lambda **given: compiled(**given), partial(exact_attention, **others), inputs)
 
 
 @pytest.mark.slow
@@ -228,15 +235,15 @@ def test_reference_gradients(options):
     names = list(inputs)
 
     def run(*tensors):
-        return reference.attention(**dict(zip(names, tensors)), **others)
+        return exact_attention(**dict(zip(names, tensors)), **others)
 
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
 
 
 def test_the_comparison_rejects_wrong_results():
     inputs, others = make((1, 5, 5, 2, 1, 16), torch.float32, ALL, grad=False)
-    exact = reference.attention(**{name: t.double() for name, t in inputs.items()}, **others)
-    plain = reference.attention(**inputs, **others)
+    exact = exact_attention(**{name: t.double() for name, t in inputs.items()}, **others)
+    plain = exact_attention(**inputs, **others)
     for wrong in (torch.zeros_like(plain), -plain, plain * math.nan, plain * 1.001):
         with pytest.raises(AssertionError, match="result: error"):
             check(wrong, exact, plain)

@@ -86,11 +86,13 @@ def test_reference_is_attention_over_prefix_and_suffix(seq, samples, kv_heads, o
     whole_k, whole_v = (
         torch.cat((t.repeat_interleave(samples, 0), own), dim=1) for t, own in ((k, own_k), (v, own_v))
     )  # fmt: skip
-    wanted = reference.attention(
-        q, whole_k, whole_v, **kwargs, rotary=rotary, causal=bias is None,
+    cos, sin = rotary or (None, None)
+    args = reference.AttentionArgs(
+        q, whole_k, whole_v, **kwargs, cos=cos, sin=sin, causal=bias is None,
         bias=None if bias is None else bias[suffix - seq :],
         mask=None if mask is None else torch.nn.functional.pad(mask, (0, suffix)).repeat_interleave(samples, 0),
     )  # fmt: skip
+    wanted = reference.attention(args)
     early, late = (None, None) if rotary is None else ([t[:prefix] for t in rotary], tuple(t[prefix:] for t in rotary))
     prepared = reference.prepare_heads(k, early, kwargs["cosine"])
     got = reference.decode_attention(q, own_k, own_v, prepared, v, **kwargs, rotary=late, bias=bias, mask=mask)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fastprior.kernels.gpu import launch, norm
+from fastprior.kernels.reference import NormArgs
 from helpers.processes import compiling
 
 
@@ -195,7 +196,7 @@ def test_an_interpreter_that_cannot_run_says_which_numpy_it_needs(monkeypatch):
         with pytest.raises(
             launch.InterpreterFault, match=r"Triton .* and numpy .*0-dimensional.*3.6 needs numpy < 2.4"
         ):
-            norm.layer_norm(torch.ones(2, 4))
+            norm.layer_norm(NormArgs(torch.ones(2, 4)))
     finally:
         launch.interpreter_fault.cache_clear()
 

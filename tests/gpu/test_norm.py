@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastprior.kernels import ops, reference
 from fastprior.kernels.gpu import launch, norm
+from fastprior.kernels.reference import NormArgs
 from helpers.kernel_checks import DTYPES, check_gradients, guarded, random
 from helpers.pairwise import pairwise
 
@@ -23,6 +24,14 @@ OPTIONS = {
 SHAPES = [(1, 1), (3, 2), (1, 257), (33, 100), (2, 3, 64), (2, 4096)]
 
 
+def layer_norm(*given, **options):
+    return norm.layer_norm(NormArgs(*given, **options))
+
+
+def exact_norm(*given, **options):
+    return reference.layer_norm(NormArgs(*given, **options))
+
+
 def make_inputs(*shape, dtype=torch.float32, gain_dtype=torch.float32, seed=0):
     """All tensors that the op takes, away from the zero row maxima that `stable` would divide by."""
     names = "x", "residual", "after"
@@ -36,7 +45,7 @@ def pick(inputs, *names):
     return {name: inputs[name] for name in names}
 
 
-def compare(inputs, run=norm.layer_norm, exact=reference.layer_norm, **options):
+def compare(inputs, run=layer_norm, exact=exact_norm, **options):
     with guarded():
         check_gradients(partial(run, **options), partial(exact, **options), inputs)
 
@@ -77,7 +86,7 @@ def test_gradient_of_one_input_alone(needed):
     def run(function, **given):
         return function(**given, l2=True)[0]
 
-    compare(inputs, partial(run, norm.layer_norm), partial(run, reference.layer_norm))
+    compare(inputs, partial(run, layer_norm), partial(run, exact_norm))
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["norm", "sum"])
@@ -85,7 +94,7 @@ def test_gradient_of_one_result_alone(used):
     inputs = pick(make_inputs(19, 72), "x", "gain", "residual")
     if used == 1:
         inputs["gain"] = inputs["gain"].detach()
-    compare(inputs, lambda **i: norm.layer_norm(**i)[used], lambda **i: reference.layer_norm(**i)[used])
+    compare(inputs, lambda **i: layer_norm(**i)[used], lambda **i: exact_norm(**i)[used])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16], ids=str)
@@ -96,9 +105,9 @@ def test_mixed_dtypes(wide, dtype):
     inputs[wide] = inputs[wide].detach().float().requires_grad_()
 
     def exact_or_plain(x, **others):
-        return reference.layer_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else dtype, **others)
+        return exact_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else dtype, **others)
 
-    compare(inputs, partial(norm.layer_norm, dtype=dtype), exact_or_plain)
+    compare(inputs, partial(layer_norm, dtype=dtype), exact_or_plain)
 
 
 LAYOUTS = {
@@ -120,7 +129,7 @@ def test_layouts(layout, shape):
         assert not given["x"].is_contiguous()
         return tuple(change(out) for out in function(**given))
 
-    compare(make_inputs(*shape), partial(run, norm.layer_norm), partial(run, reference.layer_norm))
+    compare(make_inputs(*shape), partial(run, layer_norm), partial(run, exact_norm))
 
 
 def test_programs_that_take_several_tiles(monkeypatch):
@@ -139,7 +148,7 @@ def test_long_rows_are_left_to_pytorch():
 
 def test_rms_norm():
     inputs = pick(make_inputs(5, 72), "x", "gain", "after")
-    compare(inputs, partial(norm.layer_norm, rms=True), partial(reference.layer_norm, rms=True), eps=1e-2)
+    compare(inputs, partial(layer_norm, rms=True), partial(exact_norm, rms=True), eps=1e-2)
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-14])
@@ -169,9 +178,9 @@ def test_large_mean_keeps_the_variance():
 def test_sum_is_rounded_before_it_is_normalised():
     """As if the user had added: bits equal those of the norm of the returned sum."""
     inputs = pick(make_inputs(9, 72, dtype=torch.float16), "x", "gain", "residual")
-    out, total = norm.layer_norm(**inputs)
+    out, total = layer_norm(**inputs)
     assert torch.equal(total, inputs["x"] + inputs["residual"])
-    assert torch.equal(out, norm.layer_norm(total, inputs["gain"]))
+    assert torch.equal(out, layer_norm(total, inputs["gain"]))
 
 
 def test_deterministic():
@@ -179,7 +188,7 @@ def test_deterministic():
     cotangents = [random(70, 100, seed=9), random(70, 100, seed=10)]
 
     def run():
-        outputs = norm.layer_norm(**inputs, stable=True, l2=True)
+        outputs = layer_norm(**inputs, stable=True, l2=True)
         return *outputs, *torch.autograd.grad(outputs, list(inputs.values()), cotangents)
 
     for first, second in zip(run(), run()):
@@ -191,7 +200,7 @@ def test_inputs_are_left_alone():
     before = {name: t.detach().clone() for name, t in inputs.items()}
     cotangents = [random(5, 72, seed=9), random(5, 72, seed=10)]
     kept = [c.clone() for c in cotangents]
-    torch.autograd.grad(norm.layer_norm(**inputs, l2=True), list(inputs.values()), cotangents)
+    torch.autograd.grad(layer_norm(**inputs, l2=True), list(inputs.values()), cotangents)
     assert all(torch.equal(before[name], t) for name, t in inputs.items())
     assert all(torch.equal(c, k) for c, k in zip(cotangents, kept))
 
@@ -205,8 +214,8 @@ def test_compiled(backend):
         out, total = function(x * 2, residual=residual + 1, after=after, **given, **options)
         return out * 3, total.sin()
 
-    compiled = torch.compile(partial(between_other_operations, norm.layer_norm), fullgraph=True, backend=backend)
-    check_gradients(compiled, partial(between_other_operations, reference.layer_norm), make_inputs(9, 72))
+    compiled = torch.compile(partial(between_other_operations, layer_norm), fullgraph=True, backend=backend)
+    check_gradients(compiled, partial(between_other_operations, exact_norm), make_inputs(9, 72))
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "all"])
@@ -216,8 +225,9 @@ def test_opcheck(full):
         residual = after = gain = bias = None
     arguments = x, gain, bias, residual, after, 1e-5, full, False, full, torch.float32
     torch.library.opcheck(norm._layer_norm, arguments)
-    plain = [None if t is None else t.detach() for t in (x, residual, x, gain, bias)]
-    torch.library.opcheck(norm._layer_norm_bwd, (*plain, 1e-5, full, False, full, True, full, full))
+    dout, dtotal, total, gain, bias = (None if t is None else t.detach() for t in (x, residual, x, gain, bias))
+    norm_args = NormArgs(total, gain, bias, stable=full, l2=full)
+    torch.library.opcheck(norm._layer_norm_bwd, (*norm_args, dout, dtotal, True, full, full))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -227,7 +237,7 @@ def test_reference_gradients(options):
         pytest.skip("not the derivative of the function")
 
     def run(*tensors):
-        return reference.layer_norm(**dict(zip(inputs, tensors)), **options)
+        return exact_norm(**dict(zip(inputs, tensors)), **options)
 
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
 
@@ -235,7 +245,7 @@ def test_reference_gradients(options):
 def test_dispatch():
     inputs = pick(make_inputs(5, 72), "x", "gain")
     with ops.using("triton"):
-        assert torch.equal(ops.layer_norm(**inputs), norm.layer_norm(**inputs))
+        assert torch.equal(ops.layer_norm(**inputs), layer_norm(**inputs))
 
 
 @pytest.mark.parametrize(
@@ -255,4 +265,4 @@ def test_dispatch():
 )
 def test_errors(changed, error, message):
     with pytest.raises(error, match=message):
-        norm.layer_norm(**(dict(x=random(4, 8)) | changed))
+        layer_norm(**(dict(x=random(4, 8)) | changed))

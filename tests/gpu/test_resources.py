@@ -13,6 +13,7 @@ from cases import meta
 
 from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.gpu import attention, barrier, decode, launch, linear, norm, step
+from fastprior.kernels.reference import NormArgs, StepArgs
 from helpers.processes import PROOF, compiling
 
 RECORDS = sorted(resources.RECORDS.glob("*.jsonl"))
@@ -269,13 +270,14 @@ def any_launch(draw: random.Random) -> None:
     x, gain = meta(rows, dim, dtype=dtype), meta(dim)
     if kind == "norm":
         options = dict(eps=1e-5, stable=flag, rms=draw.random() < 0.5, l2=draw.random() < 0.5)
-        norm.layer_norm_fwd(x, gain, gain if flag else None, None, x if flag else None, **options, dtype=dtype)
+        args = NormArgs(x, gain, gain if flag else None, None, x if flag else None, **options, dtype=dtype)
+        norm.layer_norm_fwd(args)
         needs = dict(need_dx=True, need_dgain=flag, need_dbias=False)
-        norm.layer_norm_bwd(x, None, x, gain, None, **options, **needs)
+        norm.layer_norm_bwd(NormArgs(x, gain, **options), x, None, **needs)
     elif kind == "step":
         table, index, state = meta(9, 6), meta(dtype=torch.int64), meta(rows, dim)
         clamp = draw.choice([None, "range", "l2"])
-        step.diffusion_step_fwd(state, x, None, meta(), state, state, table, index, clamp, 1.0, None, None)
+        step.diffusion_step_fwd(StepArgs(state, x, None, meta(), state, state, table, index, clamp))
     elif kind == "linear":
         rows, outputs = draw.randint(1, 64), 2 * draw.randint(1, 9000)
         dim = draw.randint(1, 9000)

@@ -7,12 +7,21 @@ import torch
 
 from fastprior.kernels import ops, reference
 from fastprior.kernels.gpu import launch, step
+from fastprior.kernels.reference import StepArgs
 from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise
 
 STEPS = 7
 SHAPES = [(1, 1), (3, 2), (2, 257), (5, 100), (2, 4096)]
 GUIDANCE = {"no guidance": (), "null rows": ("null_pred",), "null table": ("null_table",)}
+
+
+def diffusion_step(*given, **options):
+    return step.diffusion_step(StepArgs(*given, **options))
+
+
+def exact_step(*given, **options):
+    return reference.diffusion_step(StepArgs(*given, **options))
 
 
 def make_inputs(rows, dim, *, guidance="null rows", dtype=torch.float32, per_row=False, noise=True):
@@ -32,7 +41,7 @@ def make_inputs(rows, dim, *, guidance="null rows", dtype=torch.float32, per_row
     return tensors
 
 
-def compare(inputs, run=step.diffusion_step, exact=reference.diffusion_step, **options):
+def compare(inputs, run=diffusion_step, exact=exact_step, **options):
     with guarded():
         check_gradients(partial(run, **options), partial(exact, **options), inputs)
 
@@ -61,8 +70,8 @@ def test_table_is_preferred_to_null_rows(noise):
 @pytest.mark.parametrize("name", ["cond_scale", "index"])
 def test_one_value_as_a_vector(name):
     inputs = make_inputs(5, 72)
-    expected = step.diffusion_step(**inputs)
-    found = step.diffusion_step(**inputs | {name: inputs[name].reshape(1)})
+    expected = diffusion_step(**inputs)
+    found = diffusion_step(**inputs | {name: inputs[name].reshape(1)})
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -76,7 +85,7 @@ def test_row_strides():
     inputs = make_inputs(5, 72) | dict(null_table=random(STEPS, 72, seed=5))
     rows = "x", "pred", "null_pred", "x0_prev", "noise", "null_table", "table"
     strided = inputs | {name: sliced(inputs[name]) for name in rows}
-    for a, b in zip(step.diffusion_step(**strided), step.diffusion_step(**inputs)):
+    for a, b in zip(diffusion_step(**strided), diffusion_step(**inputs)):
         assert torch.equal(a, b)
 
 
@@ -89,7 +98,7 @@ def test_noise_is_that_of_the_reference():
     def draw(seed, index):
         seed, index = (torch.tensor(value, device=DEVICE) for value in (seed, index))
         with guarded():
-            noise, _ = step.diffusion_step(zeros, zeros, None, seed.float(), zeros, None, table, index, seed=seed)
+            noise, _ = diffusion_step(zeros, zeros, None, seed.float(), zeros, None, table, index, seed=seed)
         return noise, reference.philox_normal(seed, index.expand(rows), dim)
 
     noise, exact = draw(11, 3)
@@ -111,24 +120,24 @@ def test_in_place(clamp, strided):
     state = sliced(x) if strided else x.clone(), sliced(x0) if strided else x0.clone()
     for index in range(3):
         inputs["index"] = torch.tensor(index, device=DEVICE)
-        x, x0 = step.diffusion_step(**inputs | dict(x=x, x0_prev=x0))
+        x, x0 = diffusion_step(**inputs | dict(x=x, x0_prev=x0))
         given = inputs | dict(x=state[0], x0_prev=state[1])
-        step.diffusion_step_into(state, **given)
+        step.diffusion_step_into(state, StepArgs(**given))
         assert torch.equal(state[0], x) and torch.equal(state[1], x0)
 
 
 def test_results_in_given_tensors():
     inputs = make_inputs(5, 72) | dict(clamp="l2", radius=2.0)
     out = torch.empty(2, 5, 72, device=DEVICE).unbind()
-    step.diffusion_step_into(out, **inputs)
-    assert all(torch.equal(a, b) for a, b in zip(out, step.diffusion_step(**inputs)))
+    step.diffusion_step_into(out, StepArgs(**inputs))
+    assert all(torch.equal(a, b) for a, b in zip(out, diffusion_step(**inputs)))
 
 
 @pytest.mark.parametrize("clamp", step.CLAMPS)
 def test_nan_is_not_hidden_by_a_clamp(clamp):
     inputs = {name: t if t is None else t.detach() for name, t in make_inputs(2, 72).items()}
     inputs["pred"][1, 5] = float("nan")
-    found, expected = (op(**inputs, clamp=clamp) for op in (step.diffusion_step, reference.diffusion_step))
+    found, expected = (op(**inputs, clamp=clamp) for op in (diffusion_step, exact_step))
     for a, b in zip(found, expected):
         assert torch.equal(a.isnan(), b.isnan()) and b.isnan().any()
 
@@ -153,14 +162,14 @@ def test_long_rows_are_left_to_pytorch():
 
 def test_deterministic():
     inputs = make_inputs(5, 300, noise=False)
-    first, second = (step.diffusion_step(**inputs, clamp="l2") for _ in range(2))
+    first, second = (diffusion_step(**inputs, clamp="l2") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def test_inputs_are_left_alone():
     inputs = make_inputs(5, 72)
     before = {name: t if t is None else t.detach().clone() for name, t in inputs.items()}
-    step.diffusion_step(**inputs, clamp="range")
+    diffusion_step(**inputs, clamp="range")
     assert all(t is None or torch.equal(before[name], t) for name, t in inputs.items())
 
 
@@ -171,8 +180,8 @@ def test_compiled(backend, noise):
         x, x0 = function(x * 2, pred + 1, **given, clamp="l2", radius=3.0)
         return x.sin(), x0 * 2
 
-    compiled = torch.compile(partial(between_other_operations, step.diffusion_step), fullgraph=True, backend=backend)
-    compare(make_inputs(3, 72, noise=noise), compiled, partial(between_other_operations, reference.diffusion_step))
+    compiled = torch.compile(partial(between_other_operations, diffusion_step), fullgraph=True, backend=backend)
+    compare(make_inputs(3, 72, noise=noise), compiled, partial(between_other_operations, exact_step))
 
 
 @pytest.mark.slow
@@ -198,7 +207,7 @@ def test_reference_gradients(clamp, guidance):
         names.remove("cond_scale")
 
     def run(*tensors):
-        return reference.diffusion_step(**given | dict(zip(names, tensors)), clamp=clamp)
+        return exact_step(**given | dict(zip(names, tensors)), clamp=clamp)
 
     assert torch.autograd.gradcheck(run, tuple(given[name] for name in names))
 
@@ -207,7 +216,7 @@ def test_dispatch():
     inputs = make_inputs(3, 72)
     with ops.using("triton"):
         found = ops.diffusion_step(**inputs)
-    assert all(torch.equal(a, b) for a, b in zip(found, step.diffusion_step(**inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(found, diffusion_step(**inputs)))
 
 
 @pytest.mark.parametrize(
@@ -235,4 +244,4 @@ def test_dispatch():
 )
 def test_errors(changed, error, message):
     with pytest.raises(error, match=message):
-        step.diffusion_step(**make_inputs(4, 8) | changed)
+        diffusion_step(**make_inputs(4, 8) | changed)

@@ -33,13 +33,9 @@ from .launch import ceil_div, check, power_of_2
 
 # tiles of weights that a program asks for ahead of the phase that takes them
 MODES = {
-    "independent": 1,
-    "launches": 0,
-    "dependent launches": 0,
-    "barrier": 0,
-    "barrier, 1 ahead": 1,
-    "barrier, 2 ahead": 2,
-}
+    "independent": 1, "launches": 0, "dependent launches": 0,
+    "barrier": 0, "barrier, 1 ahead": 1, "barrier, 2 ahead": 2,
+}  # fmt: skip
 MODES_FROM_90 = "dependent launches", "barrier, 2 ahead"
 SIGN = tl.constexpr(-(2**31))
 # one thread waits until the sign of the counter is not that of the epoch; what others wrote before is then visible

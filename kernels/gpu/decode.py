@@ -193,18 +193,9 @@ def decode_attention_config(programs: int, prefix: int, dim_head: int, wide: boo
 
 
 def decode_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    cosine: bool,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, cos: Tensor | None, sin: Tensor | None,
+    bias: Tensor | None, mask: Tensor | None, scale: float, cosine: bool,
+) -> Tensor:  # fmt: skip
     rows, seq, heads, dim_head = q.shape
     suffix, kv_heads = k.shape[1:3]
     prompts, prefix = prefix_k.shape[:2]
@@ -261,11 +252,8 @@ def decode_attention(
     """`ops.decode_attention` as one kernel, or two; its gradients are those of the reference, run again.
 
     There are at most 16 suffix tokens, dim_head is from 16 to 128, and every last dimension but that of `bias` is
-    contiguous. Products are of 16 bits where q and the prefix are both of one such dtype, and otherwise of fp32.
-
-    Raises:
-        TypeError: a dtype is not fp32, bf16 or fp16; q, k and v, or prefix_k and prefix_v, differ in it.
-        ValueError: shapes do not fit each other or the limits, or devices differ.
+    contiguous. Products are of 16 bits where q, k and v, which have one dtype, and the prefix are both of one such
+    dtype, and otherwise of fp32.
     """
     for name, tensor in (("q", q), ("k", k), ("prefix_k", prefix_k)):
         if tensor.ndim != 4:

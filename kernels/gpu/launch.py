@@ -19,6 +19,7 @@ TYPE_NAMES = {
     torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 FLOATS = torch.float32, torch.bfloat16, torch.float16
+MAX_DIM = 4096  # longer rows do not fit the registers of a program, in backward of a norm
 
 LAUNCHERS: dict[str, Callable] = {}  # what custom operations run, by their names
 _local = threading.local()
@@ -178,14 +179,12 @@ def by_reference(op, reference: Callable) -> None:
     """Give a custom op the gradient of its reference, of the same arguments and results, run again in backward."""
 
     def setup_context(ctx, inputs, output):
-        ctx.kinds = [isinstance(i, Tensor) for i in inputs]
-        ctx.others = [i for i in inputs if not isinstance(i, Tensor)]
-        ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)))
+        ctx.others = [None if isinstance(i, Tensor) else i for i in inputs]
+        ctx.save_for_backward(*(i if isinstance(i, Tensor) else None for i in inputs))
 
     def backward(ctx, *grads):
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         with torch.enable_grad():
-            inputs = [next(tensors).detach() if kind else next(others) for kind in ctx.kinds]
+            inputs = [other if t is None else t.detach() for t, other in zip(ctx.saved_tensors, ctx.others)]
             wanted = [i for i, need in zip(inputs, ctx.needs_input_grad) if need]
             for tensor in wanted:
                 tensor.requires_grad_()
@@ -243,6 +242,13 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def row_block(dim: int) -> int:
+    """The block of a program that holds rows whole; short ones need no variants of their own."""
+    if dim > MAX_DIM:
+        raise ValueError(f"dim={dim}; it must be at most {MAX_DIM}")
+    return max(power_of_2(dim), 256)
 
 
 def row_strides(*tensors: Tensor | None) -> tuple[int, ...]:

@@ -231,13 +231,8 @@ launch.by_reference(_linear, flat(_reference)[0])
 def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     """`ops.linear` by one kernel, for up to 64 rows; PyTorch computes more, and every gradient.
 
-    Norms of more than 16 rows are kernels of their own. Sums are accumulated and finished in fp32. float8 weights need
-    compute capability 8.9.
-
-    Raises:
-        ValueError: for an unknown activation, and where shapes, devices or strides do not fit. `weight` may be a slice
-            of a larger one, with a stride between its rows.
-        TypeError: where the weights have neither the dtype of the product nor, with `scale`, are int8 or float8_e4m3fn.
+    Norms of more than 16 rows are kernels of their own. Sums are accumulated and finished in fp32. A weight may be a
+    slice of a larger one, with a stride between its rows; float8 weights need compute capability 8.9.
     """
     _check(args)
     leading, dtype, gain = args.x.shape[:-1], args.product_dtype, args.norm_gain
@@ -287,12 +282,7 @@ def _check(args: LinearArgs) -> None:
             raise TypeError(f"{name} has dtype {given.dtype}; without a scale it must be that of the product, {dtype}")
     if scale is not None:
         check(x, (torch.float32,), contiguous=True, scale=(scale, (outputs,)))
-    if args.bias is not None:
-        check(x, contiguous=True, bias=(args.bias, (outputs,)))
     if args.norm_gain is not None:
         check(x, contiguous=True, norm_gain=(args.norm_gain, (dim,)), norm_bias=(args.norm_bias, (dim,)))
-    if args.stream is not None:
-        check(x, stream=(args.stream, x.shape))
-        check(x, contiguous=True, stream_gain=(args.stream_gain, (dim,)))
-    if args.residual is not None:
-        check(x, residual=(args.residual, (*x.shape[:-1], args.columns)))
+    check(x, contiguous=True, bias=(args.bias, (outputs,)), stream_gain=(args.stream_gain, (dim,)))
+    check(x, stream=(args.stream, x.shape), residual=(args.residual, (*x.shape[:-1], args.columns)))

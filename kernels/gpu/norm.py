@@ -12,9 +12,8 @@ from torch import Tensor
 from .. import reference
 from ..reference import NormArgs
 from . import launch
-from .launch import FLOATS, as_rows, ceil_div, check, power_of_2, promoted, row_strides
+from .launch import FLOATS, MAX_DIM, as_rows, ceil_div, check, promoted, row_block, row_strides
 
-MAX_DIM = 4096  # longer rows do not fit the registers of a program in backward
 TILE = 4096  # elements that a program holds at once
 PARTS = 384  # programs in backward, each with its own sums over rows: 3 to a multiprocessor, whose registers they fill
 
@@ -132,9 +131,7 @@ class NormConfig:
 
 
 def layer_norm_config(dim: int) -> NormConfig:
-    if dim > MAX_DIM:
-        raise ValueError(f"dim={dim}; it must be at most {MAX_DIM}")
-    block = max(power_of_2(dim), 256)  # shorter rows are many to a tile, and need no variants of their own
+    block = row_block(dim)
     # with fewer, rows of 4096 with every option spill in backward
     num_warps = 16 if block == 4096 else 4
     return NormConfig(TILE // block, block, num_warps)

@@ -13,9 +13,8 @@ from .. import reference
 from ..arguments import flat
 from ..reference import StepArgs
 from . import launch, philox
-from .launch import check, power_of_2, row_strides
+from .launch import MAX_DIM, check, row_block, row_strides
 
-MAX_DIM = 4096
 CLAMPS = None, "range", "l2"
 
 
@@ -79,9 +78,7 @@ class StepConfig:
 
 
 def diffusion_step_config(dim: int) -> StepConfig:
-    if dim > MAX_DIM:
-        raise ValueError(f"dim={dim}; it must be at most {MAX_DIM}")
-    block = max(power_of_2(dim), 256)
+    block = row_block(dim)
     # no more threads than groups of 4 elements: every element is read by one thread alone, as in-place results need
     return StepConfig(block=block, num_warps=max(block // 256, 2))
 

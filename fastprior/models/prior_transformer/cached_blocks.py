@@ -26,8 +26,9 @@ class Prefix(NamedTuple):
         mask: (prompts, prefix) fp32, added to the logits; None where nothing is hidden.
         texts: (prompts,) int64, which of the texts that ran each is; None where they are the prompts.
         blocks: what `prepared` gives of the blocks that run behind it; without it each step asks.
-        layout: of rows that hold several samples of a prompt; None where they hold one.
-        bias: (tokens, heads, prefix + tokens) fp32, added to the logits of such rows.
+        positions: (1, suffix, dim) fp32 or wider, added to the tokens of a step; without it each step asks the model.
+        samples: how many a row holds.
+        bias: (suffix, heads, prefix + suffix) fp32, added to the logits of rows that hold several.
     """
 
     k: Tensor
@@ -35,7 +36,8 @@ class Prefix(NamedTuple):
     mask: Tensor | None
     texts: Tensor | None = None
     blocks: ops.Blocks | None = None
-    layout: RowLayout | None = None
+    positions: Tensor | None = None
+    samples: int = 1
     bias: Tensor | None = None
 
 
@@ -144,7 +146,7 @@ def share(prefix: Prefix, layout: RowLayout) -> Prefix:
     heads, tokens = prefix.k.shape[2:4]
     bias = torch.zeros(layout.hidden.shape, device=prefix.k.device).masked_fill(layout.hidden, -math.inf)
     bias = F.pad(bias, (tokens, 0))[:, None].repeat(1, heads, 1)
-    return prefix._replace(layout=layout, bias=bias)
+    return prefix._replace(positions=prefix.positions[:, layout.tokens], samples=layout.samples, bias=bias)
 
 
 def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
@@ -178,21 +180,35 @@ def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
 
 
 def step(
-    blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int, dtype: torch.dtype | None = None
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    prefix: Prefix,
+    outputs: int,
+    dtype: torch.dtype | None = None,
+    head: tuple[nn.LayerNorm, nn.Module] | None = None,
 ) -> Tensor:
-    """The last `outputs` of the suffix tokens x (rows, suffix, dim) behind a prefix: (rows, outputs, dim).
+    """The last `outputs` of the suffix tokens behind a prefix: (rows, outputs, dim), with a head its columns.
 
-    `rows` is a multiple of the prefix's prompts; the rows of one prompt lie together. `dtype`: see `prefill`.
+    Args:
+        x: (rows, suffix, dim); rows is a multiple of the prefix's prompts, those of one prompt together.
+        dtype: see `prefill`.
+        head: the norm and the linear that outputs pass at last.
     """
-    dtype = dtype or x.dtype
+    dtype, out = dtype or x.dtype, None
     if x.is_cpu:
         found = prefix.blocks
         if found is None or found.owner is not blocks:
             found = prepared(blocks)
         k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
         out = ops.run_blocks(x, found, k, v, outputs=outputs, bias=prefix.bias, mask=prefix.mask)
-        if out is not None:
-            return out
+    out = _step_by_layers(blocks, x, prefix, outputs, dtype) if out is None else out
+    if head is None:
+        return out
+    norm, linear = head
+    return projected(linear, _normed(norm, out, dtype)).to(out.dtype)
+
+
+def _step_by_layers(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int, dtype: torch.dtype) -> Tensor:
     for index, block in enumerate(blocks):
         attn, h = block.attn1, _normed(block.norm1, x, dtype)
         k, v = projected(attn.to_k, h), projected(attn.to_v, h)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastprior.kernels import ops
 from fastprior.models.prior_transformer import cached_blocks, prompt_memory
-from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix, projected
+from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
 from fastprior.models.shared_rows import row_layout
 
 
@@ -135,13 +135,13 @@ class PriorForward:
             prompts: (prompts,) int64, which text each is.
         """
         dtype, longest = self._weight_dtype, self.config["num_embeddings"]
-        positions = self._positions(longest + 1, self._suffix_behind_prefix(), masked=True)
+        of_prefix, of_suffix = self._positions_around(longest + 1, self._suffix_behind_prefix())
         tokens = self._prefix_tokens(proj_embedding.to(dtype), encoder_hidden_states.to(dtype))
-        positions = torch.cat((positions[:, : tokens.shape[1] - 1], positions[:, longest : longest + 1]), dim=1)
+        of_prefix = torch.cat((of_prefix[:, : tokens.shape[1] - 1], of_prefix[:, longest:]), dim=1)
         mask = F.pad((1 - attention_mask.float()) * HIDDEN, (0, 1))
-        x = self._placed(tokens, positions)
+        x = self._placed(tokens, of_prefix)
         prefix = cached_blocks.prefill(self.transformer_blocks, x, mask, prompts, dtype, pack=False)
-        return PriorTransformerConditioning(prefix, self.time_tokens(times))
+        return PriorTransformerConditioning(prefix._replace(positions=of_suffix), self.time_tokens(times))
 
     def prepare(self, cond: PriorTransformerConditioning) -> PriorTransformerConditioning:
         """Make a conditioning that another prior's prefill ran ready for steps of this one."""
@@ -163,8 +163,7 @@ class PriorForward:
             (rows, clip_embed_dim) in fp32 or wider.
         """
         time_tokens = cond.time_tokens.index_select(0, index.reshape(-1))
-        pred = self.predict_behind(x.to(self._weight_dtype), time_tokens, cond.prefix)
-        return pred if pred.dim() == 2 else pred.squeeze(1)
+        return self.predict_behind(x.to(self._weight_dtype), time_tokens, cond.prefix).flatten(0, -2)
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
         """Undo the normalisation of CLIP embeddings: `latents * clip_std + clip_mean`; None leaves a part out."""
@@ -295,23 +294,29 @@ class PriorForward:
         if mask.shape[1] > prefix:
             return None
         mask = F.pad(mask[chosen], (0, prefix - mask.shape[1]))
-        x = self._placed(tokens, self._positions(prefix, suffix, masked=True)[:, :prefix])
-        return cached_blocks.prefill(self.transformer_blocks, x, mask, prompts, self._weight_dtype)
+        of_prefix, of_suffix = self._positions_around(prefix, suffix)
+        blocks, x = self.transformer_blocks, self._placed(tokens, of_prefix)
+        found = cached_blocks.prefill(blocks, x, mask, prompts, self._weight_dtype)
+        return found._replace(positions=of_suffix)
+
+    def _positions_around(self, prefix: int, suffix: int) -> tuple[Tensor, Tensor]:
+        """Those of prefix and of suffix tokens, (1, tokens, dim) each, in fp32 or wider."""
+        positions = self._positions(prefix, suffix, masked=True)
+        return positions.to(torch.promote_types(positions.dtype, torch.float32)).split((prefix, suffix), dim=1)
 
     def _placed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The residual stream at its start, in fp32 or wider."""
-        stream, norm = torch.promote_types(self._weight_dtype, torch.float32), self.norm_in
+        stream, norm = torch.promote_types(positions.dtype, torch.float32), self.norm_in
         x = tokens.to(stream) + positions.to(stream)
         return x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
     def predict_behind(self, hidden_states: Tensor, time_tokens: Tensor, prefix: Prefix) -> Tensor:
         """Predict from (all samples, …) noisy embeddings behind a prefix, in fp32 or wider."""
-        layout, samples = prefix.layout, 1 if prefix.layout is None else prefix.layout.samples
-        tokens = self._suffix_tokens(hidden_states, time_tokens, samples)
-        positions = self.positional_embedding[:, -self._count_suffix(hidden_states) :]
-        x = self._placed(tokens, positions if layout is None else positions[:, layout.tokens])
-        outputs = samples if self.prd_embedding is not None else tokens.shape[1] - 1
-        x = cached_blocks.step(self.transformer_blocks, x, prefix, outputs, self._weight_dtype)
-        h = ops.layer_norm(x, self.norm_out.weight, self.norm_out.bias, self.norm_out.eps, dtype=self._weight_dtype)
-        pred = projected(self.proj_to_clip_embeddings, h).to(x.dtype)
-        return pred.flatten(0, 1) if layout is not None or self.prd_embedding is not None else pred
+        positions = prefix.positions
+        if positions is None:
+            positions = self.positional_embedding[:, -self._count_suffix(hidden_states) :]
+        x = self._placed(self._suffix_tokens(hidden_states, time_tokens, prefix.samples), positions)
+        outputs = x.shape[1] - 1 if self.prd_embedding is None else prefix.samples
+        head = self.norm_out, self.proj_to_clip_embeddings
+        pred = cached_blocks.step(self.transformer_blocks, x, prefix, outputs, self._weight_dtype, head)
+        return pred.flatten(0, 1) if prefix.samples > 1 or self.prd_embedding is not None else pred

@@ -19,7 +19,7 @@ from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.dalle2.conditions import Conditions, find
 from fastprior.models.dalle2.layers import MLP, Linear, SinusoidalPosEmb
-from fastprior.models.dalle2.transformer import CausalTransformer, KVCache, is_called_as_it_is
+from fastprior.models.dalle2.transformer import CausalTransformer, KVCache, are_called_as_they_are
 from fastprior.models.shared_rows import row_layout
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
@@ -266,9 +266,12 @@ class DiffusionPriorNetwork(nn.Module):
         """
         self._check(text_embed, text_encodings, conditions)
         keep = torch.ones(len(text_embed), 1, 1, dtype=torch.bool, device=text_embed.device)
-        with ops.one_thread(text_embed if text_encodings is None else text_encodings):
+        transformer, nulls = self.causal_transformer, self.null_text_encodings.expand(len(text_embed), -1, -1)
+        with ops.one_thread(nulls if text_encodings is None else max(nulls, text_encodings, key=Tensor.numel)):
             prefix = self._prefix(text_embed, text_encodings, conditions, keep)
-        cache = self.causal_transformer.prefill(prefix, self.suffix_tokens)
+            cache = transformer.prefill_by_blocks(prefix, self.suffix_tokens)
+        if cache is None:
+            cache = transformer.prefill_by_layers(prefix, self.suffix_tokens)
         if null_rows:
             null = self._null_cache(text_embed.device)
             k, v = (t.expand(-1, null_rows, -1, -1, -1) for t in (null.k, null.v))
@@ -326,7 +329,7 @@ class DiffusionPriorNetwork(nn.Module):
             return None
         if self.self_cond or cond.null_rows or self.num_image_embeds != 1:
             return None
-        if not (type(embed[0]) is type(norm) is nn.Identity and all(map(is_called_as_it_is, (embed, *embed, norm)))):
+        if not (type(embed[0]) is type(norm) is nn.Identity and are_called_as_they_are(embed, *embed, norm)):
             return None
         return ops.prepare_run(
             cache.blocks, cache.k, cache.v, rows=samples // cache.samples, samples=cache.samples, rotary=cache.rotary,

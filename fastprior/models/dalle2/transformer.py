@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops, reference
@@ -26,14 +27,18 @@ from fastprior.models.shared_rows import RowLayout
 KNOWN = NormedLinear, FeedForward, Linear, QuantisedLinear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity
 
 
-def is_called_as_it_is(module: nn.Module) -> bool:
-    """Whether a call runs the forward of the module's class alone: no hook, and no replaced forward."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def are_called_as_they_are(*modules: nn.Module) -> bool:
+    """Whether calls run the forward of the modules' classes alone: no hook, and no replaced forward."""
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
 
 
-def _does_what_weights_say(module: nn.Module) -> bool:
-    """Whether kernels may read the weights instead of a call: no subclass, such as an adapter, either."""
-    return type(module) in KNOWN and is_called_as_it_is(module)
+def _do_what_weights_say(*modules: nn.Module) -> bool:
+    """Whether kernels may read the weights instead of calls: no subclass, such as an adapter, either."""
+    return all(type(module) in KNOWN for module in modules) and are_called_as_they_are(*modules)
+
+
+def _rows(rotary: Rotary | None, positions: slice | Tensor) -> Rotary | None:
+    return rotary and tuple(table[positions] for table in rotary)
 
 
 class KVCache(NamedTuple):
@@ -112,9 +117,9 @@ class CausalTransformer(nn.Module):
         table = self.rel_pos_bias.relative_attention_bias.weight
         return dict(bias=table, buckets=self.rel_pos_bias.buckets(seq, x.device), causal=True)
 
-    def _rotary(self, start: int, end: int) -> Rotary | None:
+    def _rotary(self, seq: int) -> Rotary | None:
         attn = self.layers[0][0]
-        return attn.rotary_emb and attn.rotary_emb.table(start, end, attn.null_kv.shape[-1])
+        return attn.rotary_emb and attn.rotary_emb.table(0, seq, attn.null_kv.shape[-1])
 
     def _head(self, x: Tensor) -> Tensor:
         if isinstance(self.project_out, nn.Identity):
@@ -134,7 +139,7 @@ class CausalTransformer(nn.Module):
         """`forward(x)[:, -1]`, (batch, dim), with only the last token computed where no other is needed."""
         seq = x.shape[1]
         x = self.init_norm(x)
-        bias, rotary = self._attention_bias(seq, x), self._rotary(0, seq)
+        bias, rotary = self._attention_bias(seq, x), self._rotary(seq)
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
             kv = attn.keys_values(h)
@@ -148,31 +153,46 @@ class CausalTransformer(nn.Module):
 
     def prefill(self, x: Tensor, suffix: int) -> KVCache:
         """Run the prefix x (prompts, prefix, dim) and return what `suffix` tokens after it need."""
+        cache = self.prefill_by_blocks(x, suffix)
+        return self.prefill_by_layers(x, suffix) if cache is None else cache
+
+    def prefill_by_layers(self, x: Tensor, suffix: int) -> KVCache:
+        """`prefill` with the layers as they are, one after the other."""
+        seq, x = x.shape[1], self.init_norm(x)
+        rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(seq, seq + suffix, x.device)
         blocks = self.prepared() if x.is_cpu else None
-        with ops.one_thread(x):
-            x, rotary = self.init_norm(x), self._rotary(0, x.shape[1])
-            null = torch.stack([attn.null_kv for attn, _ in self.layers])  # (depth, 2, dim_head)
-            null = self._as_prefix(reference.at_least_fp32(null)[:, None, None, :, None], None)
-            kv = self._keys_values_by_blocks(x, blocks, null, rotary)
-            if kv is not None:
-                return self._cache(kv, null, rotary, blocks, suffix)
-        return self._cache(self._keys_values(x, rotary), null, rotary, blocks, suffix)
+        return self._cache(self._keys_values(x, _rows(rotary, slice(seq))), null, rotary, bias, blocks)
+
+    def prefill_by_blocks(self, x: Tensor, suffix: int) -> KVCache | None:
+        """`prefill` by `ops.run_blocks`, whose prefix the null keys are; None where it does not compute this."""
+        blocks = self.prepared() if x.is_cpu else None
+        if blocks is None:
+            return None
+        seq, x = x.shape[1], self.init_norm(x)
+        rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(0, seq + suffix, x.device)
+        of_prefix, parts = dict(rotary=_rows(rotary, slice(seq)), bias=bias[:seq, :, : seq + 1].contiguous()), []
+        for part in x.split(max(1, blocks.most_tokens // seq)):
+            k, v = (t.expand(-1, len(part), -1, -1, -1) for t in null)
+            parts.append(ops.run_blocks(part, blocks, k, v, outputs=0, **of_prefix))
+            if parts[-1] is None:
+                return None
+        return self._cache(torch.cat(parts, dim=1), null, rotary, bias[seq:], blocks)
+
+    def _null(self) -> tuple[Tensor, Tensor]:
+        """The null keys, normalised, and values, (depth, 1, 1, 1, dim_head) each, at least fp32."""
+        null = torch.stack([attn.null_kv for attn, _ in self.layers])[:, None, None, :, None]
+        k, v = null.to(torch.promote_types(null.dtype, torch.float32)).unbind(3)
+        return F.normalize(k, dim=-1) if self.layers[0][0].cosine_sim else k, v
 
     def _cache(
-        self, kv: Tensor, null: tuple[Tensor, Tensor], rotary: Rotary | None, blocks: ops.Blocks | None, suffix: int
+        self, kv: Tensor, null: tuple[Tensor, Tensor], rotary: Rotary | None, bias: Tensor, blocks: ops.Blocks | None
     ) -> KVCache:
-        (_, prompts, prefix), device = kv.shape[:3], kv.device
-        k, v = (
-            torch.cat((first.expand(-1, prompts, -1, -1, -1), t), dim=2)
-            for first, t in zip(null, self._as_prefix(kv, rotary))
-        )
-        bias = self._bias(prefix, prefix + suffix, device).to(k.dtype)
-        return KVCache(k, v, bias, self._rotary(prefix, prefix + suffix), blocks)
-
-    def _as_prefix(self, kv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Rotated and normalised keys, and values, both (depth, prompts, seq, 1, dim_head), of `_keys_values`."""
+        """Of what `_keys_values` gives, with the table of all tokens and the bias of the suffix."""
         k, v = kv.unbind(3)
-        return reference.prepare_heads(k, rotary, self.layers[0][0].cosine_sim), v
+        (prompts, seq), cosine = k.shape[1:3], self.layers[0][0].cosine_sim
+        k = reference.prepare_heads(k, _rows(rotary, slice(seq)), cosine)
+        k, v = (torch.cat((t.expand(-1, prompts, -1, -1, -1), of), dim=2) for t, of in zip(null, (k, v)))
+        return KVCache(k, v, bias.to(k.dtype), _rows(rotary, slice(seq, None)), blocks)
 
     def _keys_values(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         """Keys and values of all layers for a prefix, (depth, prompts, seq, 2, 1, dim_head), at least fp32."""
@@ -186,36 +206,20 @@ class CausalTransformer(nn.Module):
                 x = ff(x) + x
         return reference.at_least_fp32(torch.stack(layers))
 
-    def _keys_values_by_blocks(
-        self, x: Tensor, blocks: ops.Blocks | None, null: tuple[Tensor, Tensor], rotary: Rotary | None
-    ) -> Tensor | None:
-        """`_keys_values` by `ops.run_blocks`, whose prefix the null keys are; None where it does not compute this."""
-        if blocks is None:
-            return None
-        seq, parts = x.shape[1], []
-        bias = self._bias(0, seq, x.device)
-        for part in x.split(max(1, blocks.most_tokens // seq)):
-            k, v = (t.expand(-1, len(part), -1, -1, -1) for t in null)
-            parts.append(ops.run_blocks(part, blocks, k, v, outputs=0, rotary=rotary, bias=bias))
-            if parts[-1] is None:
-                return None
-        return torch.cat(parts, dim=1)
-
     def share(self, cache: KVCache, layout: RowLayout) -> KVCache:
         """Make a cache ready for steps whose rows hold several samples of a prompt."""
         tokens, prefix = layout.tokens, cache.k.shape[2]
         bias = cache.bias[tokens]
         of_suffix = bias[..., prefix + tokens].masked_fill(layout.hidden[:, None], -math.inf)
         bias = torch.cat((bias[..., :prefix], of_suffix), dim=-1)
-        rotary = cache.rotary and tuple(t[tokens] for t in cache.rotary)
-        return cache._replace(bias=bias, rotary=rotary, samples=layout.samples)
+        return cache._replace(bias=bias, rotary=_rows(cache.rotary, tokens), samples=layout.samples)
 
     def _is_plain(self) -> bool:
         """Whether kernels that compute several modules at once compute what these do."""
         modules = []
         for attn, ff in self.layers:
             modules += attn.norm, attn.to_q, attn.to_kv, attn.to_out, *attn.to_out, ff, *ff
-        plain = not self.training and all(map(_does_what_weights_say, modules))
+        plain = not self.training and _do_what_weights_say(*modules)
         return plain and len({module.eps for module in modules if isinstance(module, LayerNorm)}) == 1
 
     def _by_blocks(self, x: Tensor, cache: KVCache, outputs: int) -> Tensor | None:
@@ -244,7 +248,7 @@ class CausalTransformer(nn.Module):
     def _head_block(self) -> ops.Block | None:
         norm, linear, attn = self.norm, self.project_out, self.layers[0][0]
         as_layers = type(norm) is LayerNorm and type(linear) is type(attn.to_q) and norm.eps == attn.norm.eps
-        if not as_layers or not norm.stable or not all(map(_does_what_weights_say, (norm, linear))):
+        if not as_layers or not norm.stable or not _do_what_weights_say(norm, linear):
             return None
         if linear.weight.dtype != attn.to_q.weight.dtype:
             return None

@@ -70,15 +70,12 @@ class State:
     def __init__(self, model: nn.Module):
         self.snapshot: Snapshot | None = Snapshot(model)
 
-    def is_current(self) -> bool:
-        snapshot = self.snapshot
-        return bool(snapshot and snapshot.same_weights() and snapshot.same_modules() and snapshot.same_values())
-
 
 def state(model: nn.Module) -> State:
     """The state of a model: the same object for as long as nothing changes in the model, and the caller keeps it."""
     found = _STATES[model]() if model in _STATES else None
-    if found is None or not found.is_current():
+    then = found and found.snapshot
+    if not (then and then.same_weights() and then.same_modules() and then.same_values()):
         found = State(model)
         _STATES[model] = weakref.ref(found)
     return found

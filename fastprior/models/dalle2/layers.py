@@ -100,9 +100,9 @@ class RelPosBias(nn.Module):
 
     def forward(self, i: int, j: int, *, device=None) -> Tensor:
         """The bias of queries 0..i-1 to keys 0..j-1: (heads, i, j)."""
-        return self.rows(0, i, j, device).permute(1, 0, 2)
+        return self.rows(0, i, j).permute(1, 0, 2)
 
-    def rows(self, start: int, end: int, keys: int, device=None) -> Tensor:
+    def rows(self, start: int, end: int, keys: int) -> Tensor:
         """The bias of queries start..end-1 to keys 0..keys-1: (end - start, heads, keys)."""
         table = self.relative_attention_bias.weight
         return reference.expand_bias(table, self.buckets(end, table.device), end - start, keys)

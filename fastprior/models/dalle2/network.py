@@ -74,16 +74,14 @@ class DiffusionPriorNetwork(nn.Module):
         conditions: Mapping[str, Mapping[str, Any]] | None = None,
         **kwargs,
     ):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         super().__init__()
         for name, width in (("text_dim", text_dim), ("text_embed_dim", text_embed_dim)):
             if width is not None and width < 1:
                 raise ValueError(f"{name}={width}; it must be at least 1")
-        further = dict(text_dim=text_dim, text_embed_dim=text_embed_dim, conditions=copy.deepcopy(conditions) or None)
-        self.config = dict(
-            dim=dim, num_timesteps=num_timesteps, num_time_embeds=num_time_embeds, num_image_embeds=num_image_embeds,
-            num_text_embeds=num_text_embeds, max_text_len=max_text_len, self_cond=self_cond,
-            **{name: value for name, value in further.items() if value is not None}, **kwargs,
-        )  # fmt: skip
+        further = "text_dim", "text_embed_dim", "conditions"  # files from before them have none of these
+        arguments = {name: value for name, value in arguments.items() if value or name not in further}
+        self.config = dict(copy.deepcopy(arguments), **kwargs)
         self.text_dim, self.text_embed_dim = text_dim or dim, text_embed_dim or dim
         self.dim, self.max_text_len, self.self_cond, self.num_timesteps = dim, max_text_len, self_cond, num_timesteps
         self.num_time_embeds, self.num_image_embeds = num_time_embeds, num_image_embeds
@@ -241,7 +239,7 @@ class DiffusionPriorNetwork(nn.Module):
     def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> Tensor:
         """`forward` with classifier-free guidance (Ho & Salimans 2022): null + (conditional - null) * cond_scale.
 
-        The null branch sees neither the text nor a condition nor the image.
+        The null branch drops the text, all conditions and the image.
         """
         pred = self.forward(*args, **kwargs)
         if cond_scale == 1:

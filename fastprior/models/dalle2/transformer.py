@@ -104,16 +104,17 @@ class CausalTransformer(nn.Module):
         self.norm = LayerNorm(dim, stable=True) if norm_out else nn.Identity()
         self.project_out = Linear(dim, dim, bias=False) if final_proj else nn.Identity()
 
-    def _bias(self, start: int, end: int, device) -> Tensor:
+    def _bias(self, start: int, end: int) -> Tensor:
         """Position bias of queries start..end-1 to the null key and keys 0..end-1, -inf where a key may not be seen."""
-        bias = self.rel_pos_bias.rows(start, end, end + 1, device)
-        hidden = torch.arange(end + 1, device=device) > torch.arange(start, end, device=device)[:, None] + 1
+        bias = self.rel_pos_bias.rows(start, end, end + 1)
+        keys, queries = (torch.arange(*span, device=bias.device) for span in ((end + 1,), (start, end)))
+        hidden = keys > queries[:, None] + 1
         return bias.masked_fill(hidden[:, None], -math.inf)
 
     def _attention_bias(self, seq: int, x: Tensor) -> dict:
         """Position bias of a whole sequence, as `Attention.attend` takes it: Triton's kernels read the table."""
         if not ops.on_triton(x):
-            return dict(bias=self._bias(0, seq, x.device))
+            return dict(bias=self._bias(0, seq))
         table = self.rel_pos_bias.relative_attention_bias.weight
         return dict(bias=table, buckets=self.rel_pos_bias.buckets(seq, x.device), causal=True)
 
@@ -159,7 +160,7 @@ class CausalTransformer(nn.Module):
     def prefill_by_layers(self, x: Tensor, suffix: int) -> KVCache:
         """`prefill` with the layers as they are, one after the other."""
         seq, x = x.shape[1], self.init_norm(x)
-        rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(seq, seq + suffix, x.device)
+        rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(seq, seq + suffix)
         blocks = self.prepared() if x.is_cpu else None
         return self._cache(self._keys_values(x, _rows(rotary, slice(seq))), null, rotary, bias, blocks)
 
@@ -169,7 +170,7 @@ class CausalTransformer(nn.Module):
         if blocks is None:
             return None
         seq, x = x.shape[1], self.init_norm(x)
-        rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(0, seq + suffix, x.device)
+        rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(0, seq + suffix)
         of_prefix, parts = dict(rotary=_rows(rotary, slice(seq)), bias=bias[:seq, :, : seq + 1].contiguous()), []
         for part in x.split(max(1, blocks.most_tokens // seq)):
             k, v = (t.expand(-1, len(part), -1, -1, -1) for t in null)
@@ -187,7 +188,7 @@ class CausalTransformer(nn.Module):
     def _cache(
         self, kv: Tensor, null: tuple[Tensor, Tensor], rotary: Rotary | None, bias: Tensor, blocks: ops.Blocks | None
     ) -> KVCache:
-        """Of what `_keys_values` gives, with the table of all tokens and the bias of the suffix."""
+        """The cache of what `_keys_values` gives, with the table of all tokens and the bias of the suffix."""
         k, v = kv.unbind(3)
         (prompts, seq), cosine = k.shape[1:3], self.layers[0][0].cosine_sim
         k = reference.prepare_heads(k, _rows(rotary, slice(seq)), cosine)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.draws import prob_mask_like
+from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.prior_transformer import prompt_memory
 from fastprior.models.prior_transformer.forward import PriorTransformerConditioning
 from fastprior.models.prior_transformer.model import PriorTransformer
@@ -120,16 +121,10 @@ class PriorTransformerNet(nn.Module):
         text_cond_drop_prob: float = 0.0,
         image_cond_drop_prob: float = 0.0,
     ) -> Tensor:
-        """Predict from noisy, normalised embeddings; see `DiffusionPriorNetwork.forward`.
+        """Predict from noisy, normalised embeddings: see `DiffusionPriorNetwork.forward`.
 
-        Args:
-            image_embed: (rows, dim); rows is a multiple of prompts, and those of one prompt lie together.
-            diffusion_timesteps: (rows,).
-            text_embed, text_encodings: (prompts, embedding_proj_dim), (prompts, length, embedding_dim).
-            text_cond_drop_prob: chance per prompt of the empty text.
-            self_cond, image_cond_drop_prob: not used.
-        Returns:
-            (rows, dim).
+        `text_cond_drop_prob` is the chance per prompt of the empty text; `self_cond` and `image_cond_drop_prob` are not
+        used.
         """
         rows, prompts, prior = len(image_embed), len(text_embed), self.prior
         if rows % prompts:
@@ -143,13 +138,7 @@ class PriorTransformerNet(nn.Module):
         text = (t.repeat_interleave(rows // prompts, dim=0) for t in text)
         return prior.predict_whole(x, diffusion_timesteps, *text)
 
-    def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> Tensor:
-        """`forward` with classifier-free guidance; the unconditional branch is the empty text."""
-        pred = self.forward(*args, **kwargs)
-        if cond_scale == 1:
-            return pred
-        null = self.forward(*args, **{**kwargs, "text_cond_drop_prob": 1.0})
-        return null + (pred - null) * cond_scale
+    forward_with_cond_scale = DiffusionPriorNetwork.forward_with_cond_scale
 
     def prefill(
         self, text_embed: Tensor, text_encodings: Tensor, times: Tensor, null_rows: int = 0, conditions: None = None

@@ -44,15 +44,11 @@ class Prefix(NamedTuple):
 def projected(linear: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """`residual + activation(linear(x))`; whatever stands in the place of a linear (LoRA) is called."""
     if type(linear) in PLAIN:
-        scale = _scale(linear)
+        scale = getattr(linear, "scale", None)
         return ops.linear(x, linear.weight, linear.bias, scale=scale, activation=activation, residual=residual)
     y = linear(x)
     y = y if activation is None else F.gelu(y)
     return y if residual is None else y + residual
-
-
-def _scale(linear: nn.Module) -> Tensor | None:
-    return linear.scale if type(linear) is QuantisedLinear else None
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,7 +162,7 @@ def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
         named = list(zip(ops.Block._fields, linears))
         part = ops.Block(
             *(linear.weight for linear in linears),
-            **{f"{name}_scale": _scale(linear) for name, linear in named},
+            **{f"{name}_scale": getattr(linear, "scale", None) for name, linear in named},
             **{f"{name}_bias": linear.bias for name, linear in named},
             norm_gain=block.norm1.weight, norm_bias=block.norm1.bias,
             ff_gain=block.norm3.weight, ff_bias=block.norm3.bias,

@@ -153,15 +153,7 @@ class PriorForward:
         return cond if layout is None else cond._replace(prefix=cached_blocks.share(cond.prefix, layout))
 
     def step(self, x: Tensor, index: Tensor, cond: PriorTransformerConditioning) -> Tensor:
-        """One evaluation behind the cached prefix.
-
-        Args:
-            x: (rows, embedding_dim), noisy embeddings; rows is a multiple of prompts, those of one prompt together.
-            index: 0-d or (rows,) int64, into the times given to `prefill`.
-            cond: from `prefill` or `share`.
-        Returns:
-            (rows, clip_embed_dim) in fp32 or wider.
-        """
+        """One evaluation behind the cached prefix, (rows, clip_embed_dim): see `DiffusionPriorNetwork.step`."""
         time_tokens = cond.time_tokens.index_select(0, index.reshape(-1))
         return self.predict_behind(x.to(self._weight_dtype), time_tokens, cond.prefix).flatten(0, -2)
 

@@ -20,6 +20,7 @@ from . import reference
 from .arguments import LinearArgs
 from .cpu import attention as cpu_attention
 from .cpu import blocks as cpu_blocks
+from .cpu import huge_pages
 from .cpu import library as cpu_library
 from .cpu import linear as cpu_linear
 from .cpu import run as cpu_run
@@ -154,9 +155,10 @@ def linear(
     )
     if on_triton(x) and not torch.is_autocast_enabled(x.device.type):  # which casts for PyTorch's own linear alone
         from .gpu.linear import linear as run
-    else:
-        run = cpu_linear.linear if _forced is None and cpu_linear.takes_linear(args) else reference.linear
-    return run(args)
+
+        return run(args)
+    found = cpu_linear.linear_where_taken(args) if _forced is None else None
+    return reference.linear(args) if found is None else found
 
 
 def attention(
@@ -291,6 +293,7 @@ def diffusion_step(
 
 Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run
 one_thread = cpu_library.one_thread
+to_huge_pages = huge_pages.collapse
 Workspace, sharing = workspace.Workspace, workspace.sharing
 
 
@@ -352,10 +355,8 @@ def run_blocks(
     """
     if blocks is None or _forced is not None:
         return None
-    options = bias, mask, *(rotary or ())
-    if not cpu_blocks.takes_blocks(blocks, *x.shape[:2], (prefix_k, prefix_v, x), options):
-        return None
-    return cpu_blocks.run_blocks(x, blocks, prefix_k, prefix_v, outputs=outputs, rotary=rotary, bias=bias, mask=mask)
+    options = dict(outputs=outputs, rotary=rotary, bias=bias, mask=mask)
+    return cpu_blocks.run_blocks_where_taken(x, blocks, prefix_k, prefix_v, **options)
 
 
 def prepare_run(

@@ -94,20 +94,23 @@ class PromptRun:
                 graph = own.graph(engine, net, tensors, x.dtype)
                 if graph is not None:
                     graph.begin(tensors, self.scale)
-                    reads.append(own.note(engine, net, graph.inputs))
+                    reads.append(own.note(engine, net, own.step(net), graph.inputs))
                     return graph.step, batch
             own = self.part(part, batch if engine.compile else part.stop - part.start)
-            step, inputs = own.begin(net, x, engine if engine.compile else None)
-            reads.append(own.note(engine, net, inputs))
-            return step, own.prompts
+            step = own.step(net)
+            bound, inputs = own.begin(net, step, x, engine if engine.compile else None)
+            reads.append(own.note(engine, net, step, inputs))
+            return bound, own.prompts
 
         batch_sizes = engine.batch_sizes if engine.compile or sources is not None else (self.prompts,)
         groups = len(self.groups) - self.guidance
         x = run_parts(self.table, x, noise, begin, batch_sizes, self.prompts, groups)
         return x, sum(reads) * len(self.table.times)
 
-    def begin(self, net: PriorTransformer, x: Tensor, engine: Engine | None = None) -> tuple[Step, StepInputs]:
-        """The steps without graphs, for x in a dtype; an engine compiles them, behind prefixes of few lengths."""
+    def begin(
+        self, net: PriorTransformer, step: Callable, x: Tensor, engine: Engine | None = None
+    ) -> tuple[Step, StepInputs]:
+        """Steps without graphs, for x in a dtype; an engine compiles them, behind prefixes of few lengths."""
         prior, device = self.prior, x.device
         index, times = torch.tensor(self.prefixes, device=device), torch.tensor(self.table.times, device=device)
         cond = prior.prefill(*(t[index] for t in self.text), times)  # runs the same prompts once
@@ -115,7 +118,7 @@ class PromptRun:
             cond = cond._replace(prefix=_padded(cond.prefix, len(self.prefixes), self.text.encodings.shape[1] + 1))
         cond = prior.share(cond, self.samples)
         cond = cond if net is prior else net.prepare(cond)
-        inputs, step = StepInputs(cond, self.table.rows.to(device, x.dtype)), self.step(net)
+        inputs = StepInputs(cond, self.table.rows.to(device, x.dtype))
         if engine is not None:
             key = cond.prefix.k.shape, inputs.rows.shape, self.rows, self.guided, x.dtype, *self.solver
             step = engine.step(net, key, step)
@@ -147,13 +150,13 @@ class PromptRun:
 
         return engine.graph(engine.key(*key, prior.dtype), f"batch size {self.prompts}", capture)
 
-    def note(self, engine: Engine, net: PriorTransformer, inputs: StepInputs) -> int:
+    def note(self, engine: Engine, net: PriorTransformer, step: Callable, inputs: StepInputs) -> int:
         """Note the steps of a run for `stats`: the bytes that each reads."""
         prefix, suffix = inputs.cond.prefix, 2 + (net.prd_embedding is not None)
         modules = net.transformer_blocks, net.proj_in, net.norm_in, net.norm_out, net.proj_to_clip_embeddings
         tables = net.positional_embedding[:, -suffix:], net.prd_embedding, inputs.cond.time_tokens[:1]
         reads = step_reads(filter(None, modules), (prefix.k, prefix.v), (*tables, self.table.rows[:1]))
-        return engine.note(0, reads, self.step(net), inputs, (self.rows, net.config["embedding_dim"]))
+        return engine.note(0, reads, step, inputs, (self.rows, net.config["embedding_dim"]))
 
 
 def _padded(prefix: Prefix, prompts: int, longest: int) -> Prefix:
@@ -211,5 +214,5 @@ def judged(kind: str, prior: PriorTransformer, schedule: DiffusersSchedule) -> t
     for net in (prior, twin):
         noise = Noise((count, dim), device, torch.Generator(device).manual_seed(0), torch.float32)
         x = next(noise) * table.noise_scale
-        results.append(prior.post_process_latents(run_table(table, run.begin(net, x)[0], x, noise)))
+        results.append(prior.post_process_latents(run_table(table, run.begin(net, run.step(net), x)[0], x, noise)))
     return twin, quality.judge(kind, results[1], results[0])

@@ -16,7 +16,6 @@ from fastprior.engine.graphs import StepGraph
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Noise, Step, bind, run_parts
 from fastprior.kernels import ops
-from fastprior.kernels.cpu import huge_pages
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.quantise import check as check_quantise
 from fastprior.models.quantise import quantised, update
@@ -133,7 +132,7 @@ class PriorSampler:
         if self.quantise:
             update(self._step_net)
             self._judge()
-        huge_pages.collapse((*self._net.parameters(), *self._step_net.buffers()))  # now, not in the second call
+        ops.to_huge_pages((*self._net.parameters(), *self._step_net.buffers()))  # now, not in the second call
         self._modules = modules
 
     def _judge(self) -> None:

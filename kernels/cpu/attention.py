@@ -8,12 +8,8 @@ from torch import Tensor
 from . import calls, library, structs
 from .library import KINDS
 
+# what the threads of attention keep on their stacks: keys, and those of the suffix in full
 MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS = 256, 4096, 2**16
-
-
-def fits_stacks(dim_head: int, prefix: int, suffix: int) -> bool:
-    """Whether threads of attention can keep keys, those of the suffix in full, on their stacks."""
-    return dim_head <= MAX_DIM_HEAD and prefix + suffix <= MAX_KEYS and suffix * dim_head <= MAX_SUFFIX_NUMBERS
 
 
 def takes_decode(q, k, v, prefix_k, prefix_v, *, rotary=None, bias=None, mask=None, dropout=0.0, **_) -> bool:
@@ -22,8 +18,10 @@ def takes_decode(q, k, v, prefix_k, prefix_v, *, rotary=None, bias=None, mask=No
         return False
     if not prefix_k.dtype == prefix_v.dtype == torch.float32 or not q.numel():
         return False
-    fits = fits_stacks(q.shape[-1], prefix_k.shape[1], k.shape[1])
-    return fits and library.takes((q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())))
+    suffix, dim_head = k.shape[1], q.shape[-1]
+    if dim_head > MAX_DIM_HEAD or prefix_k.shape[1] + suffix > MAX_KEYS or suffix * dim_head > MAX_SUFFIX_NUMBERS:
+        return False
+    return library.takes((q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())))
 
 
 def _fake_decode(q, *_) -> Tensor:

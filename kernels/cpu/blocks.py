@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import calls, huge_pages, library, structs
-from .attention import attention_of, fits_stacks
+from .attention import MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS, attention_of
 from .library import KINDS, most_rows
 
 
@@ -124,7 +124,9 @@ def takes_blocks(
         return False
     if not 0 < rows * suffix <= blocks.most_tokens or (blocks.requires_grad and torch.is_grad_enabled()):
         return False
-    return fits_stacks(dim_head, prefix, suffix) and library.takes((*numbers, *options))
+    if dim_head > MAX_DIM_HEAD or prefix + suffix > MAX_KEYS or suffix * dim_head > MAX_SUFFIX_NUMBERS:
+        return False
+    return library.takes((*numbers, *options))
 
 
 def _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape, *_) -> Tensor:
@@ -168,6 +170,14 @@ calls.define_operation(
     _run_blocks,
     _fake_blocks,
 )
+
+
+def run_blocks_where_taken(x, blocks, prefix_k, prefix_v, *, rotary, bias, mask, **options) -> Tensor | None:
+    """See `ops.run_blocks`."""
+    others = bias, mask, *(rotary or ())
+    if not takes_blocks(blocks, *x.shape[:2], (prefix_k, prefix_v, x), others):
+        return None
+    return run_blocks(x, blocks, prefix_k, prefix_v, rotary=rotary, bias=bias, mask=mask, **options)
 
 
 def run_blocks(

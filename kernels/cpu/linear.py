@@ -83,3 +83,8 @@ def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     """
     out, total = torch.ops.fastprior.cpu_linear.default(*args) if torch.compiler.is_compiling() else _run(args)
     return out if args.stream is None else (out, total)
+
+
+def linear_where_taken(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor] | None:
+    """`linear` of what `takes_linear` says, and None of everything else."""
+    return linear(args) if takes_linear(args) else None

@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -293,8 +293,12 @@ def diffusion_step(
 
 Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run
 one_thread = cpu_library.one_thread
-to_huge_pages = huge_pages.collapse
 Workspace, sharing = workspace.Workspace, workspace.sharing
+
+
+def to_huge_pages(tensors: Iterable[Tensor]) -> int:
+    """Move weights on the CPU to huge pages, where the system has some: how many bytes lie there."""
+    return huge_pages.collapse(tensors)
 
 
 def prepare_blocks(

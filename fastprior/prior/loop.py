@@ -127,9 +127,8 @@ def sample_loop(
         if plan.path == "cached":
             step = _cached_step(prior.net, plan, rows, text_cond, cond_scale)
         else:
-            step = _plain_step(prior, plan, rows, text_cond, cond_scale)
-            if plan.overrides and table.solver == "ddpm":
-                table = replace(table, draws_noise=(False,) * len(table.times))  # `p_sample` draws its own
+            step = _plain_step(prior, plan, rows, text_cond, cond_scale, noise)
+            table = replace(table, draws_noise=(False,) * len(table.times))  # it draws itself, behind the network
         return run_prior(prior, noise, lambda x: run_table(table, step, x, noise, progress))
 
 
@@ -141,12 +140,14 @@ def _cached_step(net: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict,
     return bind(steps.step, inputs, torch.tensor(cond_scale, dtype=torch.float32, device=steps.rows.device))
 
 
-def _plain_step(prior: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict, cond_scale: float) -> Step:
+def _plain_step(
+    prior: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict, cond_scale: float, noise: Iterator[Tensor]
+) -> Step:
     text_cond, table, schedule = repeat_rows(text_cond, rows), plan.table, prior.noise_scheduler
     by_p_sample = table.solver == "ddpm" and bool(plan.overrides)
     by_noise = table.solver == "ddim" and "predict_noise_from_start" in plan.overrides
 
-    def step(x, x0, noise, index):
+    def step(x, x0, _, index):
         t = torch.full((rows,), table.times[index], device=x.device, dtype=torch.long)
         self_cond = x0 if prior.net.self_cond and index else None
         if by_p_sample:
@@ -154,6 +155,7 @@ def _plain_step(prior: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict
         pred = prior.net.forward_with_cond_scale(x, t, cond_scale=cond_scale, self_cond=self_cond, **text_cond)
         start = prior.x_start_from(x, t, pred)
         _, _, a, b, c, s = table.rows[index].tolist()
+        drawn = next(noise) if table.draws_noise[index] else 0.0
         if by_noise:  # the table folds the noise prediction into a and b: take it out again
             recip, recipm1 = (
                 values[table.times[index]].item()
@@ -161,7 +163,7 @@ def _plain_step(prior: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict
             )
             direction = a * recipm1 / recip
             predicted = schedule.predict_noise_from_start(x, t=t, x0=start)
-            return direction * predicted + (b + direction / recipm1) * start + s * noise, start
-        return a * x + b * start + c * x0 + s * noise, start
+            return direction * predicted + (b + direction / recipm1) * start + s * drawn, start
+        return a * x + b * start + c * x0 + s * drawn, start
 
     return step

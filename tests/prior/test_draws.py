@@ -6,7 +6,7 @@ from torch import nn
 
 from fastprior import DiffusionPrior
 from fastprior.batches import repeat_rows
-from helpers.priors import make_prior, make_text, relative_error
+from helpers.priors import Foreign, make_prior, make_text, relative_error, sample
 
 NETS = [dict(), dict(self_cond=True, num_time_embeds=2, normformer=True), dict(num_timesteps=20, heads=1, norm_in=True)]
 
@@ -89,3 +89,20 @@ def test_bad_draws():
         prior(**text, image_embed=torch.randn(2, 32), draws=0)
     with pytest.raises(ValueError, match="image_embed has 3 rows; they must be a multiple of the 2 of text_embed"):
         prior.net(torch.randn(3, 32), torch.zeros(3).long(), **text)
+
+
+class Drawing(Foreign):
+    """A network that draws random numbers itself, as one with active dropout does."""
+
+    def forward_with_cond_scale(self, image_embed, *args, **kwargs):
+        return super().forward_with_cond_scale(image_embed * torch.rand(len(image_embed), 1), *args, **kwargs)
+
+
+@pytest.mark.parametrize("timesteps", [20, 7])
+def test_a_step_draws_its_noise_behind_what_the_network_draws(peer, timesteps):
+    text = make_text(3, 32)
+    ours, theirs = make_prior(), make_prior(module=peer)
+    theirs.load_state_dict(ours.state_dict())
+    for prior in (ours, theirs):
+        prior.net = Drawing(prior.net)
+    assert relative_error(*(sample(prior, text, timesteps=timesteps) for prior in (ours, theirs))) < 1e-4

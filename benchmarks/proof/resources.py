@@ -285,8 +285,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.record and (options.only or set(options.arch) != set(ARCHITECTURES)):
         parser.error("--record takes all kernels and architectures: without --only and --arch")
-    if options.record == DEFAULT_RECORD and not RECORDS.is_dir():
-        parser.error("--record takes a FILE in an installed package, which has no benchmarks/records/")
     path = options.limits or DEFAULT_RECORD
     if options.limits and not path.exists():
         parser.error(f"--limits {path}: no such file")

@@ -1,1 +1,1 @@
-"""Triton kernels, their launchers, and how they are compiled where there is no GPU."""
+"""Triton kernels, and how they are launched."""

@@ -23,7 +23,7 @@ class LayerNorm(nn.Module):
 
     `eps` is 1e-5, and 1e-3 for 16-bit input to an fp32 module (autocast), as DALLE2-pytorch trains. A module that was
     itself cast to 16 bits keeps 1e-5: it stands in for the fp32 module, whose result 1e-3 would move.
-    With `stable=True` each row is first divided by its signed maximum (see `kernels.reference.layer_norm`).
+    With `stable=True` each row is first divided by its signed maximum (see `kernels.ops.layer_norm`).
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, fp16_eps: float = 1e-3, stable: bool = False):
@@ -32,14 +32,14 @@ class LayerNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, *, after: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The norm of x (..., dim), plus `after`, in `dtype`: see `kernels.reference.layer_norm`."""
+        """The norm of x (..., dim), plus `after`, in `dtype`: see `kernels.ops.layer_norm`."""
         autocast = x.element_size() < self.g.element_size() and x.element_size() == 2
         eps = self.fp16_eps if autocast else self.eps
         return ops.layer_norm(x, self.g, eps=eps, stable=self.stable, after=after, dtype=dtype)
 
 
 class Linear(nn.Linear):
-    """nn.Linear that is fast for few rows too, see `kernels.reference.linear`."""
+    """nn.Linear that is fast for few rows too, see `kernels.ops.linear`."""
 
     scale: Tensor | None = None  # of the weight's rows, which a `QuantisedLinear` has
 
@@ -273,7 +273,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attention of raw queries, keys and values, and the output projection; `residual` is added to it.
 
-        `bias` holds `bias`, `buckets` and `causal` of `kernels.reference.attention`.
+        `bias` holds `bias`, `buckets` and `causal` of `kernels.ops.attention`.
         """
         if rotary is not None and rotary[0].requires_grad:  # learned frequencies: kernels give them no gradient
             q, k = (reference.rotate(t, *(table[-t.shape[1] :, None] for table in rotary)) for t in (q, k))

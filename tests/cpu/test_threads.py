@@ -22,6 +22,7 @@ from helpers.cpu_cases import NEEDS_KERNELS, OPTIONS, block_arguments, child, ma
 from helpers.priors import make_prior, make_text
 
 pytestmark = NEEDS_KERNELS
+MANY = min(70, cpu_library.most_rows(torch.float32))  # rows of a linear
 
 
 @contextlib.contextmanager
@@ -182,7 +183,7 @@ def test_whose_threads_they_are_changes_no_bit(count):
         torch.manual_seed(0)
         linears = [
             cpu_linear.linear(LinearArgs(**make(rows, 97, 300, kind, OPTIONS["all-swiglu"])))
-            for rows in (2, 9, 70)
+            for rows in (2, 9, MANY)
             for kind in ("fp32", "bf16", "int8")
         ]
         sampled = prior.sample(**text, timesteps=9, num_samples_per_batch=2, progress=False)
@@ -198,7 +199,7 @@ def test_whose_threads_they_are_changes_no_bit(count):
 
 
 def test_threads_of_a_program_call_teams_of_our_own_at_once():
-    cases = [make(rows, 97, 300, "fp32", OPTIONS["all-swiglu"]) for rows in (2, 9, 3, 70)]
+    cases = [make(rows, 97, 300, "fp32", OPTIONS["all-swiglu"]) for rows in (2, 9, 3, MANY)]
     expected, wrong = [cpu_linear.linear(LinearArgs(**inputs)) for inputs in cases], []
 
     def work(index):

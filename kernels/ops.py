@@ -11,7 +11,9 @@ import contextlib
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +61,14 @@ def on_triton(x: Tensor) -> bool:
     if x.dtype == torch.float64:
         return False
     if _forced is None:
-        return x.is_cuda and HAS_TRITON
+        return x.is_cuda and (HAS_TRITON or _warn_without_triton())
     return _forced == "triton"
+
+
+def _warn_without_triton() -> Literal[False]:
+    if not torch.compiler.is_compiling():  # a trace has no room for it; python says it once
+        warnings.warn("triton is not installed: on CUDA plain PyTorch runs, far slower", RuntimeWarning, stacklevel=2)
+    return False
 
 
 def launcher(name: str) -> Callable | None:

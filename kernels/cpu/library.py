@@ -1,6 +1,7 @@
 """The sources of `c/` as a library: compiled at first use and kept; what it takes, and on how many threads it runs.
 
-It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes, and `unavailable` says why.
+It takes a C compiler, as torch.compile and Triton do. Where there is none PyTorch computes: a warning says so, and
+`unavailable` why.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import hashlib
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_long, c_void_p
 from pathlib import Path
@@ -38,6 +41,16 @@ LITTLE = 2**19  # numbers, on which an operation takes one thread a tenth of a m
 def cache_dir() -> Path:
     given = os.environ.get("FASTPRIOR_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
+
+
+def _fallback_dir() -> Path:
+    """A folder of this user alone among temporary files. Raises OSError where there can be none."""
+    folder = Path(tempfile.gettempdir()) / f"fastprior-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not a folder of this user alone")
+    return folder
 
 
 def _machine() -> str:
@@ -85,10 +98,22 @@ def _compile(command: list[str], path: Path) -> None:
         raise
 
 
+def _kept_in(folder: Path, name: str, command: list[str]) -> Path:
+    """The library of that name in a folder, compiled unless it is there and whole."""
+    path = folder / name
+    if not _is_whole(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone_in(folder):
+            if not _is_whole(path):  # as another process left it
+                _compile(command, path)
+    return path
+
+
 def build() -> Path:
     """Compile the sources unless they were: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
 
-    Its hash stands behind it in the file, so that what a crash or a full disk left of one is made again.
+    Its hash stands behind it in the file, so that what a crash or a full disk left of one is made again. Where that
+    folder takes no files, a warning says so, and a folder among temporary files takes its place.
 
     Raises:
         OSError, RuntimeError: there is no compiler, or no place to write to.
@@ -98,13 +123,26 @@ def build() -> Path:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     sources = (source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]")))
     parts = *sources, version, " ".join(FLAGS).encode(), _machine().encode()
-    path = cache_dir() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
-    if not _is_whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(path.parent):
-            if not _is_whole(path):  # as another process left it
-                _compile([*compiler, *FLAGS, str(SOURCES / "library.c")], path)
-    return path
+    name = f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    command = [*compiler, *FLAGS, str(SOURCES / "library.c")]
+    try:
+        return _kept_in(cache_dir(), name, command)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # without a home: RuntimeError
+        if isinstance(error, subprocess.CalledProcessError) and not _is_full(error):
+            raise
+        path = _kept_in(_fallback_dir(), name, command)
+        _warn(f"the compiled CPU kernels are kept in {path.parent}, since their folder takes no files: {error}. "
+              "Set FASTPRIOR_CACHE to one that does")  # fmt: skip
+        return path
+
+
+def _is_full(error: subprocess.CalledProcessError) -> bool:
+    """Whether a compiler had no room for what it wrote."""
+    return any(word in error.stderr for word in (b"No space left", b"quota exceeded"))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _check_structs(loaded: ctypes.CDLL) -> None:
@@ -128,7 +166,7 @@ def _load() -> None:
         _check_structs(_loaded)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip()
-        said = said[max(0, said.find("error")) :]  # behind the files that lead there
+        said = said[max(0, said.find("error")) :].partition("\n")[0]  # behind the files that lead there
         _loaded = f"{error.cmd[0]} failed: {said[:300]}"
     except (OSError, RuntimeError) as error:  # a user without a home directory is a RuntimeError
         _loaded = f"no C compiler, or no place for what it makes: {error}"
@@ -144,6 +182,9 @@ def _load() -> None:
         # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
         os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
         _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())
+    if isinstance(_loaded, str):
+        _warn(f"no CPU kernels: {_loaded}. PyTorch computes, several times slower on the CPU. They need a C compiler "
+              "(CC names it, by default cc) and a folder to keep what it makes (FASTPRIOR_CACHE)")  # fmt: skip
 
 
 def unavailable() -> str | None:

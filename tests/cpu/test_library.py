@@ -5,8 +5,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -101,12 +104,15 @@ def test_of_two_processes_one_compiles(tmp_path):
 def goes_on(words):
     """PyTorch computes, and `unavailable` has these words."""
     inputs, tokens = make(3, 40, 52), make_tokens()
-    assert relative_error(ops.linear(**inputs), reference.linear(LinearArgs(**inputs))) < 1e-5
+    with pytest.warns(RuntimeWarning, match="no CPU kernels: .* several times slower .*FASTPRIOR_CACHE") as said:
+        assert relative_error(ops.linear(**inputs), reference.linear(LinearArgs(**inputs))) < 1e-5
+    assert len(said) == 1
     assert (
         relative_error(step(make_transformer(), *tokens), through_reference(step, make_transformer(), *tokens)) < 1e-5
     )
     assert words in cpu_library.unavailable()
-    with pytest.raises(RuntimeError, match="the CPU kernels cannot be compiled"):
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="the CPU kernels cannot be compiled"):
+        warnings.simplefilter("error")  # it was said once
         cpu_linear.linear(LinearArgs(**inputs))
 
 
@@ -143,20 +149,57 @@ def test_a_machine_without_vectors(tmp_path):
         goes_on("neither AVX2 nor NEON")
 
 
+def nobody():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_no_place_to_write_to(tmp_path, monkeypatch):
+    """Neither the folder nor one among temporary files: another user's, one that others may write to, a link."""
     (tmp_path / "file").write_text("")
+    (fallback := tmp_path / f"fastprior-{os.getuid()}").mkdir(mode=0o777)
+    fallback.chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc/fastprior"):
         with built(FASTPRIOR_CACHE=place):
-            goes_on("no place for what it makes")
-
-    def nobody():
-        raise RuntimeError("Could not determine home directory.")
+            goes_on("is not a folder of this user alone")
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    (tmp_path / "fastprior-4711").mkdir(mode=0o700)
+    with built(FASTPRIOR_CACHE="/proc/fastprior"):
+        goes_on("is not a folder of this user alone")
+    monkeypatch.undo()
+    fallback.rmdir()
+    fallback.symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with built(FASTPRIOR_CACHE="/proc/fastprior"):
+        goes_on("is not a folder of this user alone")
 
     monkeypatch.delenv("FASTPRIOR_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/fastprior")
     monkeypatch.setattr(Path, "home", nobody)
     with built():
-        goes_on("home directory")
+        goes_on("no place for what it makes")
+
+
+@pytest.mark.parametrize("case", ["unwritable", "full", "no home"])
+def test_another_place_to_write_to(tmp_path, monkeypatch, case):
+    """Kernels run all the same, and a warning says where they are kept."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = dict(FASTPRIOR_CACHE="/proc/fastprior")
+    if case == "full":
+        fails = 'echo "final close failed: No space left on device" >&2; exit 1'
+        full = refusing(tmp_path, f'case "$*" in */small/*) {fails};; esac\nexec cc "$@"\n')
+        options = dict(FASTPRIOR_CACHE=tmp_path / "small", CC=full)
+    elif case == "no home":
+        options = {}
+        monkeypatch.delenv("FASTPRIOR_CACHE", raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", nobody)
+    kept = tmp_path / f"fastprior-{os.getuid()}"
+    for _ in range(2):  # made, and found again
+        with built(QUICK, **options), pytest.warns(RuntimeWarning, match=f"kept in {kept}.*Set FASTPRIOR_CACHE"):
+            assert cpu_library.unavailable() is None
+        assert len(list(kept.glob("cpu-*.so"))) == 1 and stat.S_IMODE(kept.stat().st_mode) == 0o700
 
 
 def test_a_cache_that_was_filled_is_only_read(tmp_path):
@@ -191,6 +234,8 @@ def test_a_struct_of_another_size_is_not_filled(tmp_path, monkeypatch):
         longer = type(name, (mirror,), {"_fields_": [("more", ctypes.c_long)]})
         with built(QUICK, FASTPRIOR_CACHE=tmp_path), pytest.MonkeyPatch.context() as patch:
             patch.setattr(structs, "ALL", (*structs.ALL, longer))
+            with pytest.warns(RuntimeWarning, match="no CPU kernels: struct"):
+                cpu_library.unavailable()
             assert cpu_library.unavailable() == (
                 f"struct {name.lower()} of C has not the {ctypes.sizeof(longer)} bytes of its mirror in structs.py"
             )

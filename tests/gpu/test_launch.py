@@ -3,7 +3,9 @@
 import ast
 import contextlib
 import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import stand_in
 import triton
 import triton.language as tl
 
+from fastprior.kernels import ops
 from fastprior.kernels.gpu import launch, norm
 from fastprior.kernels.reference import NormArgs
 from helpers.processes import compiling
@@ -160,6 +163,7 @@ def test_linears_of_a_step_fetch_their_weights_by_16_bytes_ahead():
 
 CHAIN = """
 import json
+import warnings
 import torch
 from fastprior.kernels.gpu.barrier import matvec_chain_fwd
 from stand_in import standing_in
@@ -219,3 +223,13 @@ def test_what_is_recorded_honours_how_a_kernel_specialises():
     assert dict(first.constants) == dict(BLOCK=16, missing_ptr=None, stride=1)
     assert first.divisible == ("x_ptr", "width")
     assert dict(second.signature)["stride"] == "i64" and second.divisible == ("x_ptr", "y_ptr", "stride", "width")
+
+
+def test_cuda_without_triton_is_said(monkeypatch):
+    monkeypatch.setattr(ops, "HAS_TRITON", False)
+    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.float32)  # which no tensor here can be
+    with ops.using(None), pytest.warns(RuntimeWarning, match="triton is not installed"):
+        assert not ops.on_triton(on_cuda)
+    with ops.using("reference"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not ops.on_triton(on_cuda)

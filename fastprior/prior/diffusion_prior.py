@@ -20,7 +20,7 @@ from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.prior import graphs as prior_graphs
 from fastprior.prior.loop import sample_loop
 from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden
-from fastprior.prior.text_condition import TextConditioned, check_conditions
+from fastprior.prior.text_condition import TextConditioned, check_conditions, check_tensors
 from fastprior.utils import in_eval_mode
 
 LOOPS = "p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim"
@@ -437,6 +437,7 @@ class DiffusionPrior(TextConditioned, nn.Module):
             raise ValueError(f"draws={draws}; it must be at least 1")
         if (image is None) == (image_embed is None):
             raise ValueError("exactly one of image and image_embed must be given")
+        check_tensors(image=image, image_embed=image_embed)
         if image is not None:
             image_embed, _ = self.clip.embed_image(image)
         text_cond = self.text_condition(text, text_embed, text_encodings, conditions=conditions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,24 @@ from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 
 NORM_TOLERANCE = 0.05  # how far from 1 the norm of a CLIP's embedding may be
+
+
+def check_tensors(**values: Tensor | None) -> None:
+    """Raise TypeError, with its name, for what is given and is no tensor, such as an array."""
+    for name, value in values.items():
+        if value is not None and not torch.is_tensor(value):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+            raise TypeError(f"{name} is a {kind}; it must be a torch.Tensor (torch.as_tensor makes one)")
+
+
+def _strings(text) -> list[str]:
+    """Texts, from one or several. Raises TypeError for anything else."""
+    texts = [text] if isinstance(text, (str, bytes)) or not isinstance(text, Iterable) else list(text)
+    for each in texts:
+        if not isinstance(each, str):
+            rule = "it must be strings, or a tensor of tokens (batch, length)"
+            raise TypeError(f"text has an item of type {type(each).__name__}; {rule}")
+    return texts
 
 
 def check_conditions(net: nn.Module, text_cond: dict) -> None:
@@ -30,11 +49,13 @@ class TextConditioned:
         """What the network is conditioned on, from arguments as `sample` takes them: text_embed, text_encodings, …"""
         if (text is None) == (text_embed is None):
             raise ValueError("exactly one of text and text_embed must be given")
+        if isinstance(self.net, DiffusionPriorNetwork):  # a foreign one may take anything
+            check_tensors(text_embed=text_embed, text_encodings=text_encodings, mask=mask)
         if text is not None:
             if self.clip is None:
                 raise ValueError("text was given, but this prior has no clip; give text_embed and text_encodings")
             if not torch.is_tensor(text):
-                text = self.clip.tokenize([text] if isinstance(text, str) else list(text))
+                text = self.clip.tokenize(_strings(text))
             text_embed, text_encodings = self.clip.embed_text(text.to(self.device))
         extra = dict(conditions=conditions) if conditions else {}
         if not self.condition_on_text_encodings:
@@ -49,7 +70,12 @@ class TextConditioned:
         """Raise ValueError unless embeddings of this shape can be sampled for it; warn of a norm not CLIP's."""
         if shape[0] == 0:
             raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
+        if not isinstance(text_cond, Mapping):
+            kind = type(text_cond).__name__
+            raise TypeError(f"text_cond is a {kind}; it must be a dict of text_embed and what else the network takes")
         embed = text_cond.get("text_embed")
+        if isinstance(self.net, DiffusionPriorNetwork):
+            check_tensors(text_embed=embed, text_encodings=text_cond.get("text_encodings"))
         if embed is None:
             if not isinstance(self.net, DiffusionPriorNetwork):
                 return  # a foreign network's own condition
@@ -58,7 +84,7 @@ class TextConditioned:
             raise ValueError(f"shape={tuple(shape)}; its rows must be a multiple of text_embed's, {len(embed)}")
         check_conditions(self.net, text_cond)
         tensors = {name: t for name, t in text_cond.items() if torch.is_tensor(t)}
-        with ops.one_thread(max(tensors.values(), key=Tensor.numel)):
+        with ops.one_thread(max(tensors.values(), key=Tensor.numel, default=torch.empty(0))):
             for name, t in tensors.items():
                 if len(t) != len(embed):
                     rows = f"{len(t)} rows and text_embed {len(embed)}"

@@ -1,12 +1,15 @@
 """Which path a run takes, that every path gives the same result, and that nothing a user overrides is skipped."""
 
 import warnings
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fastprior
+from fastprior import PriorSampler
 from fastprior.models.dalle2.layers import Attention, l2norm
 from helpers.pairwise import pairwise
 from helpers.priors import WordClip, make_prior, make_text, plain, relative_error, sample
@@ -337,6 +340,31 @@ def test_bad_dtype_names_the_argument():
     text = dict(TEXT, text_embed=torch.ones(2, 32, dtype=torch.long))
     with pytest.raises(TypeError, match="text_embed has dtype torch.int64; it must be a floating point tensor"):
         make_prior().p_sample_loop((2, 32), text_cond=text, progress=False)
+
+
+def test_arrays_and_lists_are_refused_by_name():
+    prior = clip_prior()
+    embed, encodings = (TEXT[name] for name in ("text_embed", "text_encodings"))
+    array, is_array = embed.numpy(), "is a numpy.ndarray; it must be a torch.Tensor"
+    embeds, loss = partial(prior.sample, progress=False), partial(prior, image_embed=embed)
+    loop = partial(prior.p_sample_loop, (2, 32), progress=False)
+    for call, message in (
+        (lambda: embeds(np.array([[1, 2, 3]])), "text has an item of type ndarray; it must be strings, or a tensor"),
+        (lambda: embeds(3), "text has an item of type int"),
+        (lambda: embeds(b"cat"), "text has an item of type bytes"),
+        (lambda: embeds(["cat", None]), "text has an item of type NoneType"),
+        (lambda: embeds(text_embed=array, text_encodings=encodings), f"text_embed {is_array}"),
+        (lambda: embeds(text_embed=array.tolist(), text_encodings=encodings), "text_embed is a list"),
+        (lambda: embeds(text_embed=embed, text_encodings=encodings.numpy()), f"text_encodings {is_array}"),
+        (lambda: embeds(text_embed=embed, text_encodings=encodings, mask=np.ones((2, 7))), f"mask {is_array}"),
+        (lambda: loop(text_cond=dict(TEXT, text_embed=array)), f"text_embed {is_array}"),
+        (lambda: loop(text_cond=embed), "text_cond is a Tensor; it must be a dict"),
+        (lambda: loss(text_embed=array, text_encodings=encodings), f"text_embed {is_array}"),
+        (lambda: prior(image_embed=array, **TEXT), f"image_embed {is_array}"),
+        (lambda: PriorSampler(prior.eval(), timesteps=2)(array, encodings), f"text_embed {is_array}"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
 
 
 def test_bad_sample_arguments():

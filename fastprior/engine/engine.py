@@ -120,8 +120,7 @@ class Engine:
     def stats(self, steps: int, bandwidth: float | None) -> dict[str, float]:
         """Figures of the last 1000 calls, and of the noted step with the largest key: see `PriorSampler.stats`."""
         with self.lock:
-            times, graphs = self.clock.milliseconds(), self.cache.stats()
-            read = sum(read for _, _, read in tuple(self.clock.kept))
+            (times, read), graphs = self.clock.calls(), self.cache.stats()
             reads, count = self.noted[max(self.noted)] if self.noted else (StepReads(0, 0, 0), int)
         launches = count()  # takes half a second at first, for which no call should wait
         stats = dict(

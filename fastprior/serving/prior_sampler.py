@@ -180,7 +180,7 @@ class PriorSampler:
         return self._engine.graph(self._engine.key(batch), f"batch size {batch}", lambda: StepGraph(*what))
 
     def stats(self, bandwidth: float | None = None) -> dict[str, float]:
-        """How the last 1000 calls went, and what a step takes.
+        """How the last 1000 calls went, without those of `warmup`, and what a step takes.
 
         Args:
             bandwidth: bytes per second that the device reads, such as `serving.measure.read_bandwidth` measures.
@@ -207,11 +207,11 @@ class PriorSampler:
             text = F.normalize(torch.ones(batch, net.text_embed_dim, **like), dim=-1)
             encodings = torch.ones(batch, 1, net.text_dim, **like) if self.prior.condition_on_text_encodings else None
             # a generator of its own: warming up must not move the global one
-            self(text, encodings, generator=torch.Generator(self.prior.device).manual_seed(0))
+            generator = torch.Generator(self.prior.device).manual_seed(0)
+            self._call(text, encodings, None, 1.0, generator, counts=False)
             seconds[batch] = time.perf_counter() - start
         return seconds
 
-    @torch.no_grad()
     def __call__(
         self,
         text_embed: Tensor,
@@ -232,6 +232,19 @@ class PriorSampler:
         Returns:
             (prompts, dim), not scaled.
         """
+        return self._call(text_embed, text_encodings, conditions, cond_scale, generator)
+
+    @torch.no_grad()
+    def _call(
+        self,
+        text_embed: Tensor,
+        text_encodings: Tensor | None,
+        conditions: dict[str, Tensor] | None,
+        cond_scale: float,
+        generator: torch.Generator | None,
+        counts: bool = True,
+    ) -> Tensor:
+        """A call, which `stats` counts or does not."""
         if cond_scale != 1 and not self.guidance:
             raise ValueError(f"cond_scale={cond_scale}; this sampler was built with guidance=False, so it must be 1")
         text_cond = self.prior.text_condition(None, text_embed, text_encodings, conditions=conditions)
@@ -241,6 +254,7 @@ class PriorSampler:
         if device != served:
             raise ValueError(f"the prior is on {device}; it must be where it was, on {served}")
         with engine.lock, engine.clock, ops.sharing():
+            engine.clock.counts = counts
             engine.refresh(self.prior.net, self._build)
             embeds = self._sample(text_cond, cond_scale, generator)
         return self.prior.best_of(self.prior.denormalize(embeds).view(prompts, repeats, -1), text_embed)

@@ -1,14 +1,22 @@
 """Fast, exact diffusion priors: CLIP text embeddings to CLIP image embeddings."""
 
 import importlib
+import importlib.util
+from typing import TYPE_CHECKING
 
-from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
-from fastprior.diffusion.schedule import NoiseScheduler
-from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.peer import PACKAGE_NAMES, peer_attribute, stand_in
-from fastprior.prior.diffusion_prior import DiffusionPrior
-from fastprior.prior.plan import SamplingPlan
 from fastprior.version import __version__
+
+if TYPE_CHECKING:
+    from fastprior.checkpoints import convert, load, save
+    from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
+    from fastprior.diffusion.schedule import NoiseScheduler
+    from fastprior.models.dalle2.network import DiffusionPriorNetwork
+    from fastprior.pipelines.prior_pipeline import PriorPipeline
+    from fastprior.pipelines.shap_e import ShapEPrior
+    from fastprior.prior.diffusion_prior import DiffusionPrior
+    from fastprior.prior.plan import SamplingPlan
+    from fastprior.serving import PriorSampler
 
 __all__ = [
     "DiffusionPrior", "DiffusionPriorNetwork", "NoiseScheduler", "SamplingPlan",
@@ -16,19 +24,21 @@ __all__ = [
     "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "save", "__version__",
 ]  # fmt: skip
 
-_LATER = {  # imported when first asked for, so that `import fastprior` stays light
-    "DiffusionPriorTrainer": "trainer",
-    # by which diffusers knows that its pipelines can save and load our prior
-    "ModelMixin": "models.prior_transformer.in_diffusers",
-    "PriorPipeline": "pipelines.prior_pipeline",
-    "PriorSampler": "serving",
-    "PriorTransformer": "models.prior_transformer.in_diffusers",
-    "ShapEPrior": "pipelines.shap_e",
-    "accelerate_prior": "models.prior_transformer.in_diffusers",
-    "convert": "checkpoints",
-    "load": "checkpoints",
-    "save": "checkpoints",
+_MODULES = {  # that names come from, imported when the first of them is asked for: torch alone takes seconds
+    "checkpoints": ("convert", "load", "save"),
+    "clip": ("BaseClipAdapter", "CoCaAdapter", "OpenAIClipAdapter", "OpenClipAdapter", "XClipAdapter"),
+    "diffusion.schedule": ("NoiseScheduler",),
+    "models.dalle2.network": ("DiffusionPriorNetwork",),
+    # `ModelMixin` is how diffusers knows that its pipelines can save and load our prior
+    "models.prior_transformer.in_diffusers": ("ModelMixin", "PriorTransformer", "accelerate_prior"),
+    "pipelines.prior_pipeline": ("PriorPipeline",),
+    "pipelines.shap_e": ("ShapEPrior",),
+    "prior.diffusion_prior": ("DiffusionPrior",),
+    "prior.plan": ("SamplingPlan",),
+    "serving": ("PriorSampler",),
+    "trainer": ("DiffusionPriorTrainer",),
 }
+_LATER = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name):
@@ -41,4 +51,10 @@ def __getattr__(name):
         return value
     if name in PACKAGE_NAMES:  # Decoder, Unet, …: the installed peer's, or a stand-in that raises ImportError on use
         return peer_attribute(PACKAGE_NAMES[name], name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_LATER, *PACKAGE_NAMES})

@@ -15,6 +15,8 @@ from functools import wraps
 from pathlib import Path
 from types import ModuleType
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
@@ -35,7 +37,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+    except (OSError, RuntimeError, SafetensorError) as error:  # of torch's writer and safetensors'
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -29,6 +29,22 @@ def run(code: str, cwd: Path) -> list[str]:
     return done.stdout.split()
 
 
+def test_importing_takes_no_torch_and_every_name_is_there():
+    found = run(
+        """if True:
+        import sys, fastprior
+        print("torch" in sys.modules)
+        from fastprior import *
+        print(issubclass(DiffusionPrior, fastprior.prior.diffusion_prior.DiffusionPrior), "PriorSampler" in globals())
+        print({*fastprior.__all__, "DiffusionPriorTrainer", "accelerate_prior", "Unet"} <= set(dir(fastprior)))
+        print(all(hasattr(fastprior, name) for name in dir(fastprior)))
+        print(fastprior.trackers.Tracker.__name__, hasattr(fastprior, "_private"), hasattr(fastprior, "trainers"))
+    """,
+        ROOT,
+    )
+    assert found == ["False", *["True"] * 4, "Tracker", "False", "False"]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")

@@ -8,6 +8,9 @@ from pathlib import Path
 from fastprior.checkpoints import dalle2, prior_transformer
 from fastprior.checkpoints.contents import LoadReport
 
+SUFFIXES = ".safetensors", ".pt", ".pth"
+OTHER_SUFFIXES = ".bin", ".ckpt", ".gguf", ".json", ".npy", ".npz", ".onnx", ".pickle", ".pkl", ".pt2", ".th", ".zip"
+
 
 def convert(
     source: str | os.PathLike,
@@ -31,7 +34,9 @@ def convert(
             `checkpoints.prior_transformer.load`; the other arguments of `load` for a file.
     """
     path = Path(target)
-    is_folder = path.suffix not in (".safetensors", ".pt", ".pth")
+    is_folder = path.suffix not in SUFFIXES
+    if path.suffix in OTHER_SUFFIXES and not path.is_dir():
+        raise ValueError(f"target={str(path)!r}; it must end in {', '.join(SUFFIXES)}, or be the name of a folder")
     if is_folder and version is not None:
         raise ValueError(f"version={version!r}; it is for priors of dalle2-pytorch")
     if not is_folder and clip_stats is not None:

@@ -6,17 +6,25 @@ import argparse
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 from fastprior.cli import bench, convert, evaluate, info, inspect, quickstart, sample, train
-from fastprior.cli.common import say
+from fastprior.cli.common import brief, say
 from fastprior.version import __version__
 
-# What takes long to import (data, training, other packages) commands import when they run: --help needs none of it.
+# What takes long to import (torch above all) commands import when they run: --help needs none of it.
 COMMANDS = info, quickstart, sample, convert, inspect, train, evaluate, bench
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors do not repeat all of an argument, which may be a text of any length."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(brief(message))
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastprior", description="Fast, exact diffusion priors: CLIP text embeddings to CLIP image embeddings."
     )
     parser.add_argument("--version", action="version", version=f"fastprior {__version__}")

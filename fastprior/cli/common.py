@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import fastprior
-from fastprior.demos import digits
-from fastprior.prior.diffusion_prior import DiffusionPrior
+
+if TYPE_CHECKING:
+    from fastprior import DiffusionPrior
 
 
 def add_command(
@@ -23,9 +26,28 @@ def add_command(
     return parser
 
 
+def brief(text: str, width: int = 1000) -> str:
+    """A text on one line, of at most so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 2]} …"
+
+
 def say(kind: str, message: object) -> None:
     """Print one line on stderr, whatever the message looks like."""
-    print(f"fastprior: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    if isinstance(message, OSError) and message.strerror and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"  # without a number that means nothing to a user
+    print(": ".join(filter(None, ("fastprior", kind, brief(str(message))))), file=sys.stderr)
+
+
+def this_program() -> str:
+    """How a user of this environment starts the command line: for commands that are printed to be copied."""
+    script = Path(sys.executable).with_name("fastprior")
+    if not script.exists():
+        return f"{shlex.quote(sys.executable)} -m fastprior.cli"
+    on_path = shutil.which("fastprior")
+    if on_path and os.path.samefile(on_path, script):
+        return "fastprior"
+    return shlex.quote(min((str(script), os.path.relpath(script)), key=len))
 
 
 def seed(text: str) -> int:
@@ -50,6 +72,8 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 def device_of(args: argparse.Namespace) -> str:
     """The device that `--device` names, or the best there is."""
+    import torch
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device")
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,12 +115,16 @@ def check_clip_and_out(args: argparse.Namespace) -> None:
 
 def is_of_digits(prior: DiffusionPrior) -> bool:
     """Whether a prior was trained by the quickstart."""
+    from fastprior.demos import digits
+
     return prior.load_report.metadata.get("text_encoder") == digits.NAME
 
 
 def need_clip(prior: DiffusionPrior, checkpoint: str, embeddings: str) -> None:
     """Give the quickstart's prior its CLIP; ValueError, naming the options for embeddings, where another has none."""
     if prior.clip is None and is_of_digits(prior):
+        from fastprior.demos import digits
+
         prior.clip = digits.DigitsClip()
     if prior.clip is None:
         raise ValueError(

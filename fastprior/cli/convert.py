@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from fastprior import checkpoints
 from fastprior.cli.common import add_command
 
 
@@ -24,8 +23,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import fastprior
+
     try:
-        report = checkpoints.convert(
+        report = fastprior.convert(
             args.source, args.target, overwrite=args.overwrite, clip_stats=args.clip_stats, config=args.config,
             weights=args.weights, version=args.trained_with,
         )  # fmt: skip

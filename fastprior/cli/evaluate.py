@@ -6,11 +6,7 @@ import argparse
 import json
 import sys
 
-from tqdm.auto import tqdm
-
 from fastprior.cli import common
-from fastprior.models.dalle2.conditions import find
-from fastprior.prior.evaluate import METRICS, evaluate
 from fastprior.utils import atomic
 from fastprior.version import __version__
 
@@ -53,9 +49,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastprior.dataloaders import EmbeddingShards, PairStream
-
     _check(args)
+    from tqdm.auto import tqdm
+
+    from fastprior.dataloaders import EmbeddingShards, PairStream
+    from fastprior.models.dalle2.conditions import find
+    from fastprior.prior.evaluate import METRICS, evaluate
+
     prior = common.load_prior(args, args.weights)
     if args.captions and not args.texts:
         common.need_clip(prior, args.checkpoint, "--texts and --encodings")

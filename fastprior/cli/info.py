@@ -10,12 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-
-from fastprior import DiffusionPrior, DiffusionPriorNetwork
 from fastprior.cli.common import add_command
-from fastprior.kernels import ops
-from fastprior.kernels.cpu import blocks, library
 from fastprior.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
@@ -43,6 +38,8 @@ def _cpu_name() -> str:
 
 
 def _devices() -> list[tuple[str, str]]:
+    import torch
+
     rows = [("cpu", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.cuda.get_device_properties(index)
@@ -53,6 +50,12 @@ def _devices() -> list[tuple[str, str]]:
 
 def _fast_paths() -> list[tuple[str, str]]:
     """Each fast path, and whether it works here: found out, where that takes no time, by trying."""
+    import torch
+
+    from fastprior import DiffusionPrior, DiffusionPriorNetwork
+    from fastprior.kernels import ops
+    from fastprior.kernels.cpu import blocks, library
+
     net = DiffusionPriorNetwork(dim=8, depth=1, dim_head=8, heads=1, max_text_len=2)
     plan = DiffusionPrior(net, image_embed_dim=8, timesteps=8, cond_drop_prob=0.1).eval().sampling_plan(8, 2.0)
     reasons = f" ({'; '.join(plan.reasons)})" if plan.reasons else ""

@@ -5,29 +5,28 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from fastprior.cli.common import add_command, say, seed
-from fastprior.demos import quickstart
+from fastprior.cli.common import add_command, say, seed, this_program
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "train a small prior on handwritten digits, and measure it"
     add = add_command(subparsers, "quickstart", run, summary).add_argument
     add("--out", default="quickstart-out", metavar="DIR", help="folder to write (%(default)s)")
-    add(
-        "--steps", type=int, default=quickstart.STEPS, help="training steps; with fewer no goal is judged (%(default)s)"
-    )
-    add("--batch", type=int, default=quickstart.BATCH, help="pairs in a step (%(default)s)")
+    add("--steps", type=int, default=500, help="training steps; with fewer no goal is judged (%(default)s)")
+    add("--batch", type=int, default=128, help="pairs in a step (%(default)s)")
     add("--seed", type=seed, default=0, help="of everything random (%(default)s)")
     add("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastprior.demos import quickstart
+
     summary = quickstart.run(args.out, steps=args.steps, batch=args.batch, seed=args.seed, progress=args.progress)
     goal, files = summary["goal"], summary["files"]
     print(quickstart.report(summary))
     print(f"\nwrote {', '.join(files.values())}")
     print("sample from it with")
-    print(f'  fastprior sample --checkpoint {shlex.quote(files["checkpoint"])} "a handwritten three"')
+    print(f'  {this_program()} sample --checkpoint {shlex.quote(files["checkpoint"])} "a handwritten three"')
     if not summary["samplers"]["agree"]:
         say("failed", f"the cached and the uncached sampler differ by more than {quickstart.TOLERANCE:g}")
         return 1

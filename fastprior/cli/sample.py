@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from fastprior.cli import common
-from fastprior.demos import digits
-from fastprior.models.dalle2.conditions import find
-from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.utils import atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastprior import DiffusionPrior
+
+TITLE = 100  # characters of a caption that stand over its picture
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -41,6 +43,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _load_array(path: str, option: str, ndim: int, device: torch.device) -> torch.Tensor:
     """A .npy file as an fp32 tensor."""
+    import numpy as np
+    import torch
+
     try:
         array = np.load(path)  # refuses pickles
     except (EOFError, ValueError) as error:
@@ -53,6 +58,10 @@ def _load_array(path: str, option: str, ndim: int, device: torch.device) -> torc
 
 def _load_conditions(prior: DiffusionPrior, named_values: list[tuple[str, str]], prompts: int) -> dict:
     """The values of extra conditions: a number for all prompts, or of a vector a file with a row for each."""
+    import torch
+
+    from fastprior.models.dalle2.conditions import find
+
     values = {}
     for name, value in named_values:
         kind = find(prior.net.conditions, name, "--condition").kind
@@ -83,6 +92,8 @@ def _text(args: argparse.Namespace, prior: DiffusionPrior) -> dict:
     """The prompts, as `DiffusionPrior.sample` takes them."""
     if args.captions:
         if prior.clip is None and common.is_of_digits(prior):
+            from fastprior.demos import digits
+
             strange = sorted({word for c in args.captions for word in digits.words_of(c)} - digits.KNOWN_WORDS)
             if strange:
                 common.say("note", f"words that the training never saw: {', '.join(strange)}")
@@ -98,6 +109,9 @@ def _text(args: argparse.Namespace, prior: DiffusionPrior) -> dict:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    import numpy as np
+    import torch
+
     prior = common.load_prior(args)
     drawn = common.is_of_digits(prior)
     if not drawn and not args.out:
@@ -115,8 +129,10 @@ def run(args: argparse.Namespace) -> int:
         **text,
     )
     if drawn:
+        from fastprior.demos import digits
+
         for title, embed in zip(args.captions or [f"row {i}" for i in range(prompts)], embeds):
-            print(f"{title}\n\n{digits.terminal_picture(embed[None])}\n")
+            print(f"{common.brief(title, TITLE)}\n\n{digits.terminal_picture(embed[None])}\n")
     if args.out:
         with atomic(args.out) as path, open(path, "wb") as file:
             np.save(file, embeds.float().cpu().numpy())

@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import resource
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -14,13 +16,12 @@ import torch.nn.functional as F
 
 import fastprior
 from fastprior import DiffusionPrior, DiffusionPriorNetwork
-from fastprior.cli import bench as bench_module
+from fastprior.cli import bench_runs, common, info
 from fastprior.cli import command_line as cli
-from fastprior.cli import info
 from fastprior.demos import digits
 from fastprior.kernels import ops
 from fastprior.prior import plan
-from helpers import priors, pt_cases
+from helpers import ROOT, priors, pt_cases
 
 
 def make_prior(dim=64, length=8, **options):
@@ -72,6 +73,37 @@ def test_help_version_and_usage(capsys):
     for argv in ((), ("nonsense",), ("sample", "a three")):
         status, _, err = run(capsys, *argv)
         assert status == 2 and "usage: fastprior" in err
+
+
+def test_help_imports_nothing_that_takes_long():
+    code = """if True:
+        import contextlib, sys
+        from fastprior.cli.command_line import COMMANDS, main
+        names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+        for argv in (["--help"], ["--version"], *([name, "--help"] for name in names)):
+            with contextlib.suppress(SystemExit):
+                main(argv)
+        print(len(names), sorted({"torch", "numpy", "tqdm"} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{len(cli.COMMANDS)} []", done.stderr
+
+
+def test_the_program_that_printed_commands_name(tmp_path, monkeypatch):
+    """What a shell finds, where it is this environment's; else where it lies; else the interpreter."""
+    environment, elsewhere = tmp_path / "my env" / "bin", tmp_path / "elsewhere"
+    for folder in (environment, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "fastprior").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(environment / "python"))
+    monkeypatch.setenv("PATH", str(environment))
+    assert common.this_program() == "fastprior"
+    monkeypatch.setenv("PATH", str(elsewhere))
+    assert shlex.split(common.this_program()) == [str(environment / "fastprior")]
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(common.this_program()) == ["my env/bin/fastprior"]
+    (environment / "fastprior").unlink()
+    assert shlex.split(common.this_program()) == [str(environment / "python"), "-m", "fastprior.cli"]
 
 
 def test_info_reports_what_is_there(capsys, monkeypatch):
@@ -137,6 +169,14 @@ def test_sample_follows_the_seed(capsys, tmp_path, files):
 def test_sample_names_unknown_words(capsys, files):
     argv = "sample", "--checkpoint", files / "digits.safetensors", "a purple 3", "one zebra", "--steps", 2
     assert run(capsys, *argv)[2] == "fastprior: note: words that the training never saw: purple, zebra\n"
+
+
+def test_long_captions_are_not_repeated(capsys, files):
+    caption = "three " + "purple" * 20_000
+    status, out, err = run(capsys, "sample", "--checkpoint", files / "digits.safetensors", caption, "--steps", 2)
+    assert status == 0 and len(out.splitlines()[0]) == 100 and out.startswith("three purplepurple") and len(err) < 1100
+    status, out, err = run(capsys, "inspect", files, caption)
+    assert status == 2 and "unrecognized arguments" in err and len(out + err) < 1500
 
 
 def test_sample_from_embeddings(capsys, tmp_path, files):
@@ -265,7 +305,30 @@ def test_convert_and_overwrite(capsys, tmp_path, files):
     config.write_text("{")
     assert "is not JSON" in error_of(capsys, "convert", target, back, "--config", config, "--overwrite")
     assert "model weights only" in error_of(capsys, "convert", target, tmp_path / "e.pt", "--weights", "ema")
-    assert "none.pt" in error_of(capsys, "convert", tmp_path / "none.pt", back, "--overwrite")
+    assert "none.pt does not exist" in error_of(capsys, "convert", tmp_path / "none.pt", back, "--overwrite")
+    error = error_of(capsys, "convert", target, back, "--overwrite", "--config", "none.json")
+    assert error == "fastprior: error: none.json: No such file or directory\n"
+    error = error_of(capsys, "convert", target, tmp_path / "out.bin")
+    assert "out.bin'; it must end in .safetensors, .pt, .pth, or be the name of a folder" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["x.safetensors", "x.pt", "folder"])
+def test_convert_to_a_full_disk(tmp_path, files, target):
+    """No file may be longer than a part of the checkpoint: one line, and nothing is left behind."""
+    source = files / "other.safetensors"
+    if target == "folder":
+        source = tmp_path / "source"
+        pt_cases.without_diffusers(pt_cases.make_stock()).save_pretrained(source)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    (tmp_path / "out").mkdir()
+    argv = [sys.executable, "-m", "fastprior.cli", "convert", source, tmp_path / "out" / target]
+    done = subprocess.run(argv, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not be written" in done.stderr, done.stderr
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
 # quickstart
@@ -304,7 +367,7 @@ def test_quickstart_judges_its_goal(capsys, monkeypatch, changes, status, messag
     monkeypatch.setattr(quickstart, "report", lambda summary: "the report")
     found, out, err = run(capsys, "quickstart", "--out", "a dir", "--seed", 3, "--no-progress")
     assert found == status and message in out + err and "the report" in out
-    assert "fastprior sample --checkpoint 'a dir/prior.safetensors' \"a handwritten three\"" in out
+    assert f"{common.this_program()} sample --checkpoint 'a dir/prior.safetensors' \"a handwritten three\"" in out
     defaults = dict(steps=quickstart.STEPS, batch=quickstart.BATCH)
     assert given == [("a dir", dict(**defaults, seed=3, progress=False))]
 
@@ -325,11 +388,10 @@ def test_quickstart_then_the_command_that_it_prints(capsys, tmp_path, monkeypatc
     assert status == 0
     assert "10/10" in err and "loss=" in err and "4/4" not in err  # one bar, ours
     assert "the goal of 95% is not judged for a training this short" in out
-    line = next(line for line in out.splitlines() if line.startswith("  fastprior sample"))
-    program, *argv = shlex.split(line)
-    assert program == "fastprior" and argv[-1] == "a handwritten three"
-    status, out, _ = run(capsys, *argv, "--out", "three.npy")
-    assert status == 0 and out.startswith("a handwritten three\n")
+    line = next(line for line in out.splitlines() if " sample --checkpoint " in line)
+    monkeypatch.setenv("PATH", os.defpath)  # of a shell in which no environment is activated
+    done = subprocess.run(f"{line} --out three.npy", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("a handwritten three\n")
     assert np.load("three.npy").shape == (1, 64)
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -364,6 +426,17 @@ def test_interrupt_and_warnings(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_interrupt_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    argv = [sys.executable, "-m", "fastprior.cli", "info"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == "fastprior: interrupted\n" and process.returncode == 130
+
+
+@pytest.mark.slow
 def test_reader_that_leaves(tmp_path):
     """`fastprior info | true` ends without a traceback."""
     command = [sys.executable, "-m", "fastprior.cli", "info"]
@@ -378,7 +451,7 @@ def test_reader_that_leaves(tmp_path):
 def one_bandwidth():
     """`bench` reads a tensor of 1 GiB to measure it; here once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_module, "read_bandwidth", functools.cache(bench_module.read_bandwidth))
+        patch.setattr(bench_runs, "read_bandwidth", functools.cache(bench_runs.read_bandwidth))
         yield
 
 

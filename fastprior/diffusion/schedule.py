@@ -55,6 +55,30 @@ def extract(a: Tensor, t: Tensor, x_shape: tuple[int, ...]) -> Tensor:
     return a.gather(-1, t).view(-1, *(1,) * (len(x_shape) - 1))
 
 
+def schedule_tables(betas: Tensor, p2_loss_weight_gamma: float = 0.0, p2_loss_weight_k: float = 1) -> dict[str, Tensor]:
+    """All that a `NoiseScheduler` looks up, by name: (timesteps,) fp32 each, computed in the dtype of `betas`."""
+    alphas = 1 - betas
+    alphas_cumprod = alphas.cumprod(dim=0)
+    alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+    posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": alphas_cumprod_prev,
+        "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
+        "sqrt_recip_alphas_cumprod": (1 / alphas_cumprod).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance_clipped": posterior_variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - alphas_cumprod_prev) * alphas.sqrt() / (1 - alphas_cumprod),
+        "p2_loss_weight": (p2_loss_weight_k + alphas_cumprod / (1 - alphas_cumprod)) ** -p2_loss_weight_gamma,
+    }
+    return {name: value.float() for name, value in tables.items()}
+
+
 class NoiseScheduler(nn.Module):
     """A variance-preserving schedule of `timesteps` betas, its loss, and the arithmetic between x_t, x_0, v and noise.
 
@@ -86,28 +110,9 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"{beta_schedule=} with {timesteps=} has betas up to {betas.max():.3g}; {rule}")
         self.loss_fn = _choose("loss_type", loss_type, LOSSES)
         self.loss_type, self.num_timesteps = loss_type, timesteps
-        alphas = 1 - betas
-        alphas_cumprod = alphas.cumprod(dim=0)
-        alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-        posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.has_p2_loss_reweighting = p2_loss_weight_gamma > 0
-        buffers = {
-            "betas": betas,
-            "alphas_cumprod": alphas_cumprod,
-            "alphas_cumprod_prev": alphas_cumprod_prev,
-            "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
-            "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
-            "sqrt_recip_alphas_cumprod": (1 / alphas_cumprod).sqrt(),
-            "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
-            "posterior_variance": posterior_variance,
-            "posterior_log_variance_clipped": posterior_variance.clamp(min=1e-20).log(),
-            "posterior_mean_coef1": betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod),
-            "posterior_mean_coef2": (1 - alphas_cumprod_prev) * alphas.sqrt() / (1 - alphas_cumprod),
-            "p2_loss_weight": (p2_loss_weight_k + alphas_cumprod / (1 - alphas_cumprod)) ** -p2_loss_weight_gamma,
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value.float())
+        for name, value in schedule_tables(betas, p2_loss_weight_gamma, p2_loss_weight_k).items():
+            self.register_buffer(name, value)
 
     def _apply(self, fn, recurse: bool = True):
         # `.half()` and `.bfloat16()` would round the schedule away (bf16 keeps half of 1000 values): move, never cast

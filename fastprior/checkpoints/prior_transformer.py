@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from fastprior.checkpoints.contents import LoadReport, choose_root, first_few, flatten, renamed
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.weight_files import diffusers_folder
-from fastprior.weight_files.safe import read_any_file, read_file
+from fastprior.weight_files.diffusers_folder import CONFIG
+from fastprior.weight_files.model_files import MODEL_NAMES, read_model
+from fastprior.weight_files.safe import read_any_file
 
 # The one map of renames, applied in order to the keys of a prior; None drops the key.
 RENAMES = (
@@ -93,8 +95,10 @@ def _read_config(config: Mapping | str | os.PathLike | None) -> dict:
 
 
 def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tuple[dict, dict[str, Tensor]]:
-    """The constructor's arguments and the tensors, under diffusers' names, of a file of either make."""
-    flat = dict(flatten(read_file(path)[0]))
+    """The constructor's arguments and the tensors, under diffusers' names, of a file or a folder of either make."""
+    payload, _, notes = read_model(path)
+    flat = dict(flatten(payload))
+    report.notes += notes
     roots = {key[: match.start()] for key in flat if (match := _ROOT.search(key))}
     if not roots:
         found = first_few(flat) or "nothing"
@@ -104,9 +108,10 @@ def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tu
         )
     state = choose_root(flat, roots, weights, report)[1]
     if "model.prd_emb" not in state:
-        report.kind, report.era, beside = "state dict", "diffusers", path.with_name("config.json")
+        beside = path / CONFIG if path.is_dir() else path.with_name(CONFIG)
+        report.kind, report.era = "state dict", "diffusers"
         if not config and not beside.is_file():
-            raise ValueError(f"config=None; {path} has no config.json beside it, so it must be given")
+            raise ValueError(f"config=None; {path} has no {CONFIG} beside it, so it must be given")
         return _read_config(None if config else beside), state
     report.kind, report.era = "original prior", "Kandinsky 2.1 and Karlo"
     arguments = _infer(state, str(path)) | config
@@ -130,6 +135,7 @@ def load(
     Args:
         source: Karlo's or Kandinsky 2.1's original checkpoint, alone or in a trainer's; or a folder of diffusers, of
             a prior or of its pipeline; or a state dict of diffusers, whose config.json lies beside it or is given.
+            Files and folders as `fastprior.load` takes them.
         clip_stats: the file with the mean and the deviation of image embeddings, which originals have apart.
         config: constructor's arguments in place of the inferred ones, as a dict or a JSON file. Heads are 64 wide by
             default, as in both originals.
@@ -140,7 +146,7 @@ def load(
     """
     path, report, overrides = Path(source), LoadReport(str(source)), _read_config(config)
     stats = {} if clip_stats is None else _read_stats(Path(clip_stats))
-    if path.is_dir():
+    if path.is_dir() and not any((path / name).is_file() for name in MODEL_NAMES):
         report.kind, report.era = "folder", "diffusers"
         arguments, state = diffusers_folder.read(path, "prior" if (path / "prior").is_dir() else None, None)
     else:

@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastprior.utils import atomic, nearest
+from fastprior.weight_files.model_files import read_index
 from fastprior.weight_files.safe import read_file
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 SUFFIXES = ".safetensors", ".bin"
 OPTIONAL = "clip_mean", "clip_std"  # None in models that were saved without
+DERIVED = "causal_attention_mask"  # a constant that some files hold
 
 
 def _file_names(variant: str | None) -> list[str]:
@@ -62,13 +64,7 @@ def read(path: str | os.PathLike, subfolder: str | None, variant: str | None, **
         raise FileNotFoundError(
             f"{folder} has no weights of variant={variant!r}; one must be there of {', '.join(names)}"
         )
-    files = [file]
-    if file.suffix == ".json":
-        files = [folder / name for name in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state |= read_file(file)[0]
-    return config, state
+    return config, read_index(file) if file.suffix == ".json" else dict(read_file(file)[0])
 
 
 def check_config(config: Mapping, known: Iterable[str]) -> None:
@@ -82,6 +78,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None
     for name in OPTIONAL:
         if name not in state:
             setattr(model, name, None)
+    state = {name: t for name, t in state.items() if name != DERIVED}
     wanted = {name: t.shape for name, t in model.state_dict().items()}
     found = {name: t.shape for name, t in state.items()}
     if wrong := sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name)):

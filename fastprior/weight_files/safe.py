@@ -5,70 +5,69 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from fastprior.weight_files.kinds import describe
+from fastprior.weight_files.standins import SAFE_GLOBALS, Inert
+
 HEADER = "fastprior"  # the entry of a safetensors file's metadata that holds our configuration
+_READING = threading.Lock()  # the list of safe globals is one for all threads
 
 
-class _Inert:
-    """Stands in for a foreign class in a pickle: holds its state, and does nothing."""
-
-    state = None
-
-    def __new__(cls, *args):
-        self = super().__new__(cls)
-        self.args = args
-        return self
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def _inert_dict(*args) -> dict:
-    """Stands in for defaultdict, which the restricted unpickler would not fill."""
-    return {}
+@contextmanager
+def _stand_ins_alone() -> Iterator[None]:
+    """Let pickles refer to our stand-ins, and to what the process allowed besides; theirs come back under our names."""
+    before, ours = torch.serialization.get_safe_globals(), {name for _, name in SAFE_GLOBALS}
+    names = [entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in before]
+    if in_our_place := [entry for entry, name in zip(before, names) if name in ours]:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals([entry for entry in before if entry not in in_our_place])
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(in_our_place)
 
 
-# all that DALLE2-pytorch's trainer pickles besides plain types, with any release of packaging and torch
-_SAFE_GLOBALS = [
-    (dict, "builtins.dict"),
-    (_inert_dict, "collections.defaultdict"),
-    (_Inert, "packaging.version.Version"),
-    (_Inert, "packaging.version._Version"),
-    (_Inert, "packaging._structures.InfinityType"),
-    (_Inert, "packaging._structures.NegativeInfinityType"),
-    (_Inert, "pytorch_warmup.base.LinearWarmup"),
-    (_Inert, "torch.optim.adam.Adam"),
-    (_Inert, "torch.optim.adamw.AdamW"),
-]
-_READING = threading.Lock()  # safe_globals is one list for all threads
+class SharedOnce(dict):
+    """The tensors of safetensors files, where those that share memory can stand but once: writers drop the others."""
+
+
+def _read_safetensors(path: Path) -> tuple[SharedOnce, dict | None]:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        header = json.loads(metadata[HEADER]) if metadata.get(HEADER) else None
+        if not isinstance(header, dict | None):
+            raise ValueError(f"its {HEADER} entry is no dict")
+        tensors = SharedOnce({key: file.get_tensor(key) for key in file.keys()})
+    for name, kept in metadata.items():  # as safetensors.torch.save_model notes what it dropped
+        if kept in tensors and name.rpartition(".")[2] == kept.rpartition(".")[2]:
+            tensors.setdefault(name, tensors[kept])
+    return tensors, header
 
 
 def read_any_file(path: Path) -> tuple[Any, dict | None]:
     """The contents of a file, on the CPU, and our header where it has one.
 
-    Raises FileNotFoundError, and ValueError where the file is damaged or holds more than tensors and plain values.
+    Raises FileNotFoundError, and ValueError where the file is damaged, is something else, or holds more than tensors
+    and plain values.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a directory; it must be a checkpoint file")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; it must be a checkpoint file")
     with path.open("rb") as file:
-        is_safetensors = path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+        start = file.read(9)
     try:
-        if is_safetensors:
-            with safe_open(path, "pt") as file:
-                header = (file.metadata() or {}).get(HEADER)
-                header = json.loads(header) if header else None
-                if not isinstance(header, dict | None):
-                    raise ValueError(f"its {HEADER} entry is no dict")
-                return {key: file.get_tensor(key) for key in file.keys()}, header
-        with _READING, torch.serialization.safe_globals(_SAFE_GLOBALS):
+        if start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))):
+            return _read_safetensors(path)
+        with _READING, _stand_ins_alone():
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly any type, OSError too
         detail = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0].strip()
@@ -77,8 +76,8 @@ def read_any_file(path: Path) -> tuple[Any, dict | None]:
                 f"{path} is refused, and nothing in it was run: it refers to {forbidden[1]}, and a checkpoint must "
                 "hold tensors and plain values only. Save its state_dict() alone where it was made"
             ) from None
-        kind = f"{type(error).__name__}: {detail or error}"
-        raise ValueError(f"{path} cannot be read: it is damaged, cut short, or no checkpoint ({kind})") from error
+        kind = f"damaged, cut short, or no checkpoint ({type(error).__name__}: {detail or error})"
+        raise ValueError(f"{path} cannot be read: it is {describe(path) or kind}") from error
     return payload, None
 
 
@@ -92,7 +91,7 @@ def read_file(path: Path) -> tuple[Mapping, dict | None]:
 
 def version_string(value) -> str | None:
     """The version in a string or in any pickled form of packaging's Version; None where there is none."""
-    if not isinstance(value, _Inert):
+    if not isinstance(value, Inert):
         return str(value) if isinstance(value, str) or type(value).__name__ == "Version" else None
     try:
         if isinstance(value.state, Mapping):  # packaging up to 25

@@ -1,0 +1,99 @@
+"""A model's tensors, wherever they lie: in one file, in several that an index names, or in the folder of a training."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from fastprior.weight_files.kinds import JSON_BYTES
+from fastprior.weight_files.safe import SharedOnce, read_file
+
+# what accelerate's save_state and save_model and transformers' Trainer write, the first that is there
+MODEL_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)$")
+_OTHER_FOLDERS = {  # what a folder holds, and what it is then
+    "zero_to_fp32.py": "DeepSpeed's, and zero_to_fp32.py in it makes one file of it",
+    "pytorch_model_fsdp_0/.metadata": "FSDP's, of whose shards `accelerate merge-weights` makes one file",
+    ".metadata": "torch.distributed's, of whose shards dcp_to_torch_save makes one file",
+    "diffusion_pytorch_model.safetensors": "a diffusers model's, which PriorTransformer.from_pretrained reads",
+    "diffusion_pytorch_model.bin": "a diffusers model's, which PriorTransformer.from_pretrained reads",
+    "model_index.json": "a diffusers pipeline's, which PriorPipeline.from_pretrained reads",
+}
+
+
+def _read_names(index: Path) -> dict[str, list[str]]:
+    """The files that an index names, each with its tensors; they lie in the folder of the index."""
+    if index.stat().st_size > JSON_BYTES:
+        raise ValueError(f"{index} has {index.stat().st_size} bytes; an index has at most {JSON_BYTES}")
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        named: dict[str, list[str]] = {}
+        for key, name in weight_map.items():
+            named.setdefault(PurePosixPath(name).as_posix(), []).append(key)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        kind = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{index} has no weight_map, tensors' names to names of files ({kind})") from error
+    for name in named:
+        for path in (PurePosixPath(name), PureWindowsPath(name)):
+            if path.is_absolute() or path.drive or ".." in path.parts or not path.name:
+                raise ValueError(f"{index} names the file {name!r}; it must lie in the folder of the index")
+    return named
+
+
+def read_index(index: Path) -> dict:
+    """The tensors of the files that an index names, and of no others: FileNotFoundError where one is missing.
+
+    Raises ValueError for an index that is none, names files elsewhere, or names tensors that are not there.
+    """
+    named = _read_names(index)
+    missing = [name for name in named if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {missing[0]}; {len(missing)} of its {len(named)} files are missing")
+    parts = {name: read_file(index.parent / name)[0] for name in named}
+    for name, keys in named.items():
+        if lacking := [key for key in keys if key not in parts[name]]:
+            raise ValueError(f"{index} says that {lacking[0]} is in {name}; it is not")
+    all_safe = all(isinstance(part, SharedOnce) for part in parts.values())
+    tensors = ((key, value) for part in parts.values() for key, value in part.items())
+    return SharedOnce(tensors) if all_safe else dict(tensors)
+
+
+def _model_in(folder: Path) -> Path:
+    """The file or index of the model that a folder holds."""
+    for name in MODEL_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    kind = next((f"It is {kind}. " for name, kind in _OTHER_FOLDERS.items() if (folder / name).exists()), "")
+    names = sorted(path.name for path in folder.iterdir())
+    found = (", ".join(names[:5]) or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    rule = f"it must be a checkpoint file, or hold one of {', '.join(MODEL_NAMES)}"
+    raise ValueError(f"{folder} is a directory; {rule}. {kind}Found: {found}")
+
+
+def read_model(path: Path) -> tuple[Mapping, dict | None, list[str]]:
+    """What a file, an index or a folder holds, our header where it has one, and what was read in its place.
+
+    Raises FileNotFoundError and ValueError as `safe.read_file` does, and for a part of a model without its index.
+    """
+    notes = []
+    if path.is_dir():
+        folder, path = path, _model_in(path)
+        others = sorted(other.name for end in ("safetensors", "bin") for other in folder.glob(f"*model_[0-9]*.{end}"))
+        notes.append(f"{path.name} of the folder was read" + (f", and not {', '.join(others)}" if others else ""))
+    if (part := _PART.match(path.name)) and int(part[3]) > 1:
+        index = path.with_name(f"{part[1]}{part[4]}.index.json")
+        if not index.is_file():
+            rule = f"its index, {index.name}, must lie beside it with the others"
+            raise ValueError(f"{path} is part {int(part[2])} of the {int(part[3])} of a model; {rule}")
+        notes.append(f"{path.name} is a part of a model: all that {index.name} names were read")
+        path = index
+    if path.name.endswith(".index.json"):
+        return read_index(path), None, notes
+    return *read_file(path), notes

@@ -36,6 +36,37 @@ def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield without_wrappers(f"{prefix}{key}"), value
 
 
+def module_names(tree: Mapping, prefix: str = "") -> Iterator[str]:
+    """The modules of the state dicts in nested dicts, by dotted names: torch notes them beside the tensors."""
+    noted = getattr(tree, "_metadata", None)
+    for name in noted if isinstance(noted, Mapping) else ():
+        yield without_wrappers(f"{prefix}{name}.")[:-1]
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from module_names(value, f"{prefix}{key}.")
+
+
+def tensors_under(flat: Mapping, root: str, roots: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of one of several places, by the rest of their keys, without those of places within it."""
+    nested = tuple(other for other in roots if other != root and other.startswith(root))
+    return {key[len(root) :]: t for key, t in flat.items() if key.startswith(root) and not key.startswith(nested)}
+
+
+@dataclass
+class Contents:
+    """What a file holds of one prior.
+
+    Attributes:
+        tensors: by their keys in a prior, `net.…`.
+        modules: the names of its modules, where the file notes them.
+        shared_once: whether what layers share, as rotary frequencies are, may have been dropped: see `safe.SharedOnce`.
+    """
+
+    tensors: dict[str, Tensor]
+    modules: set[str]
+    shared_once: bool
+
+
 def _is_ema(root: str) -> bool:
     *_, last = parts = ["", *root.split(".")[:-1]]
     return last != "online_model" and any(part == "ema" or part.startswith("ema_") for part in parts)
@@ -54,9 +85,7 @@ def choose_root(flat: Mapping, roots: Iterable[str], weights: str, report: LoadR
         other = "model" if weights == "ema" else "ema"
         raise ValueError(f"weights={weights!r}; {report.path} has {other} weights only")
     root = kinds[report.weights][0]
-    nested = tuple(other for other in roots if other != root and other.startswith(root))
-    found = {key: value for key, value in flat.items() if key.startswith(root) and not key.startswith(nested)}
-    return root, {key[len(root) :]: value for key, value in found.items()}
+    return root, tensors_under(flat, root, roots)
 
 
 @dataclass
@@ -70,6 +99,7 @@ class LoadReport:
         era: the releases that write such keys.
         architecture: "recorded" in the file, "given" by a config, or "inferred" from shapes.
         missing, unexpected: keys that no rule for a known era explains.
+        derived: constants that the file lacks, such as rotary frequencies and the tables of the noise schedule.
         guesses: assumptions that make results wrong if they are wrong; also warned of.
         notes: what was converted, and what cannot be seen in weights.
         metadata: the values given to `save`.
@@ -83,6 +113,7 @@ class LoadReport:
     architecture: str = "inferred"
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    derived: list[str] = field(default_factory=list)
     guesses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metadata: dict = field(default_factory=dict)
@@ -91,7 +122,8 @@ class LoadReport:
         version = f", version {self.version}" if self.version else ""
         lines = [f"{self.path}: {self.kind}, {self.weights} weights{version}, keys of {self.era}"]
         lines += [f"architecture: {self.architecture}"]
-        lines += [f"{name}: {first_few(keys)}" for name in ("missing", "unexpected") if (keys := getattr(self, name))]
+        named = "missing", "unexpected", "derived"
+        lines += [f"{name}: {first_few(keys)}" for name in named if (keys := getattr(self, name))]
         lines += [f"guess: {guess}" for guess in self.guesses] + [f"note: {note}" for note in self.notes]
         return "\n  ".join(lines)
 

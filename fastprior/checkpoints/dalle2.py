@@ -10,6 +10,7 @@ import json
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,22 +18,32 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints.contents import LoadReport, choose_root, first_few, flatten, without_wrappers
+from fastprior.checkpoints.constants import complete, is_constant
+from fastprior.checkpoints.contents import (
+    Contents,
+    LoadReport,
+    choose_root,
+    first_few,
+    flatten,
+    module_names,
+    tensors_under,
+    without_wrappers,
+)
 from fastprior.checkpoints.eras import read_config, translate
-from fastprior.models.dalle2.layers import RotaryEmbedding
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.utils import atomic
 from fastprior.version import __version__
-from fastprior.weight_files.safe import HEADER, read_file, version_string
+from fastprior.weight_files.model_files import read_model
+from fastprior.weight_files.safe import HEADER, SharedOnce, version_string
 
 FORMAT = 1  # of our own files
 _ROOT = re.compile(r"(?:(?<=\.)|^)(net\.)?learned_query$")
 
 
-def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[str, Tensor]:
-    """The tensors of one prior, with keys `net.…`, out of whatever they are nested in."""
+def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> Contents:
+    """One prior out of whatever it is nested in; constants that its tensors lack are those of a twin beside it."""
     flat = dict(flatten(payload))
     bare = {key[: match.start()]: match[1] is None for key in flat if (match := _ROOT.search(key))}
     if not bare:
@@ -40,12 +51,24 @@ def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> dict[st
         hint = other if any("prd_emb" in key for key in flat) else ""
         found = first_few(flat or payload) or "nothing"
         raise ValueError(f"{report.path} holds no diffusion prior{hint}: no key ends in learned_query. Found: {found}")
-    root, state = choose_root(flat, bare, weights, report)
+    root, _ = choose_root(flat, bare, weights, report)
     report.kind = "network state dict" if bare[root] else "prior state dict"
     if "optimizer" in payload:
         report.kind = "trainer checkpoint"
-    prefix = "net." if bare[root] else ""
-    return {prefix + key: value for key, value in state.items()}
+
+    def under(place: str, names: Mapping) -> dict:
+        prefix = "net." if bare[place] else ""
+        return {prefix + key: value for key, value in tensors_under(names, place, bare).items()}
+
+    def shapes(tensors: Mapping[str, Tensor]) -> dict:
+        return {key: t.shape for key, t in tensors.items() if key.startswith("net.") and not is_constant(key)}
+
+    tensors, noted, modules = under(root, flat), dict.fromkeys(module_names(payload)), set()
+    for place in (root, *(other for other in bare if other != root)):  # a moving average, and what it is the average of
+        if shapes(twin := under(place, flat)) == shapes(tensors):
+            tensors = {key: value for key, value in twin.items() if is_constant(key)} | tensors
+            modules |= under(place, noted).keys()
+    return Contents(tensors, modules, isinstance(payload, SharedOnce))
 
 
 def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
@@ -57,19 +80,6 @@ def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
     report.kind, report.version, report.metadata = "fastprior file", header.get("version"), header.get("metadata", {})
     report.architecture = "recorded" if config is None else "given"
     return net | given_net, prior | given_prior
-
-
-def _restore_constants(state: dict[str, Tensor], betas_named: bool, report: LoadReport) -> None:
-    """Undo the rounding of constants to 16 bits."""
-    rounded = [key for key, value in state.items() if value.dtype.itemsize == 2]
-    for key in rounded:
-        if key.startswith("noise_scheduler.") and betas_named:
-            del state[key]
-        elif key.endswith(".rotary_emb.freqs"):
-            exact = RotaryEmbedding(2 * len(state[key])).freqs.detach()
-            state[key] = exact if torch.equal(exact.to(state[key].dtype), state[key]) else state[key]
-    if rounded:
-        report.notes.append("the noise schedule and rotary frequencies are exact again, where 16 bits rounded them")
 
 
 def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport, strict: bool) -> None:
@@ -87,9 +97,7 @@ def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadRe
     bad = [key for key in checked if not state[key].isfinite().all()]
     if bad:
         raise ValueError(f"{report.path} holds NaN or infinity in {first_few(bad)}")
-    scheduled = any(key.startswith("noise_scheduler.") for key in state)  # all or nothing, but for p2, since 0.9.0
-    optional = (lambda key: key.endswith(".p2_loss_weight")) if scheduled else (lambda key: key.startswith("noise_"))
-    report.missing = [key for key in wanted if key not in state and not optional(key)]
+    report.missing = [key for key in wanted if key not in state]
     report.unexpected = [key for key in state if key not in wanted]
     if strict and (report.missing or report.unexpected):
         raise ValueError(
@@ -109,13 +117,13 @@ def _build(
 ) -> DiffusionPrior:
     """The prior of these arguments and tensors; the weights of the network are random where `report` says missing."""
     file_dtype = state["net.learned_query"].dtype
-    _restore_constants(state, "beta_schedule" in prior_config, report)
     if dtype is not None and dtype != file_dtype:
         report.notes.append(f"weights are {file_dtype} in the file, and were cast to {dtype}")
     with torch.device("meta"):
         net = DiffusionPriorNetwork(**net_config)
     prior = DiffusionPrior(net, clip=clip, **prior_config)
     wanted = {key: value for key, value in prior.state_dict().items() if not key.startswith("clip.")}
+    complete(state, wanted, "beta_schedule" in prior_config, report)
     _compare(state, wanted, report, strict)
     if any(key.startswith("net.") for key in report.missing):
         with torch.random.fork_rng(devices=[]):
@@ -125,6 +133,15 @@ def _build(
     prior.net.to(file_dtype if dtype is None else dtype)
     prior.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
     return prior
+
+
+def _fill_clip(clip: nn.Module, state: dict[str, Tensor], strict: bool) -> None:
+    """Load CLIP's weights, whether or not the file has what the module makes by itself, such as position ids."""
+    saved, buffers = clip.state_dict(keep_vars=True), dict(clip.named_buffers(remove_duplicate=False))
+    loaded = {id(saved[key]) for key in state if key in saved}
+    own = {key: t for key, t in saved.items() if torch.is_tensor(t) and key not in state}
+    own = {key: t for key, t in own.items() if not t.is_floating_point() or id(t) in loaded}
+    clip.load_state_dict({key: t for key, t in state.items() if key in saved or key not in buffers} | own, strict)
 
 
 def load(
@@ -142,9 +159,12 @@ def load(
 
     Args:
         path: a safetensors file, ours or not, or a torch pickle: the state dict of a prior or of its network, alone or
-            in a trainer's checkpoint, an EMA, DDP or torch.compile.
+            in a trainer's checkpoint, an EMA, DDP or torch.compile. Or the index of a model in several files; or a
+            folder of accelerate's `save_state` or of transformers' Trainer. Constants may be missing: rotary
+            frequencies and tables of the noise schedule are derived.
         config: what weights do not show, as a dict or a JSON file: ours, `{"net": …, "prior": …}`, or DALLE2-pytorch's
-            of a training or of a prior. Arguments of the network that it leaves out are inferred.
+            of a training or of a prior. Arguments of the network that it leaves out are inferred; where the file cannot
+            show whether there is a rotary embedding, there is one.
         weights: "ema", "model", or "auto" for the EMA where there is one.
         version: the dalle2-pytorch release that trained the weights, where the file does not record it. Releases
             before 1.4.3 had other attention, at times under the same keys.
@@ -155,28 +175,30 @@ def load(
     Returns:
         The prior, with its `LoadReport` in `load_report`.
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or one that an index names is missing.
         ValueError: it is damaged, unsafe, or no prior; tensors are not finite, or have other shapes than the config
             says; the config has an unknown key.
     """
     report = LoadReport(str(path))
     if version is not None and not re.match(r"v?\d+\.\d+", version):
         raise ValueError(f"version={version!r}; it must read like '1.4.2'")
-    payload, header = read_file(Path(path))
-    state = _find_weights(payload, weights, report)
+    payload, header, notes = read_model(Path(path))
+    report.notes += notes
+    contents = _find_weights(payload, weights, report)
+    state = contents.tensors
     clip_state = {key[5:]: state.pop(key) for key in list(state) if key.startswith("clip.")}
     if header is None:
         report.version = version or version_string(payload.get("version"))
-        state, net_config, prior_config = translate(state, config, report, strict)
+        state, net_config, prior_config = translate(contents, config, report, strict)
     else:
         net_config, prior_config = _recorded(header, config, report)
-    del payload  # a trainer's is several times the model
+    del payload, contents  # a trainer's is several times the model
     prior = _build(state, net_config, prior_config, clip, dtype, report, strict)
     if clip_state and clip is None:
         report.notes.append(f"{len(clip_state)} tensors of a CLIP were ignored; they need clip=")
     elif clip_state:
         try:
-            prior.clip.load_state_dict(clip_state, strict=strict)
+            _fill_clip(prior.clip, clip_state, strict)
         except RuntimeError as error:
             raise ValueError(f"{path}: its CLIP weights do not fit the clip given ({error})") from error
     for guess in report.guesses:
@@ -244,5 +266,8 @@ def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
         raise ValueError(f"path={os.fspath(path)!r}; it must end in .pt or .pth")
     state, config = _contents(prior)
     check_fits_peer(config["net"])
+    state, noted = OrderedDict(state), prior.state_dict()._metadata
+    named = ((without_wrappers(f"{name}.")[:-1], version) for name, version in noted.items())
+    state._metadata = {name: version for name, version in named if not f"{name}.".startswith("clip.")}
     with atomic(path) as temporary:
         torch.save(state, temporary)

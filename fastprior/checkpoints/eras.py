@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastprior.checkpoints.contents import CURRENT, GAMMA, ONE_NULL, UNPADDED, LoadReport, renamed
-from fastprior.diffusion.schedule import BETA_SCHEDULES
+from fastprior.checkpoints.constants import OLD_SCHEDULE, SCHEDULE, has_rotary, read_schedule
+from fastprior.checkpoints.contents import CURRENT, GAMMA, ONE_NULL, UNPADDED, Contents, LoadReport, renamed
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
 from fastprior.prior.diffusion_prior import DiffusionPrior
 
 # The one map of renames, applied in order to the keys of a prior (`net.…`); None drops the key.
 RENAMES = (
-    (r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|p2_loss_weight)$", r"noise_scheduler.\1"),  # before 0.11.0
+    (OLD_SCHEDULE, rf"{SCHEDULE}\1"),
     (r"\.gamma$", ".g"),  # before 0.16.0
     (r"^net\.null_text_embed$", "net.null_text_encodings"),  # 0.23.1 to 1.8.4
     (r"\.rotary_emb\.(?!freqs$)\w+$", None),  # caches of some releases of rotary-embedding-torch
@@ -80,7 +80,7 @@ def read_config(config: Mapping | str | os.PathLike | None, report: LoadReport) 
 
 
 def _infer(state: dict[str, Tensor], report: LoadReport) -> tuple[dict, dict]:
-    """The arguments of network and prior that can be seen in (renamed) weights."""
+    """The arguments of network and prior that can be seen in (renamed) weights, of which files have all or none."""
 
     def size(key: str, axis: int = 0) -> int:
         if key not in state or state[key].ndim <= axis:
@@ -98,7 +98,6 @@ def _infer(state: dict[str, Tensor], report: LoadReport) -> tuple[dict, dict]:
         heads=size(f"{layer}0.to_q.weight") // dim_head,
         ff_mult=int(ff_mult) if ff_mult == int(ff_mult) else ff_mult,
         normformer=f"{layer}1.3.g" in state,
-        rotary_emb=f"{layer}0.rotary_emb.freqs" in state,
         norm_in=f"{stack}init_norm.g" in state,
         norm_out=f"{stack}norm.g" in state,
         final_proj=f"{stack}project_out.weight" in state,
@@ -116,17 +115,7 @@ def _infer(state: dict[str, Tensor], report: LoadReport) -> tuple[dict, dict]:
     net["num_timesteps"] = size("net.to_time_embeds.0.weight") if discrete else None
     time_width = size("net.to_time_embeds.0.weight", 1) if discrete else size("net.to_time_embeds.0.1.net.2.weight")
     net["num_time_embeds"] = time_width // dim
-    prior = dict(image_embed_dim=dim, timesteps=net["num_timesteps"] or 1000)
-    betas = state.get("noise_scheduler.betas")
-    if betas is None:
-        report.notes.append("no noise schedule in the file: it is the config's, or cosine")
-        return net, prior
-    prior["timesteps"] = len(betas)
-    for name, schedule in BETA_SCHEDULES.items():
-        if torch.allclose(schedule(len(betas)).float(), betas.float(), rtol=0.01, atol=1e-6):
-            return net, {**prior, "beta_schedule": name}
-    report.notes.append("the betas fit no named schedule; they are kept")
-    return net, prior
+    return net, dict(image_embed_dim=dim)
 
 
 def _rename(state: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
@@ -148,7 +137,7 @@ def _read_era(state: dict[str, Tensor], number: tuple[int, ...] | None, report: 
     """Tell the era from keys as found. Returns the factor on the position bias of dot products; None for cosine."""
     if any(key.startswith("net.") and key.endswith(".gamma") for key in state):
         report.era = GAMMA
-    elif "net.null_text_encodings" not in state:
+    elif not any(f"net.{name}" in state for name in NULLS):
         report.era = ONE_NULL if "net.null_text_embed" in state else UNPADDED
     if number:
         return next((factor for before, factor in DOT_PRODUCT_ERAS if number < before), None)
@@ -181,9 +170,10 @@ def _differences(number: tuple[int, ...] | None, net: dict, prior: dict, padded:
 
 
 def translate(
-    state: dict[str, Tensor], config: Mapping | str | os.PathLike | None, report: LoadReport, strict: bool
+    contents: Contents, config: Mapping | str | os.PathLike | None, report: LoadReport, strict: bool
 ) -> tuple[dict[str, Tensor], dict, dict]:
     """Today's tensors, and the arguments of network and prior, of a file without our header."""
+    state = contents.tensors
     numbers = re.match(r"v?(\d+(?:\.\d+)+)", report.version or "")
     number = tuple(map(int, numbers[1].split("."))) if numbers else None
     if number and number < (0, 23, 1) and any(f"net.{name}" in state for name in NULLS):
@@ -191,8 +181,10 @@ def translate(
         number = None
     factor = _read_era(state, number, report)
     state = _rename(state, report)
-    net, prior = _infer(state, report)
     given_net, given_prior = read_config(config, report)
+    net, prior = _infer(state, report)
+    net["rotary_emb"] = has_rotary(state, contents, given_net, report)
+    prior |= read_schedule(state, net["num_timesteps"], given_prior, report)
     padded = "net.null_text_encodings" in state
     conditions = sorted({key.split(".")[2] for key in state if key.startswith("net.conditions.")})
     if strict and conditions and "conditions" not in given_net:

@@ -17,6 +17,7 @@ from fastprior.draws import randn_like
 from fastprior.engine.steps import Noise
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.models.loading import NoticesForeignStates
 from fastprior.prior import graphs as prior_graphs
 from fastprior.prior.loop import sample_loop
 from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden
@@ -30,7 +31,7 @@ STEP_METHODS = "p_mean_variance", "p_sample", "l2norm_clamp_embed"
 SCHEDULE_METHODS = "q_posterior", "predict_start_from_v", "predict_start_from_noise", "predict_noise_from_start"
 
 
-class DiffusionPrior(TextConditioned, nn.Module):
+class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
     """Gaussian diffusion over image embeddings, conditioned on text (unCLIP, Ramesh et al. 2022, section 2.2).
 
     Args:
@@ -187,11 +188,10 @@ class DiffusionPrior(TextConditioned, nn.Module):
 
     def x_start_from(self, x: Tensor, t: Tensor, pred: Tensor, clip_denoised: bool = True) -> Tensor:
         """The clean embedding that a prediction at time t (batch,) stands for, clamped: the shape of x."""
+        x_start = pred
         if self.predict_v:
             x_start = self.noise_scheduler.predict_start_from_v(x, t=t, v=pred)
-        elif self.predict_x_start:
-            x_start = pred
-        else:
+        elif not self.predict_x_start:
             x_start = self.noise_scheduler.predict_start_from_noise(x, t=t, noise=pred)
         clamp, radius = self._clamp()
         if clamp == "l2":
@@ -401,10 +401,9 @@ class DiffusionPrior(TextConditioned, nn.Module):
         pred = self.net(noisy, times, self_cond=self_cond, **drop, **text_cond)
         if self.predict_x_start and self.training_clamp_l2norm:
             pred = self.l2norm_clamp_embed(pred)
+        target = image_embed if self.predict_x_start else noise
         if self.predict_v:
             target = self.noise_scheduler.calculate_v(image_embed, times, noise)
-        else:
-            target = image_embed if self.predict_x_start else noise
         dtype = torch.promote_types(pred.dtype, target.dtype)  # torch 2.11 has no gradient of a loss between two
         return self.noise_scheduler.loss_fn(pred.to(dtype), target.to(dtype))
 

@@ -36,16 +36,19 @@ def _stand_ins_alone() -> Iterator[None]:
 
 
 class SharedOnce(dict):
-    """The tensors of safetensors files, where those that share memory can stand but once: writers drop the others."""
+    """The tensors of a safetensors file that was written by hand, for which what layers share had to be dropped.
+
+    Libraries keep one of those that share, and mark what they write with a format.
+    """
 
 
-def _read_safetensors(path: Path) -> tuple[SharedOnce, dict | None]:
+def _read_safetensors(path: Path) -> tuple[dict, dict | None]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         header = json.loads(metadata[HEADER]) if metadata.get(HEADER) else None
         if not isinstance(header, dict | None):
             raise ValueError(f"its {HEADER} entry is no dict")
-        tensors = SharedOnce({key: file.get_tensor(key) for key in file.keys()})
+        tensors = (dict if "format" in metadata else SharedOnce)((key, file.get_tensor(key)) for key in file.keys())
     for name, kept in metadata.items():  # as safetensors.torch.save_model notes what it dropped
         if kept in tensors and name.rpartition(".")[2] == kept.rpartition(".")[2]:
             tensors.setdefault(name, tensors[kept])

@@ -428,7 +428,7 @@ def test_truncated_file(tmp_path, name, keep):
     (save if name.endswith("safetensors") else save_peer)(make_prior(), path)
     contents = path.read_bytes()
     path.write_bytes(contents[: int(keep * len(contents)) if keep < 1 else keep])
-    with pytest.raises(ValueError, match=rf"{name} cannot be read: it is damaged") as caught:
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: it is (damaged|empty)") as caught:
         load(path)
     assert "weights_only" not in str(caught.value)  # torch's own message advises to switch the protection off
 

@@ -20,6 +20,7 @@ from fastprior.models import snapshot
 from fastprior.models.dalle2.conditions import Conditions, find
 from fastprior.models.dalle2.layers import MLP, Linear, SinusoidalPosEmb
 from fastprior.models.dalle2.transformer import CausalTransformer, KVCache, are_called_as_they_are
+from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.shared_rows import row_layout
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
@@ -40,7 +41,7 @@ class NetworkConditioning(NamedTuple):
     null_rows: int
 
 
-class DiffusionPriorNetwork(nn.Module):
+class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
     """Predict a clean image embedding (or v, or noise) from a noisy one, a time, and the text.
 
     Args:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior.kernels import ops
+from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.prior_transformer import cached_blocks, prompt_memory
 from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
 from fastprior.models.shared_rows import row_layout
@@ -35,7 +36,7 @@ class PriorTransformerOutput(NamedTuple):
     predicted_image_embedding: Tensor
 
 
-class PriorForward:
+class PriorForward(NoticesForeignStates):
     """`forward`, `prefill` and `step` of a prior transformer, whoever built its modules: ours or diffusers'.
 
     The tokens are text encodings, text embedding, time, noisy embedding and a learned "prd" token, whose output is the
@@ -43,6 +44,7 @@ class PriorForward:
     """
 
     output_class = PriorTransformerOutput
+    loads_files = "from_pretrained reads folders, and fastprior.convert makes one of Karlo's and Kandinsky's own files"
     gradient_checkpointing = False
 
     def forward(

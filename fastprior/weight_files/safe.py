@@ -70,8 +70,8 @@ def read_any_file(path: Path) -> tuple[Any, dict | None]:
     try:
         if start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))):
             return _read_safetensors(path)
-        with _READING, _stand_ins_alone():
-            payload = torch.load(path, map_location="cpu", weights_only=True)
+        with _READING, _stand_ins_alone(), path.open("rb") as file:  # torch would go by the name
+            payload = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly any type, OSError too
         detail = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0].strip()
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):

@@ -7,9 +7,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from fastprior.checkpoints import dalle2 as checkpoint
 from fastprior.trackers import create_logger, read_metrics
 from fastprior.train_configs import TrackerConfig
+from fastprior.weight_files.safe import read_file
 from helpers.tracker_cases import WANDB, Trainer, auto, checkpoint_bytes, names, tracker
 
 
@@ -232,4 +232,4 @@ def test_the_peers_example(tmp_path, wandb, monkeypatch):
     run = config.create(config, {"Distributed": False})
     run.save(trainer=Trainer(1), is_best=True, is_latest=True, epoch=1, samples_seen=2, best_validation_loss=0.1)
     assert {"best_checkpoint.pth", "latest_checkpoint.pth"} <= set(names(".prior"))
-    assert checkpoint.read_file(Path(".prior/latest_checkpoint.pth"))[0]["samples_seen"] == 2
+    assert read_file(Path(".prior/latest_checkpoint.pth"))[0]["samples_seen"] == 2

@@ -69,7 +69,7 @@ class Contents:
 
 def _is_ema(root: str) -> bool:
     *_, last = parts = ["", *root.split(".")[:-1]]
-    return last != "online_model" and any(part == "ema" or part.startswith("ema_") for part in parts)
+    return last != "online_model" and any(re.match(r"ema(_|$)|.*_ema$", part) for part in parts)
 
 
 def choose_root(flat: Mapping, roots: Iterable[str], weights: str, report: LoadReport) -> tuple[str, dict[str, Tensor]]:

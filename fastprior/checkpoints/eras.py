@@ -185,6 +185,11 @@ def translate(
     net, prior = _infer(state, report)
     net["rotary_emb"] = has_rotary(state, contents, given_net, report)
     prior |= read_schedule(state, net["num_timesteps"], given_prior, report)
+    absent = [f"{name}=False" for name in ("norm_out", "final_proj") if not net[name] and name not in given_net]
+    if absent and not contents.modules:  # a whole state dict notes its modules: what it lacks, the network had not
+        report.guesses.append(
+            f"{', '.join(absent)}: there are no such layers in the file. Give config= if it lacks them"
+        )
     padded = "net.null_text_encodings" in state
     conditions = sorted({key.split(".")[2] for key in state if key.startswith("net.conditions.")})
     if strict and conditions and "conditions" not in given_net:

@@ -95,6 +95,14 @@ def test_ema_or_model(tmp_path, weights, nested):
     assert_same_samples(prior, model if weights == "model" else ema)
 
 
+@pytest.mark.parametrize("name", ["model_ema", "state_dict_ema", "ema_state_dict", "ema"])
+def test_names_of_averages(tmp_path, name):
+    model, average = make_prior(0), make_prior(1)
+    path = file_with(tmp_path, {"model": model.state_dict(), name: average.state_dict(), "schema": {"a": 1}})
+    assert_same_samples(load(path), average)
+    assert_same_samples(load(path, weights="model"), model)
+
+
 def test_online_half_of_an_ema_is_the_model(tmp_path):
     prior = load(file_with(tmp_path, {"ema": prefixed("online_model.", make_prior().state_dict())}))
     assert prior.load_report.weights == "model"

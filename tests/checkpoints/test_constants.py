@@ -144,6 +144,19 @@ def test_a_stated_rotary_embedding_must_be_what_the_file_has(tmp_path):
         load(path, config={"net": {"rotary_emb": False}})
 
 
+def test_layers_that_a_file_lacks_are_said(tmp_path):
+    layers = "net.causal_transformer.norm.g", "net.causal_transformer.project_out.weight"
+    state = without(make_prior().state_dict(), *layers)
+    prior, assumed = load_and_see(file_with(tmp_path, state))
+    assert assumed == ["norm_out=False"] and "norm_out=False, final_proj=False: there are no" in str(prior.load_report)
+    with pytest.raises(ValueError, match="Missing: net.causal_transformer.norm.g, net.causal_transformer.project_out"):
+        load(tmp_path / "file.pth", config={"net": dict(norm_out=True, final_proj=True)})
+    origin = make_prior(norm_out=False, final_proj=False)
+    prior, assumed = load_and_see(file_with(tmp_path, origin.state_dict()))
+    assert assumed == []
+    assert_same_samples(prior, origin)
+
+
 def test_files_for_the_peer_say_that_there_is_no_rotary_embedding(tmp_path):
     origin = make_prior(rotary_emb=False)
     save_peer(origin, tmp_path / "peer.pth")

@@ -87,13 +87,13 @@ def read_model(path: Path) -> tuple[Mapping, dict | None, list[str]]:
         folder, path = path, _model_in(path)
         others = sorted(other.name for end in ("safetensors", "bin") for other in folder.glob(f"*model_[0-9]*.{end}"))
         notes.append(f"{path.name} of the folder was read" + (f", and not {', '.join(others)}" if others else ""))
-    if (part := _PART.match(path.name)) and int(part[3]) > 1:
+    if path.is_file() and (part := _PART.match(path.name)) and int(part[3]) > 1:
         index = path.with_name(f"{part[1]}{part[4]}.index.json")
         if not index.is_file():
             rule = f"its index, {index.name}, must lie beside it with the others"
             raise ValueError(f"{path} is part {int(part[2])} of the {int(part[3])} of a model; {rule}")
         notes.append(f"{path.name} is a part of a model: all that {index.name} names were read")
         path = index
-    if path.name.endswith(".index.json"):
+    if path.is_file() and path.name.endswith(".index.json"):
         return read_index(path), None, notes
     return *read_file(path), notes

@@ -108,6 +108,9 @@ def test_indices_that_do_not_fit(tmp_path):
 
 def test_a_part_without_its_index_is_named(tmp_path):
     index = shards(tmp_path, make_prior().state_dict())
+    for name in ("model-00004-of-00003.safetensors", "other.safetensors.index.json"):
+        with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+            load(tmp_path / name)
     index.unlink()
     part = tmp_path / "model-00002-of-00003.safetensors"
     with pytest.raises(

@@ -29,7 +29,7 @@ def has_rotary(state: Mapping[str, Tensor], contents: Contents, given_net: Mappi
     if any(key.endswith(_FREQS) for key in state):
         return True
     if _ATTENTION in contents.modules:
-        return any(name.endswith(".rotary_emb") for name in contents.modules)
+        return any(name.startswith("net.") and name.endswith(".rotary_emb") for name in contents.modules)
     if "rotary_emb" in given_net:
         return given_net["rotary_emb"]
     keeps_constants = not contents.shared_once and any(key.startswith(SCHEDULE) for key in state)

@@ -182,7 +182,7 @@ def load(
     report = LoadReport(str(path))
     if version is not None and not re.match(r"v?\d+\.\d+", version):
         raise ValueError(f"version={version!r}; it must read like '1.4.2'")
-    payload, header, notes = read_model(Path(path))
+    payload, header, _, notes = read_model(Path(path))
     report.notes += notes
     contents = _find_weights(payload, weights, report)
     state = contents.tensors

@@ -96,9 +96,9 @@ def _read_config(config: Mapping | str | os.PathLike | None) -> dict:
 
 def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tuple[dict, dict[str, Tensor]]:
     """The constructor's arguments and the tensors, under diffusers' names, of a file or a folder of either make."""
-    payload, _, notes = read_model(path)
-    flat = dict(flatten(payload))
-    report.notes += notes
+    model = read_model(path)
+    flat = dict(flatten(model.payload))
+    report.notes += model.notes
     roots = {key[: match.start()] for key in flat if (match := _ROOT.search(key))}
     if not roots:
         found = first_few(flat) or "nothing"
@@ -108,7 +108,7 @@ def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tu
         )
     state = choose_root(flat, roots, weights, report)[1]
     if "model.prd_emb" not in state:
-        beside = path / CONFIG if path.is_dir() else path.with_name(CONFIG)
+        beside = model.file.with_name(CONFIG)
         report.kind, report.era = "state dict", "diffusers"
         if not config and not beside.is_file():
             raise ValueError(f"config=None; {path} has no {CONFIG} beside it, so it must be given")

@@ -25,6 +25,7 @@ _SIGNATURES = (
     (b"\xff\xd8\xff", "a JPEG picture"),
     (b"%PDF", "a PDF document"),
 )
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number with which torch's files before 1.6 begin
 _LFS = re.compile(rb"version https?://[\w./-]*git-lfs[\w./-]*\s.*?(?:size (\d+))?\s*$", re.DOTALL)
 _PAGE = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype html|html|head|body|error)\b", re.IGNORECASE)
 
@@ -78,6 +79,6 @@ def describe(path: Path) -> str | None:
         return _zip(path)
     if start.lstrip()[:1] in (b"{", b"["):
         return _json(path)
-    if start[0] == 0x80 and start[1:2] in (b"\x03", b"\x04", b"\x05"):
+    if start[0] == 0x80 and len(start) > 1 and not start.startswith(_LEGACY[: len(start)]):
         return f"a pickle of protocol {start[1]} that torch.save did not write: save its tensors by torch.save"
     return None

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 from fastprior.weight_files.kinds import JSON_BYTES
 from fastprior.weight_files.safe import SharedOnce, read_file
@@ -77,8 +78,17 @@ def _model_in(folder: Path) -> Path:
     raise ValueError(f"{folder} is a directory; {rule}. {kind}Found: {found}")
 
 
-def read_model(path: Path) -> tuple[Mapping, dict | None, list[str]]:
-    """What a file, an index or a folder holds, our header where it has one, and what was read in its place.
+class ModelFile(NamedTuple):
+    """What a path leads to: tensors and plain values, our header where there is one, the file or index, and notes."""
+
+    payload: Mapping
+    header: dict | None
+    file: Path
+    notes: list[str]
+
+
+def read_model(path: Path) -> ModelFile:
+    """Read a file, an index, or what a folder holds; the notes say what was read in the path's place.
 
     Raises FileNotFoundError and ValueError as `safe.read_file` does, and for a part of a model without its index.
     """
@@ -95,5 +105,5 @@ def read_model(path: Path) -> tuple[Mapping, dict | None, list[str]]:
         notes.append(f"{path.name} is a part of a model: all that {index.name} names were read")
         path = index
     if path.is_file() and path.name.endswith(".index.json"):
-        return read_index(path), None, notes
-    return *read_file(path), notes
+        return ModelFile(read_index(path), None, path, notes)
+    return ModelFile(*read_file(path), path, notes)

@@ -21,7 +21,7 @@ _READING = threading.Lock()  # the list of safe globals is one for all threads
 
 
 @contextmanager
-def _stand_ins_alone() -> Iterator[None]:
+def _stand_ins() -> Iterator[None]:
     """Let pickles refer to our stand-ins, and to what the process allowed besides; theirs come back under our names."""
     before, ours = torch.serialization.get_safe_globals(), {name for _, name in SAFE_GLOBALS}
     names = [entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in before]
@@ -70,7 +70,7 @@ def read_any_file(path: Path) -> tuple[Any, dict | None]:
     try:
         if start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))):
             return _read_safetensors(path)
-        with _READING, _stand_ins_alone(), path.open("rb") as file:  # torch would go by the name
+        with _READING, _stand_ins(), path.open("rb") as file:  # torch would go by the name
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly any type, OSError too
         detail = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0].strip()

@@ -140,6 +140,11 @@ def tar_of(path):
         archive.addfile(tarfile.TarInfo("model.pt"), io.BytesIO())
 
 
+def cut_short(path):
+    torch.save({"w": torch.ones(9)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-4])
+
+
 def scripted(path):
     torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)).save(str(path))
 
@@ -158,6 +163,8 @@ OTHERS = {  # what writes a file, and what it is said to be
     "npy": (lambda path: np.save(path.open("wb"), np.ones(3)), "a NumPy array"),
     "torchscript": (scripted, r"a TorchScript archive: save the module's state_dict\(\)"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"w": 1}, 4)), "a pickle of protocol 4 .* by torch.save"),
+    "old pickle": (lambda path: path.write_bytes(pickle.dumps({"w": 1}, 2)), "a pickle of protocol 2 .* by torch.save"),
+    "cut": (cut_short, "damaged, cut short, or no checkpoint"),
 }
 
 

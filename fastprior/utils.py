@@ -75,6 +75,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"the nearest is {close[0]!r}" if close else f"it must be one of {', '.join(map(repr, known))}"
 
 
+def first_few(items: Iterable) -> str:
+    """The first five items, as text."""
+    items = list(map(str, items))
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
 class Timer:
     """Seconds since it was made, or last reset."""
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastprior.utils import first_few
+
 GAMMA, UNPADDED, ONE_NULL, CURRENT = "before 0.16.0", "0.16.0 to 0.23.0", "0.23.1 to 1.8.4", "1.9.0 or later"
 
 
@@ -126,9 +128,3 @@ class LoadReport:
         lines += [f"{name}: {first_few(keys)}" for name in named if (keys := getattr(self, name))]
         lines += [f"guess: {guess}" for guess in self.guesses] + [f"note: {note}" for note in self.notes]
         return "\n  ".join(lines)
-
-
-def first_few(items: Iterable) -> str:
-    """The first five items, as text."""
-    items = list(map(str, items))
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -23,7 +23,6 @@ from fastprior.checkpoints.contents import (
     Contents,
     LoadReport,
     choose_root,
-    first_few,
     flatten,
     module_names,
     tensors_under,
@@ -33,7 +32,7 @@ from fastprior.checkpoints.eras import read_config, translate
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior
-from fastprior.utils import atomic
+from fastprior.utils import atomic, first_few
 from fastprior.version import __version__
 from fastprior.weight_files.model_files import read_model
 from fastprior.weight_files.safe import HEADER, SharedOnce, version_string

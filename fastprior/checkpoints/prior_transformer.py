@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints.contents import LoadReport, choose_root, first_few, flatten, renamed
+from fastprior.checkpoints.contents import LoadReport, choose_root, flatten, renamed
 from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.utils import first_few
 from fastprior.weight_files import diffusers_folder
 from fastprior.weight_files.diffusers_folder import CONFIG
 from fastprior.weight_files.model_files import MODEL_NAMES, read_model

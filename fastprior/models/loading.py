@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Mapping
 
-
-def _named(keys: Iterable) -> str:
-    keys = list(islice(map(str, keys), 4))
-    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
+from fastprior.utils import first_few
 
 
 class NoticesForeignStates:
@@ -27,7 +23,7 @@ class NoticesForeignStates:
         if len(state_dict) and len(result.unexpected_keys) >= len(state_dict):
             warnings.warn(
                 f"load_state_dict(strict=False) loaded nothing into this {type(self).__name__}: the keys given are "
-                f"{_named(state_dict)}; it has {_named(self.state_dict())}. {self.loads_files}",
+                f"{first_few(state_dict)}; it has {first_few(self.state_dict())}. {self.loads_files}",
                 stacklevel=2,
             )
         return result

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
+from fastprior.utils import first_few
 from fastprior.weight_files.kinds import JSON_BYTES
 from fastprior.weight_files.safe import SharedOnce, read_file
 
@@ -72,8 +73,7 @@ def _model_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     kind = next((f"It is {kind}. " for name, kind in _OTHER_FOLDERS.items() if (folder / name).exists()), "")
-    names = sorted(path.name for path in folder.iterdir())
-    found = (", ".join(names[:5]) or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    found = first_few(sorted(path.name for path in folder.iterdir())) or "nothing"
     rule = f"it must be a checkpoint file, or hold one of {', '.join(MODEL_NAMES)}"
     raise ValueError(f"{folder} is a directory; {rule}. {kind}Found: {found}")
 

@@ -33,7 +33,10 @@ def test_nothing_loaded(name):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     trainers = {"model": state, "optimizer": {}, "step": torch.tensor(1), "version": "1", "ema_model": state}
     wrapped = {f"module.{key}": value for key, value in state.items()}
-    for foreign, keys in ((trainers, "model, optimizer, step, …"), (wrapped, f"module.{next(iter(state))}, ")):
+    for foreign, keys in (
+        (trainers, "model, optimizer, step, version, ema_model;"),
+        (wrapped, f"module.{next(iter(state))}, "),
+    ):
         with pytest.warns(UserWarning, match=f"loaded nothing into this {type(model).__name__}.* {keys}.*{hint}"):
             result = model.load_state_dict(foreign, strict=False)
         assert result == nn.Module.load_state_dict(model, foreign, strict=False)

@@ -35,8 +35,6 @@ def convert(
     """
     path = Path(target)
     is_folder = path.suffix not in SUFFIXES
-    if path.suffix in OTHER_SUFFIXES and not path.is_dir():
-        raise ValueError(f"target={str(path)!r}; it must end in {', '.join(SUFFIXES)}, or be the name of a folder")
     if is_folder and version is not None:
         raise ValueError(f"version={version!r}; it is for priors of dalle2-pytorch")
     if not is_folder and clip_stats is not None:
@@ -45,6 +43,8 @@ def convert(
         )
     if is_folder and path.is_file():
         raise FileExistsError(f"{path} is a file; it must be a folder")
+    if path.suffix in OTHER_SUFFIXES and not path.is_dir():
+        raise ValueError(f"target={str(path)!r}; it must end in .safetensors, .pt or .pth, or be the name of a folder")
     if path.exists() and not overwrite and not (is_folder and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists; overwrite=True replaces it")
     if is_folder:

@@ -309,7 +309,7 @@ def test_convert_and_overwrite(capsys, tmp_path, files):
     error = error_of(capsys, "convert", target, back, "--overwrite", "--config", "none.json")
     assert error == "fastprior: error: none.json: No such file or directory\n"
     error = error_of(capsys, "convert", target, tmp_path / "out.bin")
-    assert "out.bin'; it must end in .safetensors, .pt, .pth, or be the name of a folder" in error
+    assert "out.bin'; it must end in .safetensors, .pt or .pth, or be the name of a folder" in error
 
 
 @pytest.mark.slow

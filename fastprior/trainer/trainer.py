@@ -254,6 +254,8 @@ class DiffusionPriorTrainer(nn.Module):
         self.step += 1
         if self.use_ema:
             self.ema_diffusion_prior.update()
+            if self.ema_diffusion_prior.update_model_with_ema_every:
+                self.stepper.weights_changed()
         self._bad_in_a_row = 0
 
     def _skip(self) -> None:

@@ -56,24 +56,6 @@ def test_parity(peer, schedule):
     assert relative_error(ours, theirs) < 1e-3 and relative_error(ema, their_ema) < 1e-3
 
 
-def test_the_average_is_that_of_ema_pytorch():
-    from ema_pytorch import EMA as Theirs
-
-    from fastprior.trainer import EMA
-
-    options = dict(beta=0.95, update_after_step=4, update_every=3, inv_gamma=2.0, power=0.5, min_value=0.1)
-    model = small_prior()
-    ours, theirs = EMA(model, **options), Theirs(model, **options)
-    for _ in range(40):
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p))
-        ours.update(), theirs.update()
-        for p, q in zip(ours.ema_model.parameters(), theirs.ema_model.parameters()):
-            torch.testing.assert_close(p, q)
-    assert {key for key in theirs.state_dict() if not key.startswith("online_model.")} == set(ours.state_dict())
-
-
 # arguments
 
 

@@ -158,8 +158,44 @@ class CoCaAdapter(BaseClipAdapter):
         return EmbedImageReturn(*self.clip.embed_image(self.validate_and_resize_image(image)))
 
 
+class _OpenAINames(nn.Module):
+    """What OpenAI's CLIP has and OpenCLIP's models lack: mixed into the class of a model, for whoever reads it."""
+
+    _TEXT = "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "attn_mask"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._TEXT and "text" in self._modules:  # of open_clip.CustomTextCLIP
+            return getattr(self._modules["text"], name)
+        return super().__getattr__(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights that images meet first."""
+        return next(self.visual.parameters()).dtype
+
+    def encode_image(self, image: Tensor, *args, **kwargs) -> Tensor:
+        return super().encode_image(image.to(self.dtype), *args, **kwargs)
+
+    def build_attention_mask(self) -> Tensor:
+        return self.attn_mask.clone()
+
+    def __reduce__(self):
+        return _bare, (type(self).__bases__[1],), self.__dict__
+
+
+@lru_cache
+def _with_openai_names(model_class: type) -> type:
+    return type(model_class.__name__, (_OpenAINames, model_class), {"__module__": model_class.__module__})
+
+
+def _bare(model_class: type) -> nn.Module:
+    """What a pickle of a model is filled into."""
+    named = _with_openai_names(model_class)
+    return named.__new__(named)
+
+
 class OpenClipAdapter(BaseClipAdapter):
-    """A frozen OpenCLIP model (open-clip-torch >= 2.24).
+    """A frozen OpenCLIP model (open-clip-torch >= 2.24), `clip`, with the names that OpenAI's has besides.
 
     name: an OpenCLIP model name, `/` or `-` alike, or `hf-hub:owner/model`.
     pretrained: a tag of OpenCLIP, the path of a local checkpoint, or None for random weights.
@@ -193,8 +229,17 @@ class OpenClipAdapter(BaseClipAdapter):
         if ln_final is None:
             raise ValueError(f"OpenCLIP model {name!r} has no ln_final in its text tower to read text encodings from")
         self.clip_normalize = preprocess.transforms[-1]
+        clip.__class__ = _with_openai_names(type(clip))
+        if hasattr(clip.visual, "image_size"):
+            clip.visual.input_resolution = self.image_size
         self.handle = ln_final.register_forward_hook(self._capture)
         freeze_and_eval(self)
+
+    eos_id = EOS_ID
+
+    def find_layer(self, layer: str) -> nn.Module | None:
+        """The CLIP's module of a name; None where there is none."""
+        return dict(self.clip.named_modules()).get(layer)
 
     @property
     def _tower(self) -> nn.Module:
@@ -261,7 +306,6 @@ class OpenClipAdapter(BaseClipAdapter):
         """Embed image: (batch, 3, height, width), float in [0, 1]. Returns image_embed l2-normed in fp32."""
         self._require_hook()
         image = self.clip_normalize(self.validate_and_resize_image(image))
-        image = image.to(next(self.clip.visual.parameters()).dtype)
         return EmbedImageReturn(F.normalize(self.clip.encode_image(image).float(), dim=-1), None)
 
 

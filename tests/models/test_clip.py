@@ -5,8 +5,10 @@ import importlib.util
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,43 @@ def test_clear_removes_the_hook_and_stops_the_adapter(adapter):
     assert copied.embed_text(make_tokens()).text_encodings.abs().max() > 0
     copied.clear()
     assert len(copied.clip.ln_final._forward_hooks) == 0
+
+
+OPENAI_NAMES = (
+    "context_length", "vocab_size", "logit_scale.shape", "token_embedding.weight.shape", "positional_embedding.shape",
+    "text_projection.shape", "ln_final.weight.shape", "transformer.width", "transformer.layers", "visual.output_dim",
+    "visual.input_resolution", "visual.conv1.weight.shape", "visual.class_embedding.shape", "visual.proj.shape",
+    "visual.positional_embedding.shape", "visual.ln_post.weight.shape", "visual.transformer.width", "dtype",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["fp-wide", "fp-wide-custom", "fp-openai"])
+def test_names_of_openais_clip(checkpoints, openai_files, model):
+    """What clients read and call through an adapter, as OpenAI's own package has it."""
+    from clip.model import CLIP
+
+    openai = model == "fp-openai"
+    ours = (
+        fp.OpenAIClipAdapter(model, openai_files["state_dict"])
+        if openai
+        else fp.OpenClipAdapter(model, checkpoints[model])
+    )
+    theirs = CLIP(EMBED, 32, 2, 64, 16, 77, 49408, 64, 1, 2)
+    for name in OPENAI_NAMES:
+        found, wanted = attrgetter(name)(ours.clip), attrgetter(name)(theirs)
+        assert found == wanted or (not openai and re.match("visual.*(shape|width)$", name)), name
+    assert torch.equal(ours.clip.build_attention_mask(), theirs.build_attention_mask())
+    assert isinstance(ours.find_layer("visual.ln_post"), nn.LayerNorm) and ours.find_layer("none") is None
+    images, tokens = make_images(), make_tokens()
+    wanted, embed = ours.clip.visual(images), ours.embed_text(tokens).text_embed
+    for adapter in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), ours):
+        assert type(adapter.clip) is type(ours.clip)
+        assert_same(adapter.clip.encode_image(images), wanted)
+        assert_same(nn.functional.normalize(adapter.clip.encode_text(tokens), dim=-1), embed)
+        adapter.to(torch.bfloat16)
+        assert adapter.clip.dtype == adapter.clip.encode_image(images).dtype == torch.bfloat16
+    with pytest.raises(AttributeError, match="nothing"):
+        ours.clip.nothing  # noqa: B018
 
 
 def test_no_state_stays_on_the_adapter(adapter):

@@ -294,7 +294,7 @@ class DiffusionPriorDataConfig(Section):
         eval_every_seconds: between evaluations.
         max_eval_pairs: how many pairs an evaluation looks at; null is all of the split.
         shuffle_seed: of the order of the training pairs; null keeps that of the files.
-        on_problem: what to do about a file that is missing or damaged: "error" or "skip".
+        on_problem, on_bad_rows: about files missing or damaged, and rows not finite; see `EmbeddingShards.open`.
         workers, prefetch: threads that read, and batches made ahead.
     """
 
@@ -310,6 +310,7 @@ class DiffusionPriorDataConfig(Section):
     max_eval_pairs: Count | None = 10_000
     shuffle_seed: int | None = Field(0, ge=0)
     on_problem: Literal["error", "skip"] = "error"
+    on_bad_rows: Literal["error", "skip"] | None = None
     workers: Count = 1
     prefetch: int = Field(4, ge=0)
 

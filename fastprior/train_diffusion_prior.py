@@ -27,6 +27,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from tqdm.auto import tqdm
 
 from fastprior.dataloaders import PairStream
+from fastprior.dataloaders.files import finite_rows
 from fastprior.dataloaders.shards import EmbeddingShards, check_conditions
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from fastprior.prior.diffusion_prior import DiffusionPrior
@@ -74,7 +75,8 @@ class TrainingRun:
         kinds = {name: spec["kind"] for name, spec in (config.prior.net.conditions or {}).items()}
         sources = {name: (kinds[name], source) for name, source in (data.conditions or {}).items()}
         urls = data.image_url, data.meta_url, data.text_url, data.encodings_url
-        self.shards = EmbeddingShards.open(*urls, conditions=sources, on_problem=data.on_problem)
+        on_fault = dict(on_problem=data.on_problem, on_bad_rows=data.on_bad_rows)
+        self.shards = EmbeddingShards.open(*urls, conditions=sources, **on_fault)
         self._check_data(prior)
         if isinstance(prior.net, PriorTransformerNet):
             self._prepare(prior)
@@ -121,8 +123,8 @@ class TrainingRun:
         net = prior.net
         if not net.prior.clip_std.all():
             share = -(-STATISTICS_PAIRS // len(self.shards.shards))
-            rows = [shard.files["image_embed"].peek(share) for shard in self.shards.shards]
-            net.set_statistics(torch.from_numpy(np.concatenate(rows)).float())
+            rows = np.concatenate([shard.files["image_embed"].peek(share) for shard in self.shards.shards])
+            net.set_statistics(torch.from_numpy(rows[finite_rows(rows)]).float())
         if prior.clip is not None:
             net.set_null_text(*prior.clip.embed_text(prior.clip.tokenize([""])))
 
@@ -229,6 +231,7 @@ class TrainingRun:
         self._logged = now
         log = {f"training/{self.config.prior.loss_type}-loss": loss, "lr": self.trainer.scheduler.get_last_lr()[0]}
         log |= dict(epoch=self.epoch, samples_seen=self.samples_seen, bad_steps=self.trainer.bad_steps)
+        log["bad_rows"] = len(self.streams["train"].bad_rows)
         if last is not None:
             log["samples_per_second"] = (now[1] - last[1]) / max(now[0] - last[0], 1e-9)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

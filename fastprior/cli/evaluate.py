@@ -29,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--timesteps", type=int, nargs="+", default=[64], metavar="N", help="sampling steps (64)")
     add("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
     add("--max-pairs", type=int, metavar="N", help="use the first N pairs only")
+    add("--on-bad-rows", choices=("error", "skip"), help="about embeddings that are not finite; skip leaves pairs out")
     add("--batch-size", type=int, default=128, help="(%(default)s)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     common.add_clip_options(parser)
@@ -67,18 +68,19 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         common.say("note", f"no --condition for {', '.join(missing)}: counted as missing")
     urls = args.images, args.captions, args.texts, args.encodings
-    shards = EmbeddingShards.open(*urls, conditions=conditions)
+    shards = EmbeddingShards.open(*urls, conditions=conditions, on_bad_rows=args.on_bad_rows)
     unused = {"text", *conditions} if args.texts else {*conditions}
     pairs = min(shards.pairs, args.max_pairs or shards.pairs)
-    batches = PairStream(shards, start=0, stop=pairs, batch_size=args.batch_size, drop_last=False)
-    bar = tqdm(batches, desc="evaluating", unit="batch", disable=not sys.stderr.isatty())
+    stream = PairStream(shards, start=0, stop=pairs, batch_size=args.batch_size, drop_last=False)
+    bar = tqdm(stream, desc="evaluating", unit="batch", disable=not sys.stderr.isatty())
     batches = (
         {name: value for name, value in batch.items() if name not in unused}
         | {"conditions": {name: batch[name] for name in conditions}}
         for batch in bar
     )
     metrics = evaluate(prior, batches, cond_scale=args.cond_scale, timesteps=args.timesteps, seed=args.seed)
-    print(f"{pairs} pairs, {prior.load_report.weights} weights of {args.checkpoint}\n")
+    replaced = f" ({len(stream.bad_rows)} not finite)" if stream.bad_rows else ""
+    print(f"{pairs} pairs{replaced}, {prior.load_report.weights} weights of {args.checkpoint}\n")
     width = max(map(len, metrics))
     for name, value in metrics.items():
         kind = name.partition(" [")[0]

@@ -16,6 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--text", metavar="DIR", help="text embeddings")
     add("--encodings", metavar="DIR", help="text encodings")
     add("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")
+    add(
+        "--every-row", action="store_true", help="read all rows, and count those that are not finite, not just a sample"
+    )
     add("--format", choices=("npy", "parquet", "parquet_npy", "webdataset"), help="by default as found")
 
 
@@ -24,14 +27,22 @@ def run(args: argparse.Namespace) -> int:
     from fastprior.dataloaders import EmbeddingShards
 
     image, meta, text = _folders(args.folder, args.meta, args.text)
-    options = dict(file_format=args.format, caption_column=args.caption_column, on_problem="skip")
+    options = dict(file_format=args.format, caption_column=args.caption_column, on_problem="skip", on_bad_rows="skip")
     try:
         shards = EmbeddingShards.open(image, meta, text, args.encodings, **options)
     except ValueError as error:
         print(f"fastprior: {error}", file=sys.stderr)
         return 1
     print(shards.report())
-    return 1 if shards.problems else 0
+    bad = sum(norms.bad for norms in shards.norms.values())
+    if args.every_row:
+        counts = shards.count_bad_rows()
+        for name, count in counts.items():
+            print(f"{'bad rows':<17} {name}: {count} {'pair is' if count == 1 else 'pairs are'} not finite")
+        if not counts:
+            print(f"{'bad rows':<17} none of all")
+        bad = len(counts)
+    return 1 if shards.problems or bad else 0
 
 
 def _folders(folder: str, meta: str | None, text: str | None) -> tuple[str, str | None, str | None]:

@@ -1,7 +1,8 @@
 """The files that shards are made of: what their headers say, and rows read from them, local or by fsspec.
 
 Opening a file reads its header only (a parquet file's footer and, for embeddings, its first row; a tar's member
-headers), and raises ShardError where it is not what it should be.
+headers), and raises ShardError where it is not what it should be. A file without rows may be anything else: pandas
+writes columns without values as of no type, and numpy arrays without as fp64.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import numpy as np
 try:
     import fsspec
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
     from fsspec.implementations.local import LocalFileSystem
 except ImportError as error:
     raise ImportError(f'{error.name} is not installed: pip install "fastprior[train]"') from error
 
-DTYPES = ("float16", "float32")
+FLOATS = ("float16", "float32", "float64")
 CAPTION_BYTES = 100  # what a caption is taken to need, where memory is planned
 _NPY_HEAD = 4096
 _RETRIES = (0.5, 1.0, 2.0)  # seconds to wait before reading a remote file again
@@ -52,6 +54,20 @@ def _naming(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ShardError(path, f"cannot be read ({type(error).__name__}: {error})") from error
+
+
+def finite_rows(values: np.ndarray) -> np.ndarray:
+    """Which of the rows (rows, ...) of floats have finite numbers only."""
+    values = values.reshape(len(values), math.prod(values.shape[1:]))
+    if values.dtype != np.float16:
+        return np.isfinite(values).all(axis=1)
+    return (values.view(np.uint16) & 0x7FFF).max(axis=1, initial=0) < 0x7C00  # several times as fast
+
+
+def _converted(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as another dtype, rounded to nearest where they do not fit; those that are too large are infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
 
 
 def shard_number(path: str) -> int | None:
@@ -106,12 +122,17 @@ class ShardFile:
     """One column of one shard: `rows` of `shape` and `dtype`; captions have dtype "str" and shape ().
 
     Attributes:
+        dtype: of rows that were read: fp16 stays, fp64 is rounded to fp32, bytes come in the machine's order.
+        stored: the dtype in the file.
         edges: row numbers between which rows are decoded together, from 0 to `rows`; None where any row is as near.
         nulls: captions that are missing, as far as the header says.
+        fill: read rows that are missing, or of another width, as NaN; ShardError otherwise.
     """
 
-    dtype: str
-    rows: int
+    dtype: str = "float32"
+    stored = np.dtype("float32")
+    fill = False
+    rows: int = 0
     shape: tuple[int, ...] = ()
     edges: np.ndarray | None = None
     nulls = 0
@@ -140,31 +161,34 @@ class ShardFile:
             return self._read(start, stop, groups)
 
     def peek(self, rows: int) -> np.ndarray:
-        """Some rows, for a look at them. Raises ShardError."""
-        first = max(0, (self.rows - rows) // 2)
+        """Some rows, for a look at them, from row `peeks_at(rows)` on. Raises ShardError."""
+        first = self.peeks_at(rows)
         return self.read(first, min(first + rows, self.rows), RowGroups(0))
+
+    def peeks_at(self, rows: int) -> int:
+        return max(0, (self.rows - rows) // 2)
 
     def _read(self, start: int, stop: int, groups: RowGroups) -> np.ndarray | pa.Array:
         raise NotImplementedError
 
     def _check_floats(self, ndim: int) -> None:
-        if self.dtype not in DTYPES:
-            raise ShardError(self.name, f"holds {self.dtype}; it must be {' or '.join(DTYPES)}")
+        if self.stored.name not in FLOATS:
+            raise ShardError(
+                self.name, f"holds {self.stored.name}; it must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+            )
+        self.dtype = "float16" if self.stored.name == "float16" else "float32"
         if len(self.shape) != ndim - 1 or 0 in self.shape:
             raise ShardError(self.name, f"has shape {(self.rows, *self.shape)}; it must have {ndim} dimensions")
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
-    """Shape, dtype and length of the header that `data` begins with. Raises ValueError."""
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether columns are stored first, dtype and length of the header that data begins with; or ValueError."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"version {version} of the format")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(file)
-    if fortran_order and len(shape) > 1:
-        raise ValueError("columns are stored first; rows must be")
-    return shape, dtype.name if dtype.isnative else dtype.str, file.tell()
+    return *read(file), file.tell()
 
 
 class NpyFile(ShardFile):
@@ -173,21 +197,37 @@ class NpyFile(ShardFile):
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, ndim: int):
         super().__init__(fs, path)
         with _naming(self.name):
-            shape, self.dtype, self.offset = _npy_header(fs.cat_file(path, start=0, end=_NPY_HEAD))
+            shape, self.columns_first, self.stored, self.offset = _npy_header(fs.cat_file(path, start=0, end=_NPY_HEAD))
             size = fs.size(path)
         self.rows, self.shape = (shape[0], shape[1:]) if shape else (0, ())
-        self._check_floats(ndim)
-        wanted = self.offset + self.rows * self.row_bytes
+        if self.rows or not shape:
+            self._check_floats(ndim)
+        wanted = self.offset + math.prod(shape) * self.stored.itemsize
         if size is not None and size != wanted:
             what = "truncated" if size < wanted else "too long"
             raise ShardError(self.name, f"{what}: {size} bytes, and {wanted} by its header")
 
     def _read(self, start: int, stop: int, groups: RowGroups) -> np.ndarray:
-        begin, shape = self.offset + start * self.row_bytes, (stop - start, *self.shape)
+        rows = self._read_columns(start, stop) if self.columns_first else self._read_rows(start, stop)
+        return _converted(rows, self.dtype)
+
+    def _read_rows(self, start: int, stop: int) -> np.ndarray:
+        size = math.prod(self.shape) * self.stored.itemsize
+        begin, shape = self.offset + start * size, (stop - start, *self.shape)
         if self.local:
-            return np.memmap(self.path, self.dtype, "r", begin, shape)
-        data = self.fs.cat_file(self.path, start=begin, end=begin + shape[0] * self.row_bytes)
-        return np.frombuffer(data, self.dtype).reshape(shape)
+            return np.memmap(self.path, self.stored, "r", begin, shape)
+        data = self.fs.cat_file(self.path, start=begin, end=begin + shape[0] * size)
+        return np.frombuffer(data, self.stored).reshape(shape)
+
+    def _read_columns(self, start: int, stop: int) -> np.ndarray:
+        """A run of each column, and no more of the file than that."""
+        if self.local:
+            return np.memmap(self.path, self.stored, "r", self.offset, (self.rows, *self.shape), "F")[start:stop]
+        columns, size = math.prod(self.shape), self.stored.itemsize
+        begins = [self.offset + (column * self.rows + start) * size for column in range(columns)]
+        ends = [begin + (stop - start) * size for begin in begins]
+        data = b"".join(self.fs.cat_ranges([self.path] * columns, begins, ends, on_error="raise"))
+        return np.frombuffer(data, self.stored).reshape(*reversed(self.shape), stop - start).T
 
 
 class ParquetColumn(ShardFile):
@@ -197,18 +237,20 @@ class ParquetColumn(ShardFile):
         super().__init__(fs, path)
         self.column = column
         with _naming(self.name), self._open() as file:
-            kind = self._kind(file)
+            kind, types = self._kind(file), pa.types
             if ndim == 0:
-                text = kind.value_type if pa.types.is_dictionary(kind) else kind
-                if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
+                text = kind.value_type if types.is_dictionary(kind) else kind
+                if not (types.is_string(text) or types.is_large_string(text) or self.nulls == self.rows):
                     raise ShardError(self.name, f"column {column!r} holds {kind}; it must hold strings")
-                self.dtype, self.nulls = "str", self._count_nulls(file.metadata)
+                self.dtype = "str"
                 return
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            if not self.rows:
+                return
+            if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
                 raise ShardError(self.name, f"column {column!r} holds {kind}; it must hold lists of floats")
-            self.dtype = kind.value_type.to_pandas_dtype().__name__
-            first = next(file.iter_batches(batch_size=1, columns=[column]), None)
-            self.shape = (0 if first is None else len(first.column(0)[0].as_py() or ()),)
+            self.stored = np.dtype(kind.value_type.to_pandas_dtype())
+            batches = file.iter_batches(batch_size=64, columns=[column])
+            self.shape = (next((len(row) for batch in batches for row in batch.column(0) if row.is_valid), 0),)
         self._check_floats(ndim)
 
     def _open(self) -> pq.ParquetFile:
@@ -217,25 +259,31 @@ class ParquetColumn(ShardFile):
         return pq.ParquetFile(self.fs.open(self.path, "rb"), pre_buffer=True)
 
     def _kind(self, file: pq.ParquetFile) -> pa.DataType:
-        """The type of the column; the file's rows are noted. Raises ShardError without such a column."""
+        """The type of the column, null without rows; rows and nulls are noted. ShardError without such a column."""
         meta, fields = file.metadata, file.schema_arrow
-        if self.column not in fields.names:
-            raise ShardError(self.name, f"has no column {self.column!r}; its columns are {', '.join(fields.names)}")
         sizes = [meta.row_group(index).num_rows for index in range(meta.num_row_groups)]
         self.rows, self.edges = meta.num_rows, np.cumsum([0, *sizes])
-        return fields.field(self.column).type
+        if not self.rows:
+            return pa.null()
+        if self.column not in fields.names:
+            raise ShardError(self.name, f"has no column {self.column!r}; its columns are {', '.join(fields.names)}")
+        kind = fields.field(self.column).type
+        known = [s.null_count for s in self._statistics(meta) if s.has_null_count]
+        self.nulls = self.rows if pa.types.is_null(kind) else sum(known)
+        return kind
 
     def _statistics(self, meta: pq.FileMetaData) -> list[pq.Statistics]:
-        index = next(i for i in range(meta.num_columns) if meta.schema.column(i).path == self.column)
-        found = [meta.row_group(group).column(index).statistics for group in range(meta.num_row_groups)]
+        index = next((i for i in range(meta.num_columns) if meta.schema.column(i).path == self.column), None)
+        groups = () if index is None else range(meta.num_row_groups)
+        found = [meta.row_group(group).column(index).statistics for group in groups]
         return [statistics for statistics in found if statistics is not None]
-
-    def _count_nulls(self, meta: pq.FileMetaData) -> int:
-        return sum(s.null_count for s in self._statistics(meta) if s.has_null_count)
 
     def peek(self, rows: int) -> np.ndarray:
         with _naming(self.name), self._open() as file:
             return self._floats(next(file.iter_batches(batch_size=rows, columns=[self.column])).column(0))
+
+    def peeks_at(self, rows: int) -> int:
+        return 0
 
     def _read(self, start: int, stop: int, groups: RowGroups) -> np.ndarray | pa.Array:
         first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
@@ -255,10 +303,15 @@ class ParquetColumn(ShardFile):
         return column.cast(pa.large_string()).combine_chunks().fill_null("")
 
     def _floats(self, array: pa.Array) -> np.ndarray:
-        values = array.flatten().to_numpy(zero_copy_only=False)
-        if len(values) != len(array) * self.shape[0]:
+        whole = pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False) == self.shape[0]
+        if not (whole.all() or self.fill):
             raise ShardError(self.name, f"column {self.column!r} has rows that are not {self.shape[0]} wide")
-        return values.reshape(len(array), *self.shape)
+        if not whole.all():
+            rows = np.full((len(array), *self.shape), math.nan, self.dtype)
+            rows[whole] = self._floats(array.filter(pa.array(whole)))
+            return rows
+        values = array.flatten().to_numpy(zero_copy_only=False)
+        return _converted(values.reshape(len(array), *self.shape), self.dtype)
 
 
 class ParquetNumbers(ParquetColumn):
@@ -275,10 +328,10 @@ class ParquetNumbers(ParquetColumn):
         with _naming(self.name), self._open() as file:
             kind, types = self._kind(file), pa.types
             fractions = () if whole else (types.is_floating, types.is_decimal)
-            if not any(fits(kind) for fits in (types.is_integer, types.is_boolean, *fractions)):
+            numbers = any(fits(kind) for fits in (types.is_integer, types.is_boolean, *fractions))
+            if not numbers and self.nulls < self.rows:
                 rule = "integers" if whole else "numbers"
                 raise ShardError(self.name, f"column {column!r} holds {kind}; it must hold {rule}")
-            self.nulls = self._count_nulls(file.metadata)
             known = [s for s in self._statistics(file.metadata) if s.has_min_max]
             self.bounds = (min(s.min for s in known), max(s.max for s in known)) if known else None
 
@@ -329,8 +382,8 @@ class TarColumn(ShardFile):
             raise ShardError(self.name, f"no sample has all that is wanted, .{ending} among it")
         with _naming(self.name):
             first = self._members(0, 1)[0]
-            shape, self.dtype, offset = _npy_header(first)
-        self.head = first[:offset]
+            shape, self.columns_first, self.stored, offset = _npy_header(first)
+        self.head, self.size = first[:offset], len(first)
         self.shape = shape[1:] if len(shape) == ndim and shape[0] == 1 else shape  # (1, dim), as some write it
         self._check_floats(ndim)
 
@@ -345,10 +398,15 @@ class TarColumn(ShardFile):
         members = self._members(start, stop)
         if self.dtype == "str":
             return pa.array([self._caption(member.decode("utf-8")) for member in members], pa.large_string())
-        if not all(member.startswith(self.head) for member in members):
+        alike = [member.startswith(self.head) and len(member) == self.size for member in members]
+        if not (all(alike) or self.fill):
             raise ValueError("the embeddings of its samples differ in dtype or shape")
-        rows = np.frombuffer(b"".join(member[len(self.head) :] for member in members), self.dtype)
-        return rows.reshape(stop - start, *self.shape)
+        missing = np.full(self.shape, math.nan, self.stored).tobytes()
+        data = b"".join(member[len(self.head) :] if same else missing for member, same in zip(members, alike))
+        if self.columns_first:
+            rows = np.frombuffer(data, self.stored).reshape(-1, *reversed(self.shape))
+            return _converted(rows.transpose(0, *range(rows.ndim - 1, 0, -1)), self.dtype)
+        return _converted(np.frombuffer(data, self.stored).reshape(stop - start, *self.shape), self.dtype)
 
     def _caption(self, text: str) -> str:
         return (json.loads(text).get("caption") or "") if self.ending == "json" else text.strip()

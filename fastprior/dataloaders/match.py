@@ -17,6 +17,7 @@ from fastprior.dataloaders.files import (
     ShardError,
     ShardFile,
     TarColumn,
+    finite_rows,
     list_files,
     shard_number,
     tar_columns,
@@ -30,6 +31,7 @@ _CONDITION_KINDS = ("scalar", "category", "vector")
 _SUFFIXES = {"npy": ".npy", "parquet": ".parquet", "webdataset": ".tar"}
 _HEADER_THREADS = 32
 _PEEK_SHARDS, _PEEK_ROWS = 16, 64
+SKIP_HINT = 'on_bad_rows="skip" leaves such rows out'
 _NORM_TOLERANCE = 0.01  # normalised, then rounded to fp16
 
 
@@ -66,12 +68,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Norms:
-    """Euclidean norms of the rows that were looked at."""
+    """Euclidean norms of the rows that were looked at and are finite; `bad` ones are not."""
 
     low: float
     mean: float
     high: float
     rows: int
+    bad: int = 0
 
     @property
     def normalised(self) -> bool:
@@ -113,10 +116,11 @@ class _Folder:
         for path in self.paths:
             try:
                 if self.format == "webdataset":
-                    return [column for column in tar_columns(self.fs, path) if column not in sources]
+                    if there := tar_columns(self.fs, path):
+                        return [column for column in there if column not in sources]
                 if self.format == "parquet" and "text" not in sources:
-                    ParquetColumn(self.fs, path, self.names["text"], 0)
-                    return ["text"]
+                    if ParquetColumn(self.fs, path, self.names["text"], 0).rows:
+                        return ["text"]
             except ShardError:
                 continue
         return []
@@ -163,6 +167,8 @@ class _Folder:
     def _open_tar(self, path: str, columns: list[str]) -> dict[str, ShardFile]:
         """The columns of the samples that have all of them."""
         there = tar_columns(self.fs, path)
+        if not there:
+            return {column: ShardFile(self.fs, path) for column in columns}
         missing = [title(column) for column in columns if column not in there]
         if missing:
             raise ShardError(path, f"holds no {' and no '.join(missing)}")
@@ -180,9 +186,11 @@ class Matches:
     problems: list[ShardError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     norms: dict[str, Norms] = field(default_factory=dict)
+    on_bad_rows: str | None = None
 
     def add(self, found: dict[str, dict[int, ShardFile | None]], sources: Mapping[str, str]) -> None:
         """Take the numbers that every column has, with as many rows in each; a file that is None is of no use."""
+        empty = []
         for number in sorted(set().union(*found.values())):
             there = {column: files[number] for column, files in found.items() if number in files}
             files = {column: file for column, file in there.items() if file is not None}
@@ -196,25 +204,33 @@ class Matches:
             image = files["image_embed"]
             deviants = [file for file in files.values() if file.rows != image.rows]
             self.problems += [ShardError(f.name, f"{f.rows} rows, and {image.rows} in {image.name}") for f in deviants]
-            if image.rows and not deviants:
+            if not deviants and image.rows:
                 self.shards[number] = Shard(number, files)
+            elif not deviants:
+                empty.append(number)
+        if empty:
+            more = ", ..." if len(empty) > 10 else ""
+            numbers = ", ".join(map(str, empty[:10])) + more
+            self.notes.append(f"{len(empty)} shards without rows are left out, of number {numbers}")
 
     def _drop(self, number: int, error: ShardError) -> None:
         self.problems.append(error)
         self.shards.pop(number, None)
 
     def drop_deviants(self) -> None:
-        """Drop shards of another dtype or width than most rows have; read as if they had it they would be garbage."""
-        kinds: dict[str, Counter] = {}
+        """Drop shards of another width than most rows have."""
+        widths: dict[str, Counter] = {}
+        dtypes = {}
         for shard in self.shards.values():
             for column, file in shard.files.items():
-                kinds.setdefault(column, Counter())[file.dtype, file.shape] += shard.rows
-        usual = {column: max(rows, key=rows.get) for column, rows in kinds.items()}
+                widths.setdefault(column, Counter())[file.shape] += shard.rows
+                dtypes[column, file.shape] = file.dtype
+        usual = {column: max(rows, key=rows.get) for column, rows in widths.items()}
         for number, shard in list(self.shards.items()):
             for column, file in shard.files.items():
-                if (file.dtype, file.shape) != usual[column]:
-                    dtype, shape = usual[column]
-                    what = f"{file.dtype} {file.shape}; {title(column)} of the other shards are {dtype} {shape}"
+                if file.shape != usual[column]:
+                    wanted = f"{dtypes[column, usual[column]]} {usual[column]}"
+                    what = f"{file.dtype} {file.shape}; {title(column)} of the other shards are {wanted}"
                     self._drop(number, ShardError(file.name, what))
 
     def look_into(self) -> None:
@@ -228,40 +244,52 @@ class Matches:
             if nulls:
                 empty = "; they are read as empty" if column == "text" else ""
                 self.notes.append(f"{nulls:,} {title(column)} are missing{empty}")
+            wide = sum(shard.files[column].stored.name == "float64" for shard in self.shards.values())
+            if wide:
+                self.notes.append(f"{wide} files of {title(column)} hold float64, which is rounded to float32")
             if column in ("image_embed", "text_embed"):
                 norms = self.norms[column] = self._measure(column, looked_at)
+                if norms.bad:
+                    looked = f"of {norms.rows + norms.bad} rows of {title(column)} that were looked at"
+                    self.notes.append(f"{norms.bad} {looked} are not finite; such pairs are left out")
                 if norms.rows and not norms.normalised:
                     self.notes.append(f"{title(column)} are not normalised: norms {norms.low:.4g} to "
                                       f"{norms.high:.4g}, {norms.mean:.4g} on average")  # fmt: skip
 
     def _measure(self, column: str, numbers: list[int]) -> Norms:
-        found = [np.zeros(0)]
+        found, bad = [np.zeros(0)], 0
         for number in [number for number in numbers if number in self.shards]:
             file = self.shards[number].files[column]
             try:
-                norms = np.linalg.norm(file.peek(_PEEK_ROWS).astype(np.float64), axis=1)
-                if not np.isfinite(norms).all():
-                    raise ShardError(file.name, "holds numbers that are not finite")
-                found.append(norms)
+                rows = file.peek(_PEEK_ROWS).astype(np.float64)
+                good = finite_rows(rows)
+                if not good.all() and self.on_bad_rows != "skip":
+                    row = file.peeks_at(_PEEK_ROWS) + int(np.flatnonzero(~good)[0])
+                    raise ShardError(file.name, f"holds numbers that are not finite, in row {row}; {SKIP_HINT}")
+                found.append(np.linalg.norm(rows[good], axis=1))
+                bad += int((~good).sum())
             except ShardError as error:
                 self._drop(number, error)
         norms = np.concatenate(found)
-        return (
-            Norms(*map(float, (norms.min(), norms.mean(), norms.max())), len(norms))
-            if len(norms)
-            else Norms(0, 0, 0, 0)
-        )
+        if not len(norms):
+            return Norms(0, 0, 0, 0, bad)
+        return Norms(*map(float, (norms.min(), norms.mean(), norms.max())), len(norms), bad)
 
 
 def match_folders(
-    sources: Mapping[str, str], file_format: str | None, names: dict[str, str], numbers: dict[str, tuple[str, str]]
+    sources: Mapping[str, str],
+    file_format: str | None,
+    names: dict[str, str],
+    numbers: dict[str, tuple[str, str]],
+    on_bad_rows: str | None,
 ) -> Matches:
     """Match the files of some folders by their numbers, and check them by their headers and a few rows.
 
     sources: the folder of each column, of the images first. file_format: of the images.
     names: of the columns in parquet files. numbers: the conditions in the captions' files, see `number_columns`.
+    on_bad_rows: "skip" counts rows that are not finite; otherwise their shards are problems.
     """
-    matches = Matches()
+    matches = Matches(on_bad_rows=on_bad_rows)
     found: dict[str, dict[int, ShardFile | None]] = {}
     for column, url in sources.items():
         is_image = column == "image_embed"
@@ -270,7 +298,9 @@ def match_folders(
         columns = [column, *(folder.further_columns(sources) if is_image else [])]
         for number, files in folder.open(columns, matches.problems).items():
             for each in (*columns, *beside):
-                found.setdefault(each, {})[number] = files and files[each]
+                file = found.setdefault(each, {})[number] = files and files[each]
+                if file is not None:
+                    file.fill = on_bad_rows == "skip" and each in COLUMNS
     matches.add(found, sources)
     matches.drop_deviants()
     matches.look_into()

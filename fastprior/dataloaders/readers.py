@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -23,10 +24,40 @@ try:
 except ImportError as error:
     raise ImportError(f'{error.name} is not installed: pip install "fastprior[train]"') from error
 
-from fastprior.dataloaders.files import NpyFile, ParquetColumn
+from fastprior.dataloaders.files import NpyFile, ParquetColumn, RowGroups, ShardError, finite_rows
+from fastprior.dataloaders.match import SKIP_HINT
 from fastprior.dataloaders.shards import EmbeddingShards
 
 _TOLERANCE = 1e-6  # of shares that are sums of decimal fractions
+
+
+class _Rows:
+    """An open .npy file that is nothing but its rows, one behind the other, as one dtype."""
+
+    def __init__(self, file: NpyFile, dtype: str, row_bytes: int):
+        self.file, self.dtype, self.row_bytes = file, dtype, row_bytes
+
+    def __enter__(self) -> _Rows:
+        return self
+
+    def __exit__(self, *error) -> None: ...
+
+    def seek(self, offset: int) -> None:
+        self.row = offset // self.row_bytes
+
+    def read(self, size: int) -> bytes:
+        rows = self.file.read(self.row, self.row + size // self.row_bytes, RowGroups(0))
+        return rows.astype(self.dtype, copy=False).tobytes()
+
+
+class _RowFiles:
+    """What the reader takes for a file system: files of any order and dtype, opened as `_Rows`."""
+
+    def __init__(self, files: list[NpyFile], dtype: str, row_bytes: int):
+        self.files, self.kind = {file.path: file for file in files}, (dtype, row_bytes)
+
+    def open(self, path: str, mode: str = "rb") -> _Rows:
+        return _Rows(self.files[path], *self.kind)
 
 
 class MatchedReader(EmbeddingReader):
@@ -38,7 +69,7 @@ class MatchedReader(EmbeddingReader):
 
     def __init__(self, shards: EmbeddingShards, column: str = "image_embed", captions: bool = False):
         files = [shard.files[column] for shard in shards.shards]
-        rows = pd.Series([file.rows for file in files])
+        rows, widest = pd.Series([file.rows for file in files]), shards.widest[column]
         texts = [shard.files["text"] for shard in shards.shards] if captions else []
         if not isinstance(files[0], NpyFile) or not all(isinstance(file, ParquetColumn) for file in texts):
             raise ValueError(f"{files[0].name}: readers need .npy embeddings, and captions in parquet files")
@@ -50,14 +81,15 @@ class MatchedReader(EmbeddingReader):
                 filename=[file.path for file in files],
                 count=rows,
                 count_before=rows.cumsum() - rows,
-                dimension=files[0].shape[0],
-                dtype=files[0].dtype,
-                header_offset=[file.offset for file in files],
-                byte_per_item=files[0].row_bytes,
+                dimension=widest.shape[0],
+                dtype=widest.dtype,
+                header_offset=0,
+                byte_per_item=widest.row_bytes,
             )
         )
-        reader.fs, reader.dtype, reader.dimension = files[0].fs, files[0].dtype, files[0].shape[0]
-        reader.nb_files, reader.count, reader.byte_per_item = len(files), int(rows.sum()), files[0].row_bytes
+        reader.fs = _RowFiles(files, widest.dtype, widest.row_bytes)
+        reader.dtype, reader.dimension = widest.dtype, widest.shape[0]
+        reader.nb_files, reader.count, reader.byte_per_item = len(files), int(rows.sum()), widest.row_bytes
         reader.total_size = reader.count * reader.byte_per_item
         reader.max_file_size = int(rows.max()) * reader.byte_per_item
         if captions:
@@ -76,11 +108,13 @@ def get_reader(
     txt_url: str | None = None,
     *,
     on_problem: str = "error",
+    on_bad_rows: str | None = None,
 ) -> EmbeddingReader | tuple[EmbeddingReader, EmbeddingReader]:
     """Readers of .npy image embeddings: one with captions if text_conditioned, else one more, of text embeddings.
 
     img_url, txt_url: folders of .npy files; meta_url: of parquet files with a column "caption". Files belong together
-    by the number in their names. on_problem: as for `EmbeddingShards.open`, which says what it raises.
+    by the number in their names. on_problem, on_bad_rows: as for `EmbeddingShards.open`, which says what it raises.
+    Rows met later are left out by `PriorEmbeddingDataset`, since one of two readers alone cannot leave out pairs.
 
     Raises ValueError where meta_url, or without text_conditioned txt_url, is missing.
     """
@@ -89,10 +123,10 @@ def get_reader(
         raise ValueError(
             f"img_url={img_url!r}, {name}={url!r}; with text_conditioned={text_conditioned} both are needed"
         )
+    options = dict(file_format="npy", on_problem=on_problem, on_bad_rows=on_bad_rows)
     if text_conditioned:
-        shards = EmbeddingShards.open(img_url, meta_url, file_format="npy", on_problem=on_problem)
-        return MatchedReader(shards, captions=True)
-    shards = EmbeddingShards.open(img_url, text_url=txt_url, file_format="npy", on_problem=on_problem)
+        return MatchedReader(EmbeddingShards.open(img_url, meta_url, **options), captions=True)
+    shards = EmbeddingShards.open(img_url, text_url=txt_url, **options)
     return MatchedReader(shards), MatchedReader(shards, "text_embed")
 
 
@@ -100,6 +134,8 @@ class PriorEmbeddingDataset(IterableDataset):
     """Batches (image embeddings, tokens or text embeddings) of pairs start to stop of readers, in their order.
 
     image embeddings, text embeddings: (batch, dim), fp32. tokens: (batch, 77), int64, of captions cut to that length.
+    What the readers' on_bad_rows asks for is done here: with "skip" a batch is shorter by the pairs with numbers that
+    are not finite, whose positions are in `bad_rows`; with "error" ShardError is raised.
     """
 
     def __init__(
@@ -117,6 +153,8 @@ class PriorEmbeddingDataset(IterableDataset):
         self.text_conditioned, self.batch_size = text_conditioned, batch_size
         self.start, self.stop = start, stop
         self.image_reader, self.text_reader = image_reader, text_reader
+        self.on_bad_rows = image_reader.shards.on_bad_rows if isinstance(image_reader, MatchedReader) else None
+        self.bad_rows: set[int] = set()
 
     def __len__(self) -> int:
         """Pairs, not batches."""
@@ -128,11 +166,26 @@ class PriorEmbeddingDataset(IterableDataset):
         options = dict(batch_size=self.batch_size, start=self.start, end=self.stop, show_progress=False)
         if self.text_conditioned:
             for images, table in self.image_reader(**options):
-                captions = ["" if pd.isna(caption) else caption for caption in table["caption"]]
-                yield torch.from_numpy(images), _tokenizer()(captions)
+                captions = np.array(["" if pd.isna(caption) else caption for caption in table["caption"]], object)
+                images, captions = self._good(table["i"], images, captions)
+                if len(images):
+                    yield torch.from_numpy(images), _tokenizer()(captions.tolist())
         else:
-            for (images, _), (texts, _) in zip(self.image_reader(**options), self.text_reader(**options)):
-                yield torch.from_numpy(images), torch.from_numpy(texts)
+            for (images, table), (texts, _) in zip(self.image_reader(**options), self.text_reader(**options)):
+                images, texts = self._good(table["i"], images, texts)
+                if len(images):
+                    yield torch.from_numpy(images), torch.from_numpy(texts)
+
+    def _good(self, positions: pd.Series, *columns: np.ndarray) -> list[np.ndarray]:
+        """The columns of a batch, without the rows that on_bad_rows="skip" leaves out."""
+        if self.on_bad_rows is None:
+            return [*columns]
+        good = np.logical_and.reduce([finite_rows(column) for column in columns if column.dtype != object])
+        if not good.all() and self.on_bad_rows == "error":
+            where = f"pair {positions.iloc[np.argmin(good)]} holds numbers that are not finite"
+            raise ShardError(self.image_reader.embeddings_folder, f"{where}; {SKIP_HINT}")
+        self.bad_rows.update(positions[~good].tolist())
+        return [column[good] for column in columns]
 
     def __str__(self) -> str:
         return f"<PriorEmbeddingDataset: start: {self.start}, stop: {self.stop}, len: {len(self)}>"

@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from fastprior.dataloaders.files import RowGroups, ShardError
-from fastprior.dataloaders.shards import EmbeddingShards
+from fastprior.dataloaders.files import RowGroups, ShardError, finite_rows
+from fastprior.dataloaders.match import SKIP_HINT
+from fastprior.dataloaders.shards import CHECKED, EmbeddingShards
 
 _BLOCKS_PER_BUFFER = 32
 _WINDOW_BYTES = 2**28  # of decoded row groups
@@ -88,7 +89,8 @@ class PairStream:
 
     A shard that turns out unreadable raises ShardError, or, where the shards were opened with on_problem="skip", is
     named in a warning and in `problems`, and other pairs of the same buffer take its places: the number of batches
-    stays the same, so that no rank waits for another.
+    stays the same, so that no rank waits for another. So do they with on_bad_rows="skip" where a pair has numbers that
+    are not finite; `bad_rows` are the positions of those that were met, and a warning names the first of each file.
 
     Raises ValueError for arguments out of range, and where the ranks of torch.distributed see different data.
     """
@@ -124,6 +126,8 @@ class PairStream:
         self.epoch = 0
         self.sample = 0  # pairs that this rank has given out in this epoch
         self.problems: list[ShardError] = []
+        self.bad_rows: set[int] = set()
+        self._warned: set[str] = set()
         self.pairs_per_rank = -((start - stop) // world_size) if pad else (stop - start) // world_size
         self._buffer_rows = max(1, buffer_bytes // shards.row_bytes)
         self._edges = np.cumsum([0, *(shard.rows for shard in shards.shards)])
@@ -288,7 +292,7 @@ class PairStream:
 
     def _read(self, blocks: _Blocks) -> tuple[dict[str, np.ndarray | pa.Array], np.ndarray]:
         """Columns of the blocks' rows, and which of the rows could be read."""
-        rows, at, files = blocks.rows, 0, self.shards.shards[0].files
+        rows, at, files = blocks.rows, 0, self.shards.widest
         columns: dict[str, Any] = {
             name: [] if file.dtype == "str" else np.empty((rows, *file.shape), file.dtype)
             for name, file in files.items()
@@ -298,6 +302,7 @@ class PairStream:
             place = slice(at, at + stop - start)
             try:
                 read = self._read_block(start, stop)
+                good[place] = self._good_rows(start, read)
             except ShardError as error:
                 if self.shards.on_problem == "error":
                     raise
@@ -317,6 +322,27 @@ class PairStream:
         first = int(self._edges[index])
         files = self.shards.shards[index].files.items()
         return {name: file.read(start - first, stop - first, self._groups) for name, file in files}
+
+    def _good_rows(self, start: int, read: dict[str, np.ndarray | pa.Array]) -> np.ndarray:
+        """Which rows of a block to give out: with on_bad_rows="skip", those with finite numbers only."""
+        mode, index = self.shards.on_bad_rows, int(np.searchsorted(self._edges, start, side="right")) - 1
+        finite = {name: finite_rows(values) for name, values in read.items() if name in CHECKED}
+        good = np.logical_and.reduce([*finite.values()])
+        if good.all():
+            return good
+        for name, rows in finite.items():
+            path = self.shards.shards[index].files[name].name
+            if rows.all() or (path in self._warned and mode != "error"):
+                continue
+            row = start - int(self._edges[index]) + int(np.argmin(rows))
+            what = f"row {row} holds numbers that are not finite"
+            if mode == "error":
+                raise ShardError(path, f"{what}; {SKIP_HINT}")
+            self._warned.add(path)
+            place = "another pair takes its place" if mode == "skip" else f"it is given out as it is: {SKIP_HINT}"
+            warnings.warn(f"{path}: {what}, others may, too; {place}", stacklevel=2)
+        self.bad_rows.update((start + np.flatnonzero(~good)).tolist())
+        return good if mode == "skip" else np.ones_like(good)
 
     def _note(self, error: ShardError) -> None:
         if error.path not in [problem.path for problem in self.problems]:

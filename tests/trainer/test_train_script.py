@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -170,6 +171,24 @@ def test_evaluation_does_not_change_the_training(data, tmp_path):
         assert run(make_config(data, tmp_path / name, **options), tmp_path / "config.json") == 0
     never, always = (weights(tmp_path / name / "latest.pth") for name in ("never", "always"))
     assert all(torch.equal(never[name], always[name]) for name in never)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [None, "skip"])
+def test_rows_that_are_not_finite(data, tmp_path, mode):
+    """One row in a hundred: each spoils its step, or is left out."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    for path in sorted(folder.glob("*/*.npy")):
+        rows = np.load(path)
+        rows[0] = np.nan  # the sample is from the middle
+        np.save(path, rows)
+    config = make_config(folder, tmp_path / "run", train=dict(epochs=2, log_every_steps=1))
+    config["data"] |= dict(on_bad_rows=mode)
+    with pytest.warns(UserWarning, match="img_emb_0.npy: row 0 holds"):
+        assert run(config, tmp_path / "config.json") == 0
+    last = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "bad_steps" in r][-1]
+    assert last["bad_rows"] == 3 and (last["bad_steps"] > 0) == (mode is None)
+    assert last["step"] == 36 - last["bad_steps"]
 
 
 PHASES = "_step", "save", "evaluate"

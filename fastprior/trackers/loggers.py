@@ -12,6 +12,9 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from tqdm.auto import tqdm
+
+from fastprior.trackers.table import Table
 from fastprior.utils import import_or_print_error, nearest
 
 HIDDEN = "<hidden>"
@@ -102,12 +105,16 @@ class BaseLogger(Part):
     auto_resume: bool = False
     verbose: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        self._table = Table()
+
     def init(self, full_config, extra_config: dict) -> None:
         """Begin: `full_config` is the config of the run, a pydantic model or a dict."""
 
     def log(self, log: dict, step: int | None = None, **kwargs) -> None:
         if self.verbose:
-            print(log if step is None else f"step {step}: {log}")
+            tqdm.write("\n".join(self._table.lines(log, step)))  # above a bar, if there is one
 
     def log_images(self, images, captions: Iterable[str] = (), image_section="images", step=None, **kwargs) -> None:
         """Images (channels, height, width) in 0..1."""

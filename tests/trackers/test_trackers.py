@@ -37,7 +37,7 @@ def test_every_log_is_a_line_of_json(tmp_path, capsys, monkeypatch):
         {"pair": [1.0, None], "word": "x", "step": 4},
         {"epoch": 1, "step": None},
     ]
-    assert "step 3: {'loss'" in capsys.readouterr().out
+    assert "3     0.5000     0.2500" in capsys.readouterr().out
 
 
 def test_lines_survive_a_kill(tmp_path):

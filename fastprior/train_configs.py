@@ -243,7 +243,7 @@ class DiffusionPriorTrainConfig(Section):
     Attributes:
         lr, wd, max_grad_norm, use_ema, ema_beta, ema_update_after_step, ema_update_every, amp, warmup_steps,
         cosine_decay_max_steps, draws, compile, checkpoint_activations, max_bad_steps: see `DiffusionPriorTrainer`.
-        save_every_seconds: between checkpoints.
+        save_every_seconds: of training, between checkpoints.
         eval_timesteps: the numbers of sampling steps to evaluate with.
         eval_cond_scale: guidance of that sampling.
         gradient_accumulation_steps: batches to a step.
@@ -291,7 +291,7 @@ class DiffusionPriorDataConfig(Section):
         splits: shares for training, validation and test.
         batch_size: per process.
         num_data_points: how many to use.
-        eval_every_seconds: between evaluations.
+        eval_every_seconds: of training, between evaluations.
         max_eval_pairs: how many pairs an evaluation looks at; null is all of the split.
         shuffle_seed: of the order of the training pairs; null keeps that of the files.
         on_problem, on_bad_rows: about files missing or damaged, and rows not finite; see `EmbeddingShards.open`.

@@ -101,7 +101,9 @@ class TrainingRun:
             self._resume(self.tracker.recall())
         else:
             self.streams["train"].set_epoch(self.epoch)
-        self._saved = self._evaluated = time.monotonic()
+        # seconds of training; what evaluations and checkpoints take counts for no interval, or one would follow another
+        self._saved = self._evaluated = self._now = time.monotonic()
+        self._paused = 0.0
         self._logged: tuple[float, int] | None = None  # when, and samples seen then
 
     def _check_data(self, prior) -> None:
@@ -186,10 +188,12 @@ class TrainingRun:
                     if step % train.log_every_steps == 0:
                         self._log_step(loss, step, bar)
                     stop, evaluate_now, save_now = self._due(step, signals)
+                    began = time.monotonic()
                     if evaluate_now:
                         self.evaluate("validation")
                     if stop or save_now:
                         self.save()
+                    self._paused += time.monotonic() - began
                     if stop:
                         number = next(iter(signals), signal.SIGTERM)  # or another process was asked to end
                         self.accelerator.print(f"{signal.Signals(number).name}: saved at step {step}")
@@ -227,7 +231,7 @@ class TrainingRun:
 
     def _log_step(self, loss: float, step: int, bar: tqdm) -> None:
         loss = self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), "mean").item()
-        now, last = (time.monotonic(), self.samples_seen), self._logged
+        now, last = (time.monotonic() - self._paused, self.samples_seen), self._logged
         self._logged = now
         log = {f"training/{self.config.prior.loss_type}-loss": loss, "lr": self.trainer.scheduler.get_last_lr()[0]}
         log |= dict(epoch=self.epoch, samples_seen=self.samples_seen, bad_steps=self.trainer.bad_steps)
@@ -242,11 +246,11 @@ class TrainingRun:
         several = self.accelerator.num_processes > 1
         if several and step % self.config.train.log_every_steps:
             return False, False, False
-        now = time.monotonic()
+        self._now = time.monotonic() - self._paused
         due = [
             bool(signals),
-            now - self._evaluated >= self.config.data.eval_every_seconds,
-            now - self._saved >= self.config.train.save_every_seconds,
+            self._now - self._evaluated >= self.config.data.eval_every_seconds,
+            self._now - self._saved >= self.config.train.save_every_seconds,
         ]
         if several:
             wishes = torch.tensor(due, dtype=torch.int32, device=self.accelerator.device)
@@ -255,7 +259,7 @@ class TrainingRun:
 
     def evaluate(self, split: str) -> None:
         """Measure the online weights and those that sample, log both, and save where the loss is the best so far."""
-        self._evaluated = time.monotonic()
+        self._evaluated = self._now
         stream, train = self.streams[split], self.config.train
         if not len(stream):
             return
@@ -277,7 +281,7 @@ class TrainingRun:
             self.save(is_best=True)
 
     def save(self, is_best: bool = False) -> None:
-        self._saved = time.monotonic()
+        self._saved = self._now
         progress: dict[str, Any] = dict(epoch=self.epoch, samples_seen=self.samples_seen, best=self.best)
         progress["data"] = self.streams["train"].state_dict()
         with self.trainer.gathered():

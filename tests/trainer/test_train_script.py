@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -171,6 +172,35 @@ def test_evaluation_does_not_change_the_training(data, tmp_path):
         assert run(make_config(data, tmp_path / name, **options), tmp_path / "config.json") == 0
     never, always = (weights(tmp_path / name / "latest.pth") for name in ("never", "always"))
     assert all(torch.equal(never[name], always[name]) for name in never)
+
+
+def test_a_long_evaluation_or_save_is_followed_by_training(data, tmp_path, monkeypatch):
+    """A step takes a second, an evaluation 50 and a save 30; both are wanted every ten."""
+    clock, begun = [0], dict(evaluation=[], save=[])
+    monkeypatch.setattr(train_diffusion_prior, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    config = make_config(data, tmp_path / "run", train=dict(epochs=3, save_every_seconds=10, use_ema=False))
+    config["data"] |= dict(eval_every_seconds=10)
+    run = make_run(config)
+    run.best = 0.0
+
+    def step(batch, bar):
+        run.trainer.step += 1
+        run.samples_seen += 16
+        clock[0] += 1
+        return 0.0
+
+    def takes(name, seconds):
+        begun[name].append(int(run.trainer.step))
+        clock[0] += seconds
+        return {"l2-loss": 1.0}
+
+    monkeypatch.setattr(run, "_step", step)
+    monkeypatch.setattr(run.tracker, "save", lambda *args, **kwargs: takes("save", 30))
+    monkeypatch.setattr(train_diffusion_prior, "evaluate", lambda *args, **kwargs: takes("evaluation", 50))
+    assert run.train() == 0
+    assert begun == dict(evaluation=[10, 20, 30, 40, 50, 54, 54], save=[10, 20, 30, 40, 50, 54])
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {r["samples_per_second"] for r in lines if "samples_per_second" in r} == {16.0}
 
 
 @pytest.mark.slow

@@ -30,8 +30,9 @@ from fastprior.dataloaders import PairStream
 from fastprior.dataloaders.files import finite_rows
 from fastprior.dataloaders.shards import EmbeddingShards, check_conditions
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
+from fastprior.prior.curves import plot_curves
 from fastprior.prior.diffusion_prior import DiffusionPrior
-from fastprior.prior.evaluate import evaluate, plot_curves
+from fastprior.prior.evaluate import evaluate
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import os
 import random
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +15,6 @@ from torch import Tensor
 from fastprior.batches import map_rows
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.plan import is_overridden
-from fastprior.utils import atomic
 
 RETRIEVAL_PAIRS = 10_000  # at most, over all processes: the images that a sampled embedding is ranked against
 RECALL_AT = (1, 5)
@@ -216,56 +212,3 @@ def _ranking(sampled: Tensor, images: Tensor) -> dict[str, float]:
     ranks = retrieval_ranks(sampled, images)
     recall = {f"recall@{k}": (ranks <= k).double().mean().item() for k in RECALL_AT}
     return {"median rank": ranks.quantile(0.5).item(), **recall}
-
-
-# the curves of a run
-
-PANELS = {
-    "loss": r"loss$|/training-",
-    "learning rate": r"(^|[/_ -])(lr|learning[ _-]rate)$",
-    "similarity": r"similarity",
-    "recall": r"recall@",
-    "median rank": r"median rank",
-    "samples per second": r"samples([-_/ ]per)?[-_/ ]s(ec(ond)?)?$",
-}
-
-
-def _series(records: Iterable[dict]) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) by name, in order of the steps; where a step has several values, the last."""
-    series: dict[str, dict[float, float]] = defaultdict(dict)
-    for record in records:
-        for name, value in record.items():
-            if (
-                record.get("step") is not None
-                and name not in ("step", "time")
-                and isinstance(value, (int, float, type(None)))
-            ):
-                series[name][record["step"]] = math.nan if value is None else value
-    return {name: sorted(points.items()) for name, points in series.items()}
-
-
-def plot_curves(records: Iterable[dict], path: str | os.PathLike) -> None:
-    """Write a PNG of a run's loss, learning rate, similarities, ranks and speed over its steps. Atomic.
-
-    Args:
-        records: as `fastprior.trackers.read_metrics` gives them: numbers by name, and `step`. Panels without any are
-            left out, and a value of None is a gap. A step that was run again shows its last values.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('matplotlib is not installed: pip install "fastprior[quickstart]"') from error
-    series = _series(records)
-    panels = {title: [name for name in series if re.search(pattern, name)] for title, pattern in PANELS.items()}
-    panels = {title: names for title, names in panels.items() if names}
-    figure = Figure(figsize=(8, 0.5 + 3 * max(1, len(panels))), layout="constrained")
-    figure.suptitle("" if panels else "nothing was logged")
-    for index, (title, names) in enumerate(panels.items()):
-        axes = figure.add_subplot(len(panels), 1, index + 1)
-        for name in names:
-            axes.plot(*zip(*series[name]), label=name, marker="." if len(series[name]) < 50 else None)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize="small")
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -16,7 +16,7 @@ from fastprior.cli.evaluate import add_parser
 from fastprior.demos import digits
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.prior import evaluate as module
-from fastprior.prior.evaluate import METRICS, RECALL_AT, evaluate, plot_curves, retrieval_ranks
+from fastprior.prior.evaluate import METRICS, RECALL_AT, evaluate, retrieval_ranks
 from helpers.priors import make_prior, make_text
 from helpers.processes import run_ranks
 
@@ -346,53 +346,6 @@ def test_arguments_are_checked_before_data_is_read(options):
 
     with pytest.raises(ValueError, match=next(iter(options)).removesuffix("s")):
         evaluate(known(), untouched(), **options)
-
-
-# curves
-
-
-def height(path) -> float:
-    from matplotlib.image import imread
-
-    return imread(path).shape[0] / 110
-
-
-RECORDS = [
-    *({"tracking/training-l2": 1 / step, "tracking/lr": 1e-4, "step": step, "time": 0.0} for step in range(1, 100)),
-    {"metrics/ema-validation/l2-loss": 0.2, "step": 50, "time": 1.0},
-    {"metrics/ema-validation/baseline similarity [steps=64]": 0.3, "step": 50, "time": 1.0},
-    {"tracking/training-l2": None, "step": 100},
-    {"error": "the disk is full", "step": 100},
-    {"tracking/epoch": 3, "step": None},
-]
-
-
-@pytest.mark.parametrize(("records", "panels"), [(RECORDS, 3), (RECORDS[:1], 2), (RECORDS[-2:], 1), ([], 1)])
-def test_curves(tmp_path, records, panels):
-    plot_curves(records, tmp_path / "curves.png")
-    assert height(tmp_path / "curves.png") == pytest.approx(0.5 + 3 * panels, abs=0.02)
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
-
-
-def test_curves_of_a_run_that_went_back():
-    records = [{"l2-loss": loss, "step": step} for step, loss in ((1, 5.0), (2, 4.0), (3, 9.0), (2, 3.0), (3, None))]
-    ((name, points),) = module._series(records).items()
-    assert name == "l2-loss" and points[:2] == [(1, 5.0), (2, 3.0)]
-    assert points[2][0] == 3 and points[2][1] != points[2][1]
-
-
-def test_curves_are_written_whole_or_not(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    def fail(self, file, **kwargs):
-        file.write_bytes(b"half")
-        raise OSError("full")
-
-    (tmp_path / "curves.png").write_bytes(b"old")
-    monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="full"):
-        plot_curves(RECORDS, tmp_path / "curves.png")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("curves.png", b"old")]
 
 
 # the command

@@ -278,7 +278,7 @@ def test_the_command_line(folder, capsys):
         ("aesthetic=high", "--condition aesthetic=high: it must be a number"),
         ("peeple=2", "--condition has the unknown name 'peeple'; the nearest is 'people'"),
         ("people=3", "conditions['people'] holds 3; it must be below its size, 3"),
-        ("style=6", "No such file or directory: '6'"),
+        ("style=6", "6: No such file or directory"),
     ):
         assert cli.main(["sample", *given, *text, *out, "--condition", value]) == 2
         assert message in capsys.readouterr().err

@@ -21,12 +21,15 @@ TRAIN = [*DATA, *PLOT, "accelerate>=1.0", "pydantic>=2"]
 # from 70.1 on it builds wheels by itself
 INTEROP = ["dalle2-pytorch==1.15.6", "setuptools>=70.1,<81"]
 DIFFUSERS = ["diffusers>=0.42", "transformers>=4.40", "pillow"]
+ONNX = ["onnx>=1.18", "onnxscript>=0.5.4"]
 TEST = [
     *CLIP,
     *QUICKSTART,
     *TRAIN,
     *INTEROP,
     *DIFFUSERS,
+    *ONNX,
+    "onnxruntime>=1.22",
     "peft>=0.17",
     "pytest>=8.2",
     "pytest-benchmark>=4",
@@ -60,6 +63,7 @@ setup(
         "quickstart": QUICKSTART,
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
+        "onnx": ONNX,
         "hub": ["huggingface_hub>=0.20"],
         "deepspeed": ["deepspeed>=0.19"],
         "diffusers": DIFFUSERS,

@@ -35,7 +35,8 @@ def randn_like(t: Tensor) -> Tensor:
 def prob_mask_like(shape: tuple[int, ...], prob: float, device) -> Tensor:
     """A bool tensor whose elements are True with probability `prob`; 0 and 1 draw no random numbers."""
     if prob in (0, 1):
-        return torch.full(shape, bool(prob), dtype=torch.bool, device=device)
+        # a trace of torch.jit keeps no bool as what to fill with
+        return torch.full(shape, float(prob), dtype=torch.bool, device=device)
     drawn = torch.zeros(shape, device=device)
     with drawing(drawn.device):
         return drawn.uniform_(0, 1) < prob

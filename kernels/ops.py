@@ -38,9 +38,14 @@ if _forced not in (None, *BACKENDS):
     raise ValueError(f"FASTPRIOR_KERNELS={_forced!r}; it must be unset, 'reference' or 'triton'")
 
 
+def is_recorded() -> bool:
+    """Whether a program is made that runs elsewhere, and for other shapes: by torch.export, or torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def forced() -> str | None:
-    """The backend that is forced, if one is."""
-    return _forced
+    """The backend that is forced, if one is: the reference, where a program is made for other runtimes."""
+    return "reference" if is_recorded() else _forced
 
 
 @contextlib.contextmanager
@@ -60,9 +65,10 @@ def on_triton(x: Tensor) -> bool:
     """Whether an operation on x runs as a Triton kernel."""
     if x.dtype == torch.float64:
         return False
-    if _forced is None:
+    backend = forced()
+    if backend is None:
         return x.is_cuda and (HAS_TRITON or _warn_without_triton())
-    return _forced == "triton"
+    return backend == "triton"
 
 
 def _warn_without_triton() -> Literal[False]:
@@ -165,7 +171,7 @@ def linear(
         from .gpu.linear import linear as run
 
         return run(args)
-    found = cpu_linear.linear_where_taken(args) if _forced is None else None
+    found = cpu_linear.linear_where_taken(args) if forced() is None else None
     return reference.linear(args) if found is None else found
 
 
@@ -253,7 +259,7 @@ def decode_attention(
         from .gpu.decode import decode_attention as run
 
         return run(q, k, v, prefix_k, prefix_v, **options)
-    takes = _forced is None and cpu_attention.takes_decode(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
+    takes = forced() is None and cpu_attention.takes_decode(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
     run = cpu_attention.decode_attention if takes else reference.decode_attention
     return run(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
 
@@ -334,7 +340,7 @@ def prepare_blocks(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    if _forced is not None:
+    if forced() is not None:
         return None
     sizes = dict(heads=heads, kv_heads=kv_heads, dim_head=dim_head)
     options = dict(scale=scale, cosine=cosine, activation=activation, eps=eps)
@@ -365,7 +371,7 @@ def run_blocks(
         (rows, outputs, dim) fp32, with a head its columns; without outputs keys and values of all tokens and blocks,
         neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
     """
-    if blocks is None or _forced is not None:
+    if blocks is None or forced() is not None:
         return None
     options = dict(outputs=outputs, rotary=rotary, bias=bias, mask=mask)
     return cpu_blocks.run_blocks_where_taken(x, blocks, prefix_k, prefix_v, **options)
@@ -402,7 +408,7 @@ def prepare_run(
         null_table: (steps, dim) fp32; zeros leave predictions as they are.
         cond_scale, clamp, radius: see there.
     """
-    if blocks is None or _forced is not None:
+    if blocks is None or forced() is not None:
         return None
     tables = dict(time_tokens=time_tokens, query=query, coefficients=coefficients, null_table=null_table)
     solver = dict(cond_scale=cond_scale, clamp=clamp, radius=radius)

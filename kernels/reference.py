@@ -44,7 +44,7 @@ def layer_norm(args: NormArgs) -> Tensor | tuple[Tensor, Tensor]:
         y = F.rms_norm(x, x.shape[-1:], gain, eps)
         y = y if bias is None else y + bias
     else:
-        y = F.layer_norm(x, x.shape[-1:], gain, bias, eps)
+        y = F.layer_norm(x, (int(x.shape[-1]),), gain, bias, eps)
     if l2:
         y = F.normalize(y, dim=-1)
     if after is not None:
@@ -85,6 +85,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     In 16 bits that is up to twice as fast, as packed weights are, and in fp32 pays for 5 to 64 rows.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a program for any number of rows
+        return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     few = rows <= 256 if x.element_size() == 2 else 5 <= rows <= 64
     if not few or x.device.type != "cpu" or x.dtype != weight.dtype:
@@ -147,7 +149,7 @@ def expand_bias(table: Tensor, buckets: Tensor, queries: int, columns: int) -> T
         buckets: (distances,) int64: the bucket of every distance from 0.
         queries, columns: the last query stands at position `len(buckets) - 1`; column c at position c.
     """
-    rows = torch.arange(len(buckets) - queries, len(buckets), device=table.device)
+    rows = torch.arange(buckets.shape[0] - queries, buckets.shape[0], device=table.device)
     distance = (rows[:, None] - torch.arange(columns, device=table.device)).clamp(min=0)
     return F.embedding(buckets[distance], table).transpose(1, 2)
 
@@ -183,7 +185,7 @@ def attention(args: AttentionArgs) -> Tensor:
     q = prepare_heads(q, rotary and tuple(t[keys - seq :] for t in rotary), cosine) * scale
     k = prepare_heads(k, rotary, cosine)
     if null_kv is not None:
-        null_k, null_v = null_kv.to(k.dtype)
+        null_k, null_v = null_kv.to(k.dtype).unbind()
         null_k = F.normalize(null_k, dim=-1) if cosine else null_k
         k, v = (torch.cat((null.expand(batch, 1, -1, -1), t), dim=1) for null, t in ((null_k, k), (null_v, v)))
     columns, null = k.shape[1], k.shape[1] - keys

@@ -45,7 +45,7 @@ def test_snippets(
     config = {"net": net, "image_embed_dim": 32, "timesteps": 100, "cond_drop_prob": 0.1}
     Path("prior_config.json").write_text(json.dumps({"prior": config}))
     monkeypatch.setattr(fastprior, "OpenAIClipAdapter", lambda name: WordClip())
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
     space = {"pipe": pipe}
     for snippet in SNIPPETS:
         exec(snippet, space)

@@ -7,7 +7,7 @@ import subprocess
 
 PACKAGES = """
     torch triton numpy einops safetensors accelerate deepspeed dalle2-pytorch diffusers transformers peft
-    open-clip-torch pytest pytest-xdist hypothesis
+    open-clip-torch onnx onnxscript onnxruntime pytest pytest-xdist hypothesis
 """.split()
 INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_int8 asimd sve".split()
 

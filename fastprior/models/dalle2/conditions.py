@@ -55,11 +55,11 @@ class Condition(nn.Module):
     def forward(self, value: Tensor | None, keep: Tensor) -> Tensor:
         """The token (prompts, dim) of value (prompts, *shape), None where all are missing; keep: (prompts, 1) bool."""
         if value is None:  # embedded all the same: in distributed training every weight takes part in every step
-            value = self.none(len(keep), keep.device)
+            value = self.none(keep.shape[0], keep.device)
         given = self.has_value(value)
         # a NaN would reach the gradient through where, and a negative index has no embedding
         value = value.where(given.view(-1, *(1,) * (value.ndim - 1)), 0)
-        kept = self.dropout(torch.ones(len(keep), 1, device=keep.device)).bool()
+        kept = self.dropout(torch.ones(keep.shape[0], 1, device=keep.device)).bool()
         return self.embed(value).where(keep & kept & given[:, None], self.null)
 
 

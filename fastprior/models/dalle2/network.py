@@ -144,7 +144,7 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
     def _prefix(self, text_embed, text_encodings, conditions, keep: Tensor) -> Tensor:
         """The tokens (batch, prefix_tokens, dim); padding and rows not kept (batch, 1, 1) get the learned nulls."""
         dtype = self.stream_dtype
-        encodings = self.null_text_encodings.to(dtype).expand(len(text_embed), -1, -1)
+        encodings = self.null_text_encodings.to(dtype).expand(text_embed.shape[0], -1, -1)
         if text_encodings is not None:
             text_encodings = text_encodings[:, : self.max_text_len]
             length, real = text_encodings.shape[1], keep & text_encodings.ne(0).any(dim=-1, keepdim=True)
@@ -160,17 +160,17 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
             if self_cond is None:
                 self_cond = torch.zeros_like(image_tokens[:, 0])
             image_tokens = torch.cat((image_tokens, self_cond[:, None].to(image_tokens.dtype)), dim=1)
-        rows = len(image_tokens) // samples
+        rows = image_tokens.shape[0] // samples
         query = self.learned_query.to(image_tokens.dtype).expand(rows, samples, -1)
         image_tokens = image_tokens.reshape(rows, -1, self.dim)
         return torch.cat((time_tokens.expand(rows, -1, -1), image_tokens, query), dim=1)
 
     def _check(self, text_embed, text_encodings, conditions, image_embed=None) -> None:
-        batch = len(text_embed)
+        batch = text_embed.shape[0]  # len() of a tensor would make it a constant of exported programs
         wanted = {"text_embed": (text_embed, (batch, self.text_embed_dim))}
         if image_embed is not None:
-            rows = len(image_embed)
-            if rows % max(batch, 1):
+            rows = image_embed.shape[0]
+            if rows != batch and rows % max(batch, 1):
                 raise ValueError(f"image_embed has {rows} rows; they must be a multiple of the {batch} of text_embed")
             wanted["image_embed"] = image_embed, (rows, self.dim)
         if text_encodings is not None:
@@ -222,7 +222,7 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
             (rows, dim), in the weights' dtype.
         """
         self._check(text_embed, text_encodings, conditions, image_embed)
-        prompts, rows, device = len(text_embed), len(image_embed), image_embed.device
+        prompts, rows, device = text_embed.shape[0], image_embed.shape[0], image_embed.device
         keep_text = prob_mask_like((prompts, 1, 1), 1 - text_cond_drop_prob, device)
         keep_image = prob_mask_like((rows, 1, 1), 1 - image_cond_drop_prob, device)
         image_tokens = self._embed(self.to_image_embeds, image_embed)

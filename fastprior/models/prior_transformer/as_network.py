@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.draws import prob_mask_like
+from fastprior.kernels import ops
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.prior_transformer import prompt_memory
 from fastprior.models.prior_transformer.forward import PriorTransformerConditioning
@@ -90,7 +91,7 @@ class PriorTransformerNet(nn.Module):
         return prompt_memory.prefix_obstacles(self.prior, self.suffix_tokens)
 
     def _check(self, text_embed: Tensor, text_encodings: Tensor | None) -> None:
-        prompts = len(text_embed)
+        prompts = text_embed.shape[0]
         if text_embed.shape != (prompts, self.text_embed_dim):
             rule = f"it must be {(prompts, self.text_embed_dim)}"
             raise ValueError(f"text_embed has shape {tuple(text_embed.shape)}; {rule}")
@@ -126,13 +127,14 @@ class PriorTransformerNet(nn.Module):
         `text_cond_drop_prob` is the chance per prompt of the empty text; `self_cond` and `image_cond_drop_prob` are not
         used.
         """
-        rows, prompts, prior = len(image_embed), len(text_embed), self.prior
-        if rows % prompts:
+        rows, prompts, prior = image_embed.shape[0], text_embed.shape[0], self.prior
+        if rows != prompts and rows % prompts:
             raise ValueError(f"image_embed has {rows} rows; they must be a multiple of the {prompts} of text_embed")
         keep = prob_mask_like((prompts, 1, 1), 1 - text_cond_drop_prob, image_embed.device)
         text = self._text(text_embed, text_encodings, keep)
         x = image_embed.to(prior.dtype)
-        if not torch.compiler.is_compiling() and not prior.gradient_checkpointing and not self.obstacles():
+        looks = not (torch.compiler.is_compiling() or ops.is_recorded())  # at values, as packing a prefix does
+        if looks and not prior.gradient_checkpointing and not self.obstacles():
             prefix = prior.encode_prefix(*text, self.suffix_tokens)
             return prior.predict_behind(x, prior.time_tokens(diffusion_timesteps), prefix)
         text = (t.repeat_interleave(rows // prompts, dim=0) for t in text)

@@ -54,7 +54,7 @@ class Attention(nn.Module):
         projections = (linear(x) for linear in (self.to_q, self.to_k, self.to_v))
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projections)
         if attention_mask is not None:
-            attention_mask = attention_mask.unflatten(0, (len(x), -1))
+            attention_mask = attention_mask.unflatten(0, (x.shape[0], -1))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask).transpose(1, 2).flatten(2)
         for module in self.to_out:
             out = module(out)

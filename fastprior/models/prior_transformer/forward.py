@@ -79,7 +79,7 @@ class PriorForward(NoticesForeignStates):
         self._check(*text, hidden_states)
         times = timestep if torch.is_tensor(timestep) else torch.tensor(timestep, dtype=torch.long)
         times = times.reshape(-1).to(hidden_states.device)
-        if len(times) not in (1, len(hidden_states)):
+        if times.shape[0] not in (1, hidden_states.shape[0]):
             raise ValueError(f"timestep has {len(times)} elements; it must have 1 or as many as hidden_states has rows")
         if attention_mask is not None and prompt_memory.is_plain_call(text):
             suffix = self._count_suffix(hidden_states)
@@ -190,7 +190,7 @@ class PriorForward(NoticesForeignStates):
         return suffix
 
     def _check(self, proj_embedding, encoder_hidden_states, attention_mask, hidden_states=None) -> None:
-        config, rows = self.config, len(proj_embedding)
+        config, rows = self.config, proj_embedding.shape[0]
         dim, with_text = config["embedding_dim"], self.encoder_hidden_states_proj is not None
         if with_text and encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states is None; it must be given where encoder_hid_proj_type is not None")
@@ -236,7 +236,7 @@ class PriorForward(NoticesForeignStates):
 
     def _suffix_tokens(self, hidden_states: Tensor, time_tokens: Tensor, samples: int = 1) -> Tensor:
         """Tokens (rows, suffix, dim) of all samples' noisy embeddings, in the order of `RowLayout`."""
-        hidden, rows = self.proj_in(hidden_states), len(hidden_states) // samples
+        hidden, rows = self.proj_in(hidden_states), hidden_states.shape[0] // samples
         tokens = [time_tokens.expand(rows, -1, -1), hidden.reshape(rows, -1, hidden.shape[-1])]
         if self.prd_embedding is not None:
             tokens.append(self.prd_embedding.to(hidden.dtype).expand(rows, samples, -1))

@@ -61,6 +61,11 @@ class Engine:
         self._compiled: dict[Hashable, Callable] = {}
         self.noted: dict[int, tuple[StepReads, Callable[[], int]]] = {}
 
+    def __reduce__(self) -> tuple:
+        """A copy begins anew: locks, graphs, compiled steps and what is known of a model are of this one alone."""
+        options = dict(compile=self.compile, graph_memory=self.cache.memory)
+        return partial(Engine, self.clock.device, self.batch_sizes, **options), (), dict(graphs=self.graphs)
+
     @property
     def replays(self) -> bool:
         """Whether runs go by graphs, where there are some."""

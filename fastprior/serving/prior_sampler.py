@@ -104,6 +104,16 @@ class PriorSampler:
             with self._engine.lock, torch.no_grad():
                 self._engine.refresh(prior.net, self._build)
 
+    def __getstate__(self) -> dict:
+        """What the first call of a copy, or of what is unpickled, does not build again of its own prior."""
+        built = "_net", "_step_net", "_steps"
+        state = {name: value for name, value in vars(self).items() if name not in built}
+        return state | dict(_modules=None, _engine=copy.copy(self._engine))
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._engine.clock.device = self.prior.device  # where a pickle's tensors were put
+
     @property
     def graphs(self) -> bool:
         return self._engine.replays

@@ -1,6 +1,8 @@
 """PriorSampler: the same results as the prior, compiled once, whatever the batch."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -141,6 +143,62 @@ def test_bad_arguments():
         call(PriorSampler(prior, guidance=False, timesteps=4, compile=False), text, cond_scale=2.0)
     with pytest.raises(ValueError, match="text_encodings=None; this prior is conditioned"):
         PriorSampler(prior, timesteps=4, compile=False)(text["text_embed"])
+
+
+COPIES = {"deep": copy.deepcopy, "pickled": lambda sampler: pickle.loads(pickle.dumps(sampler))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(dtype=torch.bfloat16),
+        dict(quantise="int8"),
+        pytest.param(dict(compile=True, self_cond=True), marks=pytest.mark.slow),
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_a_copy_is_of_its_own_prior(options, how):
+    """It takes no lock, no compiled step and no address along, and keeps the weights that it was copied with."""
+    options = dict(compile=False) | options
+    prior, text = make_prior(dict(self_cond=options.pop("self_cond", False))), make_text(2, 32)
+    sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=4, **options)
+    before = call(sampler, text, cond_scale=2.0)
+    copied, quality = COPIES[how](sampler), sampler.quality
+    change(prior)
+    assert relative_error(call(sampler, text, cond_scale=2.0), before) > 0.02
+    for other in (copied, COPIES[how](copied)):  # of one that never ran, too
+        assert relative_error(call(other, text, cond_scale=2.0), before) < 1e-6
+        assert other.stats()["calls"] == 1 and other.quality == quality
+    change(copied.prior)
+    assert torch.equal(call(copied, text, cond_scale=2.0), call(sampler, text, cond_scale=2.0))
+
+
+def change(prior):
+    with torch.no_grad():
+        for layer in prior.net.causal_transformer.layers:
+            layer[0].to_q.weight.mul_(-1)
+            layer[1][5].weight.mul_(2)
+
+
+def test_a_shallow_copy_follows_the_same_prior():
+    prior, text = make_prior(), make_text(2, 32)
+    sampler = PriorSampler(prior, batch_sizes=(2,), timesteps=4, compile=False, dtype=torch.bfloat16)
+    call(sampler, text)
+    other = copy.copy(sampler)
+    change(prior)
+    assert torch.equal(call(sampler, text), call(other, text))
+
+
+def test_a_copy_captures_its_own_graphs(captured):
+    prior, text = make_prior(), make_text(2, 32)
+    sampler = with_graphs(prior, batch_sizes=(2,), timesteps=4, compile=False)
+    before = call(sampler, text)
+    copied = copy.deepcopy(sampler)
+    change(prior)
+    assert copied.graphs and copied.stats()["graphs"] == 0 and len(captured) == 2
+    assert torch.equal(call(copied, text), before) and len(captured) == 4
 
 
 @pytest.fixture

@@ -104,15 +104,17 @@ class NoiseScheduler(nn.Module):
         super().__init__()
         if timesteps < 1:
             raise ValueError(f"timesteps={timesteps}; it must be at least 1")
-        betas = _choose("beta_schedule", beta_schedule, BETA_SCHEDULES)(timesteps)
+        with torch.device("cpu"):  # they are known where the rest of a model is made on the meta device, too
+            betas = _choose("beta_schedule", beta_schedule, BETA_SCHEDULES)(timesteps)
         if betas.max() > 1:
             rule = "they must not exceed 1: take more timesteps"
             raise ValueError(f"{beta_schedule=} with {timesteps=} has betas up to {betas.max():.3g}; {rule}")
         self.loss_fn = _choose("loss_type", loss_type, LOSSES)
         self.loss_type, self.num_timesteps = loss_type, timesteps
         self.has_p2_loss_reweighting = p2_loss_weight_gamma > 0
+        wanted = torch.get_default_device()
         for name, value in schedule_tables(betas, p2_loss_weight_gamma, p2_loss_weight_k).items():
-            self.register_buffer(name, value)
+            self.register_buffer(name, value if wanted.type == "meta" else value.to(wanted))
 
     def _apply(self, fn, recurse: bool = True):
         # `.half()` and `.bfloat16()` would round the schedule away (bf16 keeps half of 1000 values): move, never cast

@@ -136,7 +136,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
             raise ValueError(f"clamp={clamp!r}; it must be None, 'l2', a positive radius, or left out")
         self.clamp, self.sample_timesteps = clamp, sample_timesteps
         self.config = arguments | {name: getattr(self, name) for name in RESOLVED}
-        self.register_buffer("_dummy", torch.tensor([True]), persistent=False)
+        self.register_buffer("_dummy", torch.tensor([True], device=self.device), persistent=False)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -153,7 +153,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._dummy.device
+        return self.noise_scheduler.betas.device  # which a load assigns, too
 
     @property
     def prediction(self) -> str:

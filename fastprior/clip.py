@@ -283,10 +283,14 @@ class OpenClipAdapter(BaseClipAdapter):
     def embed_text(self, text: Tensor) -> EmbedTextReturn:
         """Embed text: (batch, seq), int64. Returns fp32: text_embed l2-normed, text_encodings 0 after the end token.
 
-        Token 0 is masked before the end too, where it means "!": trained priors have seen it so.
+        There may be less than `max_text_len` tokens. Token 0 is masked before the end too, where it means "!": trained
+        priors have seen it so.
         """
         self._require_hook()
         text = text[..., : self.max_text_len]
+        length = text.shape[-1]
+        if getattr(self._tower, "attn_mask", None) is not None:  # of whole contexts; nothing that is kept sees padding
+            text = F.pad(text, (0, self.max_text_len - length))
         thread = threading.get_ident()
         self._captured[thread] = None
         try:
@@ -298,7 +302,7 @@ class OpenClipAdapter(BaseClipAdapter):
             raise ValueError(f"ln_final of {self.name!r} gave no encoding for each token of text {tuple(text.shape)}")
         is_eos = text == EOS_ID
         ended_before = is_eos.cumsum(dim=-1) - is_eos.long() > 0
-        encodings = encodings.masked_fill((ended_before | (text == 0)).unsqueeze(-1), 0.0)
+        encodings = encodings.masked_fill((ended_before | (text == 0)).unsqueeze(-1), 0.0)[:, :length]
         return EmbedTextReturn(F.normalize(embed.float(), dim=-1), encodings.float())
 
     @torch.no_grad()

@@ -149,6 +149,17 @@ def test_long_text_is_cut(adapter):
     assert_same(adapter.embed_text(tokens).text_encodings, adapter.embed_text(tokens[:, :77]).text_encodings)
 
 
+@pytest.mark.parametrize("name", ["fp-wide", "fp-wide-custom"])
+def test_text_may_be_shorter_than_the_context(name, checkpoints):
+    """As a tokenizer with a smaller context gives it; one of the rows is cut before its end."""
+    adapter, tokens = fp.OpenClipAdapter(name, checkpoints[name]), make_tokens()
+    tokens[:, 12:] = 0
+    short, whole = adapter.embed_text(tokens[:, :12]), adapter.embed_text(tokens)
+    assert whole.text_encodings[:, 12:].abs().max() == 0
+    assert_same(short.text_embed, whole.text_embed)
+    assert_same(short.text_encodings, whole.text_encodings[:, :12])
+
+
 def test_half_precision_model_gives_fp32(adapter):
     tokens, images = make_tokens(), make_images()
     expected = adapter.embed_text(tokens).text_embed, adapter.embed_image(images).image_embed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,10 +28,25 @@ from fastprior.serving import quality
 
 
 class ImageEmbeddings(NamedTuple):
-    """image_embeds (rows, dim), and negative_image_embeds of the same shape, None where nothing says what they are."""
+    """image_embeds (rows, dim), and negative_image_embeds of the same shape, None where nothing says what they are.
 
-    image_embeds: Tensor
-    negative_image_embeds: Tensor | None
+    Read as diffusers' outputs are: by attribute, by name, or as a tuple.
+    """
+
+    image_embeds: Tensor | np.ndarray
+    negative_image_embeds: Tensor | np.ndarray | None
+
+    def __getitem__(self, name: str | int | slice) -> Any:
+        return getattr(self, name) if isinstance(name, str) else tuple.__getitem__(self, name)
+
+    def to_tuple(self) -> tuple:
+        return tuple(self)
+
+
+def _arrays(tensors: Iterable[Tensor | None]) -> list[np.ndarray | None]:
+    """NumPy's arrays; fp32 for bf16, which NumPy has not."""
+    tensors = (t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in tensors)
+    return [None if t is None else t.cpu().numpy() for t in tensors]
 
 
 class PriorPipeline:
@@ -89,6 +106,10 @@ class PriorPipeline:
         self._quantised: PriorTransformer | None = None
         self._steps = 0  # of the last run
         self._table: tuple[tuple, StepTable | None] = (), None  # of the last run, and what it was made for
+
+    def __getstate__(self) -> dict:
+        """What a copy, or what is unpickled, does not build again of its own prior."""
+        return vars(self) | dict(_quantised=None, _engine=copy.copy(self._engine))
 
     @classmethod
     def from_pretrained(
@@ -200,6 +221,14 @@ class PriorPipeline:
             if tensor.shape != shape or not prompts:
                 raise ValueError(f"{name}.{field} has shape {tuple(tensor.shape)}; for this prior it must be {shape}")
 
+    def _step_table(self, steps: int, eta: float, strength: float) -> StepTable:
+        """The solver's coefficients: those of the last run, where it asked for the same."""
+        asked, (made_for, table) = (self.schedule, steps, eta, strength), self._table
+        if made_for != asked:
+            table = self.schedule.table(steps, eta=eta, strength=strength)
+            self._table = asked, table
+        return table
+
     def _noised(self, table: StepTable, drawn: Iterator[Tensor], image: Any, rows: int, repeats: int) -> Tensor:
         """What a run from images, or their embeddings (images, dim), begins with."""
         embeds = image if torch.is_tensor(image) and image.ndim == 2 else self.encode_image(image)
@@ -256,7 +285,9 @@ class PriorPipeline:
         image: Any = None,
         strength: float = 0.3,
         zero_embed: Tensor | None = None,
-    ) -> ImageEmbeddings:
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> ImageEmbeddings | tuple:
         """Sample.
 
         Args:
@@ -271,6 +302,8 @@ class PriorPipeline:
             image: begin with noise on images, or on their embeddings (images, dim), instead of pure noise.
             strength: with `image`, the part of the steps that is run.
             zero_embed: (1, dim), the `negative_image_embeds`, so that none are computed.
+            output_type: "pt" for tensors, "np" for NumPy's arrays, of bf16 as fp32.
+            return_dict: return `ImageEmbeddings`, or else a tuple.
         Returns:
             image_embeds (prompts * num_images_per_prompt, dim), and negative_image_embeds: `zero_embed` where given,
             else samples for the negative prompts where given, else the embedding of the zero image, else (for want of
@@ -280,6 +313,8 @@ class PriorPipeline:
         """
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; it must be at least 1")
+        if output_type not in ("pt", "np"):
+            raise ValueError(f"output_type={output_type!r}; it must be 'pt' or 'np'")
         dim = self.prior.config["embedding_dim"]
         if zero_embed is not None and zero_embed.shape != (1, dim):
             raise ValueError(f"zero_embed has shape {tuple(zero_embed.shape)}; it must be {(1, dim)}")
@@ -289,11 +324,7 @@ class PriorPipeline:
         conditions = prompts + negatives if sample_negatives else prompts
         wanted, rows = (len(of) * num_images_per_prompt for of in (prompts, conditions))
         strength = 1.0 if image is None else strength
-        asked = self.schedule, num_inference_steps, eta, strength
-        made_for, table = self._table
-        if made_for != asked:
-            table = self.schedule.table(num_inference_steps, eta=eta, strength=strength)
-            self._table = asked, table
+        table = self._step_table(num_inference_steps, eta, strength)
         noise = self.noise(rows, dim, generator, text.embeds.dtype)
         if image is None:
             x = next(noise) if latents is None else first_state(latents, (rows, dim), self.device)
@@ -306,11 +337,16 @@ class PriorPipeline:
         what = self.prior, self.schedule, table, text, prefixes
         x = self._run(PromptRun(*what, len(prompts), num_images_per_prompt, guidance, guidance_scale), x, noise)
         embeds = self.prior.post_process_latents(x).to(text.embeds.dtype)
-        if sample_negatives:
-            return ImageEmbeddings(*embeds.split(wanted))
-        if zero_embed is None and self.has("image_encoder"):
-            zero_embed = self.zero_embed()
-        return ImageEmbeddings(embeds, None if zero_embed is None else zero_embed.to(embeds).expand(wanted, -1))
+        found = embeds.split(wanted) if sample_negatives else (embeds, self._zero_embeds(zero_embed, embeds))
+        if output_type == "np":
+            found = _arrays(found)
+        return ImageEmbeddings(*found) if return_dict else tuple(found)
+
+    def _zero_embeds(self, given: Tensor | None, embeds: Tensor) -> Tensor | None:
+        """What decoders are guided away from, for each of the embeddings; None where nothing says what it is."""
+        if given is None and self.has("image_encoder"):
+            given = self.zero_embed()
+        return None if given is None else given.to(embeds).expand(len(embeds), -1)
 
     def interpolate(
         self,

@@ -1,6 +1,7 @@
 """PriorPipeline gives what diffusers' prior pipelines give, from the same folder and the same generator."""
 
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -80,6 +81,63 @@ def test_kandinsky(kind, name, ours, parts):
     mine, other = seeded(), seeded()
     assert_same(ours(generator=mine, **kwargs), theirs(parts, kind)(generator=other, **kwargs))
     assert mine.get_state().equal(other.get_state())
+
+
+@pytest.mark.parametrize("negative", [None, "low"])
+@pytest.mark.parametrize("output_type, return_dict", [("np", True), ("pt", False), ("np", False)])
+def test_output_types(output_type, return_dict, negative, ours, parts):
+    given = dict(num_inference_steps=2, output_type=output_type, return_dict=return_dict, negative_prompt=negative)
+    got, wanted = ours("red fox", generator=seeded(), **given), theirs(parts)("red fox", generator=seeded(), **given)
+    assert return_dict or type(got) is type(wanted) is tuple
+    for mine, other in zip(got, wanted.to_tuple() if return_dict else wanted):
+        assert type(mine) is type(other) and mine.dtype == other.dtype
+        assert relative_error(torch.as_tensor(mine), torch.as_tensor(other)) < TOLERANCE
+    if return_dict:
+        assert got["image_embeds"] is got.image_embeds is got[0] is got.to_tuple()[0]
+
+
+def test_arrays_of_bf16_are_fp32(ours):
+    ours.prior.to(torch.bfloat16)
+    text = ours.encode_text("red fox")
+    text = text._replace(embeds=text.embeds.bfloat16(), encodings=text.encodings.bfloat16())
+    zero = torch.zeros(1, DIM)
+    tensors, arrays = (
+        ours(text, generator=seeded(), num_inference_steps=2, zero_embed=zero, output_type=kind)
+        for kind in ("pt", "np")
+    )
+    assert tensors.image_embeds.dtype == torch.bfloat16
+    assert np.array_equal(arrays.image_embeds, tensors.image_embeds.float().numpy())
+
+
+def test_negative_prompts(ours, parts):
+    """One for all prompts, which diffusers takes for one prompt alone, or as many; others are refused by both."""
+    prompt, run = ["red fox", "cat"], dict(num_inference_steps=2, num_images_per_prompt=2)
+    wanted = theirs(parts)(prompt, negative_prompt=["low", "low"], generator=seeded(), **run)
+    for negative in ("low", ["low"], ["low", "low"], ("low", "low"), ours.encode_text("low")):
+        assert_same(ours(prompt, negative, generator=seeded(), **run), wanted)
+    for given in (["low"] * 3, ["low", "low", "bad", "bad"]):
+        for pipeline in (ours, theirs(parts)):
+            with pytest.raises(ValueError, match="negative_prompt"):
+                pipeline(prompt, negative_prompt=given, **run)
+
+
+COPIES = {"deep": copy.deepcopy, "pickled": lambda pipeline: pickle.loads(pickle.dumps(pipeline))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("options", [{}, dict(quantise="int8")], ids=["plain", "quantised"])
+def test_a_copy_is_of_its_own_prior(options, how, folder, lenient):
+    pipeline = PriorPipeline.from_pretrained(folder, **options)
+    run = dict(num_inference_steps=4)
+    before = pipeline("red fox", generator=seeded(), **run)
+    copied, shallow = COPIES[how](pipeline), copy.copy(pipeline)
+    with torch.no_grad():
+        pipeline.prior.proj_in.weight.mul_(-1)
+        pipeline.prior.transformer_blocks[0].ff.net[2].weight.mul_(2)
+    after = pipeline("red fox", generator=seeded(), **run)
+    assert relative_error(after.image_embeds, before.image_embeds) > 0.02
+    assert_same(copied("red fox", generator=seeded(), **run), before)
+    assert_same(shallow("red fox", generator=seeded(), **run), after)
 
 
 @pytest.mark.parametrize("given", ["latents", "generators"])
@@ -438,7 +496,8 @@ def test_shap_e(given, guidance_scale, parts, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     wanted = pipeline(prompt, generator=seeded(), output_type="latent", **kwargs).images
     prompt = ours.encode_text(prompt).embeds if given == "embeddings" else prompt
-    assert relative_error(ours(prompt, generator=seeded(), **kwargs), wanted) < TOLERANCE
+    for pipeline in (ours, *(of(ours) for of in COPIES.values())):
+        assert relative_error(pipeline(prompt, generator=seeded(), **kwargs), wanted) < TOLERANCE
     with pytest.raises(ValueError, match=r"prompt has shape \(2, 9\); it must be \(prompts, 16\)"):
         ours(torch.zeros(2, 9))
 
@@ -470,6 +529,7 @@ def test_long_texts_are_cut_with_a_warning(ours, parts):
         (["a"], dict(image=torch.zeros(2, 3, DIM)), r"image has shape \(2, 3, 16\); it must be \(images, 3, height"),
         (["a"], dict(image=torch.zeros(1, DIM), strength=0.0), "strength=0.0; it must be at most 1, and at least"),
         (["a"], dict(zero_embed=torch.zeros(2, DIM)), r"zero_embed has shape \(2, 16\); it must be \(1, 16\)"),
+        (["a"], dict(output_type="pil"), "output_type='pil'; it must be 'pt' or 'np'"),
         (["a"], dict(eta=0.5), "eta=0.5; a UnCLIPScheduler has no eta"),
     ],
 )

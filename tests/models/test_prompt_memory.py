@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastprior.models import snapshot
 from fastprior.models.prior_transformer import cached_blocks, prompt_memory
@@ -240,7 +241,7 @@ def test_adapters_keep_the_prefix(make, prefills):
 
 @pytest.mark.filterwarnings("ignore")  # of tracing, and of slow operations under vmap
 @pytest.mark.parametrize(
-    "mode", ["grad", "no mask", "dropout", "vmap", "trace", "capture", "meta", "fake", "functional_call"]
+    "mode", ["grad", "no mask", "dropout", "vmap", "trace", "make_fx", "capture", "meta", "fake", "functional_call"]
 )
 def test_calls_that_reuse_nothing(mode, prefills, monkeypatch):
     model = within_diffusers(make_stock(dropout=0.1))
@@ -270,11 +271,14 @@ def test_calls_that_reuse_nothing(mode, prefills, monkeypatch):
         with torch.no_grad():
             got = torch.func.vmap(lambda x: model(**given | dict(hidden_states=x))[0])(many)
         assert relative_error(got[1], full(model, given | dict(hidden_states=many[1]))) < TOLERANCE
-    elif mode == "trace":
+    elif mode in ("trace", "make_fx"):
         model.requires_grad_(False)
         with torch.no_grad():
             call = lambda text: model(**given | dict(proj_embedding=text), return_dict=False)  # noqa: E731
-            traced = torch.jit.trace(call, given["proj_embedding"], check_trace=False)  # which calls it untraced
+            if mode == "trace":
+                traced = torch.jit.trace(call, given["proj_embedding"], check_trace=False)  # which calls it untraced
+            else:
+                traced = make_fx(call)(given["proj_embedding"])
         other = given | dict(proj_embedding=torch.ones(4, 20))
         assert relative_error(traced(torch.ones(4, 20))[0], full(model, other)) < TOLERANCE
     else:

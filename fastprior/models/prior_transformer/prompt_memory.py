@@ -81,6 +81,7 @@ def is_plain_call(text: TextTensors) -> bool:
         or torch.jit.is_tracing()
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # of make_fx
         or any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in text if t is not None)
     )
 

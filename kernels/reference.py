@@ -151,7 +151,7 @@ def expand_bias(table: Tensor, buckets: Tensor, queries: int, columns: int) -> T
     """
     rows = torch.arange(buckets.shape[0] - queries, buckets.shape[0], device=table.device)
     distance = (rows[:, None] - torch.arange(columns, device=table.device)).clamp(min=0)
-    return F.embedding(buckets[distance], table).transpose(1, 2)
+    return torch.embedding(table, buckets[distance]).transpose(1, 2)  # F.embedding may be patched
 
 
 class AttentionArgs(NamedTuple):
@@ -175,7 +175,10 @@ class AttentionArgs(NamedTuple):
 
 
 def attention(args: AttentionArgs) -> Tensor:
-    """`ops.attention` in plain PyTorch; 16-bit inputs are computed in fp32."""
+    """`ops.attention` in plain PyTorch; 16-bit inputs are computed in fp32.
+
+    Here `dropout` may be a module too, which is called with the attention weights (batch, heads, seq, columns).
+    """
     q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, scale, cosine, causal, causal_fill, dropout = args
     rotary = None if cos is None else (cos, sin)
     batch, seq, heads, dim_head = q.shape
@@ -214,7 +217,11 @@ def attention(args: AttentionArgs) -> Tensor:
         else:
             logits = logits + mask.to(logits.dtype)
     weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
-    if dropout and seed is not None:
+    if callable(dropout):  # a module, which may look at the weights
+        weights = weights.view(batch, kv_heads, seq, group, columns).transpose(2, 3).flatten(1, 2)
+        weights = dropout(weights).unflatten(1, (kv_heads, group)).transpose(2, 3)
+        weights = weights.reshape(batch * kv_heads, seq * group, columns).to(v.dtype)
+    elif dropout and seed is not None:
         kept = dropout_mask(seed, dropout, batch, heads, seq, columns)
         kept = kept.unflatten(1, (kv_heads, group)).transpose(2, 3).reshape(weights.shape)
         weights = weights * kept / (1 - dropout)

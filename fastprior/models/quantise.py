@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastprior.models.dalle2.layers import Attention, Linear
+from fastprior.models.dalle2.layers import Attention
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.quantised_linear import QuantisedLinear
 
@@ -43,7 +43,7 @@ def quantised(net: nn.Module, kind: str) -> nn.Module:
     other = copy.deepcopy(net, shared)
     for owner, name in _linears(other):
         linear = getattr(owner, name)
-        if type(linear) not in (Linear, nn.Linear):
+        if type(linear) is not nn.Linear:
             found = f"{name} of the {type(owner).__name__} is a {type(linear).__name__}"
             raise ValueError(f"{found}; it must be a plain Linear to be quantised")
         setattr(owner, name, QuantisedLinear(linear, DTYPES[kind]))

@@ -37,8 +37,3 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias, scale=self.scale)
-
-
-def product_dtype(linear: nn.Module) -> torch.dtype:
-    """The dtype that a linear takes and gives."""
-    return getattr(linear, "product_dtype", linear.weight.dtype)

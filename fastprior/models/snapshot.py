@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from fastprior.models import patches
 
 SAMPLE = 64  # neighbouring elements of each weight that are compared
 
@@ -15,30 +18,42 @@ class Snapshot:
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
+        self.model, self.modules, self.types = weakref.ref(model), modules[1:], list(map(type, modules))
+        self.forwards = {kind: kind.forward for kind in self.types}
+        self.patches = patches.found()
         # one level deep: hooks, parameters and what peft switches are in dicts and lists of the modules
         self.states = [(vars(module), _copy(vars(module))) for module in modules[1:]]
-        parts = model._parameters, model._modules, model._forward_hooks, model._forward_pre_hooks
+        parts = model._parameters, model._buffers, model._modules, model._forward_hooks, model._forward_pre_hooks
         self.states += [(part, dict(part)) for part in parts]
         self.weights = [
-            (module._parameters, name, weight, None if weight.is_inference() else weight._version, weight.data_ptr())
+            (owner, name, weight)
             for module in modules
-            for name, weight in module._parameters.items()
+            for owner in (module._parameters, module._buffers)
+            for name, weight in owner.items()
             if weight is not None
         ]
-        self.views = [_middle(weight.detach()) for _, _, weight, _, _ in self.weights]
-        self.sample = torch.cat(self.views)
+        parts = [part for _, _, weight in self.weights for part in _plain_parts(weight)]
+        self.placed, self.addresses = parts, [part.data_ptr() for part in parts]
+        self.counted = [part for part in parts if not part.is_inference()]
+        self.versions = [part._version for part in self.counted]
+        self.views = [_middle(part.detach()) for part in parts if part.device == parts[0].device]
+        self.sample = torch.cat(self.views) if self.views else None
 
     def same_weights(self) -> bool:
-        """Whether every weight is the tensor it was, with no edit that autograd counted."""
-        return all(
-            owner.get(name) is weight
-            and weight.data_ptr() == address
-            and (version is None or weight._version == version)
-            for owner, name, weight, version, address in self.weights
+        """Whether every weight and buffer is the tensor it was, with no edit that autograd counted."""
+        return (
+            all(owner.get(name) is weight for owner, name, weight in self.weights)
+            and [part.data_ptr() for part in self.placed] == self.addresses
+            and [part._version for part in self.counted] == self.versions
         )
 
     def same_modules(self) -> bool:
-        """Whether no module, hook, adapter or other attribute changed."""
+        """Whether no module, class of one, hook, adapter or other attribute changed, and nothing was patched."""
+        model = self.model()
+        if model is None or [type(model), *map(type, self.modules)] != self.types or patches.found() != self.patches:
+            return False
+        if any(kind.forward is not forward for kind, forward in self.forwards.items()):
+            return False
         try:
             return all(now == then for now, then in self.states)
         except (RuntimeError, ValueError):  # another tensor or array stands there: that has no one truth value
@@ -46,12 +61,21 @@ class Snapshot:
 
     def same_values(self) -> bool:
         """Whether no whole weight was edited behind autograd's back, as `weight.data.copy_` does it."""
-        return torch.equal(torch.cat(self.views), self.sample)
+        return self.sample is None or torch.equal(torch.cat(self.views), self.sample)
 
 
 def _copy(state: dict) -> dict:
     copies = {name: type_(value) for name, value in state.items() for type_ in (dict, list) if isinstance(value, type_)}
     return state | copies
+
+
+def _plain_parts(weight: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a weight's numbers: itself, or those within a subclass of 8 or 4 bits."""
+    if hasattr(weight, "__tensor_flatten__"):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _plain_parts(getattr(weight, name))
+    elif weight.layout is torch.strided and not weight.is_quantized:
+        yield weight
 
 
 def _middle(weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Generators, Noise
 from fastprior.kernels import ops
 from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.models.prior_transformer.prompt_memory import prefix_obstacles
 from fastprior.models.quantise import check as check_quantise
 from fastprior.pipelines.parts import Encoders, check_prior, first_state, listed, load
 from fastprior.pipelines.runs import PromptRun, judged
@@ -104,6 +106,7 @@ class PriorPipeline:
         self.compile, self.batch_sizes, self.quantise = compile, self._engine.batch_sizes, quantise
         self.quality: quality.Quality | None = None
         self._quantised: PriorTransformer | None = None
+        self._reasons: list[str] = []  # why the last run had no prefix
         self._steps = 0  # of the last run
         self._table: tuple[tuple, StepTable | None] = (), None  # of the last run, and what it was made for
 
@@ -241,11 +244,19 @@ class PriorPipeline:
 
     def _refresh(self) -> None:
         def build():
+            self._look()
             self._quantised = None
             if self.quantise:
                 self._quantised, self.quality = judged(self.quantise, self.prior, self.schedule)
 
         self._engine.refresh(self.prior, build)
+
+    def _look(self) -> None:
+        """Find what in the prior must be called with all tokens, at each step; a warning says so once."""
+        reasons = prefix_obstacles(self.prior, 2 + (self.prior.prd_embedding is not None))
+        if reasons and reasons != self._reasons:
+            warnings.warn(f"every step of the prior runs all tokens, which is slow: {'; '.join(reasons)}", stacklevel=5)
+        self._reasons = reasons
 
     def _run(self, run: PromptRun, x: Tensor, noise: Noise) -> Tensor:
         """All steps from x (rows, dim), the rows of a prompt together."""
@@ -254,19 +265,21 @@ class PriorPipeline:
             with engine.lock:
                 engine.clock.wait()
                 engine.clock = Clock(x.device)
-        if engine.replays:
-            with engine.lock, engine.clock:
+        if engine.replays or self.quantise:
+            with engine.lock:
                 self._refresh()
+        else:
+            self._look()
+        whole = bool(self._reasons)
+        if engine.replays and not whole:
+            with engine.lock, engine.clock:
                 sources = run.sources(engine.batch_sizes, x)
                 x, engine.clock.read = run.run(engine, self._quantised or run.prior, x, noise, sources)
             return x
-        if self.quantise:
-            with engine.lock:
-                self._refresh()
         clock = engine.clock
         with ops.sharing():
             began = clock.now()
-            x, read = run.run(engine, self._quantised or run.prior, x, noise)
+            x, read = run.run(engine, self._quantised or run.prior, x, noise, whole=whole)
         clock.add(began, read)
         return x
 

@@ -73,9 +73,9 @@ class PromptRun:
     def solver(self) -> tuple:
         return self.schedule.clamp, self.schedule.radius, self.table.uses_prediction
 
-    def step(self, net: PriorTransformer) -> Callable:
-        """The step of a network, see `solver_step`."""
-        return solver_step(with_unconditional(net.step, self.guided), *self.solver)
+    def step(self, net: PriorTransformer, predict: Callable | None = None) -> Callable:
+        """The step of a network, or of what predicts as its `step` does: see `solver_step`."""
+        return solver_step(with_unconditional(predict or net.step, self.guided), *self.solver)
 
     def run(
         self,
@@ -84,11 +84,18 @@ class PromptRun:
         x: Tensor,
         noise: Iterator[Tensor],
         sources: Iterator[dict] | None = None,
+        whole: bool = False,
     ) -> tuple[Tensor, int]:
-        """All steps from x (rows, dim), by graphs where there are `sources` for each part; and the bytes they read."""
+        """All steps from x (rows, dim), by graphs where there are `sources` for each part; and the bytes they read.
+
+        With `whole` each step is a pass over all tokens, whose bytes are not counted.
+        """
         reads = []
 
         def begin(part: slice, batch: int) -> tuple[Step, int]:
+            if whole:
+                own = self.part(part, part.stop - part.start)
+                return own.begin_whole(net, x), own.prompts
             if sources is not None:
                 own, tensors = self.part(part, batch), next(sources)
                 graph = own.graph(engine, net, tensors, x.dtype)
@@ -123,6 +130,20 @@ class PromptRun:
             key = cond.prefix.k.shape, inputs.rows.shape, self.rows, self.guided, x.dtype, *self.solver
             step = engine.step(net, key, step)
         return bind(step, inputs, torch.tensor(self.scale, dtype=x.dtype, device=device)), inputs
+
+    def begin_whole(self, net: PriorTransformer, x: Tensor) -> Step:
+        """Steps that call every module of a network as it stands."""
+        device, dtype = x.device, self.prior.dtype
+        index = torch.tensor(self.prefixes, device=device).repeat_interleave(self.samples)
+        times = torch.tensor(self.table.times, device=device)
+        embeds, encodings, mask = (t[index] for t in self.text)
+        text = embeds.to(dtype), encodings.to(dtype), mask
+
+        def predict(x, index, text):
+            return net.predict_whole(x.to(dtype), times[index], *text).flatten(0, -2)
+
+        inputs = StepInputs(text, self.table.rows.to(device, x.dtype))
+        return bind(self.step(net, predict), inputs, torch.tensor(self.scale, dtype=x.dtype, device=device))
 
     def sources(self, batch_sizes: Sequence[int], x: Tensor) -> Iterator[dict[str, Tensor]]:
         """What the graphs of each part begin with; what waits for the device comes before the first of them."""

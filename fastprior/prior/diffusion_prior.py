@@ -20,17 +20,16 @@ from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.loading import NoticesForeignStates
 from fastprior.prior import graphs as prior_graphs
 from fastprior.prior.loop import sample_loop
-from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden
+from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden, remember
 from fastprior.prior.text_condition import TextConditioned, check_conditions, check_tensors
 from fastprior.utils import in_eval_mode
 
 LOOPS = "p_sample_loop", "p_sample_loop_ddpm", "p_sample_loop_ddim"
 UNSAVED = "self", "__class__", "net", "clip", "image_size", "cond_drop_prob", "clip_adapter_overrides"
 RESOLVED = "image_embed_dim", "text_cond_drop_prob", "image_cond_drop_prob", "image_embed_scale"  # of what was given
-STEP_METHODS = "p_mean_variance", "p_sample", "l2norm_clamp_embed"
-SCHEDULE_METHODS = "q_posterior", "predict_start_from_v", "predict_start_from_noise", "predict_noise_from_start"
 
 
+@remember
 class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
     """Gaussian diffusion over image embeddings, conditioned on text (unCLIP, Ramesh et al. 2022, section 2.2).
 
@@ -262,8 +261,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         solver = solver or default_solver(total, timesteps)
         table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta)
         self._check_guidance(cond_scale)
-        owners = (self, STEP_METHODS, DiffusionPrior), (self.noise_scheduler, SCHEDULE_METHODS, NoiseScheduler)
-        plan = make_plan(self.net, owners, table, cond_scale, *self._clamp())
+        plan = make_plan(self, table, cond_scale, *self._clamp())
         return replace(plan, graph_reasons=prior_graphs.graph_obstacles(self, plan.path, len(table.times), rows))
 
     def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
@@ -321,7 +319,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         timesteps = total if timesteps is None else timesteps
         solver = solver or default_solver(total, timesteps)
         loop = {"ddpm": "p_sample_loop_ddpm", "ddim": "p_sample_loop_ddim"}.get(solver)
-        if loop and is_overridden(self, loop, DiffusionPrior):
+        if loop and is_overridden(self, loop):
             if timesteps > total:
                 raise ValueError(f"timesteps={timesteps}; the schedule has {total}")
             if generator is not None:
@@ -381,7 +379,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         text_cond = self.text_condition(text, text_embed, text_encodings, mask, conditions)
         prompts = len(text_cond["text_embed"])
         shape = prompts * repeats, self.image_embed_dim
-        if overridden(self, LOOPS, DiffusionPrior):
+        if overridden(self, LOOPS):
             text_cond = repeat_rows(text_cond, shape[0]) if prompts else text_cond
         embeds = self.p_sample_loop(shape, text_cond=text_cond, cond_scale=cond_scale, timesteps=timesteps, **kwargs)
         wanted = text_cond["text_embed"].view(prompts, -1, text_cond["text_embed"].shape[-1])[:, 0]

@@ -170,7 +170,7 @@ def evaluate(
     for steps in timesteps:
         prior.sampling_plan(steps, cond_scale)  # raises before anything is read
     options = dict(cond_scale=cond_scale)
-    if not is_overridden(prior, "p_sample_loop", DiffusionPrior):
+    if not is_overridden(prior, "p_sample_loop"):
         options["progress"] = False
     loss_name = f"{prior.noise_scheduler.loss_type}-loss"
     means = _Means([loss_name, *(_named(name, steps) for steps in timesteps for name in SIMILARITIES)])

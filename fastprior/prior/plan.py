@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from fastprior.diffusion.schedule import NoiseScheduler
 from fastprior.diffusion.solvers import StepTable
-from fastprior.models.dalle2.layers import Attention, FeedForward
+from fastprior.models import patches
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
 
+STEP_METHODS = "p_mean_variance", "p_sample", "l2norm_clamp_embed"
+SCHEDULE_METHODS = "q_posterior", "predict_start_from_v", "predict_start_from_noise", "predict_noise_from_start"
 NETWORK_METHODS = "forward", "forward_with_cond_scale", "prefill", "step", "null_table"
-HOOKS = "_forward_hooks", "_forward_pre_hooks"
+
+_ORIGINALS: dict[tuple[type, str], object] = {}  # methods of classes, before anybody patches them
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class SamplingPlan:
         graph_reasons: why not; empty where they are.
         overrides: names of the step methods of the prior, or of its schedule, that a user replaced: each is called at
             every step.
+        patched: what was patched of PyTorch or of this package, besides the `reasons`: modules are called one by one
+            for it, where else one kernel computes several.
     """
 
     path: str
@@ -44,6 +49,7 @@ class SamplingPlan:
     suffix_tokens: int | None
     graph_reasons: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+    patched: tuple[str, ...] = ()
 
     @property
     def graphs(self) -> bool:
@@ -54,19 +60,31 @@ class SamplingPlan:
         if self.path == "cached":
             lines.append(f"prefix of {self.prefix_tokens} tokens once per prompt, {self.suffix_tokens} tokens per step")
         lines += [f"not cached: {reason}" for reason in self.reasons]
+        lines += [f"modules are called one by one: {reason}" for reason in self.patched]
         if self.graphs:
             lines.append("replayed as CUDA graphs")
         return "\n".join([*lines, *(f"no CUDA graphs: {reason}" for reason in self.graph_reasons)])
 
 
-def is_overridden(instance: object, name: str, base: type) -> bool:
-    """Whether a subclass, or an assignment on the instance, replaced a method of `base`."""
-    return name in vars(instance) or getattr(type(instance), name) is not getattr(base, name)
+def remember(cls: type) -> type:
+    """Keep the methods of a class as they are: a patch of the class is found then as an override is."""
+    _ORIGINALS.update({(cls, name): method for name, method in vars(cls).items()})
+    return cls
 
 
-def overridden(instance: object, names: tuple[str, ...], base: type) -> tuple[str, ...]:
-    """Find which of some methods of `base` were replaced."""
-    return tuple(name for name in names if is_overridden(instance, name, base))
+remember(DiffusionPriorNetwork)
+remember(NoiseScheduler)
+
+
+def is_overridden(instance: object, name: str) -> bool:
+    """Whether a subclass, an assignment on the instance, or a patch of the class replaced one of our methods."""
+    kept = (_ORIGINALS[cls, name] for cls in type(instance).__mro__ if (cls, name) in _ORIGINALS)
+    return name in vars(instance) or getattr(type(instance), name) is not next(kept, None)
+
+
+def overridden(instance: object, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Find which of some methods of ours were replaced."""
+    return tuple(name for name in names if is_overridden(instance, name))
 
 
 def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
@@ -75,35 +93,24 @@ def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
         return net.obstacles(dropout)
     if not isinstance(net, DiffusionPriorNetwork):
         return [f"net is a {type(net).__name__}, not a fastprior.DiffusionPriorNetwork"]
-    replaced = overridden(net, NETWORK_METHODS, DiffusionPriorNetwork)
+    replaced = overridden(net, NETWORK_METHODS)
     found = [f"{type(net).__name__}.{name} is overridden" for name in replaced]
+    if patches.has_hook(net):
+        found.append(f"{type(net).__name__} has a forward hook, which the cached path would not call")
     transformer = net.causal_transformer
     if type(transformer) is not CausalTransformer:
         return [*found, f"net.causal_transformer is a {type(transformer).__name__}"]
-    blocks = [net, transformer, *(block for layer in transformer.layers for block in layer)]
-    for block in blocks[2:]:
-        if type(block) not in (Attention, FeedForward):
-            found.append(f"a {type(block).__name__} stands in the transformer's layers")
-    for block in blocks:
-        if any(getattr(block, hooks) for hooks in HOOKS):
-            found.append(f"{type(block).__name__} has a forward hook, which the cached path would not call")
-        if block is not net and "forward" in vars(block):
-            found.append(f"the forward of a {type(block).__name__} was replaced")
-    if not dropout and net.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in net.modules()):
-        found.append("dropout is active (the network is in training mode)")
+    found += transformer.obstacles()
+    dropping = net.training and any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in net.modules())
+    if not dropout and (dropping or transformer.drops_out()):
+        found.append("dropout is active")
     return found
 
 
-def make_plan(
-    net: nn.Module,
-    owners: Sequence[tuple[object, tuple[str, ...], type]],
-    table: StepTable,
-    cond_scale: float,
-    clamp: str | None,
-    radius: float,
-) -> SamplingPlan:
-    """The plan of a run, without graphs; `owners` of step methods come with the arguments of `overridden`."""
-    replaced = [(type(owner).__name__, name) for owner, *known in owners for name in overridden(owner, *known)]
+def make_plan(prior: nn.Module, table: StepTable, cond_scale: float, clamp: str | None, radius: float) -> SamplingPlan:
+    """The plan of a run of a `DiffusionPrior`, without graphs."""
+    net, owners = prior.net, ((prior, STEP_METHODS), (prior.noise_scheduler, SCHEDULE_METHODS))
+    replaced = [(type(owner).__name__, name) for owner, names in owners for name in overridden(owner, names)]
     reasons = *(f"{cls}.{name} is overridden" for cls, name in replaced), *network_obstacles(net)
     guidance, path, tokens = "none", "plain" if reasons else "cached", (None, None)
     if cond_scale != 1 and reasons:
@@ -113,4 +120,5 @@ def make_plan(
     if not reasons:
         tokens = net.prefix_tokens, net.suffix_tokens
     overrides = tuple(name for _, name in replaced)
-    return SamplingPlan(path, reasons, guidance, table, clamp, radius, *tokens, overrides=overrides)
+    patched = patches.found().called
+    return SamplingPlan(path, reasons, guidance, table, clamp, radius, *tokens, overrides=overrides, patched=patched)

@@ -16,6 +16,7 @@ from fastprior.engine.graphs import StepGraph
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Noise, Step, bind, run_parts
 from fastprior.kernels import ops
+from fastprior.models import patches
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.quantise import check as check_quantise
 from fastprior.models.quantise import quantised, update
@@ -125,8 +126,11 @@ class PriorSampler:
     def _build(self) -> None:
         """(Re)build what depends on the network: all of it for other modules or hooks, the tables for other weights."""
         own = self.prior.net
-        modules = [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in own.modules()]
-        modules.append(own.learned_query.dtype)
+        modules: list = [
+            (id(m), type(m), type(m).forward, "forward" in vars(m), len(m._forward_hooks), len(m._forward_pre_hooks))
+            for m in own.modules()
+        ]
+        modules += own.learned_query.dtype, patches.found()
         if self.quantise:  # its network shares the other parameters
             modules += [(id(p), p.device, p.dtype) for p in own.parameters()]
         if modules != self._modules:

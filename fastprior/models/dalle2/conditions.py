@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprior.models.dalle2.layers import MLP, Linear, SinusoidalPosEmb
+from fastprior.models.dalle2.layers import MLP, SinusoidalPosEmb
+from fastprior.models.linears import dtype_of, projected
 from fastprior.utils import nearest
 
 SCALAR_WAVES = 64  # sines and cosines that a scalar is embedded as
@@ -114,10 +115,10 @@ class Vector(Condition):
     def __init__(self, dim: int, *, size: int, dropout: float = 0.0):
         super().__init__(dim, dropout)
         self.shape = (_size(size),)
-        self.projection = Linear(size, dim)
+        self.projection = nn.Linear(size, dim)
 
     def embed(self, value: Tensor) -> Tensor:
-        return self.projection(value.to(self.projection.weight.dtype))
+        return projected(self.projection, value.to(dtype_of(self.projection, self)))
 
 
 KINDS = {kind.kind: kind for kind in (Scalar, Category, Vector)}

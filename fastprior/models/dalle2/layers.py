@@ -9,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops, reference
-from fastprior.kernels.reference import Rotary
-from fastprior.models.quantised_linear import product_dtype
+from fastprior.kernels.reference import AttentionArgs, Rotary
+from fastprior.models import patches
+from fastprior.models.linears import dtype_of, projected, scales_of
+from fastprior.models.patches import are_called_as_they_are, touched
+
+Linear = nn.Linear  # the name by which pickles of whole models, written before, know linears
 
 
 def l2norm(t: Tensor) -> Tensor:
@@ -38,13 +42,13 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.g, eps=eps, stable=self.stable, after=after, dtype=dtype)
 
 
-class Linear(nn.Linear):
-    """nn.Linear that is fast for few rows too, see `kernels.ops.linear`."""
-
-    scale: Tensor | None = None  # of the weight's rows, which a `QuantisedLinear` has
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+def normed(norm: nn.Module, x: Tensor, *, after: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """`after + norm(x)` in a dtype; whatever stands in the place of a `LayerNorm` is called with x alone."""
+    if type(norm) is LayerNorm and are_called_as_they_are(norm):
+        return norm(x, after=after, dtype=dtype)
+    y = norm(x if type(norm) is LayerNorm or dtype is None else x.to(dtype))
+    y = y if after is None else y + after
+    return y if dtype is None else y.to(dtype)
 
 
 class SinusoidalPosEmb(nn.Module):
@@ -76,7 +80,7 @@ class MLP(nn.Module):
         self.net = nn.Sequential(*layers, nn.Linear(hidden, dim_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.to(self.net[-1].weight.dtype))
+        return self.net(x.to(dtype_of(self.net, self)))
 
 
 class RelPosBias(nn.Module):
@@ -100,12 +104,19 @@ class RelPosBias(nn.Module):
 
     def forward(self, i: int, j: int, *, device=None) -> Tensor:
         """The bias of queries 0..i-1 to keys 0..j-1: (heads, i, j)."""
-        return self.rows(0, i, j).permute(1, 0, 2)
+        return self.rows(0, i, j, device).permute(1, 0, 2)
 
-    def rows(self, start: int, end: int, keys: int) -> Tensor:
+    def rows(self, start: int, end: int, keys: int, device=None) -> Tensor:
         """The bias of queries start..end-1 to keys 0..keys-1: (end - start, heads, keys)."""
-        table = self.relative_attention_bias.weight
+        table = self.table(device)
         return reference.expand_bias(table, self.buckets(end, table.device), end - start, keys)
+
+    def table(self, device=None) -> Tensor:
+        """The bias of each bucket: (num_buckets, heads); whatever stands in the place of its embedding is called."""
+        embedding = self.relative_attention_bias
+        if type(embedding) is nn.Embedding and are_called_as_they_are(embedding):
+            return embedding.weight
+        return embedding(torch.arange(self.num_buckets, device=device))
 
 
 class RotaryEmbedding(nn.Module):
@@ -153,27 +164,31 @@ class FeedForward(nn.Sequential):
         inner = int(mult * dim)
         super().__init__(
             LayerNorm(dim),
-            Linear(dim, inner * 2, bias=False),
+            nn.Linear(dim, inner * 2, bias=False),
             SwiGLU(),
             LayerNorm(inner) if post_activation_norm else nn.Identity(),
             nn.Dropout(dropout),
-            Linear(inner, dim, bias=False),
+            nn.Linear(inner, dim, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, expand, activation, inner_norm, dropout, contract = self
-        h = activation(expand(norm(x, dtype=product_dtype(expand))))
-        return contract(dropout(inner_norm(h)))
+        norm, expand, *others = self
+        x = normed(norm, x, dtype=dtype_of(expand, self))
+        for module in (expand, *others):
+            x = projected(module, x)
+        return x
 
     def fused(self, x: Tensor, stream: Tensor, stream_gain: Tensor) -> Tensor:
         """`y + self(y)` of `y = stream + norm(x) * stream_gain`, without dropout, by two kernels."""
         norm, expand, _, inner_norm, _, contract = self
         h, stream = ops.linear(
-            x, expand.weight, activation="swiglu", scale=expand.scale, stream=stream, stream_gain=stream_gain,
-            norm_gain=norm.g, eps=norm.eps, dtype=product_dtype(expand),
+            x, expand.weight, activation="swiglu", scale=scales_of(expand)[0], stream=stream, stream_gain=stream_gain,
+            norm_gain=norm.g, eps=norm.eps, dtype=dtype_of(expand, self),
         )  # fmt: skip
         gain = None if isinstance(inner_norm, nn.Identity) else inner_norm.g
-        return ops.linear(h, contract.weight, scale=contract.scale, norm_gain=gain, eps=norm.eps, residual=stream)
+        return ops.linear(
+            h, contract.weight, scale=scales_of(contract)[0], norm_gain=gain, eps=norm.eps, residual=stream
+        )
 
 
 class NormedLinear(nn.Sequential):
@@ -181,7 +196,7 @@ class NormedLinear(nn.Sequential):
 
     def forward(self, x: Tensor, after: Tensor | None = None) -> Tensor:
         linear, norm = self
-        return norm(linear(x), after=after)
+        return normed(norm, projected(linear, x), after=after)
 
 
 class Attention(nn.Module):
@@ -217,23 +232,39 @@ class Attention(nn.Module):
         self.norm = LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.null_kv = nn.Parameter(torch.randn(2, dim_head))
-        self.to_q = Linear(dim, dim_head * heads, bias=False)
-        self.to_kv = Linear(dim, dim_head * 2, bias=False)
+        self.to_q = nn.Linear(dim, dim_head * heads, bias=False)
+        self.to_kv = nn.Linear(dim, dim_head * 2, bias=False)
         self.rotary_emb = rotary_emb
         self.qkv_scale: Tensor | None = None  # of both projections, where they are quantised
-        self.to_out = NormedLinear(Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
+        self.to_out = NormedLinear(nn.Linear(dim_head * heads, dim, bias=False), LayerNorm(dim))
+
+    @property
+    def dropout_rate(self) -> float:
+        """Chance of dropping an attention weight now."""
+        return self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
+
+    def strangers(self) -> list[object]:
+        """The rotation and the dropout, where it is not enough to know their table and their rate.
+
+        Such a rotation is called with queries and keys, such a dropout with the attention weights.
+        """
+        rotary, dropout = self.rotary_emb, self.dropout
+        found = [] if rotary is None or type(rotary) is RotaryEmbedding else [rotary]
+        found += [] if type(dropout) in (nn.Dropout, nn.Identity) else [dropout]
+        found += touched([module for module in (rotary, dropout) if isinstance(module, nn.Module)])
+        return found + [rotary] * ("rotate_queries_or_keys" in getattr(rotary, "__dict__", ()))
 
     def normed(self, x: Tensor) -> Tensor:
         """The input of the projections: the norm of the residual stream, in the weights' dtype."""
-        return self.norm(x, dtype=product_dtype(self.to_q))
+        return normed(self.norm, x, dtype=dtype_of(self.to_q, self))
 
     def queries(self, h: Tensor) -> Tensor:
         """Raw queries of normed tokens (batch, seq, dim): (batch, seq, heads, dim_head)."""
-        return self.to_q(h).unflatten(-1, (self.heads, -1))
+        return projected(self.to_q, h).unflatten(-1, (self.heads, -1))
 
     def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Raw keys and values of normed tokens (batch, seq, dim): two (batch, seq, 1, dim_head)."""
-        return self.to_kv(h).unsqueeze(-2).chunk(2, dim=-1)
+        return projected(self.to_kv, h).unsqueeze(-2).chunk(2, dim=-1)
 
     def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw queries, keys and values of the residual stream (batch, seq, dim), with heads as above."""
@@ -244,7 +275,7 @@ class Attention(nn.Module):
         """`projections` by one kernel, with the norm before."""
         y = ops.linear(
             x, self.to_q.weight, beside=self.to_kv.weight, scale=self.qkv_scale, norm_gain=self.norm.g,
-            eps=self.norm.eps, dtype=product_dtype(self.to_q),
+            eps=self.norm.eps, dtype=dtype_of(self.to_q, self),
         )  # fmt: skip
         return y.unflatten(-1, (-1, self.null_kv.shape[-1])).split((self.heads, 1, 1), dim=-2)
 
@@ -260,7 +291,8 @@ class Attention(nn.Module):
         """
         h, rotary = self.normed(x), None
         q, (k, v) = self.queries(h), self.keys_values(h)
-        if isinstance(self.rotary_emb, RotaryEmbedding):
+        foreign = patches.is_patched() or bool(self.strangers())
+        if self.rotary_emb is not None and not foreign:
             rotary = self.rotary_emb.table(0, x.shape[1], q.shape[-1])
         elif self.rotary_emb is not None:
             rotate = self.rotary_emb.rotate_queries_or_keys
@@ -278,8 +310,24 @@ class Attention(nn.Module):
         if rotary is not None and rotary[0].requires_grad:  # learned frequencies: kernels give them no gradient
             q, k = (reference.rotate(t, *(table[-t.shape[1] :, None] for table in rotary)) for t in (q, k))
             rotary = None
-        out = ops.attention(
-            q, k, v, scale=self.scale, rotary=rotary, cosine=self.cosine_sim, null_kv=self.null_kv[:, None],
-            dropout=self.dropout.p if self.training else 0.0, mask=mask, **bias,
-        )  # fmt: skip
-        return self.to_out(out.to(product_dtype(self.to_q)), after=residual)
+        options = dict(scale=self.scale, cosine=self.cosine_sim, **bias)
+        if not patches.is_patched() and not self.strangers():
+            null_kv, dropout = self.null_kv[:, None], self.dropout_rate
+            out = ops.attention(q, k, v, rotary=rotary, null_kv=null_kv, dropout=dropout, mask=mask, **options)
+        else:
+            cos, sin = rotary or (None, None)
+            given = AttentionArgs(q, k, v, self.null_kv[:, None], cos, sin, mask=mask, dropout=self.dropout, **options)
+            out = reference.attention(given)
+        return self.projected(out.to(dtype_of(self.to_q, self)), residual)
+
+    def projected(self, out: Tensor, residual: Tensor | None) -> Tensor:
+        """What attention gives, behind the output projection and its norm; `residual` is added to it."""
+        if type(self.to_out) is NormedLinear and are_called_as_they_are(self.to_out):
+            return self.to_out(out, after=residual)
+        out = self.to_out(out)
+        return out if residual is None else out + residual
+
+
+patches.watch(LayerNorm, SinusoidalPosEmb, MLP, RelPosBias, SwiGLU, FeedForward, NormedLinear)
+patches.watch(Attention, kind=patches.WHOLE)
+patches.watch(RotaryEmbedding, names=("rotate_queries_or_keys",), kind=patches.WHOLE)

@@ -18,9 +18,11 @@ from fastprior.draws import prob_mask_like
 from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.dalle2.conditions import Conditions, find
-from fastprior.models.dalle2.layers import MLP, Linear, SinusoidalPosEmb
-from fastprior.models.dalle2.transformer import CausalTransformer, KVCache, are_called_as_they_are
+from fastprior.models.dalle2.layers import MLP, SinusoidalPosEmb
+from fastprior.models.dalle2.transformer import CausalTransformer, KVCache
+from fastprior.models.linears import Projections, dtype_of
 from fastprior.models.loading import NoticesForeignStates
+from fastprior.models.patches import are_called_as_they_are
 from fastprior.models.shared_rows import row_layout
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
@@ -90,12 +92,12 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
         self.continuous_embedded_time = num_timesteps is None
 
         def tokens(count: int, source: nn.Module) -> nn.Sequential:
-            return nn.Sequential(source, nn.Unflatten(-1, (count, dim)))
+            return Projections(source, nn.Unflatten(-1, (count, dim)))
 
         def projection(width: int, count: int = 1) -> nn.Module:
-            return nn.Identity() if width == dim and count == 1 else Linear(width, dim * count)
+            return nn.Identity() if width == dim and count == 1 else nn.Linear(width, dim * count)
 
-        self.to_text_encodings = nn.Sequential(projection(self.text_dim))
+        self.to_text_encodings = Projections(projection(self.text_dim))
         self.to_text_embeds = tokens(num_text_embeds, projection(self.text_embed_dim, num_text_embeds))
         time_width = dim * num_time_embeds
         if self.continuous_embedded_time:
@@ -129,10 +131,10 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
         """dtype of the residual stream: that of the weights, but at least fp32."""
         return torch.promote_types(self.learned_query.dtype, torch.float32)
 
-    def _embed(self, to_tokens: nn.Sequential, x: Tensor) -> Tensor:
-        """Embed in the weights' dtype where there are weights, and return in the stream's."""
-        weight = getattr(to_tokens[0], "weight", None)
-        return to_tokens(x if weight is None else x.to(weight.dtype)).to(self.stream_dtype)
+    def _embed(self, to_tokens: nn.Module, x: Tensor) -> Tensor:
+        """Embed in the weights' dtype unless x is left as it is, and return in the stream's."""
+        first = next(to_tokens.children(), to_tokens)
+        return to_tokens(x if type(first) is nn.Identity else x.to(dtype_of(first, self))).to(self.stream_dtype)
 
     def time_tokens(self, times: Tensor) -> Tensor:
         """The tokens of times (steps,): (steps, num_time_embeds, dim), in the stream's dtype."""
@@ -230,12 +232,13 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
         prefix = self._prefix(text_embed, text_encodings, conditions, keep_text)
         suffix = self._suffix(self.time_tokens(diffusion_timesteps), image_tokens, self_cond)
         transformer = self.causal_transformer
+        whole = type(transformer) is not CausalTransformer or bool(transformer.obstacles())
         if rows > prompts:
-            return transformer.step(suffix, transformer.prefill(prefix, suffix.shape[1]))
+            if not whole:
+                return transformer.step(suffix, transformer.prefill(prefix, suffix.shape[1]))
+            prefix = prefix.repeat_interleave(rows // prompts, dim=0)
         tokens = torch.cat((prefix, suffix), dim=1)
-        if type(transformer) is CausalTransformer:
-            return transformer.last(tokens)
-        return transformer(tokens)[:, -1]
+        return transformer(tokens)[:, -1] if whole else transformer.last(tokens)
 
     def forward_with_cond_scale(self, *args, cond_scale: float = 1.0, **kwargs) -> Tensor:
         """`forward` with classifier-free guidance (Ho & Salimans 2022): null + (conditional - null) * cond_scale.
@@ -328,7 +331,11 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
             return None
         if self.self_cond or cond.null_rows or self.num_image_embeds != 1:
             return None
-        if not (type(embed[0]) is type(norm) is nn.Identity and are_called_as_they_are(embed, *embed, norm)):
+        if not (
+            type(embed) in (Projections, nn.Sequential)
+            and type(embed[0]) is type(norm) is nn.Identity
+            and are_called_as_they_are(embed, *embed, norm)
+        ):
             return None
         return ops.prepare_run(
             cache.blocks, cache.k, cache.v, rows=samples // cache.samples, samples=cache.samples, rotary=cache.rotary,

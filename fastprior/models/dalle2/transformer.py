@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,30 +12,52 @@ from torch import Tensor, nn
 
 from fastprior.kernels import ops, reference
 from fastprior.kernels.reference import Rotary
+from fastprior.models import patches
 from fastprior.models.dalle2.layers import (
     Attention,
     FeedForward,
     LayerNorm,
-    Linear,
     NormedLinear,
     RelPosBias,
     RotaryEmbedding,
     SwiGLU,
 )
-from fastprior.models.quantised_linear import QuantisedLinear, product_dtype
+from fastprior.models.linears import PLAIN, dtype_of, projected, scales_of
+from fastprior.models.patches import are_called_as_they_are
+from fastprior.models.quantised_linear import QuantisedLinear
 from fastprior.models.shared_rows import RowLayout
 
-KNOWN = NormedLinear, FeedForward, Linear, QuantisedLinear, LayerNorm, SwiGLU, nn.Dropout, nn.Identity
+LINEAR, NORM = (nn.Linear, QuantisedLinear), (LayerNorm,)
+# what stands in a layer that kernels compute as a whole, in the order of `_modules_of`
+LAYER = (
+    *(NORM, LINEAR, LINEAR, (NormedLinear,), LINEAR, NORM),
+    *((FeedForward,), NORM, LINEAR, (SwiGLU,), (LayerNorm, nn.Identity), (nn.Dropout, nn.Identity), LINEAR),
+)
 
 
-def are_called_as_they_are(*modules: nn.Module) -> bool:
-    """Whether calls run the forward of the modules' classes alone: no hook, and no replaced forward."""
-    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+def _modules_of(attn: Attention, ff: FeedForward) -> list[nn.Module]:
+    """The modules of a layer, without those of other ones that stand in it."""
+    inside = (block if isinstance(block, nn.Sequential) else () for block in (attn.to_out, ff))
+    of_attention, of_ff = inside
+    return [attn.norm, attn.to_q, attn.to_kv, attn.to_out, *of_attention, ff, *of_ff]
 
 
-def _do_what_weights_say(*modules: nn.Module) -> bool:
-    """Whether kernels may read the weights instead of calls: no subclass, such as an adapter, either."""
-    return all(type(module) in KNOWN for module in modules) and are_called_as_they_are(*modules)
+def _are_of(modules: Sequence[nn.Module], kinds: Sequence[tuple[type, ...]]) -> bool:
+    """Whether modules are what kernels compute from weights: no subclass, such as an adapter, and no bias, either."""
+    if len(modules) != len(kinds):
+        return False
+    for module, known in zip(modules, kinds):
+        if type(module) not in known:
+            return False
+        if type(module) is nn.Linear:
+            weights = module._parameters
+            if type(weights.get("weight")) not in PLAIN or weights.get("bias") is not None:
+                return False
+        elif type(module) is QuantisedLinear and module.bias is not None:
+            return False
+        elif type(module) is LayerNorm and module.stable:
+            return False
+    return True
 
 
 def _rows(rotary: Rotary | None, positions: slice | Tensor) -> Rotary | None:
@@ -102,34 +125,72 @@ class CausalTransformer(nn.Module):
             for _ in range(depth)
         )  # fmt: skip
         self.norm = LayerNorm(dim, stable=True) if norm_out else nn.Identity()
-        self.project_out = Linear(dim, dim, bias=False) if final_proj else nn.Identity()
+        self.project_out = nn.Linear(dim, dim, bias=False) if final_proj else nn.Identity()
+
+    def obstacles(self) -> list[str]:
+        """Why prefix and suffix cannot run apart: a module that must be called whole, or a patch; empty when they can.
+
+        What stands in the place of a linear or a norm is called there, token by token.
+        """
+        found, ways, blocks = list(patches.found().whole), set(), [self]
+        for layer in self.layers:
+            for block, kind in zip(layer, (Attention, FeedForward)):
+                blocks.append(block)
+                if type(block) is not kind:
+                    found.append(f"a {type(block).__name__} stands in the transformer's layers")
+                elif kind is Attention:
+                    ways.add((block.heads, block.scale, block.cosine_sim, id(block.rotary_emb)))
+                    found += (f"a {type(one).__name__} of attention must be called" for one in block.strangers())
+        for block in patches.touched(blocks):
+            if "forward" in vars(block):
+                found.append(f"the forward of a {type(block).__name__} was replaced")
+            else:
+                found.append(f"{type(block).__name__} has a forward hook, which the cached path would not call")
+        if len(ways) > 1:
+            found.append("the layers attend in different ways")
+        return list(dict.fromkeys(found))
+
+    def drops_out(self) -> bool:
+        """Whether dropout is active, be it on its own: all else may be in eval mode."""
+        dropouts = (block._modules.get(name) for layer in self.layers for block, name in zip(layer, ("dropout", "4")))
+        return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in dropouts)
+
+    def _has_known_bias(self) -> bool:
+        return type(self.rel_pos_bias) is RelPosBias and are_called_as_they_are(self.rel_pos_bias)
 
     def _bias(self, start: int, end: int) -> Tensor:
         """Position bias of queries start..end-1 to the null key and keys 0..end-1, -inf where a key may not be seen."""
-        bias = self.rel_pos_bias.rows(start, end, end + 1)
+        table = self.rel_pos_bias
+        if self._has_known_bias():
+            bias = table.rows(start, end, end + 1)
+        else:
+            bias = table(end, end + 1, device=self.layers[0][0].null_kv.device)[:, start:].transpose(0, 1)
         keys, queries = (torch.arange(*span, device=bias.device) for span in ((end + 1,), (start, end)))
         hidden = keys > queries[:, None] + 1
         return bias.masked_fill(hidden[:, None], -math.inf)
 
     def _attention_bias(self, seq: int, x: Tensor) -> dict:
         """Position bias of a whole sequence, as `Attention.attend` takes it: Triton's kernels read the table."""
-        if not ops.on_triton(x):
+        if not ops.on_triton(x) or not self._has_known_bias():
             return dict(bias=self._bias(0, seq))
-        table = self.rel_pos_bias.relative_attention_bias.weight
+        table = self.rel_pos_bias.table(x.device)
         return dict(bias=table, buckets=self.rel_pos_bias.buckets(seq, x.device), causal=True)
 
     def _rotary(self, seq: int) -> Rotary | None:
         attn = self.layers[0][0]
         return attn.rotary_emb and attn.rotary_emb.table(0, seq, attn.null_kv.shape[-1])
 
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """The norm of the stream x, which for what is not ours has the weights' dtype."""
+        return norm(x) if type(norm) in (LayerNorm, nn.Identity) else norm(x.to(dtype_of(norm, self))).to(x.dtype)
+
     def _head(self, x: Tensor) -> Tensor:
-        if isinstance(self.project_out, nn.Identity):
-            return self.norm(x)
-        return self.project_out(self.norm(x).to(product_dtype(self.project_out)))
+        x, linear = self._normed(self.norm, x), self.project_out
+        return x if isinstance(linear, nn.Identity) else projected(linear, x.to(dtype_of(linear, self)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all of x (batch, seq, dim), dtype fp32 or wider (fp16 and bf16 are taken too): (batch, seq, dim)."""
-        x = self.init_norm(x)
+        x = self._normed(self.init_norm, x)
         bias = self.rel_pos_bias(x.shape[1], x.shape[1] + 1, device=x.device)
         for attn, ff in self.layers:
             x = attn(x, attn_bias=bias) + x
@@ -139,7 +200,7 @@ class CausalTransformer(nn.Module):
     def last(self, x: Tensor) -> Tensor:
         """`forward(x)[:, -1]`, (batch, dim), with only the last token computed where no other is needed."""
         seq = x.shape[1]
-        x = self.init_norm(x)
+        x = self._normed(self.init_norm, x)
         bias, rotary = self._attention_bias(seq, x), self._rotary(seq)
         for index, (attn, ff) in enumerate(self.layers):
             h = attn.normed(x)
@@ -159,7 +220,7 @@ class CausalTransformer(nn.Module):
 
     def prefill_by_layers(self, x: Tensor, suffix: int) -> KVCache:
         """`prefill` with the layers as they are, one after the other."""
-        seq, x = x.shape[1], self.init_norm(x)
+        seq, x = x.shape[1], self._normed(self.init_norm, x)
         rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(seq, seq + suffix)
         blocks = self.prepared() if x.is_cpu else None
         return self._cache(self._keys_values(x, _rows(rotary, slice(seq))), null, rotary, bias, blocks)
@@ -169,7 +230,7 @@ class CausalTransformer(nn.Module):
         blocks = self.prepared() if x.is_cpu else None
         if blocks is None:
             return None
-        seq, x = x.shape[1], self.init_norm(x)
+        seq, x = x.shape[1], self._normed(self.init_norm, x)
         rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(0, seq + suffix)
         of_prefix, parts = dict(rotary=_rows(rotary, slice(seq)), bias=bias[:seq, :, : seq + 1].contiguous()), []
         for part in x.split(max(1, blocks.most_tokens // seq)):
@@ -217,11 +278,14 @@ class CausalTransformer(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether kernels that compute several modules at once compute what these do."""
-        modules = []
-        for attn, ff in self.layers:
-            modules += attn.norm, attn.to_q, attn.to_kv, attn.to_out, *attn.to_out, ff, *ff
-        plain = not self.training and _do_what_weights_say(*modules)
-        return plain and len({module.eps for module in modules if isinstance(module, LayerNorm)}) == 1
+        if self.training or self.drops_out():
+            return False
+        layers = [_modules_of(*layer) for layer in self.layers]
+        if not all(_are_of(modules, LAYER) for modules in layers):
+            return False
+        modules = [module for modules in layers for module in modules]
+        same_eps = len({module.eps for module in modules if type(module) is LayerNorm}) == 1
+        return same_eps and are_called_as_they_are(*modules)
 
     def _by_blocks(self, x: Tensor, cache: KVCache, outputs: int) -> Tensor | None:
         """`ops.run_blocks` of all layers, and the head of outputs; None where it does not compute this."""
@@ -238,22 +302,25 @@ class CausalTransformer(nn.Module):
 
         None where there is no such kernel, or a trace must look at each module.
         """
-        if torch.compiler.is_compiling() or not self._is_plain():
+        if torch.compiler.is_compiling() or self.obstacles() or not self._is_plain():
             return None
-        attn = self.layers[0][0]
+        attn, blocks = self.layers[0][0], self._blocks()
+        if len({tuple(t.shape for t in block if t is not None) for block in blocks}) > 1:  # such as pruned ones
+            return None
         return ops.prepare_blocks(
-            self._blocks(), owner=self, heads=attn.heads, kv_heads=1, dim_head=attn.null_kv.shape[-1], scale=attn.scale,
+            blocks, owner=self, heads=attn.heads, kv_heads=1, dim_head=attn.null_kv.shape[-1], scale=attn.scale,
             cosine=attn.cosine_sim, activation="swiglu", eps=attn.norm.eps, head=self._head_block(),
         )  # fmt: skip
 
     def _head_block(self) -> ops.Block | None:
         norm, linear, attn = self.norm, self.project_out, self.layers[0][0]
-        as_layers = type(norm) is LayerNorm and type(linear) is type(attn.to_q) and norm.eps == attn.norm.eps
-        if not as_layers or not norm.stable or not _do_what_weights_say(norm, linear):
+        if type(norm) is not LayerNorm or not norm.stable or norm.eps != attn.norm.eps:
+            return None
+        if not _are_of([linear], [(type(attn.to_q),)]) or not are_called_as_they_are(norm, linear):
             return None
         if linear.weight.dtype != attn.to_q.weight.dtype:
             return None
-        return ops.Block(q=linear.weight, q_scale=linear.scale, norm_gain=norm.g)
+        return ops.Block(q=linear.weight, q_scale=scales_of(linear)[0], norm_gain=norm.g)
 
     def _blocks(self) -> list[ops.Block]:
         blocks, names = [], ("q", "k", "out", "expand", "contract")
@@ -261,7 +328,7 @@ class CausalTransformer(nn.Module):
             norm, expand, _, inner_norm, _, contract = ff
             linears = dict(zip(names, (attn.to_q, attn.to_kv, attn.to_out[0], expand, contract)))
             weights = {name: linear.weight for name, linear in linears.items()}
-            scales = {f"{name}_scale": linear.scale for name, linear in linears.items()}
+            scales = {f"{name}_scale": scale for name, scale in zip(names, scales_of(*linears.values()))}
             gains = dict(norm_gain=attn.norm.g, out_gain=attn.to_out[1].g, ff_gain=norm.g)
             blocks.append(ops.Block(**weights, **scales, **gains, inner_gain=getattr(inner_norm, "g", None)))
         return blocks
@@ -275,7 +342,7 @@ class CausalTransformer(nn.Module):
         Returns:
             (rows * samples, dim), in the weights' dtype or fp32.
         """
-        x, outputs = self.init_norm(x), cache.samples
+        x, outputs = self._normed(self.init_norm, x), cache.samples
         if (out := self._by_blocks(x, cache, outputs)) is not None:
             return out.flatten(0, 1)
         fused = ops.on_triton(x) and self._is_plain() and not torch.is_autocast_enabled(x.device.type)
@@ -285,11 +352,14 @@ class CausalTransformer(nn.Module):
                 x, q = x[:, -outputs:], q[:, -outputs:]
             out = ops.decode_attention(
                 q, k, v, cache.k[index], cache.v[index], scale=attn.scale, rotary=cache.rotary,
-                cosine=attn.cosine_sim, bias=cache.bias, dropout=attn.dropout.p if self.training else 0.0,
+                cosine=attn.cosine_sim, bias=cache.bias, dropout=attn.dropout_rate,
             )  # fmt: skip
             if fused:
                 x = ff.fused(attn.to_out[0](out), stream=x, stream_gain=attn.to_out[1].g)
             else:
-                x = attn.to_out(out, after=x)
+                x = attn.projected(out, residual=x)
                 x = ff(x) + x
         return self._head(x.flatten(0, 1))
+
+
+patches.watch(CausalTransformer, kind=patches.WHOLE)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprior.models import patches
+
 ACTIVATIONS = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
@@ -99,3 +101,7 @@ class Block(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), attention_mask=attention_mask)
         return hidden_states + self.ff(self.norm3(hidden_states))
+
+
+BLOCKS = TimeFeatures, TimeEmbedding, Attention, GELU, FeedForward, Block
+patches.watch(*BLOCKS, kind=patches.PRIOR_TRANSFORMER)

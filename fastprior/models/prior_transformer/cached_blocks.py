@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
-from fastprior.models.quantised_linear import QuantisedLinear
+from fastprior.models.linears import are_known, projected, scales_of
+from fastprior.models.patches import are_called_as_they_are
 from fastprior.models.shared_rows import RowLayout
 
 HIDDEN = -10000.0  # added to the logit of a key that must not be seen: what the weights were trained with
-PLAIN = nn.Linear, QuantisedLinear
 
 
 class Prefix(NamedTuple):
@@ -41,24 +41,17 @@ class Prefix(NamedTuple):
     bias: Tensor | None = None
 
 
-def projected(linear: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-    """`residual + activation(linear(x))`; whatever stands in the place of a linear (LoRA) is called."""
-    if type(linear) in PLAIN:
-        scale = getattr(linear, "scale", None)
-        return ops.linear(x, linear.weight, linear.bias, scale=scale, activation=activation, residual=residual)
-    y = linear(x)
-    y = y if activation is None else F.gelu(y)
-    return y if residual is None else y + residual
-
-
-def _normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
+def normed(norm: nn.Module, x: Tensor, dtype: torch.dtype, given: torch.dtype | None = None) -> Tensor:
+    """The norm of x in a dtype; what stands in the place of a LayerNorm is `given` x in that one, or in another."""
+    if type(norm) is nn.LayerNorm and are_called_as_they_are(norm):
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
+    return norm(x.to(given or dtype)).to(dtype)
 
 
 def _after_attention(block: nn.Module, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     expand, _, contract = block.ff.net
     x = projected(block.attn1.to_out[0], out.to(dtype), residual=x)
-    h = projected(expand.proj, _normed(block.norm3, x, dtype), activation="gelu")
+    h = projected(expand.proj, normed(block.norm3, x, dtype), activation="gelu")
     return projected(contract, h, residual=x)
 
 
@@ -120,7 +113,7 @@ def prefill(
 
     cache = []
     for index, block in enumerate(blocks):
-        attn, h = block.attn1, _normed(block.norm1, x, dtype)
+        attn, h = block.attn1, normed(block.norm1, x, dtype)
         k, v = spread(projected(attn.to_k, h)), spread(projected(attn.to_v, h))
         if not cache:
             # the reference computes in fp32 what kernels read as it is
@@ -148,21 +141,24 @@ def share(prefix: Prefix, layout: RowLayout) -> Prefix:
 def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
     """All blocks as one kernel of the CPU runs them, for as long as no module changes.
 
-    None where there is no such kernel, something stands in the place of a linear (LoRA), norms differ, or a trace must
-    look at each module.
+    None where there is no such kernel, something stands in the place of a linear (LoRA) or norm, norms differ, or a
+    trace must look at each module.
     """
-    if torch.compiler.is_compiling() or len({norm.eps for b in blocks for norm in (b.norm1, b.norm3)}) > 1:
+    norms = [norm for block in blocks for norm in (block.norm1, block.norm3)]
+    if torch.compiler.is_compiling() or any(type(norm) is not nn.LayerNorm or norm.weight is None for norm in norms):
+        return None
+    if not are_called_as_they_are(*norms) or len({norm.eps for norm in norms}) > 1:
         return None
     parts = []
     for block in blocks:
         attn, (expand, _, contract) = block.attn1, block.ff.net
         linears = attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], expand.proj, contract
-        if any(type(linear) not in PLAIN for linear in linears):
+        if not are_known(*linears):
             return None
         named = list(zip(ops.Block._fields, linears))
         part = ops.Block(
             *(linear.weight for linear in linears),
-            **{f"{name}_scale": getattr(linear, "scale", None) for name, linear in named},
+            **{f"{name}_scale": scale for name, scale in zip(ops.Block._fields, scales_of(*linears))},
             **{f"{name}_bias": linear.bias for name, linear in named},
             norm_gain=block.norm1.weight, norm_bias=block.norm1.bias,
             ff_gain=block.norm3.weight, ff_bias=block.norm3.bias,
@@ -201,12 +197,12 @@ def step(
     if head is None:
         return out
     norm, linear = head
-    return projected(linear, _normed(norm, out, dtype)).to(out.dtype)
+    return projected(linear, normed(norm, out, dtype)).to(out.dtype)
 
 
 def _step_by_layers(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int, dtype: torch.dtype) -> Tensor:
     for index, block in enumerate(blocks):
-        attn, h = block.attn1, _normed(block.norm1, x, dtype)
+        attn, h = block.attn1, normed(block.norm1, x, dtype)
         k, v = projected(attn.to_k, h), projected(attn.to_v, h)
         if index == len(blocks) - 1:
             x, h = x[:, -outputs:], h[:, -outputs:]

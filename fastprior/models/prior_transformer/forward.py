@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior.kernels import ops
+from fastprior.models.linears import dtype_of
 from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.prior_transformer import cached_blocks, prompt_memory
 from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
@@ -168,15 +169,17 @@ class PriorForward(NoticesForeignStates):
         return prior_latents
 
     def _apply(self, *args, **kwargs):
-        before = self.proj_in.weight.data_ptr()
+        before = self.positional_embedding.data_ptr()
         super()._apply(*args, **kwargs)
-        if self.proj_in.weight.data_ptr() != before:  # offloading moves a model at every call, mostly to where it is
+        if (
+            self.positional_embedding.data_ptr() != before
+        ):  # offloading moves a model at every call, mostly to where it is
             prompt_memory.forget(self)
         return self
 
     @property
     def _weight_dtype(self) -> torch.dtype:
-        return self.proj_in.weight.dtype
+        return dtype_of(self.proj_in, self)
 
     def _count_suffix(self, hidden_states: Tensor | None = None) -> int:
         noisy = 1 if hidden_states is None or hidden_states.dim() == 2 else hidden_states.shape[1]
@@ -302,7 +305,7 @@ class PriorForward(NoticesForeignStates):
         """The residual stream at its start, in fp32 or wider."""
         stream, norm = torch.promote_types(positions.dtype, torch.float32), self.norm_in
         x = tokens.to(stream) + positions.to(stream)
-        return x if norm is None else ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return x if norm is None else cached_blocks.normed(norm, x, stream, self._weight_dtype)
 
     def predict_behind(self, hidden_states: Tensor, time_tokens: Tensor, prefix: Prefix) -> Tensor:
         """Predict from (all samples, …) noisy embeddings behind a prefix, in fp32 or wider."""

@@ -6,9 +6,12 @@ import sys
 from types import MethodType
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from fastprior.models import patches
+from fastprior.models.patches import PRIOR_TRANSFORMER
 from fastprior.models.prior_transformer.forward import PriorForward
+from fastprior.models.prior_transformer.prompt_memory import PROCESSORS
 
 try:
     from diffusers import ModelMixin  # noqa: F401 (re-exported)
@@ -18,6 +21,13 @@ except ImportError:
 
     StockPrior = None
 else:
+    from diffusers.models import activations, attention, attention_processor, embeddings
+
+    STOCK_FORWARD = StockPrior.forward
+    BLOCKS = attention.BasicTransformerBlock, attention.Attention, attention.FeedForward, activations.GELU
+    PROCESSOR_CLASSES = (getattr(attention_processor, name) for name in PROCESSORS)
+    patches.watch(StockPrior, *BLOCKS, embeddings.Timesteps, embeddings.TimestepEmbedding, kind=PRIOR_TRANSFORMER)
+    patches.watch(*PROCESSOR_CLASSES, names=("__call__",), kind=PRIOR_TRANSFORMER)
 
     class PriorTransformer(PriorForward, StockPrior):
         """diffusers' PriorTransformer with our `forward`, `prefill` and `step`; all else is its own."""
@@ -27,6 +37,11 @@ else:
         _supports_gradient_checkpointing = True
         _no_split_modules = ("BasicTransformerBlock",)
         _repeated_blocks = ("BasicTransformerBlock",)
+
+        def predict_whole(self, *given) -> Tensor:
+            if StockPrior.forward is STOCK_FORWARD:
+                return super().predict_whole(*given)
+            return StockPrior.forward(self, *given, return_dict=False)[0]  # which somebody patched
 
 
 Accelerated = TypeVar("Accelerated")

@@ -100,7 +100,7 @@ class PriorTransformer(PriorForward, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.proj_in.weight.device
+        return self.positional_embedding.device
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func=None) -> None:
         """Recompute each block in backward; the function is called with the block and its arguments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import weakref
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
-from fastprior.models import snapshot
+from fastprior.models import patches, snapshot
 from fastprior.models.prior_transformer.cached_blocks import Prefix
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DIM_HEADS, LONGEST_SUFFIX = range(16, 129), 16  # what the kernels take
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 KNOWN = {  # modules that `cached_blocks` runs as they would run themselves
     "torch.nn.modules": "LayerNorm Linear Dropout ModuleList SiLU Mish GELU ReLU",
     "fastprior.models.prior_transformer.blocks": "Block Attention FeedForward GELU TimeFeatures TimeEmbedding",
@@ -50,10 +50,12 @@ def prefix_obstacles(model: nn.Module, suffix: int) -> list[str]:
 
 
 def _each_obstacle(model: nn.Module, suffix: int) -> Iterator[str]:
-    for module in list(model.modules())[1:]:
-        name, processor = type(module).__name__, getattr(module, "processor", None)
-        if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
-            yield f"a {name} has a hook or a replaced forward, which the cached path would not call"
+    yield from itertools.chain(*patches.found())
+    modules = list(model.modules())[1:]
+    for module in patches.touched(modules):
+        yield f"a {type(module).__name__} has a hook or a replaced forward, which the cached path would not call"
+    for module in modules:
+        processor = getattr(module, "processor", None)
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             yield "dropout is active (the model is in training mode)"
         if processor is not None and (

@@ -361,3 +361,29 @@ def test_only_a_functions_own_package_defines_it():
 def test_patches_from_before_the_import_are_found():
     said = subprocess.run([sys.executable, "-c", BEFORE], capture_output=True, text=True, check=True).stdout
     assert "functional.linear is patched" in said and "Linear.forward is patched" in said
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("Attention", dict(dim=32, dim_head=16, heads=2)),
+        ("FeedForward", dict(dim=32)),
+        ("CausalTransformer", dict(dim=32, depth=2, dim_head=16, heads=2)),
+    ],
+    ids=["Attention", "FeedForward", "CausalTransformer"],
+)
+@torch.no_grad()
+def test_blocks_without_their_network_see_patches(name, options):
+    """Right after a call without the patch, and after it was undone."""
+    pytest.importorskip("dalle2_pytorch")
+    torch.manual_seed(0)
+    peer, ours = of_peer(name)(**options).eval(), of_ours(name)(**options).eval()
+    ours.load_state_dict(peer.state_dict())
+    x = torch.randn(2, 5, 32)
+    plain = peer(x)
+    for place in ((F, "linear"), (nn.Linear, "forward")):
+        assert relative_error(ours(x), plain) < TOLERANCE
+        with patched(place):
+            expected, got = peer(x), ours(x)
+        assert relative_error(expected, plain) > 0.01 and relative_error(got, expected) < TOLERANCE
+    assert relative_error(ours(x), plain) < TOLERANCE

@@ -172,6 +172,7 @@ class FeedForward(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        patches.found()  # for `projected`: a block may be called without its network
         norm, expand, *others = self
         x = normed(norm, x, dtype=dtype_of(expand, self))
         for module in (expand, *others):
@@ -289,6 +290,7 @@ class Attention(nn.Module):
         Returns:
             (batch, seq, dim).
         """
+        patches.found()  # for `projected`, `attend`, as above
         h, rotary = self.normed(x), None
         q, (k, v) = self.queries(h), self.keys_values(h)
         foreign = patches.is_patched() or bool(self.strangers())

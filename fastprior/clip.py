@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import zipfile
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -206,6 +207,8 @@ class OpenClipAdapter(BaseClipAdapter):
     Text encodings are the output of `ln_final`, so `dim_text_encodings` is the text tower's width. It differs from
     `dim_latent` in a few models (RN50: 512 and 1024): those can only drive priors without text encodings.
     Raises ImportError without open-clip-torch, ValueError for a text tower without `ln_final` (Hugging Face towers).
+
+    `description` is what `make_adapter` makes the same adapter of, in plain values.
     """
 
     def __init__(
@@ -224,6 +227,8 @@ class OpenClipAdapter(BaseClipAdapter):
         clip, preprocess = _load_open_clip(name, pretrained, **options)
         super().__init__(clip)
         self.name, self.cleared = name, False
+        options = dict(pretrained=pretrained) | ({"force_quick_gelu": True} if quick_gelu else {})
+        self.description = dict(make="open_clip", model=name, base_model_kwargs=options)
         self._captured: dict[int, Tensor | None] = {}  # by thread, so that concurrent calls do not mix
         ln_final = getattr(self._tower, "ln_final", None)
         if ln_final is None:
@@ -330,6 +335,46 @@ class OpenAIClipAdapter(OpenClipAdapter):
     ):
         name = name.replace("@336px", "-336")
         super().__init__(name, pretrained, cache_dir=cache_dir, device=device, force_quick_gelu=True)
+
+
+def make_adapter(
+    make: str = "openai", model: str = "ViT-L/14", base_model_kwargs: Mapping[str, Any] | None = None, **overrides: Any
+) -> BaseClipAdapter:
+    """Make an adapter as configs describe it; `overrides` are kept by those of x-clip and CoCa models.
+
+    make: "openai", "open_clip", "x-clip" or "coca". model: its name, for the first two.
+    base_model_kwargs: arguments of the x-clip or CoCa model, or further ones of the adapter, such as `pretrained`;
+        without it, open_clip takes the last of the model's tags that it lists.
+    Raises ImportError without the package, ValueError where the model or its weights cannot be loaded.
+    """
+    kwargs = dict(base_model_kwargs or {})
+    try:
+        if make == "openai":
+            return OpenAIClipAdapter(model, **kwargs)
+        if make == "open_clip":
+            return OpenClipAdapter(model, **({} if "pretrained" in kwargs else _last_tag(model)), **kwargs)
+        if make == "x-clip":
+            from x_clip import CLIP
+
+            return XClipAdapter(CLIP(**kwargs), **overrides)
+        if make == "coca":
+            from coca_pytorch import CoCa
+
+            return CoCaAdapter(CoCa(**kwargs), **overrides)
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # of arguments, a reader or a network: packages raise whatever these do
+        raise ValueError(f"the CLIP {model!r} of make {make!r} cannot be loaded: {error}") from error
+    raise ValueError(f"make={make!r}; it must be one of 'openai', 'open_clip', 'x-clip', 'coca'")
+
+
+def _last_tag(model: str) -> dict[str, str | None]:
+    if ":" in model:  # hf-hub:owner/model carries its own weights
+        return {"pretrained": None}
+    tags = _import_open_clip().list_pretrained_tags_by_model(model.replace("/", "-"))
+    if not tags:
+        raise ValueError(f"model={model!r}; open_clip lists no weights for it: give them as `pretrained`")
+    return {"pretrained": tags[-1]}
 
 
 def as_clip_adapter(clip: nn.Module, **overrides: Any) -> nn.Module:

@@ -215,6 +215,8 @@ sys.meta_path.insert(0, _PeerFinder())
 
 def check_fits_peer(config: Mapping) -> None:
     """Raise ValueError for a network's arguments that dalle2-pytorch's has no equal of."""
+    if config.get("make") == "prior_transformer":
+        raise ValueError("the network is a PriorTransformer, which dalle2-pytorch has not")
     if not config.get("cosine_sim", True):
         raise ValueError("the network has cosine_sim=False; dalle2-pytorch has cosine similarity attention only")
     for name in ("text_dim", "text_embed_dim", "conditions"):

@@ -28,7 +28,7 @@ except ImportError as error:
 
 import torch
 
-from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
+from fastprior.clip import BaseClipAdapter, make_adapter
 from fastprior.models.dalle2.conditions import Conditions, find
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
@@ -73,28 +73,7 @@ class AdapterConfig(Section):
 
     def create(self, **overrides: Any) -> BaseClipAdapter:
         """The adapter; `overrides` are kept by those of x-clip and CoCa models."""
-        kwargs = self.base_model_kwargs or {}
-        if self.make == "openai":
-            return OpenAIClipAdapter(self.model, **kwargs)
-        if self.make == "open_clip":
-            return OpenClipAdapter(self.model, **({} if "pretrained" in kwargs else self._last_tag()), **kwargs)
-        if self.make == "x-clip":
-            from x_clip import CLIP
-
-            return XClipAdapter(CLIP(**kwargs), **overrides)
-        from coca_pytorch import CoCa
-
-        return CoCaAdapter(CoCa(**kwargs), **overrides)
-
-    def _last_tag(self) -> dict[str, str | None]:
-        if ":" in self.model:  # hf-hub:owner/model carries its own weights
-            return {"pretrained": None}
-        from open_clip import list_pretrained_tags_by_model
-
-        tags = list_pretrained_tags_by_model(self.model.replace("/", "-"))
-        if not tags:
-            raise ValueError(f"model={self.model!r}; open_clip lists no weights for it: give them as `pretrained`")
-        return {"pretrained": tags[-1]}
+        return make_adapter(self.make, self.model, self.base_model_kwargs, **overrides)
 
 
 class DiffusionPriorNetworkConfig(Section):
@@ -431,10 +410,13 @@ class TrainDiffusionPriorConfig(Section):
     @classmethod
     def from_json_path(cls, json_path: str | os.PathLike[str]) -> TrainDiffusionPriorConfig:
         """Read a file. Raises ValueError naming the file and each key that is wrong."""
-        text = Path(json_path).read_text(encoding="utf-8")
+        path = Path(json_path)
+        if not path.is_file():
+            kind = "is a folder" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"{path} {kind}; it must be the JSON file of a training")
         try:
-            return cls.model_validate(json.loads(text))
-        except json.JSONDecodeError as error:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{os.fspath(json_path)}: not valid JSON: {error}") from None
         except ValidationError as error:
             wrong = (f"{_key(e['loc'])}: {_message(e)}" for e in error.errors())

@@ -103,8 +103,9 @@ class LoadReport:
         missing, unexpected: keys that no rule for a known era explains.
         derived: constants that the file lacks, such as rotary frequencies and the tables of the noise schedule.
         guesses: assumptions that make results wrong if they are wrong; also warned of.
+        assumed: arguments that neither weights nor a config show, and their defaults.
         notes: what was converted, and what cannot be seen in weights.
-        metadata: the values given to `save`.
+        metadata: the values given to `save`, and `text_encoder`, what encoded the text in training, where known.
     """
 
     path: str
@@ -117,6 +118,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     derived: list[str] = field(default_factory=list)
     guesses: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metadata: dict = field(default_factory=dict)
 
@@ -126,5 +128,6 @@ class LoadReport:
         lines += [f"architecture: {self.architecture}"]
         named = "missing", "unexpected", "derived"
         lines += [f"{name}: {first_few(keys)}" for name in named if (keys := getattr(self, name))]
-        lines += [f"guess: {guess}" for guess in self.guesses] + [f"note: {note}" for note in self.notes]
+        kinds = dict(guess=self.guesses, assumed=self.assumed, note=self.notes)
+        lines += [f"{kind}: {line}" for kind, found in kinds.items() for line in found]
         return "\n  ".join(lines)

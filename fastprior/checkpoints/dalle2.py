@@ -12,7 +12,9 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,28 +30,33 @@ from fastprior.checkpoints.contents import (
     tensors_under,
     without_wrappers,
 )
-from fastprior.checkpoints.eras import read_config, translate
-from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.checkpoints.eras import contradictions, find_config, overridden, read_config, translate
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.record import FORMAT, make_net, record, unlike_config
 from fastprior.utils import atomic, first_few
-from fastprior.version import __version__
 from fastprior.weight_files.model_files import read_model
 from fastprior.weight_files.safe import HEADER, SharedOnce, version_string
 
-FORMAT = 1  # of our own files
-_ROOT = re.compile(r"(?:(?<=\.)|^)(net\.)?learned_query$")
+_QUERIES = {True: "learned_query", False: "prior.prd_embedding"}  # which a network has; of dalle2-pytorch's, or not
 
 
-def _find_weights(payload: Mapping, weights: str, report: LoadReport) -> Contents:
-    """One prior out of whatever it is nested in; constants that its tensors lack are those of a twin beside it."""
-    flat = dict(flatten(payload))
-    bare = {key[: match.start()]: match[1] is None for key in flat if (match := _ROOT.search(key))}
+def _is_dalle2(net_config: Any) -> bool:
+    return not isinstance(net_config, Mapping) or net_config.get("make") != "prior_transformer"
+
+
+def _find_weights(payload: Mapping, weights: str, query: str, report: LoadReport) -> Contents:
+    """One prior out of whatever it is nested in; constants that its tensors lack are those of a twin beside it.
+
+    query: the end of a key that every network has.
+    """
+    flat, pattern = dict(flatten(payload)), re.compile(rf"(?:(?<=\.)|^)(net\.)?{re.escape(query)}$")
+    bare = {key[: match.start()]: match[1] is None for key in flat if (match := pattern.search(key))}
     if not bare:
         other = " (but a PriorTransformer of diffusers or Karlo, which convert writes to a folder)"
         hint = other if any("prd_emb" in key for key in flat) else ""
         found = first_few(flat or payload) or "nothing"
-        raise ValueError(f"{report.path} holds no diffusion prior{hint}: no key ends in learned_query. Found: {found}")
+        raise ValueError(f"{report.path} holds no diffusion prior{hint}: no key ends in {query}. Found: {found}")
     root, _ = choose_root(flat, bare, weights, report)
     report.kind = "network state dict" if bare[root] else "prior state dict"
     if "optimizer" in payload:
@@ -76,8 +83,10 @@ def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
         raise ValueError(f"{report.path} has format {header.get('format')!r}; this release reads format {FORMAT}")
     given_net, given_prior = read_config(config, report)
     net, prior = read_config(header, report)
-    report.kind, report.version, report.metadata = "fastprior file", header.get("version"), header.get("metadata", {})
+    report.kind = "trainer checkpoint" if report.kind == "trainer checkpoint" else "fastprior file"
+    report.version, report.metadata = header.get("version"), {**header.get("metadata", {}), **report.metadata}
     report.architecture = "recorded" if config is None else "given"
+    report.guesses += overridden(net | prior, given_net | given_prior)
     return net | given_net, prior | given_prior
 
 
@@ -115,19 +124,20 @@ def _build(
     strict: bool,
 ) -> DiffusionPrior:
     """The prior of these arguments and tensors; the weights of the network are random where `report` says missing."""
-    file_dtype = state["net.learned_query"].dtype
+    is_dalle2 = _is_dalle2(net_config)
+    file_dtype = state[f"net.{_QUERIES[is_dalle2]}"].dtype
     if dtype is not None and dtype != file_dtype:
         report.notes.append(f"weights are {file_dtype} in the file, and were cast to {dtype}")
-    with torch.device("meta"):
-        net = DiffusionPriorNetwork(**net_config)
+    with torch.device("meta" if is_dalle2 else "cpu"), torch.random.fork_rng(devices=[]):
+        net = make_net(net_config)  # a PriorTransformer has tensors that no file holds
     prior = DiffusionPrior(net, clip=clip, **prior_config)
     wanted = {key: value for key, value in prior.state_dict().items() if not key.startswith("clip.")}
     complete(state, wanted, "beta_schedule" in prior_config, report)
     _compare(state, wanted, report, strict)
     if any(key.startswith("net.") for key in report.missing):
         with torch.random.fork_rng(devices=[]):
-            prior.net = DiffusionPriorNetwork(**net_config)
-    else:
+            prior.net = make_net(net_config)
+    elif is_dalle2:
         prior.net.to_empty(device="cpu")
     prior.net.to(file_dtype if dtype is None else dtype)
     prior.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
@@ -163,7 +173,8 @@ def load(
             frequencies and tables of the noise schedule are derived.
         config: what weights do not show, as a dict or a JSON file: ours, `{"net": …, "prior": …}`, or DALLE2-pytorch's
             of a training or of a prior. Arguments of the network that it leaves out are inferred; where the file cannot
-            show whether there is a rotary embedding, there is one.
+            show whether there is a rotary embedding, there is one. By default what the file records; else a config.json
+            beside it that is one of these and fits the weights.
         weights: "ema", "model", or "auto" for the EMA where there is one.
         version: the dalle2-pytorch release that trained the weights, where the file does not record it. Releases
             before 1.4.3 had other attention, at times under the same keys.
@@ -181,27 +192,71 @@ def load(
     report = LoadReport(str(path))
     if version is not None and not re.match(r"v?\d+\.\d+", version):
         raise ValueError(f"version={version!r}; it must read like '1.4.2'")
-    payload, header, _, notes = read_model(Path(path))
+    payload, header, file, notes = read_model(Path(path))
     report.notes += notes
-    contents = _find_weights(payload, weights, report)
+    header = payload.get(HEADER) if header is None and isinstance(payload.get(HEADER), Mapping) else header
+    is_dalle2 = header is None or _is_dalle2(header.get("net"))
+    contents = _find_weights(payload, weights, _QUERIES[is_dalle2], report)
     state = contents.tensors
     clip_state = {key[5:]: state.pop(key) for key in list(state) if key.startswith("clip.")}
+    report.version = version or version_string(payload.get("version"))
+    found, where = (None, "") if header or config is not None else find_config(payload.get("config"), file)
+    del payload  # a trainer's is several times the model
+    rest = clip, dtype, strict
+    if found is not None:
+        tried = replace(report, assumed=[f"what {where} says"], guesses=[], notes=[*report.notes], metadata={})
+        try:
+            prior = _make(replace(contents, tensors=dict(state)), None, found, *rest, tried)
+            return _finish(prior, clip_state, tried, device, strict)
+        except ValueError as error:
+            report.guesses.append(f"what weights do not show, as {where} is not used: {error}")
+    return _finish(_make(contents, header, config, *rest, report), clip_state, report, device, strict)
+
+
+def _make(
+    contents: Contents,
+    header: Mapping | None,
+    config: Mapping | str | os.PathLike | None,
+    clip: nn.Module | None,
+    dtype: torch.dtype | None,
+    strict: bool,
+    report: LoadReport,
+) -> DiffusionPrior:
+    """The prior of a file's tensors, by our header, or by the config and what tensors show."""
+    state = contents.tensors
     if header is None:
-        report.version = version or version_string(payload.get("version"))
         state, net_config, prior_config = translate(contents, config, report, strict)
     else:
         net_config, prior_config = _recorded(header, config, report)
-    del payload, contents  # a trainer's is several times the model
-    prior = _build(state, net_config, prior_config, clip, dtype, report, strict)
-    if clip_state and clip is None:
+    shown = dict(state)  # before constants are derived, of layers that the config alone may have
+    try:
+        return _build(state, net_config, prior_config, clip, dtype, report, strict)
+    except TypeError as error:  # of a constructor: a config's values may be of any type
+        raise ValueError(f"{report.path}: its config makes no prior: {error}") from error
+    except ValueError as error:
+        if not (differing := contradictions(shown, net_config, prior_config)):
+            raise
+        source = config if isinstance(config, (str, os.PathLike)) else f"the {report.architecture} config"
+        have, said = (" and ".join(f"{name}={pair[i]}" for name, pair in differing.items()) for i in (0, 1))
+        raise ValueError(
+            f"the weights of {report.path} have {have}, {os.fspath(source)} says {said}: {error}"
+        ) from None
+
+
+def _finish(
+    prior: DiffusionPrior, clip_state: dict[str, Tensor], report: LoadReport, device: str | torch.device, strict: bool
+) -> DiffusionPrior:
+    """The prior with its CLIP's weights and its report, in eval mode on the device."""
+    if clip_state and prior.clip is None:
         report.notes.append(f"{len(clip_state)} tensors of a CLIP were ignored; they need clip=")
     elif clip_state:
         try:
             _fill_clip(prior.clip, clip_state, strict)
         except RuntimeError as error:
-            raise ValueError(f"{path}: its CLIP weights do not fit the clip given ({error})") from error
+            raise ValueError(f"{report.path}: its CLIP weights do not fit the clip given ({error})") from error
     for guess in report.guesses:
-        warnings.warn(f"{path}: assumed {guess}", stacklevel=2)
+        warnings.warn(f"{report.path}: assumed {guess}", stacklevel=3)
+    prior.text_encoder = report.metadata.get("text_encoder")
     prior.load_report = report
     return prior.to(device).eval()
 
@@ -209,13 +264,9 @@ def load(
 # saving
 
 
-def _contents(prior: DiffusionPrior) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a prior without its CLIP, none sharing memory, and its configuration; checked to be loadable."""
-    config = {"net": getattr(prior.net, "config", None), "prior": getattr(prior, "config", None)}
-    for name, part in (("net", prior.net), ("prior", prior)):
-        if not isinstance(config[name], dict):
-            kind = type(part).__name__
-            raise ValueError(f"the {name} is a {kind} without a `config` dict: a file could not tell how to build it")
+def _contents(prior: DiffusionPrior, metadata: Mapping | None = None) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a prior without its CLIP, none sharing memory, and its record; checked to be loadable."""
+    config = record(prior, metadata)
     state, storages = {}, set()
     for key, value in prior.state_dict().items():
         if not key.startswith("clip."):
@@ -225,11 +276,7 @@ def _contents(prior: DiffusionPrior) -> tuple[dict[str, Tensor], dict]:
                 value = value.clone()
             storages.add(value.untyped_storage().data_ptr())
             state[without_wrappers(key)] = value
-    with torch.device("meta"):
-        net = DiffusionPriorNetwork(**config["net"])
-    built = {f"net.{key}": value.shape for key, value in net.state_dict().items()}
-    found = {key: value.shape for key, value in state.items() if key.startswith("net.")}
-    if differing := [key for key in {**found, **built} if found.get(key) != built.get(key)]:
+    if differing := unlike_config(prior.net):
         raise ValueError(f"the network is not what its `config` builds; differing: {first_few(differing)}")
     return state, config
 
@@ -246,13 +293,9 @@ def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | 
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path={os.fspath(path)!r}; it must end in .safetensors")
-    state, config = _contents(prior)
-    try:
-        header = json.dumps({"format": FORMAT, "version": __version__, **config, "metadata": dict(metadata or {})})
-    except TypeError as error:
-        raise TypeError(f"metadata and configuration must be JSON values ({error})") from error
+    state, config = _contents(prior, metadata)
     with atomic(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata={HEADER: header})
+        safetensors.torch.save_file(state, temporary, metadata={HEADER: json.dumps(config)})
 
 
 def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:

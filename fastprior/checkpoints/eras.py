@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
@@ -9,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from fastprior.checkpoints.constants import OLD_SCHEDULE, SCHEDULE, has_rotary, 
 from fastprior.checkpoints.contents import CURRENT, GAMMA, ONE_NULL, UNPADDED, Contents, LoadReport, renamed
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
+from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.record import MADE_BEFORE, TRAINED
 
 # The one map of renames, applied in order to the keys of a prior (`net.…`); None drops the key.
 RENAMES = (
@@ -26,6 +30,11 @@ RENAMES = (
     (r"^net\.null_text_embed$", "net.null_text_encodings"),  # 0.23.1 to 1.8.4
     (r"\.rotary_emb\.(?!freqs$)\w+$", None),  # caches of some releases of rotary-embedding-torch
 )
+# arguments that weights do not show and on which results depend: what was trained, and how samples are made
+UNSEEN = (
+    *TRAINED, "cond_drop_prob", "clamp", "sampling_clamp_l2norm", "sampling_final_clamp_l2norm",
+    "init_image_embed_l2norm",
+)  # fmt: skip
 NULLS = ("null_text_encodings", "null_text_embeds", "null_image_embed")
 
 # Releases before a version computed dot-product attention: the version, and the factor on the relative position bias,
@@ -33,6 +42,13 @@ NULLS = ("null_text_encodings", "null_text_embeds", "null_image_embed")
 DOT_PRODUCT_ERAS = (((0, 16, 1), 1), ((0, 23, 3), 1024), ((1, 4, 3), 128))
 
 _POSITION_BIAS = "net.causal_transformer.rel_pos_bias.relative_attention_bias.weight"
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for cls in (DiffusionPrior, DiffusionPriorNetwork)
+    for name, parameter in inspect.signature(cls).parameters.items()
+} | {"image_embed_scale": "√dim"}
 
 
 def _parameters(cls: type, *left_out: str) -> set[str]:
@@ -65,18 +81,63 @@ def read_config(config: Mapping | str | os.PathLike | None, report: LoadReport) 
             raise ValueError(f"config={os.fspath(config)!r} is not JSON ({error})") from error
     prior = config.get("prior") if isinstance(config, Mapping) else None
     if isinstance(prior, Mapping) and "net" in prior:  # a training's; its other parts are the trainer's
+        data = config.get("data")
+        if isinstance(data, Mapping) and data.get("text_url") is not None:
+            report.metadata["text_encoder"] = MADE_BEFORE
         config, prior = prior, None
     if prior is None:
         config = _checked("config", config, PRIOR_KEYS | {"net", "clip"})
         prior = {key: value for key, value in config.items() if key not in ("net", "clip")}
         if config.get("clip") is not None:
+            report.metadata["text_encoder"] = config["clip"]
             report.notes.append("the config's CLIP was not made; that needs clip=")
     else:
         _checked("config", config, {"format", "version", "net", "prior", "metadata"})
-    net = _checked("config 'net'", config.get("net", {}), NET_KEYS)
+    net = config.get("net", {})
+    is_dalle2 = not isinstance(net, Mapping) or net.get("make") != "prior_transformer"
+    net = _checked("config 'net'", net, NET_KEYS if is_dalle2 else {"make", *_parameters(PriorTransformer)})
     prior = _checked("config 'prior'", prior, PRIOR_KEYS)
     # DALLE2-pytorch's config class makes an absent max_text_len null, which its constructor cannot take
     return {key: value for key, value in net.items() if key != "max_text_len" or value is not None}, dict(prior)
+
+
+def find_config(recorded: Any, path: Path) -> tuple[Mapping | None, str]:
+    """The config that a foreign file at `path` records, or else that of the config.json beside it, and where it is.
+
+    None where there is none that `read_config` could be meant for: other programs write such files too.
+    """
+    beside = path.with_name("config.json")
+    with contextlib.suppress(OSError, ValueError):
+        if recorded is None:
+            recorded = json.loads(beside.read_text(encoding="utf-8"))
+            path = beside
+    prior = recorded.get("prior", recorded) if isinstance(recorded, Mapping) else None
+    net = prior.get("net", recorded.get("net")) if isinstance(prior, Mapping) else None
+    return (recorded, str(path)) if isinstance(net, Mapping) and net.get("dim") else (None, "")
+
+
+def overridden(recorded: Mapping, given: Mapping) -> list[str]:
+    """What a file records of its training, and a config says otherwise."""
+    return [
+        f"{name}={given[name]!r}, as the config says; {recorded[name]!r} was recorded in training"
+        for name in TRAINED
+        if name in recorded and given.get(name) not in (None, recorded[name])
+    ]
+
+
+def contradictions(state: dict[str, Tensor], net: Mapping, prior: Mapping) -> dict[str, tuple]:
+    """Arguments by name that (renamed) weights show to be others than a config says: what they are, and what it says.
+
+    The widths of feed-forwards and the rotation are left out: weights do not show them, or not exactly.
+    """
+    try:
+        shown_net, shown_prior = _infer(dict(state), LoadReport(""))
+    except ValueError:  # damaged
+        return {}
+    shown = {**shown_prior, **shown_net}
+    said = {**prior, **net}
+    left_out = "ff_mult", "rotary_emb", "text_dim", "text_embed_dim"
+    return {n: (shown[n], said[n]) for n in shown if n not in left_out and n in said and shown[n] != said[n]}
 
 
 def _infer(state: dict[str, Tensor], report: LoadReport) -> tuple[dict, dict]:
@@ -204,10 +265,6 @@ def translate(
         report.notes.append(f"dot-product attention, and {factor} times the position bias, as releases of the time had")
     if not given_prior:
         prior["cond_drop_prob"] = 0.1
-        report.notes.append(
-            "weights do not show image_embed_scale, predict_x_start, predict_v, self_cond, clamps and conditional "
-            "dropout: defaults are used, and guidance is allowed (cond_drop_prob=0.1). Give config= for others"
-        )
         if not padded:
             prior["condition_on_text_encodings"] = False
             report.guesses.append("a prior without text encodings, since none were padded before 0.23.1")
@@ -229,5 +286,7 @@ def translate(
         report.notes += problems
         if strict:
             raise ValueError(f"{report.path}: {'; '.join(problems)}. strict=False loads it all the same")
+    if not given_prior:
+        report.assumed += [f"{name}={prior.get(name, _DEFAULTS[name])}" for name in UNSEEN if name not in given_net]
     report.architecture = "inferred" if config is None else "given"
     return state, net, prior

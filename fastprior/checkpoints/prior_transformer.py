@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fastprior.utils import first_few
 from fastprior.weight_files import diffusers_folder
 from fastprior.weight_files.diffusers_folder import CONFIG
 from fastprior.weight_files.model_files import MODEL_NAMES, read_model
-from fastprior.weight_files.safe import read_any_file
+from fastprior.weight_files.safe import HEADER, read_any_file
 
 # The one map of renames, applied in order to the keys of a prior; None drops the key.
 RENAMES = (
@@ -90,9 +91,19 @@ def _read_config(config: Mapping | str | os.PathLike | None) -> dict:
         return {}
     if not isinstance(config, Mapping):
         config = json.loads(Path(config).read_text())
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = _trained_config(config) or {key: value for key, value in config.items() if not key.startswith("_")}
     diffusers_folder.check_config(config, inspect.signature(PriorTransformer).parameters)
     return config
+
+
+def _trained_config(said: Any) -> dict | None:
+    """The constructor's arguments in the record or the config of a training here; None in anything else."""
+    said = said if isinstance(said, Mapping) else {}
+    training = said.get("prior") if isinstance(said.get("prior"), Mapping) else {}
+    net = training.get("net", said.get("net"))
+    if not isinstance(net, Mapping) or net.get("make") != "prior_transformer":
+        return None
+    return {name: value for name, value in net.items() if name not in ("make", "pretrained", "subfolder", "variant")}
 
 
 def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tuple[dict, dict[str, Tensor]]:
@@ -111,6 +122,8 @@ def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tu
     if "model.prd_emb" not in state:
         beside = model.file.with_name(CONFIG)
         report.kind, report.era = "state dict", "diffusers"
+        if (recorded := _trained_config(model.payload.get(HEADER))) is not None:
+            return recorded | config, state
         if not config and not beside.is_file():
             raise ValueError(f"config=None; {path} has no {CONFIG} beside it, so it must be given")
         return _read_config(None if config else beside), state

@@ -17,6 +17,7 @@ import torch
 
 from fastprior.checkpoints import save as save_prior
 from fastprior.peer import PEER_VERSION
+from fastprior.prior.record import entry
 from fastprior.trackers.loggers import BaseLogger, to_json, without_secrets
 from fastprior.trackers.storage import BaseLoader, BaseSaver
 from fastprior.utils import atomic
@@ -249,7 +250,9 @@ class Tracker:
         # never written over: the savers' files may be further names of it
         with atomic(path) as temporary:
             if name == "model.pth":
-                torch.save({**self.save_metadata, "model": sampling_weights(trainer)}, temporary)
+                own = hasattr(trainer, "diffusion_prior")
+                said = entry(trainer.accelerator.unwrap_model(_sampling_prior(trainer))) if own else {}
+                torch.save({**self.save_metadata, **said, "model": sampling_weights(trainer)}, temporary)
             else:
                 metadata = {key: value for key, value in self.save_metadata.items() if key not in RESERVED}
                 trainer.save(temporary, overwrite=True, **{**metadata, **values})

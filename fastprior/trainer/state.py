@@ -15,10 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastprior.optimizer import separate_weight_decayable_params
 from fastprior.peer import PEER_VERSION
+from fastprior.prior.record import TRAINED, entry
 from fastprior.trainer.ema import EMA
 from fastprior.trainer.fsdp import collected, part_like, without_clip
 from fastprior.trainer.stepper import Stepper, check_moments
 from fastprior.version import __version__
+from fastprior.weight_files.safe import HEADER
 
 
 class Training(Protocol):
@@ -47,6 +49,16 @@ def check_plain(value: Any, name: str) -> None:
             check_plain(item, f"{name}[{index}]")
     elif not (torch.is_tensor(value) or type(value) in (type(None), bool, int, float, str, bytes)):
         raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+
+
+def _check_objective(payload: Mapping, prior: nn.Module, source: str) -> None:
+    """Warn where a file was trained for something else than the prior that it is loaded into."""
+    said, own = payload.get(HEADER) or {}, dict(net=getattr(prior.net, "config", {}), prior=prior.config)
+    for section, config in own.items():
+        recorded, config = said.get(section, {}), config if isinstance(config, Mapping) else {}
+        for name in TRAINED:
+            if name in recorded and name in config and recorded[name] != config[name]:
+                warnings.warn(f"{source} was trained with {name}={recorded[name]}; this prior has {config[name]}")
 
 
 def _names(prior: nn.Module) -> dict[Parameter, str]:
@@ -94,6 +106,7 @@ def capture(trainer: Training, generators: list[dict]) -> dict:
     prior, ema, scheduler = trainer.prior, trainer.ema_diffusion_prior, trainer.scheduler
     state = dict(
         fastprior_version=__version__,
+        **entry(prior),
         step=trainer.step.cpu(),
         model=without_clip(prior.state_dict()),
         optimizer=trainer.stepper.named_state(_names(prior)),
@@ -136,6 +149,7 @@ def restore(
     average = _fitting(payload.get("ema_model", model), prior, f"{source}: ema_model", strict)
     is_peers = "fastprior_version" not in payload
     moments = _moments_from_peer(payload, prior, source) if is_peers else payload["optimizer"]["state"]
+    _check_objective(payload, prior, source)
     names = _names(prior)
     check_moments(moments, {name: p for p, name in names.items() if p.requires_grad}, strict)  # the last to raise
 
@@ -219,7 +233,7 @@ def to_peer(trainer: Training) -> dict:
     model = collected(dict(prior.state_dict()), keep)
     payload = dict(
         model=model, optimizer={"state": state, "param_groups": groups}, scheduler=scheduler, warmup_scheduler=None,
-        version=PEER_VERSION, step=trainer.step.cpu(),
+        version=PEER_VERSION, step=trainer.step.cpu(), **entry(prior),
     )  # fmt: skip
     if ema is not None:
         average = collected(dict(ema.ema_model.state_dict()), keep)

@@ -272,8 +272,9 @@ class DiffusionPriorTrainer(nn.Module):
         """All that `load` needs, in plain types and tensors, which are not copied; the CLIP is left out.
 
         Keys: step, model, ema_model and ema (with `use_ema`), optimizer (by name of the parameter), scheduler, rng (of
-        each process; outside `gathered`, of this one), scaler (in fp16), bad_steps, fastprior_version. Under FSDP
-        and ZeRO every process must call, and the main one gets the tensors whole.
+        each process; outside `gathered`, of this one), scaler (in fp16), bad_steps, fastprior_version, and fastprior:
+        how to build the prior, where its network and itself know. Under FSDP and ZeRO every process must call, and the
+        main one gets the tensors whole.
         """
         return capture(self, [rng_state(self.device)]) if self._gathered is None else self._gathered[0]
 

@@ -279,7 +279,8 @@ def test_schedule_is_recognised(tmp_path, schedule, steps):
 def test_what_weights_do_not_show_is_reported(tmp_path):
     prior = load(file_with(tmp_path, make_prior().state_dict()))
     text = str(prior.load_report)
-    assert "image_embed_scale, predict_x_start, predict_v, self_cond" in text and "cond_drop_prob=0.1" in text
+    for line in ("predict_v=False", "predict_x_start=True", "image_embed_scale=√dim", "cond_drop_prob=0.1"):
+        assert f"assumed: {line}\n" in f"{text}\n"
     assert prior.text_cond_drop_prob == prior.image_cond_drop_prob == 0.1
     assert prior.load_report.architecture == "inferred"
 
@@ -307,8 +308,8 @@ def test_config(tmp_path, name, as_file):
     origin = make_prior(prior=UNSEEN["prior"])
     config = configs()[name]
     if as_file:
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        config = str(tmp_path / "config.json")
+        (tmp_path / "given.json").write_text(json.dumps(config))
+        config = str(tmp_path / "given.json")
     path = file_with(tmp_path, origin.state_dict())
     prior = load(path, config=config)
     assert prior.load_report.architecture == "given" and prior.text_cond_drop_prob == 0.2

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fastprior.checkpoints import dalle2 as checkpoint
+from fastprior import __version__
 from fastprior.checkpoints.conversion import convert
 from fastprior.checkpoints.dalle2 import load, save, save_peer
 from helpers.checkpoint_cases import (
@@ -41,7 +41,7 @@ def test_round_trip(tmp_path, net):
     assert prior.config == origin.config and prior.net.config == origin.net.config
     report = prior.load_report
     assert (report.kind, report.architecture, report.metadata) == ("fastprior file", "recorded", metadata)
-    assert report.notes == [] and report.version == checkpoint.__version__
+    assert report.notes == [] and report.version == __version__
     assert_same_samples(prior, origin, cond_scale=2.0)
 
 
@@ -50,7 +50,7 @@ def test_file_records_its_configuration(tmp_path):
     save(origin, tmp_path / "own.safetensors")
     with safe_open(tmp_path / "own.safetensors", "pt") as file:
         header = json.loads(file.metadata()["fastprior"])
-    assert header["format"] == 1 and header["version"] == checkpoint.__version__
+    assert header["format"] == 1 and header["version"] == __version__
     assert header["net"] == origin.net.config and header["prior"] == origin.config
 
 

@@ -103,6 +103,16 @@ def adapter(checkpoints):
 # OpenCLIP
 
 
+def test_a_clip_is_made_again_of_its_description(checkpoints):
+    tokens = make_tokens()
+    for quick in (False, True):
+        adapter = fp.OpenClipAdapter("fp-wide", checkpoints["fp-wide"], force_quick_gelu=quick)
+        again = fp.make_adapter(**json.loads(json.dumps(adapter.description)))
+        assert torch.equal(again.embed_text(tokens).text_embed, adapter.embed_text(tokens).text_embed)
+    with pytest.raises(ValueError, match="the CLIP 'fp-wide' of make 'open_clip' cannot be loaded"):
+        fp.make_adapter("open_clip", "fp-wide", {"pretrained": "no-such-tag"})
+
+
 @pytest.mark.parametrize("suffix", ["", "-custom"], ids=["clip", "custom_text"])
 @pytest.mark.parametrize("name", TEXT_WIDTHS)
 def test_open_clip_matches_peer(peer, checkpoints, name, suffix):

@@ -8,10 +8,16 @@ Ctrl-C and SIGTERM save, and the run goes on from there.
 
 from __future__ import annotations
 
+from fastprior.program import explain_errors, this_program
+
+if __name__ == "__main__":
+    explain_errors()  # those of the imports that follow, too
+
 import argparse
 import contextlib
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -22,9 +28,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+except ImportError as error:
+    raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
 
 from fastprior.dataloaders import PairStream
 from fastprior.dataloaders.files import finite_rows
@@ -33,6 +43,7 @@ from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from fastprior.prior.curves import plot_curves
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.evaluate import evaluate
+from fastprior.prior.record import MADE_BEFORE
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged
@@ -74,11 +85,12 @@ class TrainingRun:
         set_seed(train.random_seed)  # the same weights on every rank
         prior = config.prior.create()
         kinds = {name: spec["kind"] for name, spec in (config.prior.net.conditions or {}).items()}
-        sources = {name: (kinds[name], source) for name, source in (data.conditions or {}).items()}
+        self.conditions = {name: (kinds[name], source) for name, source in (data.conditions or {}).items()}
         urls = data.image_url, data.meta_url, data.text_url, data.encodings_url
         on_fault = dict(on_problem=data.on_problem, on_bad_rows=data.on_bad_rows)
-        self.shards = EmbeddingShards.open(*urls, conditions=sources, **on_fault)
+        self.shards = EmbeddingShards.open(*urls, conditions=self.conditions, **on_fault)
         self._check_data(prior)
+        prior.text_encoder = MADE_BEFORE if config.prior.clip is None else config.prior.clip.model_dump()
         if isinstance(prior.net, PriorTransformerNet):
             self._prepare(prior)
         self.streams = self._streams()
@@ -153,7 +165,13 @@ class TrainingRun:
         return streams
 
     def _resume(self, state: dict) -> None:
-        self.trainer.load(state)
+        try:
+            self.trainer.load(state)
+        except ValueError as error:
+            cure = "take another tracker.data_path, or leave tracker.load out"
+            raise ValueError(
+                f"what tracker.load finds does not fit this config: {error}. To begin anew, {cure}"
+            ) from error
         progress = state.get("progress")
         if progress is None:  # of another trainer: its weights, and a run that begins
             self.accelerator.print(f"resuming the weights of step {int(self.trainer.step)}; the data begins anew")
@@ -205,7 +223,38 @@ class TrainingRun:
         if len(self.streams["test"]):
             self.evaluate("test")
         self._plot()
+        if (command := self.next_command()) is not None:
+            self.accelerator.print(f"measure it on the pairs that it was not trained on with\n  {command}")
         return 0
+
+    def next_command(self) -> str | None:
+        """The command that measures what was saved, the best if there is one, on the pairs behind the training's."""
+        data, train, tracker = self.config.data, self.config.train, self.config.tracker
+        local = [saver for saver in tracker.save if saver.save_to == "local"]
+        saved = [getattr(saver, f"save_{kind}_to", None) for kind in ("best", "latest") for saver in local]
+        saved += [str(Path(tracker.data_path, name)) for name in ("checkpoint.pth", "model.safetensors", "model.pth")]
+        saved = [path for path in saved if path and Path(path).exists()]
+        if not saved:
+            return None
+        argv = ["evaluate", "--checkpoint", saved[0], "--images", data.image_url]
+        if "text" in self.columns or any(kind != "vector" for kind, _ in self.conditions.values()):
+            argv += ["--captions", data.meta_url]
+        if "text_embed" in self.columns:
+            argv += ["--texts", data.text_url]
+        if "text_encodings" in self.columns:
+            argv += ["--encodings", data.encodings_url]
+        for name, (_, source) in self.conditions.items():
+            argv += ["--condition", f"{name}={source}"]
+        trained, pairs = self.streams["train"].stop, min(self.shards.pairs, data.num_data_points)
+        if trained < pairs:
+            argv += ["--skip-pairs", str(trained)]
+        if data.max_eval_pairs is not None and data.max_eval_pairs < pairs - trained:
+            argv += ["--max-pairs", str(data.max_eval_pairs)]
+        argv += ["--timesteps", *map(str, train.eval_timesteps)] if train.eval_timesteps != [64] else []
+        argv += ["--cond-scale", f"{train.eval_cond_scale:g}"] if train.eval_cond_scale != 1 else []
+        argv += ["--on-problem", data.on_problem] if data.on_problem != "error" else []
+        argv += ["--on-bad-rows", data.on_bad_rows] if data.on_bad_rows is not None else []
+        return f"{this_program()} {shlex.join(argv)}"
 
     def _inputs(self, batch: dict) -> dict:
         inputs = {name: batch[name] for name in self.columns}

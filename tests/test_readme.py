@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pkgutil
 import re
 import shlex
@@ -97,17 +98,41 @@ def test_every_path_that_is_named_is_there(peer):
     assert wrong_paths(text) == ["fastprior.demos.synthetic.NoPairs", "fastprior.solvers", "kernels/cpu.py"]
 
 
+def training_commands() -> list[list[str]]:
+    """The lines of the training section, as a shell reads them."""
+    block = README.split("<!-- training commands -->\n```bash\n")[1].split("```")[0]
+    return [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+
+
 def test_commands_of_the_training_section_are_understood():
-    lines = [
-        line.split("#")[0] for line in README.splitlines() if line.startswith(("fastprior ", "accelerate launch "))
-    ]
-    commands = [
-        line.replace("accelerate launch -m fastprior.train_diffusion_prior", "fastprior train") for line in lines
-    ]
-    parsed = [cli.make_parser().parse_args(shlex.split(command)[1:]) for command in commands]
-    assert [arguments.command for arguments in parsed] == ["inspect", "train", "evaluate"]
-    config = TrainDiffusionPriorConfig.from_json_path(ROOT / parsed[1].config_file)
-    assert parsed[2].checkpoint == config.tracker.save[0].save_best_to
+    parsed = [cli.make_parser().parse_args(argv) for program, *argv in training_commands() if program == "fastprior"]
+    assert [arguments.command for arguments in parsed] == ["inspect", "init", "train", "evaluate"]
+
+
+@pytest.mark.slow
+def test_commands_of_the_training_section_run(tmp_path):
+    """As they stand, one after another, on the folders that the quickstart leaves; the training is cut to an epoch."""
+    pytest.importorskip("sklearn")
+    from fastprior.demos import digits
+
+    digits.write_digits(tmp_path / "quickstart-out" / "data", 0)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    printed = {}
+    for _, command, *argv in training_commands():
+        line = [sys.executable, "-m", "fastprior.cli", command, *argv]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        printed[command] = done.stdout
+        if command == "init":
+            path = tmp_path / "runs" / "digits" / "config.json"
+            config = json.loads(path.read_text())
+            assert config["train"]["epochs"] > 1
+            path.write_text(json.dumps(config | {"train": config["train"] | {"epochs": 1}}))
+    assert "pairs             1,797" in printed["inspect"] and "problems          none" in printed["inspect"]
+    assert "359 pairs, ema weights of runs/digits/best.pth" in printed["evaluate"]
+    said = shlex.split(printed["train"].splitlines()[-1])
+    (skipped,) = [argv[-1] for _, command, *argv in training_commands() if command == "evaluate"]
+    assert said[said.index("--skip-pairs") + 1] == skipped
 
 
 def test_every_option_of_the_configs_is_explained():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastprior.cli.common import add_command, add_device_option
+from fastprior.cli.common import add_command, add_config_option, add_device_option
 
 DTYPES = "float32", "bfloat16", "float16"
 QUANTISED = "int8", "float8"
@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = add_command(subparsers, "bench", run, summary)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a prior's file, or a folder of diffusers")
-    add("--config", metavar="FILE.json", help="where a file holds none")
+    add_config_option(parser)
     add("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
     add("--timesteps", type=int, help="(64; of diffusers 25)")
     add("--cond-scale", type=float, help="guidance; 1 is none (1; of diffusers 4)")

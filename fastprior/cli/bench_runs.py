@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import fastprior
 from fastprior.batches import map_rows
-from fastprior.cli.common import device_of
+from fastprior.cli.common import device_of, load_prior
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.peer import check_fits_peer
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         pipeline, peer = _pipeline(args, device)
         make = partial(_pipeline_runs, pipeline, peer, args)
     else:
-        prior = fastprior.load(args.checkpoint, config=args.config).to(device).eval()
+        prior = load_prior(args)
         peer = None if args.no_peer else _peer(prior, device)
         make = partial(_sampler_runs, prior, peer, args)
     bandwidth = read_bandwidth(device)

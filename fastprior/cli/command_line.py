@@ -8,12 +8,12 @@ import sys
 import warnings
 from typing import NoReturn
 
-from fastprior.cli import bench, convert, evaluate, info, inspect, quickstart, sample, train
+from fastprior.cli import bench, convert, evaluate, info, init, inspect, quickstart, sample, train
 from fastprior.cli.common import brief, say
 from fastprior.version import __version__
 
 # What takes long to import (torch above all) commands import when they run: --help needs none of it.
-COMMANDS = info, quickstart, sample, convert, inspect, train, evaluate, bench
+COMMANDS = info, quickstart, sample, convert, inspect, init, train, evaluate, bench
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fastprior
+from fastprior.program import brief, say, this_program
 
 if TYPE_CHECKING:
     from fastprior import DiffusionPrior
+
+__all__ = ["brief", "say", "this_program"]  # for commands
 
 
 def add_command(
@@ -24,30 +23,6 @@ def add_command(
     parser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     parser.set_defaults(run=run)
     return parser
-
-
-def brief(text: str, width: int = 1000) -> str:
-    """A text on one line, of at most so many characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else f"{text[: width - 2]} …"
-
-
-def say(kind: str, message: object) -> None:
-    """Print one line on stderr, whatever the message looks like."""
-    if isinstance(message, OSError) and message.strerror and message.filename is not None:
-        message = f"{message.filename}: {message.strerror}"  # without a number that means nothing to a user
-    print(": ".join(filter(None, ("fastprior", kind, brief(str(message))))), file=sys.stderr)
-
-
-def this_program() -> str:
-    """How a user of this environment starts the command line: for commands that are printed to be copied."""
-    script = Path(sys.executable).with_name("fastprior")
-    if not script.exists():
-        return f"{shlex.quote(sys.executable)} -m fastprior.cli"
-    on_path = shutil.which("fastprior")
-    if on_path and os.path.samefile(on_path, script):
-        return "fastprior"
-    return shlex.quote(min((str(script), os.path.relpath(script)), key=len))
 
 
 def seed(text: str) -> int:
@@ -79,9 +54,17 @@ def device_of(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    what = "the config it was trained with, where the file records none and no config.json lies beside it"
+    parser.add_argument("--config", metavar="FILE.json", help=what)
+
+
 def add_clip_options(parser: argparse.ArgumentParser) -> None:
     """Add what `load_prior` reads besides the checkpoint."""
-    parser.add_argument("--clip-model", metavar="NAME", help="OpenCLIP model to encode captions with")
+    add_config_option(parser)
+    parser.add_argument(
+        "--clip-model", metavar="NAME", help="OpenCLIP model to encode captions with; by default that of the training"
+    )
     parser.add_argument("--clip-pretrained", metavar="FILE", help="its weights: a file, or a tag of OpenCLIP")
     add_device_option(parser)
 
@@ -97,10 +80,16 @@ def _load_clip(args: argparse.Namespace, device: str):
 
 
 def load_prior(args: argparse.Namespace, weights: str = "auto") -> DiffusionPrior:
-    """The prior of `--checkpoint` on the device, with the CLIP that the options name, if they do."""
+    """The prior of `--checkpoint` on the device, with the CLIP that the options name, if they do.
+
+    What was assumed of it is printed.
+    """
     device = device_of(args)
-    clip = _load_clip(args, device) if args.clip_model else None
-    return fastprior.load(args.checkpoint, weights=weights, clip=clip, device=device)
+    clip = _load_clip(args, device) if getattr(args, "clip_model", None) else None
+    prior = fastprior.load(args.checkpoint, config=args.config, weights=weights, clip=clip, device=device)
+    for assumed in prior.load_report.assumed:
+        say("note", f"assumed of {args.checkpoint}: {assumed}")
+    return prior
 
 
 def check_clip_and_out(args: argparse.Namespace) -> None:
@@ -121,13 +110,50 @@ def is_of_digits(prior: DiffusionPrior) -> bool:
 
 
 def need_clip(prior: DiffusionPrior, checkpoint: str, embeddings: str) -> None:
-    """Give the quickstart's prior its CLIP; ValueError, naming the options for embeddings, where another has none."""
-    if prior.clip is None and is_of_digits(prior):
-        from fastprior.demos import digits
+    """Give a prior the CLIP that it was trained with, where its file says which, and weights can be had.
 
-        prior.clip = digits.DigitsClip()
-    if prior.clip is None:
+    Raises ValueError, naming the options for embeddings, where they cannot.
+    """
+    from fastprior.clip import make_adapter
+    from fastprior.demos import digits
+    from fastprior.prior.record import MADE_BEFORE
+
+    if prior.clip is not None:
+        return
+    encoder = digits.NAME if is_of_digits(prior) else prior.text_encoder
+    described = dict(encoder) if isinstance(encoder, Mapping) else {}
+    options = f"give --clip-model and --clip-pretrained, or embeddings with {embeddings}"
+    if encoder == digits.NAME:
+        clip = digits.DigitsClip()
+    elif described.get("make", "openai") in ("openai", "open_clip") and described:
+        say("note", f"captions are encoded by the CLIP of the training, {described.get('model')}")
+        clip = make_adapter(**described).to(prior.device)
+    elif described == MADE_BEFORE:
+        raise ValueError(f"{checkpoint} was trained on text embeddings made before it, of a CLIP not named: {options}")
+    elif described:
+        make = described["make"]
         raise ValueError(
-            f"{checkpoint} does not say how to encode captions: give --clip-model and --clip-pretrained, or "
-            f"embeddings with {embeddings}"
+            f"{checkpoint} was trained with a CLIP of make {make!r}, whose weights it does not hold: {options}"
         )
+    else:
+        raise ValueError(f"{checkpoint} does not say how to encode captions: {options}")
+    if clip.dim_latent != prior.image_embed_dim:
+        widths = f"{clip.dim_latent}; embeddings are {prior.image_embed_dim} wide"
+        raise ValueError(f"{checkpoint} names a CLIP that embeds in {widths}: {options}")
+    prior.clip = clip
+
+
+def clip_retrieval_folders(folder: str, meta: str | None, text: str | None) -> tuple[str, str | None, str | None]:
+    """Where images, captions and text embeddings are: clip-retrieval makes a folder of each in its output folder."""
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(folder)
+    if not fs.isdir(f"{root}/img_emb"):
+        return folder, meta, text
+    inside = {name: f"{folder.rstrip('/')}/{name}" for name in ("metadata", "text_emb") if fs.isdir(f"{root}/{name}")}
+    return f"{folder.rstrip('/')}/img_emb", meta or inside.get("metadata"), text or inside.get("text_emb")
+
+
+def absolute(url: str) -> str:
+    """A path from the root, so that it holds in any working directory; urls as they are."""
+    return url if "://" in url else str(Path(url).absolute())

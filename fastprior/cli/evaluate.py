@@ -28,7 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add("--timesteps", type=int, nargs="+", default=[64], metavar="N", help="sampling steps (64)")
     add("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
-    add("--max-pairs", type=int, metavar="N", help="use the first N pairs only")
+    add("--skip-pairs", type=int, default=0, metavar="N", help="leave out the first N pairs, as those of a training")
+    add("--max-pairs", type=int, metavar="N", help="use the first N pairs of the rest only")
+    add("--on-problem", choices=("error", "skip"), default="error", help="with missing or damaged files (%(default)s)")
     add("--on-bad-rows", choices=("error", "skip"), help="about embeddings that are not finite; skip leaves pairs out")
     add("--batch-size", type=int, default=128, help="(%(default)s)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
@@ -44,8 +46,9 @@ def _check(args: argparse.Namespace) -> None:
     for name, value in (("--batch-size", args.batch_size), ("--max-pairs", args.max_pairs)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: it must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: it must not be negative")
+    for name, value in (("--seed", args.seed), ("--skip-pairs", args.skip_pairs)):
+        if value < 0:
+            raise ValueError(f"{name} {value}: it must not be negative")
     common.check_clip_and_out(args)
 
 
@@ -68,10 +71,16 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         common.say("note", f"no --condition for {', '.join(missing)}: counted as missing")
     urls = args.images, args.captions, args.texts, args.encodings
-    shards = EmbeddingShards.open(*urls, conditions=conditions, on_bad_rows=args.on_bad_rows)
+    on_fault = dict(on_problem=args.on_problem, on_bad_rows=args.on_bad_rows)
+    shards = EmbeddingShards.open(*urls, conditions=conditions, **on_fault)
+    if args.skip_pairs >= shards.pairs:
+        raise ValueError(
+            f"--skip-pairs {args.skip_pairs}: it must be less than the {shards.pairs} pairs that there are"
+        )
     unused = {"text", *conditions} if args.texts else {*conditions}
-    pairs = min(shards.pairs, args.max_pairs or shards.pairs)
-    stream = PairStream(shards, start=0, stop=pairs, batch_size=args.batch_size, drop_last=False)
+    start = args.skip_pairs
+    pairs = min(shards.pairs - start, args.max_pairs or shards.pairs)
+    stream = PairStream(shards, start=start, stop=start + pairs, batch_size=args.batch_size, drop_last=False)
     bar = tqdm(stream, desc="evaluating", unit="batch", disable=not sys.stderr.isatty())
     batches = (
         {name: value for name, value in batch.items() if name not in unused}
@@ -87,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {name:<{width}}  {value:>8.4f}  {METRICS['loss' if kind.endswith('-loss') else kind]}")
     if args.out:
         report = dict(fastprior=__version__, checkpoint=str(args.checkpoint), weights=prior.load_report.weights)
-        report.update(cond_scale=args.cond_scale, seed=args.seed, pairs=pairs, metrics=metrics)
+        report.update(cond_scale=args.cond_scale, seed=args.seed, skipped=start, pairs=pairs, metrics=metrics)
         with atomic(args.out) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"\nwrote {args.out}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fastprior.cli.common import add_command
+from fastprior.cli.common import add_command, clip_retrieval_folders
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the report: 0, or 1 where there is a problem."""
     from fastprior.dataloaders import EmbeddingShards
 
-    image, meta, text = _folders(args.folder, args.meta, args.text)
+    image, meta, text = clip_retrieval_folders(args.folder, args.meta, args.text)
     options = dict(file_format=args.format, caption_column=args.caption_column, on_problem="skip", on_bad_rows="skip")
     try:
         shards = EmbeddingShards.open(image, meta, text, args.encodings, **options)
@@ -43,14 +43,3 @@ def run(args: argparse.Namespace) -> int:
             print(f"{'bad rows':<17} none of all")
         bad = len(counts)
     return 1 if shards.problems or bad else 0
-
-
-def _folders(folder: str, meta: str | None, text: str | None) -> tuple[str, str | None, str | None]:
-    """Where images, captions and text embeddings are: clip-retrieval makes a folder of each in its output folder."""
-    import fsspec
-
-    fs, root = fsspec.core.url_to_fs(folder)
-    if not fs.isdir(f"{root}/img_emb"):
-        return folder, meta, text
-    inside = {name: f"{folder.rstrip('/')}/{name}" for name in ("metadata", "text_emb") if fs.isdir(f"{root}/{name}")}
-    return f"{folder.rstrip('/')}/img_emb", meta or inside.get("metadata"), text or inside.get("text_emb")

@@ -108,10 +108,11 @@ class DigitsClip(BaseClipAdapter):
 
 
 def write_digits(folder: Path, seed: int) -> None:
-    """Write scikit-learn's 1,797 digits, shuffled, as shards of image embeddings and captions.
+    """Write scikit-learn's 1,797 digits, shuffled, as shards of embeddings and captions.
 
-    `folder/img_emb/img_emb_<i>.npy` holds (rows, 64) fp32 and `folder/metadata/metadata_<i>.parquet` the columns
-    `image_path` (the image's index in the bundle) and `caption`, as clip-retrieval writes them.
+    `folder/img_emb/img_emb_<i>.npy` and `folder/text_emb/text_emb_<i>.npy` hold (rows, 64) fp32 and
+    `folder/metadata/metadata_<i>.parquet` the columns `image_path` (the image's index in the bundle) and `caption`, as
+    clip-retrieval writes them; `folder/text_encodings/text_encodings_<i>.npy` holds (rows, 8, 64) fp32.
     """
     import pandas as pd
     from sklearn.datasets import load_digits
@@ -119,15 +120,19 @@ def write_digits(folder: Path, seed: int) -> None:
     bundle = load_digits()
     rng = np.random.default_rng(seed)
     images = torch.from_numpy(bundle.images).float()[:, None] / 16
-    embeds = DigitsClip().embed_image(images).image_embed.numpy()
+    clip = DigitsClip()
+    embeds = clip.embed_image(images).image_embed.numpy()
     phrasings = rng.integers(len(PHRASINGS), size=len(embeds))
     captions = [PHRASINGS[p].format(NUMBERS[digit]) for p, digit in zip(phrasings, bundle.target)]
     table = pd.DataFrame({"image_path": [f"load_digits/{i}" for i in range(len(embeds))], "caption": captions})
-    for kind in ("img_emb", "metadata"):
+    text = (t.numpy() for t in clip.embed_text(clip.tokenize(captions)))
+    arrays = dict(zip(("img_emb", "text_emb", "text_encodings"), (embeds, *text)))
+    for kind in (*arrays, "metadata"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for shard, rows in enumerate(np.array_split(rng.permutation(len(embeds)), SHARDS)):
-        with atomic(folder / "img_emb" / f"img_emb_{shard}.npy") as path, open(path, "wb") as file:
-            np.save(file, embeds[rows])
+        for kind, array in arrays.items():
+            with atomic(folder / kind / f"{kind}_{shard}.npy") as path, open(path, "wb") as file:
+                np.save(file, array[rows])
         with atomic(folder / "metadata" / f"metadata_{shard}.parquet") as path:
             table.iloc[rows].to_parquet(path, index=False)
 

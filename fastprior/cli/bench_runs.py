@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastprior.batches import map_rows
 from fastprior.cli.common import device_of, load_prior
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.engine.shapes import can_compile
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.peer import check_fits_peer
 from fastprior.pipelines.prior_pipeline import PriorPipeline
@@ -92,7 +93,7 @@ def _sampler_runs(prior: DiffusionPrior, peer, args: argparse.Namespace, batch: 
     """Runs of a PriorSampler on random captions of full length."""
     sampler = PriorSampler(
         prior, batch_sizes=(batch,), timesteps=args.timesteps, dtype=getattr(torch, args.dtype),
-        guidance=args.cond_scale != 1, compile=not args.eager, quantise=args.quantise,
+        guidance=args.cond_scale != 1, compile=not args.eager and can_compile(prior.device), quantise=args.quantise,
     )  # fmt: skip
     sampler.warmup()
     draw, net = torch.Generator().manual_seed(batch), prior.net
@@ -106,7 +107,9 @@ def _sampler_runs(prior: DiffusionPrior, peer, args: argparse.Namespace, batch: 
 
 def _pipeline(args: argparse.Namespace, device: torch.device) -> tuple[PriorPipeline, object]:
     """The pipeline of a whole folder, or of a prior's alone, and diffusers' model of the same weights."""
-    options = dict(compile=not args.eager, batch_sizes=tuple(args.batch_size), quantise=args.quantise)
+    options = dict(
+        compile=not args.eager and can_compile(device), batch_sizes=tuple(args.batch_size), quantise=args.quantise
+    )
     dtype, folder = getattr(torch, args.dtype), Path(args.checkpoint)
     if (folder / "prior").is_dir():
         pipeline = PriorPipeline.from_pretrained(folder, dtype=dtype, device=device, **options)

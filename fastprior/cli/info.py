@@ -6,8 +6,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import shutil
-import sys
 from pathlib import Path
 
 from fastprior.cli.common import add_command
@@ -53,6 +51,7 @@ def _fast_paths() -> list[tuple[str, str]]:
     import torch
 
     from fastprior import DiffusionPrior, DiffusionPriorNetwork
+    from fastprior.engine.shapes import cpp_compiler
     from fastprior.kernels import ops
     from fastprior.kernels.cpu import blocks, library
 
@@ -64,8 +63,7 @@ def _fast_paths() -> list[tuple[str, str]]:
         ("null table", f"{'on' if plan.guidance == 'null table' else 'off'}, for guidance without self-conditioning"),
     ]
 
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    where = shutil.which(compiler)
+    compiler, where = cpp_compiler()
     found = f"available on the CPU, C++ compiler {where}" if where else f"not on the CPU, no C++ compiler {compiler}"
     rows.append(("torch.compile", f"{found}; PriorSampler compiles steps that are no calls of C"))
 

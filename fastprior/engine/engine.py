@@ -28,7 +28,7 @@ class Engine:
     Args:
         device: where the model lies.
         batch_sizes: numbers of prompts that compiled and captured steps run.
-        compile: use torch.compile for steps.
+        compile: use torch.compile for steps; None: where it has the compiler that it needs.
         graphs: replay CUDA graphs; by default on CUDA. False after a capture that failed.
         graph_memory: bytes that they may hold, without limit by default, see `GraphCache`.
 
@@ -47,7 +47,7 @@ class Engine:
         device: torch.device,
         batch_sizes: Sequence[int] = shapes.BATCH_SIZES,
         *,
-        compile: bool = False,
+        compile: bool | None = False,
         graphs: bool | None = None,
         graph_memory: int | None = None,
     ):
@@ -94,6 +94,8 @@ class Engine:
 
         Steps of another model are dropped; `options` are torch.compile's.
         """
+        if self.compile is None:
+            self.compile = shapes.can_compile(self.clock.device)
         if not self.compile:
             return step
         if model is not self._model:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 
@@ -28,6 +33,22 @@ def parts(batch_sizes: Sequence[int], prompts: int) -> Iterator[tuple[slice, int
 def text_length(tokens: int, longest: int) -> int:
     """The length that a text is padded to: 16, 32, 48, …, or the longest there is."""
     return min(-(-tokens // TEXT_TOKENS) * TEXT_TOKENS, longest)
+
+
+def cpp_compiler() -> tuple[str, str | None]:
+    """The C++ compiler that torch.compile takes on the CPU, and where it is; None where it is not there."""
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return name, shutil.which(shlex.split(name)[0])
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs for a device; a warning says so where it has not."""
+    name, found = cpp_compiler()
+    if found or device.type != "cpu":
+        return True
+    message = f"steps run eagerly, and slower: torch.compile needs a C++ compiler, and {name} is none (CXX names it)"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return False
 
 
 def compiled(function: Callable, **kwargs) -> Callable:

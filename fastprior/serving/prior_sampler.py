@@ -49,7 +49,8 @@ class PriorSampler:
             differ too much from those of the prior as it is: over 16 prompts, without guidance and (where prepared for)
             with a scale of 3, their cosine must be 0.999 in the median and 0.995 at worst.
         quality_prompts: `text_embed` and `text_encodings` of other prompts to judge that by, better than random ones.
-        compile: use torch.compile; off, the same steps run eagerly. Steps that are calls of C need neither.
+        compile: use torch.compile, by default where it has the compiler that it needs; off, the same steps run eagerly.
+            Steps that are calls of C need neither.
         graphs: capture prefill and step of each batch size as CUDA graphs, by default on CUDA. Where a capture fails, a
             warning says why, and all runs go on without.
         graph_memory: bytes that graphs may hold; without limit by default. A capture that takes them over it drops
@@ -77,7 +78,7 @@ class PriorSampler:
         dtype: torch.dtype | None = None,
         quantise: str | None = None,
         quality_prompts: Mapping[str, Tensor] | None = None,
-        compile: bool = True,
+        compile: bool | None = None,
         graphs: bool | None = None,
         graph_memory: int | None = None,
     ):

@@ -117,6 +117,18 @@ def test_threads_get_their_own_results():
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
+def test_without_a_cpp_compiler_steps_run_eagerly(monkeypatch):
+    """What torch.compile would raise at the first call is said once; asked for by name, it is raised."""
+    prior, text = make_prior(dict(self_cond=True)), make_text(2, 32)
+    options = dict(batch_sizes=(2,), timesteps=4)
+    wanted = call(PriorSampler(prior, compile=False, **options), text)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    sampler = PriorSampler(prior, **options)
+    with pytest.warns(RuntimeWarning, match="run eagerly.*no-such-compiler") as said:
+        got = [call(sampler, text) for _ in range(2)]
+    assert len(said) == 1 and all(torch.equal(each, wanted) for each in got)
+
+
 def test_warmup_leaves_the_global_generator_alone():
     sampler = PriorSampler(make_prior(), batch_sizes=(1,), timesteps=4, compile=False)
     before = torch.get_rng_state()

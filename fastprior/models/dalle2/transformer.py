@@ -355,7 +355,7 @@ class CausalTransformer(nn.Module):
                 cosine=attn.cosine_sim, bias=cache.bias, dropout=attn.dropout_rate,
             )  # fmt: skip
             if fused:
-                x = ff.fused(attn.to_out[0](out), stream=x, stream_gain=attn.to_out[1].g)
+                x = ff.fused(projected(attn.to_out[0], out), stream=x, stream_gain=attn.to_out[1].g)
             else:
                 x = attn.projected(out, residual=x)
                 x = ff(x) + x

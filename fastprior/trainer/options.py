@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
+from fastprior.models.patches import Same
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.trainer.ema import EMA
 
@@ -83,4 +84,4 @@ def recompute_activations(prior: DiffusionPrior) -> None:
         raise ValueError(f"checkpoint_activations=True needs a net with a causal_transformer; this is a {kind}")
     for attention, feed_forward in layers:
         attention.attend = functools.partial(checkpoint, attention.attend, use_reentrant=False)
-        feed_forward.forward = functools.partial(checkpoint, feed_forward.forward, use_reentrant=False)
+        feed_forward.forward = Same(checkpoint, feed_forward.forward, use_reentrant=False)

@@ -430,7 +430,12 @@ def test_interrupt_while_torch_is_imported(tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     argv = [sys.executable, "-m", "fastprior.cli", "info"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heed():  # what runs in the background may have been started to ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(argv, env=environment, preexec_fn=heed, **pipes) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=30)[1] == "fastprior: interrupted\n" and process.returncode == 130

@@ -368,14 +368,14 @@ def test_a_run_of_one_prompt_waits_for_no_thread_of_pytorch(monkeypatch, how):
 
     monkeypatch.setattr(cpu_library, "is_watched", lambda: False)  # the mode below would keep kernels away
     length = min(77, MANY - 4)  # more tokens than C takes are PyTorch's, on all threads
-    prior = make_prior(dict(dim=512, dim_head=64, heads=8, max_text_len=length, num_timesteps=20))
-    text = make_text(1, 512, length)
+    prior = make_prior(dict(dim=1536, dim_head=64, heads=8, max_text_len=length, num_timesteps=20))
+    text = make_text(1, 1536, length)
     with threads(2):
         sampler = PriorSampler(prior, batch_sizes=(1,), timesteps=9) if how == "sampler" else None
 
         def run():
             if sampler is None:
-                return prior.p_sample_loop((1, 512), text, timesteps=9, progress=False)
+                return prior.p_sample_loop((1, 1536), text, timesteps=9, progress=False)
             return sampler(**text)
 
         run()

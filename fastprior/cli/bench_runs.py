@@ -26,6 +26,7 @@ from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.serving.measure import read_bandwidth, seconds
 from fastprior.serving.prior_sampler import PriorSampler
+from fastprior.weight_files.model_files import MODEL_NAMES
 
 PEER_STEPS = 5  # evaluations of the peer are all alike: a few are timed
 FAMILIES = {"dalle2-pytorch": (64, 1.0), "diffusers": (25, 4.0)}  # by peer: steps and guidance that are usual
@@ -39,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     and "launches" of kernels are those of a step: none on the CPU, where linears, or all of them, are calls of C.
     """
     device = torch.device(device_of(args))
-    name = "diffusers" if Path(args.checkpoint).is_dir() else "dalle2-pytorch"
+    folder = Path(args.checkpoint)
+    is_training = any((folder / name).is_file() for name in MODEL_NAMES)  # accelerate's folder, or a Trainer's
+    name = "diffusers" if folder.is_dir() and not is_training else "dalle2-pytorch"
     steps, scale = FAMILIES[name]
     args.timesteps = steps if args.timesteps is None else args.timesteps
     args.cond_scale = scale if args.cond_scale is None else args.cond_scale

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -541,3 +542,12 @@ def test_bench_of_a_folder_without_a_prior(tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
     assert cli.main(["bench", "--checkpoint", str(tmp_path), "--config", "some.json"]) != 0
     assert "--config some.json" in capsys.readouterr().err
+
+
+def test_bench_of_a_folder_of_a_training(tmp_path, capsys):
+    """As accelerate's save_model writes it."""
+    safetensors.torch.save_model(priors.make_prior(timesteps=30), str(tmp_path / "model.safetensors"))
+    options = ["--timesteps", "3", "--runs", "1", "--batch-size", "1", "--eager", "--no-peer"]
+    assert cli.main(["bench", "--checkpoint", str(tmp_path), *options]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "dalle2-pytorch: not measured" in "".join(out) and out[-1].split()[0] == "1"

@@ -33,7 +33,8 @@ def this_program() -> str:
     on_path = shutil.which("fastprior")
     if on_path and os.path.samefile(on_path, script):
         return "fastprior"
-    return shlex.quote(min((str(script), os.path.relpath(script)), key=len))
+    relative = os.path.relpath(script)
+    return shlex.quote(str(script) if relative.startswith(os.pardir) else relative)
 
 
 def explain_errors() -> None:

@@ -100,6 +100,7 @@ def test_the_program_that_printed_commands_name(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(environment))
     assert common.this_program() == "fastprior"
     monkeypatch.setenv("PATH", str(elsewhere))
+    monkeypatch.chdir(elsewhere)
     assert shlex.split(common.this_program()) == [str(environment / "fastprior")]
     monkeypatch.chdir(tmp_path)
     assert shlex.split(common.this_program()) == ["my env/bin/fastprior"]

@@ -29,6 +29,7 @@ def run(code: str, cwd: Path) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_importing_takes_no_torch_and_every_name_is_there():
     found = run(
         """if True:

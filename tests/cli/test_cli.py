@@ -23,6 +23,7 @@ from fastprior.demos import digits
 from fastprior.kernels import ops
 from fastprior.prior import plan
 from helpers import ROOT, priors, pt_cases
+from helpers.command_line import error_of, run
 
 
 def make_prior(dim=64, length=8, **options):
@@ -46,22 +47,6 @@ def files(tmp_path_factory):
     (folder / "junk").write_bytes(b"junk")
     (folder / "junk.safetensors").write_bytes(b"junk")
     return folder
-
-
-def run(capsys, *argv):
-    """Status, stdout, stderr."""
-    try:
-        status = cli.main([str(arg) for arg in argv])
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
-def error_of(capsys, *argv):
-    """The one line that a user's error prints."""
-    status, out, err = run(capsys, *argv)
-    assert status == 2 and err.startswith("fastprior: error: ") and err.count("\n") == 1, (status, out, err)
-    return err
 
 
 # help and info

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import fastprior
-from fastprior.cli import command_line as cli
 from fastprior.demos import digits
 from fastprior.prior.evaluate import evaluate
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from helpers import ROOT
+from helpers.command_line import error_of, run
 from helpers.priors import WordClip, make_prior
 
 pytest.importorskip("accelerate")
@@ -59,22 +59,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def call(capsys, *argv):
-    try:
-        status = cli.main([str(arg) for arg in argv])
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
-def error_of(capsys, *argv) -> str:
-    status, out, err = call(capsys, *argv)
-    assert status == 2 and err.startswith("fastprior: error: ") and err.count("\n") == 1, (status, out, err)
-    return err
-
-
 def init(capsys, run_folder, *argv) -> dict:
-    status, out, err = call(capsys, "init", run_folder, *argv)
+    status, out, err = run(capsys, "init", run_folder, *argv)
     assert status == 0, err
     path = run_folder / "config.json"
     assert f"wrote {path}; train with\n" in out and out.endswith(f" train --config_file {path}\n")
@@ -103,7 +89,7 @@ def test_captions_ask_for_the_clip_of_their_width(capsys, data, tmp_path):
     write(tmp_path, "img_emb", unit(100, 512))
     captions(tmp_path, 100)
     folders = "--images", tmp_path / "img_emb", "--captions", tmp_path / "metadata"
-    status, _, err = call(capsys, "init", tmp_path / "run", *folders)
+    status, _, err = run(capsys, "init", tmp_path / "run", *folders)
     assert status == 0 and "assumed that ViT-B-32 (openai) made the images" in err
     prior = json.loads((tmp_path / "run" / "config.json").read_text())["prior"]
     clip = dict(make="open_clip", model="ViT-B-32", base_model_kwargs=dict(pretrained="openai"))
@@ -203,11 +189,11 @@ def test_a_training_on_captions_says_which_clip(capsys, tmp_path, monkeypatch):
     )
     (tmp_path / "config.json").write_text(json.dumps(train_config(tmp_path, tmp_path / "run", changes)))
     monkeypatch.chdir(tmp_path)
-    status, out, err = call(capsys, "train", "--config_file", "config.json")
+    status, out, err = run(capsys, "train", "--config_file", "config.json")
     assert status == 0, err
     argv = shlex.split(out.splitlines()[-1].partition(" evaluate ")[2])
     assert argv[:2] == ["--checkpoint", "l.pth"] and "--captions" in argv and argv[-4:-2] == ["--skip-pairs", "51"]
-    status, out, err = call(capsys, "evaluate", *argv)
+    status, out, err = run(capsys, "evaluate", *argv)
     assert status == 0 and out.startswith("13 pairs") and "encoded by the CLIP of the training, M" in err
     assert made == [("open_clip", "M", dict(pretrained="P"))] * 2
 
@@ -228,7 +214,7 @@ FOLDERS = {"--images": "img_emb", "--texts": "text_emb", "--encodings": "tokens"
 def losses(capsys, tmp_path, path, data, *options) -> tuple[dict, str]:
     folders = [part for name, folder in FOLDERS.items() for part in (name, data / folder)]
     options = "--timesteps", 4, "--out", tmp_path / "metrics.json", *options
-    status, _, err = call(capsys, "evaluate", "--checkpoint", path, *folders, *options)
+    status, _, err = run(capsys, "evaluate", "--checkpoint", path, *folders, *options)
     assert status == 0, err
     return json.loads((tmp_path / "metrics.json").read_text())["metrics"], err
 
@@ -265,7 +251,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(capsys, data, tmp_path, che
 def test_skipped_pairs(capsys, data, tmp_path, checkpoint):
     folders = [part for name, folder in FOLDERS.items() for part in (name, data / folder)]
     argv = "evaluate", "--checkpoint", checkpoint[1], *folders
-    status, out, _ = call(capsys, *argv, "--timesteps", 2, "--skip-pairs", 190)
+    status, out, _ = run(capsys, *argv, "--timesteps", 2, "--skip-pairs", 190)
     assert status == 0 and out.startswith("10 pairs")
     assert "it must be less than the 200 pairs that there are" in error_of(capsys, *argv, "--skip-pairs", 200)
     assert "must not be negative" in error_of(capsys, *argv, "--skip-pairs", -1)
@@ -296,7 +282,7 @@ def test_captions_are_encoded_as_in_training(capsys, tmp_path, monkeypatch, enco
     if message:
         assert message in error_of(capsys, *argv)
         return
-    status, _, err = call(capsys, *argv)
+    status, _, err = run(capsys, *argv)
     assert (status, err) == (0, "fastprior: note: captions are encoded by the CLIP of the training, M\n")
     assert made == [(("M",), encoder.get("base_model_kwargs", {}))]
     prior.clip = clip
@@ -354,7 +340,7 @@ def test_a_run_that_cannot_go_on_says_why(capsys, data, tmp_path, monkeypatch):
         net = dict(dim=16, depth=depth, heads=2, dim_head=8, max_text_len=1)
         changes = dict(prior=dict(net=net), tracker=tracker, train=dict(eval_timesteps=[2]))
         (tmp_path / "config.json").write_text(json.dumps(train_config(data, tmp_path / "run", changes)))
-        status, _, err = call(capsys, "train", "--config_file", "config.json")
+        status, _, err = run(capsys, "train", "--config_file", "config.json")
     assert status == 2 and "what tracker.load finds does not fit this config: " in err and "layers.1" in err
     assert err.count("\n") == 1 and "take another tracker.data_path" in err
 

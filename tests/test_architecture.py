@@ -17,7 +17,7 @@ LAYERS = (  # from the top; a room may import from rooms of the layers below it,
     "engine",
     "models",
     "diffusion weight_files clip peer optimizer",
-    "batches draws program utils tokenizer version",
+    "batches draws program reading utils tokenizer version",
     "kernels",
 )
 BESIDE = {  # rooms that import from one of their own layer

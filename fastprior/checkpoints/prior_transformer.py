@@ -79,7 +79,7 @@ def _infer(state: Mapping[str, Tensor], path: str) -> dict:
 
 def _read_stats(path: Path) -> dict[str, Tensor]:
     """clip_mean and clip_std, (1, dim) each, of a file with both, such as ViT-L-14_stats.th."""
-    stats, _ = read_any_file(path)
+    stats = read_any_file(path).payload
     is_pair = isinstance(stats, (Tensor, list, tuple)) and len(stats) == 2
     if not is_pair or not all(torch.is_tensor(t) and t.ndim == 1 and t.isfinite().all() for t in stats):
         raise ValueError(f"clip_stats={str(path)!r}; it must hold the mean and the deviation of image embeddings")

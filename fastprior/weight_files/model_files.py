@@ -106,4 +106,5 @@ def read_model(path: Path) -> ModelFile:
         path = index
     if path.is_file() and path.name.endswith(".index.json"):
         return ModelFile(read_index(path), None, path, notes)
-    return ModelFile(*read_file(path), path, notes)
+    contents = read_file(path)
+    return ModelFile(contents.payload, contents.header, path, notes + contents.notes)

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import re
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 
+from fastprior.reading import open_regular, parse_json, quoted
+from fastprior.weight_files.archives import ZIP, Damaged, read_archive, read_old_file
 from fastprior.weight_files.kinds import describe
-from fastprior.weight_files.standins import SAFE_GLOBALS, Inert
+from fastprior.weight_files.pickles import Refused
+from fastprior.weight_files.standins import Inert
 
 HEADER = "fastprior"  # the entry of a safetensors file's metadata that holds our configuration
-_READING = threading.Lock()  # the list of safe globals is one for all threads
-
-
-@contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Let pickles refer to our stand-ins, and to what the process allowed besides; theirs come back under our names."""
-    before, ours = torch.serialization.get_safe_globals(), {name for _, name in SAFE_GLOBALS}
-    names = [entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in before]
-    if in_our_place := [entry for entry, name in zip(before, names) if name in ours]:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals([entry for entry in before if entry not in in_our_place])
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            yield
-    finally:
-        torch.serialization.add_safe_globals(in_our_place)
 
 
 class SharedOnce(dict):
@@ -45,9 +27,8 @@ class SharedOnce(dict):
 def _read_safetensors(path: Path) -> tuple[dict, dict | None]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        header = json.loads(metadata[HEADER]) if metadata.get(HEADER) else None
-        if not isinstance(header, dict | None):
-            raise ValueError(f"its {HEADER} entry is no dict")
+        header = metadata.get(HEADER)
+        header = parse_json(header, f"its {HEADER} entry", kind=dict, constants=True) if header else None
         tensors = (dict if "format" in metadata else SharedOnce)((key, file.get_tensor(key)) for key in file.keys())
     for name, kept in metadata.items():  # as safetensors.torch.save_model notes what it dropped
         if kept in tensors and name.rpartition(".")[2] == kept.rpartition(".")[2]:
@@ -55,41 +36,48 @@ def _read_safetensors(path: Path) -> tuple[dict, dict | None]:
     return tensors, header
 
 
-def read_any_file(path: Path) -> tuple[Any, dict | None]:
-    """The contents of a file, on the CPU, and our header where it has one.
+class FileContents(NamedTuple):
+    """What a file holds, our header where it has one, and notes for the report of a load."""
+
+    payload: Any
+    header: dict | None
+    notes: list[str]
+
+
+def read_any_file(path: Path) -> FileContents:
+    """The contents of a file, on the CPU.
 
     Raises FileNotFoundError, and ValueError where the file is damaged, is something else, or holds more than tensors
     and plain values.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; it must be a checkpoint file")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; it must be a checkpoint file")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(9)
-    try:
-        if start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))):
-            return _read_safetensors(path)
-        with _READING, _stand_ins(), path.open("rb") as file:  # torch would go by the name
-            payload = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise nearly any type, OSError too
-        detail = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0].strip()
-        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
+        file.seek(0)
+        try:
+            if start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))):
+                return FileContents(*_read_safetensors(path), [])
+            if start.startswith(ZIP):
+                payload, notes = read_archive(file)
+                return FileContents(payload, None, notes)
+            return FileContents(read_old_file(file), None, [])
+        except Refused as refused:
             raise ValueError(
-                f"{path} is refused, and nothing in it was run: it refers to {forbidden[1]}, and a checkpoint must "
-                "hold tensors and plain values only. Save its state_dict() alone where it was made"
+                f"{path} is refused, and nothing in it was run: it refers to {refused!s:.200}, and a checkpoint "
+                "must hold tensors and plain values only. Save its state_dict() alone where it was made"
             ) from None
-        kind = f"damaged, cut short, or no checkpoint ({type(error).__name__}: {detail or error})"
-        raise ValueError(f"{path} cannot be read: it is {describe(path) or kind}") from error
-    return payload, None
+        except Damaged as damage:
+            raise ValueError(f"{path} is damaged: {damage}") from None
+        except Exception as error:  # damaged files raise nearly any type, OSError too
+            kind = f"damaged, cut short, or no checkpoint ({type(error).__name__}: {quoted(str(error))})"
+            raise ValueError(f"{path} cannot be read: it is {describe(path) or kind}") from error
 
 
-def read_file(path: Path) -> tuple[Mapping, dict | None]:
-    """The dict that a file holds, and our header where it has one: see `read_any_file`."""
-    payload, header = read_any_file(path)
-    if not isinstance(payload, Mapping):
-        raise ValueError(f"{path} holds a {type(payload).__name__}; it must hold a dict")
-    return payload, header
+def read_file(path: Path) -> FileContents:
+    """The contents of a file that holds a dict: see `read_any_file`."""
+    contents = read_any_file(path)
+    if not isinstance(contents.payload, Mapping):
+        raise ValueError(f"{path} holds a {type(contents.payload).__name__}; it must hold a dict")
+    return contents
 
 
 def version_string(value) -> str | None:

@@ -1,4 +1,4 @@
-"""What stands for foreign classes and functions in a pickle: plain values, or nothing that does anything."""
+"""What stands for classes and functions that a pickle names: plain values, or nothing that does anything."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 
 import numpy as np
+
+from fastprior.weight_files import tensors
 
 
 class Inert:
@@ -47,10 +49,10 @@ class NumpyType(Inert):
 
     def value(self, data: bytes):
         """The number or string in the bytes of a scalar; ValueError or TypeError for what is neither."""
-        code = str(self.args[0])
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16|[US]\d{1,9}", code):
-            raise ValueError(code)
-        dtype = np.dtype((">" if self.state and self.state[1] in (">", b">") else "<") + code)
+        code = self.args[0]
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16|[US]\d{1,9}", code):
+            raise ValueError("another dtype")
+        dtype = np.dtype((">" if isinstance(self.state, tuple) and self.state[1] in (">", b">") else "<") + code)
         (value,) = np.frombuffer(data, dtype)
         return value.item()
 
@@ -66,6 +68,32 @@ def numpy_scalar(dtype=None, data=b""):
 def plain_list(*args) -> list:
     """Stands in for what makes a deque: a list, which is filled after."""
     return []
+
+
+class PlainString:
+    """Stands in for a subclass of str: a string; the text of a container might be endless."""
+
+    def __new__(cls, value=""):
+        if not isinstance(value, str):
+            raise TypeError(f"a string of a {type(value).__name__}")
+        return str(value)
+
+
+def encoded(text: str, encoding: str) -> bytes:
+    """Stands in for what makes bytes under protocol 2."""
+    if encoding != "latin1" or not isinstance(text, str):
+        raise ValueError("an encoding that pickles of bytes do not have")
+    return text.encode(encoding)
+
+
+def ordered_dict(pairs=()) -> collections.OrderedDict:
+    return collections.OrderedDict(pairs)
+
+
+def counter(counts=()) -> collections.Counter:
+    if not isinstance(counts, Mapping):
+        raise TypeError("counts that are no dict")
+    return collections.Counter(counts)
 
 
 def posix_path(*parts) -> str:
@@ -93,7 +121,7 @@ _NAMES = {
     PlainDict: """
         collections.defaultdict easydict.EasyDict pytorch_lightning.utilities.parsing.AttributeDict
         lightning.pytorch.utilities.parsing.AttributeDict lightning_fabric.utilities.data.AttributeDict
-        lightning.fabric.utilities.data.AttributeDict
+        lightning.fabric.utilities.data.AttributeDict builtins.dict
     """,
     plain_list: "collections.deque",
     Namespace: "argparse.Namespace types.SimpleNamespace",
@@ -105,12 +133,16 @@ _NAMES = {
     windows_path: """
         pathlib.WindowsPath pathlib.PureWindowsPath pathlib._local.WindowsPath pathlib._local.PureWindowsPath
     """,
-    str: "torch.torch_version.TorchVersion",
-    dict: "builtins.dict",
+    PlainString: "torch.torch_version.TorchVersion",
+    ordered_dict: "collections.OrderedDict",
+    counter: "collections.Counter",
+    encoded: "_codecs.encode",
+    set: "builtins.set",
+    complex: "builtins.complex",
     datetime.date: "datetime.date",
     datetime.datetime: "datetime.datetime",
     datetime.time: "datetime.time",
     datetime.timedelta: "datetime.timedelta",
     datetime.timezone: "datetime.timezone",
 }
-SAFE_GLOBALS = [(stand_in, name) for stand_in, names in _NAMES.items() for name in names.split()]
+NAMES = {name: stand_in for stand_in, names in _NAMES.items() for name in names.split()} | tensors.NAMES

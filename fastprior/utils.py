@@ -12,10 +12,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
 from safetensors import SafetensorError
+
+from fastprior.reading import quoted
 
 
 @contextmanager
@@ -76,9 +79,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def first_few(items: Iterable) -> str:
-    """The first five items, as text."""
-    items = list(map(str, items))
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+    """The first five items, as text: of what files hold, too, so long ones are cut and odd characters escaped."""
+    items = list(items)
+    texts = (item if type(item) is str and len(item) < 100 and item.isprintable() else quoted(item) for item in items)
+    return ", ".join(islice(texts, 5)) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 class Timer:

@@ -23,6 +23,7 @@ LAYERS = (  # from the top; a room may import from rooms of the layers below it,
 BESIDE = {  # rooms that import from one of their own layer
     "cli": "demos train_diffusion_prior",  # which commands start
     "pipelines": "serving",  # what quantised weights must keep of the quality
+    "utils": "reading",  # what messages quote
     "trackers": "checkpoints",  # files of models that are saved
 }
 WINGS = {

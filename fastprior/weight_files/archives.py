@@ -7,13 +7,15 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from struct import unpack
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
+from fastprior.reading import quoted
 from fastprior.utils import first_few
 from fastprior.weight_files.pickles import PICKLE_BYTES, PickleReader
 from fastprior.weight_files.tensors import Storage
@@ -29,7 +31,7 @@ class Damaged(Exception):
 
 
 class Archive:
-    """A zip archive of torch.save or of torch.jit.save: its records, none compressed, and their checksums.
+    """A zip archive of torch.save or of torch.jit.save: its records, with their checksums.
 
     Attributes:
         records: their entries by name, without the folder that all lie in.
@@ -46,51 +48,62 @@ class Archive:
         for entry in entries:
             name = entry.filename.partition("/")[2]
             if name in self.records:
-                raise Damaged(f"it has {name!r:.200} twice")
+                raise Damaged(f"it has {quoted(name)} twice")
             self.records[name] = entry
         if sum(entry.compress_size for entry in entries) > size:
             raise Damaged("its records lie over each other")
-        self._threads = ThreadPoolExecutor(1)
-        self._checks: list[tuple[str, Future]] = []
-
-    def __enter__(self) -> Archive:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self._threads.shutdown(cancel_futures=kind is not None)
-        if kind is None and (differing := [name for name, check in self._checks if not check.result()]):
-            raise Damaged(f"the CRC-32 of {first_few(differing)} is not what was written")
+        self._unread: dict[int, tuple[zipfile.ZipInfo, memoryview]] = {}  # by addresses of storages
 
     def _start(self, entry: zipfile.ZipInfo) -> None:
         """Go to the bytes of a record."""
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
-            raise Damaged(f"{entry.filename!r:.200} is compressed or encrypted: torch.save writes no such records")
+        if entry.flag_bits & 1:
+            raise Damaged(f"{quoted(entry.filename)} is encrypted: torch.save writes no such records")
         self.file.seek(entry.header_offset)
         header = self.file.read(_LOCAL_HEADER)
         if len(header) != _LOCAL_HEADER or not header.startswith(ZIP):
-            raise Damaged(f"{entry.filename!r:.200} is not where the archive says")
+            raise Damaged(f"{quoted(entry.filename)} is not where the archive says")
         self.file.seek(sum(unpack("<HH", header[26:])), os.SEEK_CUR)
 
+    def _check(self, differing: list[zipfile.ZipInfo]) -> None:
+        if differing and self.has_checksums:
+            names = first_few(entry.filename for entry in differing)
+            raise Damaged(f"the CRC-32 of {names} is not what was written")
+
     def read(self, name: str, most: int) -> bytes:
-        """A record of at most so many bytes, checked."""
+        """A record of at most so many bytes, checked; one of TorchScript's code may be deflated."""
         entry = self.records[name]
         if entry.file_size > most:
-            raise Damaged(f"{name} has {entry.file_size:,} bytes; at most {most:,} are read")
+            raise Damaged(f"{quoted(name)} has {entry.file_size:,} bytes; at most {most:,} are read")
         self._start(entry)
-        data = self.file.read(entry.file_size)
-        if len(data) != entry.file_size or (self.has_checksums and zlib.crc32(data) != entry.CRC):
-            raise Damaged(f"the CRC-32 of {name} is not what was written")
+        data = self.file.read(entry.compress_size)
+        if entry.compress_type == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.file_size)
+        if len(data) != entry.file_size:
+            raise EOFError(f"{quoted(name)} is cut short")
+        self._check([entry] if zlib.crc32(data) != entry.CRC else [])
         return data
 
-    def read_storage(self, name: str) -> torch.UntypedStorage:
-        """A record as the bytes of tensors; they are checked by the end of the `with` block."""
+    def storage(self, name: str) -> torch.UntypedStorage:
+        """Memory for a record that holds the bytes of tensors, which `fill` reads."""
         entry = self.records[name]
-        self._start(entry)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise Damaged(f"{quoted(entry.filename)} is compressed: torch.save writes no such records")
         storage, buffer = _storage(entry.file_size)
-        _fill(self.file, buffer)
-        if self.has_checksums:
-            self._checks.append((name, self._threads.submit(lambda: zlib.crc32(buffer) == entry.CRC)))
+        if entry.file_size:
+            self._unread[storage.data_ptr()] = entry, buffer
         return storage
+
+    def fill(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Read the storages of these tensors, or all, and check them. Raises Damaged."""
+        wanted = self._unread if tensors is None else {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        parts = [self._unread.pop(address) for address in list(self._unread) if address in wanted]
+        checks = []
+        with ThreadPoolExecutor(1) as checking:  # one reads, one checks
+            for entry, buffer in sorted(parts, key=lambda part: part[0].header_offset):
+                self._start(entry)
+                _fill(self.file, buffer)
+                checks.append((entry, checking.submit(zlib.crc32, buffer)))
+        self._check([entry for entry, check in checks if check.result() != entry.CRC])
 
 
 def _storage(size: int) -> tuple[torch.UntypedStorage, memoryview]:
@@ -103,32 +116,27 @@ def _fill(file: BinaryIO, buffer: memoryview) -> None:
         raise EOFError("it ends within a tensor")
 
 
-def read_archive(
-    file: BinaryIO, pickle_name: str = "data.pkl", folder: str = "data", names: Mapping[str, Any] | None = None
-) -> tuple[Any, list[str]]:
-    """What a pickle in a zip archive holds, and notes.
+def read_pickle(archive: Archive, name: str = "data.pkl", folder: str = "data", names: Container[str] = ()) -> Any:
+    """What a pickle of an archive holds; its tensors have their numbers after `archive.fill`.
 
     Args:
-        pickle_name, folder: of the records with the pickle and with the bytes of its tensors.
-        names: stand-ins for what it names besides those of `standins.NAMES`; without them TorchScript is refused.
+        name: the pickle's record.
+        folder: that of the records with the bytes of its tensors.
+        names: stand-ins for what it names besides those of `standins.NAMES`: anything with `in` and `[]`.
     """
-    with Archive(file) as archive:
-        if names is None and "constants.pkl" in archive.records:
-            raise pickle.UnpicklingError("a TorchScript archive")
-        if (order := archive.records.get("byteorder")) and archive.read("byteorder", 100) != b"little":
-            raise Damaged(f"its numbers are not little-endian ({order.filename!r:.200})")
-        stored: dict[str, Storage] = {}
+    if "byteorder" in archive.records and archive.read("byteorder", 100) != b"little":
+        raise Damaged("its numbers are not little-endian")
+    stored: dict[str, Storage] = {}
 
-        def storage(key: tuple) -> Storage:
-            kind, storage_type, name, *_ = key
-            if kind != "storage" or not isinstance(name, str):
-                raise pickle.UnpicklingError("a persistent id that is no storage")
-            if name not in stored:
-                stored[name] = Storage(archive.read_storage(f"{folder}/{name}"), storage_type.dtype)
-            return stored[name]
+    def storage(key: tuple) -> Storage:
+        kind, storage_type, record, *_ = key
+        if kind != "storage" or not isinstance(record, str):
+            raise pickle.UnpicklingError("a persistent id that is no storage")
+        if record not in stored:
+            stored[record] = Storage(archive.storage(f"{folder}/{record}"), storage_type.dtype)
+        return stored[record]
 
-        payload = PickleReader(io.BytesIO(archive.read(pickle_name, PICKLE_BYTES)), storage, names).read()
-        return payload, [] if archive.has_checksums else [UNCHECKED]
+    return PickleReader(io.BytesIO(archive.read(name, PICKLE_BYTES)), storage, names).read()
 
 
 class _OldStorages:
@@ -182,7 +190,7 @@ def read_old_file(file: BinaryIO) -> Any:
         buffer, itemsize = storages.buffers[name]
         head = file.read(8)
         if len(head) != 8 or unpack("<q", head)[0] * itemsize != len(buffer):
-            raise EOFError(f"storage {name!r:.200} has another length, or the file ends before it")
+            raise EOFError(f"storage {quoted(name)} has another length, or the file ends before it")
         _fill(file, buffer)
     return payload
 

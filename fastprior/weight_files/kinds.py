@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from pathlib import Path
 
+from fastprior.reading import open_regular, read_json
+from fastprior.utils import first_few
+
 START = 4096  # bytes that are looked at
-JSON_BYTES = 2**24  # a larger file is not parsed to be named
 
 _SIGNATURES = (
     (b"\x1f\x8b", "a gzip archive: unpack it"),
@@ -31,21 +32,19 @@ _PAGE = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype html|html|head|body|er
 
 
 def _json(path: Path) -> str | None:
-    if path.stat().st_size > JSON_BYTES:
-        return None
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        value = read_json(path, kind=None)
+    except ValueError:
         return None
     if isinstance(value, dict) and "weight_map" in value:
         return "the index of a model in several files: give it, or its folder, to fastprior.load"
-    keys = f" with the keys {', '.join(list(value)[:5])}" if isinstance(value, dict) and value else ""
-    return f"a JSON file{keys[:200]}, such as a configuration, not weights"
+    keys = f" with the keys {first_few(value)}" if isinstance(value, dict) and value else ""
+    return f"a JSON file{keys}, such as a configuration, not weights"
 
 
 def _zip(path: Path) -> str | None:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError):
         return None
@@ -53,13 +52,12 @@ def _zip(path: Path) -> str | None:
         return "a TorchScript archive: save the module's state_dict() where it can be loaded"
     if any(name.endswith("data.pkl") for name in names):
         return None  # torch.save's
-    found = ", ".join(names[:5])[:200] or "nothing"
-    return f"a zip archive of {found}{' …' if len(names) > 5 else ''}: unpack it"
+    return f"a zip archive of {first_few(names) or 'nothing'}: unpack it"
 
 
 def describe(path: Path) -> str | None:
     """What a file is, where it is plainly something else than weights; None where that cannot be told."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(START)
     if not start:
         return "empty"

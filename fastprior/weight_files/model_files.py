@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
+from fastprior.reading import quoted, read_json
 from fastprior.utils import first_few
-from fastprior.weight_files.kinds import JSON_BYTES
 from fastprior.weight_files.safe import SharedOnce, read_file
 
 # what accelerate's save_state and save_model and transformers' Trainer write, the first that is there
@@ -32,20 +31,18 @@ _OTHER_FOLDERS = {  # what a folder holds, and what it is then
 
 def _read_names(index: Path) -> dict[str, list[str]]:
     """The files that an index names, each with its tensors; they lie in the folder of the index."""
-    if index.stat().st_size > JSON_BYTES:
-        raise ValueError(f"{index} has {index.stat().st_size} bytes; an index has at most {JSON_BYTES}")
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        named: dict[str, list[str]] = {}
-        for key, name in weight_map.items():
-            named.setdefault(PurePosixPath(name).as_posix(), []).append(key)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        kind = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{index} has no weight_map, tensors' names to names of files ({kind})") from error
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    pairs = weight_map.items() if isinstance(weight_map, dict) else [(None, None)]
+    named: dict[str, list[str]] = {}
+    for key, name in pairs:
+        if not isinstance(name, str):
+            raise ValueError(f"{index} has no weight_map, tensors' names to names of files: {quoted(weight_map)}")
+        named.setdefault(PurePosixPath(name).as_posix(), []).append(key)
     for name in named:
         for path in (PurePosixPath(name), PureWindowsPath(name)):
             if path.is_absolute() or path.drive or ".." in path.parts or not path.name:
-                raise ValueError(f"{index} names the file {name!r}; it must lie in the folder of the index")
+                raise ValueError(f"{index} names the file {quoted(name)}; it must lie in the folder of the index")
     return named
 
 

@@ -6,7 +6,7 @@ import io
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from struct import unpack
 from typing import Any
 
@@ -45,11 +45,11 @@ class PickleReader:
     Args:
         data: at the beginning of the pickle; afterwards behind its end.
         storage: gives what a persistent id, a tuple, stands for.
-        names: stand-ins by name that are known besides.
+        names: stand-ins by name that are known besides: anything with `in` and `[]`.
     """
 
-    def __init__(self, data: io.BytesIO, storage: Callable[[tuple], Any], names: Mapping[str, Any] | None = None):
-        self.data, self.storage, self.names = data, storage, {**NAMES, **(names or {})}
+    def __init__(self, data: io.BytesIO, storage: Callable[[tuple], Any], names: Container[str] = ()):
+        self.data, self.storage, self.names = data, storage, names
         self.allowed = _allowed_by_the_process()
         self.known: set[int] = set()  # ids of what was found by name: nothing else is called
         self.odd_keys = 0
@@ -92,8 +92,8 @@ class PickleReader:
         module, name = self.line(), self.line()
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # of Python 2
         full = f"{module}.{name}"
-        if full in self.names:
-            found = self.names[full]
+        if known := next((names for names in (NAMES, self.names) if full in names), None):
+            found = known[full]
         elif module == "torch" and isinstance(value := getattr(torch, name, None), _DESCRIPTIONS):
             found = value
         elif full in self.allowed:

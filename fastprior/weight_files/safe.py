@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from safetensors import safe_open
+from torch import Tensor
 
 from fastprior.reading import open_regular, parse_json, quoted
-from fastprior.weight_files.archives import ZIP, Damaged, read_archive, read_old_file
+from fastprior.weight_files.archives import UNCHECKED, ZIP, Archive, Damaged, read_old_file, read_pickle
 from fastprior.weight_files.kinds import describe
 from fastprior.weight_files.pickles import Refused
 from fastprior.weight_files.standins import Inert
@@ -37,45 +39,89 @@ def _read_safetensors(path: Path) -> tuple[dict, dict | None]:
 
 
 class FileContents(NamedTuple):
-    """What a file holds, our header where it has one, and notes for the report of a load."""
+    """What a file holds.
+
+    Attributes:
+        payload: tensors and plain values.
+        header: our header, where it has one.
+        notes: for the report of a load.
+        archive: what reads the numbers of tensors, where that waits for `fill`.
+        file: the open file then, and its path.
+    """
 
     payload: Any
     header: dict | None
     notes: list[str]
+    archive: Archive | None = None
+    file: BinaryIO | None = None
+    path: Path | None = None
+
+    def fill(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Read the numbers of these tensors, or of all, and check them; raises ValueError for a damaged file."""
+        if self.archive is not None:
+            with _one_error(self.path):
+                self.archive.fill(tensors)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
-def read_any_file(path: Path) -> FileContents:
+@contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+    """Make one ValueError of what a file is refused for."""
+    try:
+        yield
+    except Refused as refused:
+        raise ValueError(
+            f"{path} is refused, and nothing in it was run: it refers to {quoted(str(refused))[1:-1]}, and a "
+            "checkpoint must hold tensors and plain values only. Save its state_dict() alone where it was made"
+        ) from None
+    except Damaged as damage:
+        raise ValueError(f"{path} is damaged: {damage}") from None
+    except Exception as error:  # damaged files raise nearly any type, OSError too
+        kind = f"damaged, cut short, or no checkpoint ({type(error).__name__}: {quoted(str(error))[1:-1]})"
+        raise ValueError(f"{path} cannot be read: it is {describe(path) or kind}") from error
+
+
+def read_any_file(path: Path, later: bool = False) -> FileContents:
     """The contents of a file, on the CPU.
 
-    Raises FileNotFoundError, and ValueError where the file is damaged, is something else, or holds more than tensors
-    and plain values.
+    Args:
+        later: leave numbers of tensors unread where that can be, for `fill`, after which `close` must be called.
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, is something else, or holds more than tensors and plain values.
     """
-    with open_regular(path) as file:
-        start = file.read(9)
-        file.seek(0)
-        try:
+    file = open_regular(path)
+    try:
+        with _one_error(path):
+            start = file.read(9)
+            file.seek(0)
             if start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))):
                 return FileContents(*_read_safetensors(path), [])
-            if start.startswith(ZIP):
-                payload, notes = read_archive(file)
-                return FileContents(payload, None, notes)
-            return FileContents(read_old_file(file), None, [])
-        except Refused as refused:
-            raise ValueError(
-                f"{path} is refused, and nothing in it was run: it refers to {refused!s:.200}, and a checkpoint "
-                "must hold tensors and plain values only. Save its state_dict() alone where it was made"
-            ) from None
-        except Damaged as damage:
-            raise ValueError(f"{path} is damaged: {damage}") from None
-        except Exception as error:  # damaged files raise nearly any type, OSError too
-            kind = f"damaged, cut short, or no checkpoint ({type(error).__name__}: {quoted(str(error))})"
-            raise ValueError(f"{path} cannot be read: it is {describe(path) or kind}") from error
+            if not start.startswith(ZIP):
+                return FileContents(read_old_file(file), None, [])
+            archive = Archive(file)
+            if "constants.pkl" in archive.records:
+                raise ValueError("a TorchScript archive")
+            notes = [] if archive.has_checksums else [UNCHECKED]
+            contents = FileContents(read_pickle(archive), None, notes, archive, file, path)
+        if later:
+            file = None  # which the caller closes
+        else:
+            contents.fill()
+        return contents
+    finally:
+        if file is not None:
+            file.close()
 
 
-def read_file(path: Path) -> FileContents:
+def read_file(path: Path, later: bool = False) -> FileContents:
     """The contents of a file that holds a dict: see `read_any_file`."""
-    contents = read_any_file(path)
+    contents = read_any_file(path, later)
     if not isinstance(contents.payload, Mapping):
+        contents.close()
         raise ValueError(f"{path} holds a {type(contents.payload).__name__}; it must hold a dict")
     return contents
 

@@ -96,9 +96,11 @@ def test_indices_that_do_not_fit(tmp_path):
     edit(index, more="model-00002-of-00003.safetensors")
     with pytest.raises(ValueError, match="says that more is in model-00002-of-00003.safetensors; it is not"):
         load(index)
-    for content in ("[1]", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "[" * 10**5):
+    no_map = "has no weight_map"
+    whys = {"[1]": "holds a JSON list", "{": "is not JSON", "[" * 10**5: "is not JSON", '{"weight_map": [1]}': no_map}
+    for content, why in {**whys, '{"weight_map": {"a": 1}}': no_map, "{}": no_map}.items():
         index.write_text(content)
-        with pytest.raises(ValueError, match="index.json has no weight_map"):
+        with pytest.raises(ValueError, match=f"index.json {why}"):
             load(tmp_path)
     index.write_text(good)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()

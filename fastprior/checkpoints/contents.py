@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from fastprior.utils import first_few
+from fastprior.weight_files.tensors import SMALL_VIEW, Unreadable
 
+MOST_LEVELS, MOST_LETTERS = 64, 1000  # of nested dicts, and of a key: what lies deeper, or is longer, is no prior's
+MOST_PRIORS = 100  # in one file, averages and copies among them
 GAMMA, UNPADDED, ONE_NULL, CURRENT = "before 0.16.0", "0.16.0 to 0.23.0", "0.23.1 to 1.8.4", "1.9.0 or later"
 
 
@@ -29,23 +32,70 @@ def renamed(key: str, renames: Iterable[tuple[str, str | None]]) -> str | None:
     return key
 
 
-def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts by dotted keys, see `without_wrappers`."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        elif torch.is_tensor(value):
-            yield without_wrappers(f"{prefix}{key}"), value
+def _dicts(tree: Mapping, where: str) -> Iterator[tuple[str, Mapping]]:
+    """Nested dicts, each with what the dotted keys of its entries begin with; ValueError for those without an end."""
+    stack, known, entries, visited = [("", tree, 0)], set(), 0, 0
+    while stack:
+        prefix, node, depth = stack.pop()
+        visited += 1 + len(node)
+        if id(node) not in known:
+            known.add(id(node))
+            entries += 1 + len(node)
+        if visited > 10 * entries + 1000:
+            raise ValueError(f"{where}: its dicts contain each other over and over; it must hold a state dict")
+        yield prefix, node
+        if depth < MOST_LEVELS:
+            named = ((_name(key), value) for key, value in node.items() if isinstance(value, Mapping))
+            inner = [(f"{prefix}{name}.", value, depth + 1) for name, value in named if name is not None]
+            stack += reversed(inner)
 
 
-def module_names(tree: Mapping, prefix: str = "") -> Iterator[str]:
+def _name(key) -> str | None:
+    """A key of a dict as a part of a tensor's; None for one that is no name."""
+    is_name = isinstance(key, str) and len(key) <= MOST_LETTERS
+    return key if is_name else str(key) if type(key) is int and key.bit_length() <= 64 else None
+
+
+def flatten(tree: Mapping, where: str) -> Iterator[tuple[str, Tensor | Unreadable]]:
+    """The tensors of nested dicts by dotted keys, see `without_wrappers`. Raises ValueError for endless ones."""
+    for prefix, node in _dicts(tree, where):
+        for key, value in node.items():
+            if isinstance(value, (Tensor, Unreadable)) and (name := _name(key)) is not None:
+                yield without_wrappers(f"{prefix}{name}"), value
+
+
+def module_names(tree: Mapping, where: str) -> Iterator[str]:
     """The modules of the state dicts in nested dicts, by dotted names: torch notes them beside the tensors."""
-    noted = getattr(tree, "_metadata", None)
-    for name in noted if isinstance(noted, Mapping) else ():
-        yield without_wrappers(f"{prefix}{name}.")[:-1]
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from module_names(value, f"{prefix}{key}.")
+    for prefix, node in _dicts(tree, where):
+        noted = getattr(node, "_metadata", None)
+        for name in noted if isinstance(noted, Mapping) else ():
+            if (name := _name(name)) is not None:
+                yield without_wrappers(f"{prefix}{name}.")[:-1]
+
+
+def check_tensors(tensors: Mapping[str, Tensor | Unreadable], where: str) -> None:
+    """Raise ValueError unless these are dense tensors that hold about as many bytes as all of them seem to have.
+
+    What several share, as the rotary frequencies of all layers, may seem twice as much.
+    """
+    held: dict[int, int] = {}
+    for key, value in tensors.items():
+        kind = value.kind if isinstance(value, Unreadable) else f"a tensor of layout {value.layout}"
+        if isinstance(value, Unreadable) or value.layout != torch.strided or value.device.type == "meta":
+            raise ValueError(f"{where}: {first_few([key])} is {kind}; it must be a dense tensor")
+        storage = value.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+    claimed, real = sum(value.nbytes for value in tensors.values()), sum(held.values())
+    if claimed > 2 * real + SMALL_VIEW:
+        raise ValueError(f"{where}: its tensors claim {claimed:,} bytes and are views of {real:,}")
+
+
+def widened(tensors: Mapping[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
+    """The tensors, of which those of 8-bit floats are made fp32, which has all their values: PyTorch adds no 8 bits."""
+    narrow = {value.dtype for value in tensors.values() if value.is_floating_point() and value.dtype.itemsize == 1}
+    if narrow:
+        report.notes.append(f"weights are {first_few(sorted(map(str, narrow)))} in the file, and were widened")
+    return {key: value.float() if value.dtype in narrow else value for key, value in tensors.items()}
 
 
 def tensors_under(flat: Mapping, root: str, roots: Iterable[str]) -> dict[str, Tensor]:

@@ -22,23 +22,32 @@ from torch import Tensor, nn
 
 from fastprior.checkpoints.constants import complete, is_constant
 from fastprior.checkpoints.contents import (
+    MOST_PRIORS,
     Contents,
     LoadReport,
+    check_tensors,
     choose_root,
     flatten,
     module_names,
     tensors_under,
+    widened,
     without_wrappers,
 )
 from fastprior.checkpoints.eras import contradictions, find_config, overridden, read_config, translate
+from fastprior.checkpoints.limits import check_counts, check_memory, is_plain
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.record import FORMAT, make_net, record, unlike_config
+from fastprior.reading import QUOTED, quoted
 from fastprior.utils import atomic, first_few
+from fastprior.weight_files.checks import changed, checksums, is_finite
 from fastprior.weight_files.model_files import read_model
 from fastprior.weight_files.safe import HEADER, SharedOnce, version_string
 
 _QUERIES = {True: "learned_query", False: "prior.prd_embedding"}  # which a network has; of dalle2-pytorch's, or not
+
+
+_OF_VALUES = TypeError, RuntimeError, ArithmeticError, AttributeError, LookupError, MemoryError
 
 
 def _is_dalle2(net_config: Any) -> bool:
@@ -50,13 +59,15 @@ def _find_weights(payload: Mapping, weights: str, query: str, report: LoadReport
 
     query: the end of a key that every network has.
     """
-    flat, pattern = dict(flatten(payload)), re.compile(rf"(?:(?<=\.)|^)(net\.)?{re.escape(query)}$")
+    flat, pattern = dict(flatten(payload, report.path)), re.compile(rf"(?:(?<=\.)|^)(net\.)?{re.escape(query)}$")
     bare = {key[: match.start()]: match[1] is None for key in flat if (match := pattern.search(key))}
     if not bare:
         other = " (but a PriorTransformer of diffusers or Karlo, which convert writes to a folder)"
         hint = other if any("prd_emb" in key for key in flat) else ""
         found = first_few(flat or payload) or "nothing"
         raise ValueError(f"{report.path} holds no diffusion prior{hint}: no key ends in {query}. Found: {found}")
+    if len(bare) > MOST_PRIORS:
+        raise ValueError(f"{report.path} holds {len(bare)} priors; it must hold at most {MOST_PRIORS}")
     root, _ = choose_root(flat, bare, weights, report)
     report.kind = "network state dict" if bare[root] else "prior state dict"
     if "optimizer" in payload:
@@ -69,7 +80,7 @@ def _find_weights(payload: Mapping, weights: str, query: str, report: LoadReport
     def shapes(tensors: Mapping[str, Tensor]) -> dict:
         return {key: t.shape for key, t in tensors.items() if key.startswith("net.") and not is_constant(key)}
 
-    tensors, noted, modules = under(root, flat), dict.fromkeys(module_names(payload)), set()
+    tensors, noted, modules = under(root, flat), dict.fromkeys(module_names(payload, report.path)), set()
     for place in (root, *(other for other in bare if other != root)):  # a moving average, and what it is the average of
         if shapes(twin := under(place, flat)) == shapes(tensors):
             tensors = {key: value for key, value in twin.items() if is_constant(key)} | tensors
@@ -79,8 +90,13 @@ def _find_weights(payload: Mapping, weights: str, query: str, report: LoadReport
 
 def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
     """The arguments of network and prior in the header of a file of ours, or in place of them the config's."""
+    if not is_plain(header):
+        raise ValueError(f"{report.path}: its {HEADER} entry has other values than JSON's, or too many")
     if header.get("format") != FORMAT:
-        raise ValueError(f"{report.path} has format {header.get('format')!r}; this release reads format {FORMAT}")
+        raise ValueError(f"{report.path} has format {quoted(header.get('format'))}; this release reads format {FORMAT}")
+    for name, kind in (("version", str), ("metadata", dict)):
+        if not isinstance(header.get(name, kind()), kind):
+            raise ValueError(f"{report.path}: its {name} is {quoted(header[name])}; it must be a {kind.__name__}")
     given_net, given_prior = read_config(config, report)
     net, prior = read_config(header, report)
     report.kind = "trainer checkpoint" if report.kind == "trainer checkpoint" else "fastprior file"
@@ -88,6 +104,24 @@ def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
     report.architecture = "recorded" if config is None else "given"
     report.guesses += overridden(net | prior, given_net | given_prior)
     return net | given_net, prior | given_prior
+
+
+def _check_sums(header: Mapping, state: Mapping[str, Tensor], report: LoadReport, strict: bool) -> None:
+    """Compare the tensors with what was written, where a file of ours says it: see `weight_files.checks.checksum`."""
+    written = header.get("checksums", {})
+    if not (isinstance(written, dict) and all(isinstance(value, str) for value in written.values())):
+        raise ValueError(f"{report.path}: its checksums are {quoted(written)}; it must be a dict of strings")
+    differing, converted = changed(state, written)
+    if converted:
+        report.notes.append(f"another program changed the type of {len(converted)} tensors: nothing vouches for them")
+    if differing:
+        found = f"{first_few(differing)} differ from what fastprior wrote"
+        if strict:
+            raise ValueError(
+                f"{report.path}: {found}: the file is damaged, or another program has changed the numbers and kept the "
+                "checksums. strict=False loads it all the same"
+            )
+        report.guesses.append(f"that another program changed the file on purpose: {found}")
 
 
 def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport, strict: bool) -> None:
@@ -102,7 +136,7 @@ def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadRe
             raise ValueError(f"{report.path}: {key} has dtype {value.dtype}; it must be a floating point tensor")
     # the jsd schedule ends at beta 1, where the tables derived from it are infinite
     checked = [key for key in wanted if key in state and key.startswith(("net.", "noise_scheduler.betas"))]
-    bad = [key for key in checked if not state[key].isfinite().all()]
+    bad = [key for key in checked if not is_finite(state[key])]
     if bad:
         raise ValueError(f"{report.path} holds NaN or infinity in {first_few(bad)}")
     report.missing = [key for key in wanted if key not in state]
@@ -128,17 +162,19 @@ def _build(
     file_dtype = state[f"net.{_QUERIES[is_dalle2]}"].dtype
     if dtype is not None and dtype != file_dtype:
         report.notes.append(f"weights are {file_dtype} in the file, and were cast to {dtype}")
-    with torch.device("meta" if is_dalle2 else "cpu"), torch.random.fork_rng(devices=[]):
-        net = make_net(net_config)  # a PriorTransformer has tensors that no file holds
+    check_counts(net_config, prior_config, state, report.path)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        net = make_net(net_config)
     prior = DiffusionPrior(net, clip=clip, **prior_config)
     wanted = {key: value for key, value in prior.state_dict().items() if not key.startswith("clip.")}
     complete(state, wanted, "beta_schedule" in prior_config, report)
     _compare(state, wanted, report, strict)
-    if any(key.startswith("net.") for key in report.missing):
+    check_memory(net, report.missing, state, report.path)
+    if is_dalle2 and not any(key.startswith("net.") for key in report.missing):
+        net.to_empty(device="cpu")
+    else:
         with torch.random.fork_rng(devices=[]):
-            prior.net = make_net(net_config)
-    elif is_dalle2:
-        prior.net.to_empty(device="cpu")
+            prior.net = make_net(net_config)  # a PriorTransformer has tensors that no file holds
     prior.net.to(file_dtype if dtype is None else dtype)
     prior.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
     return prior
@@ -192,16 +228,21 @@ def load(
     report = LoadReport(str(path))
     if version is not None and not re.match(r"v?\d+\.\d+", version):
         raise ValueError(f"version={version!r}; it must read like '1.4.2'")
-    payload, header, file, notes = read_model(Path(path))
-    report.notes += notes
-    header = payload.get(HEADER) if header is None and isinstance(payload.get(HEADER), Mapping) else header
-    is_dalle2 = header is None or _is_dalle2(header.get("net"))
-    contents = _find_weights(payload, weights, _QUERIES[is_dalle2], report)
-    state = contents.tensors
-    clip_state = {key[5:]: state.pop(key) for key in list(state) if key.startswith("clip.")}
+    with read_model(Path(path)) as model:
+        payload, header, file = model.payload, model.header, model.file
+        report.notes += model.notes
+        header = payload.get(HEADER) if header is None and isinstance(payload.get(HEADER), Mapping) else header
+        is_dalle2 = header is None or _is_dalle2(header.get("net"))
+        contents = _find_weights(payload, weights, _QUERIES[is_dalle2], report)
+        state = contents.tensors
+        clip_state = {key[5:]: state.pop(key) for key in list(state) if key.startswith("clip.")}
+        used = state | ({} if clip is None else {f"clip.{key}": value for key, value in clip_state.items()})
+        check_tensors(used, report.path)
+        model.fill(used.values())
+    contents = replace(contents, tensors=widened(state, report))
     report.version = version or version_string(payload.get("version"))
     found, where = (None, "") if header or config is not None else find_config(payload.get("config"), file)
-    del payload  # a trainer's is several times the model
+    del payload, model  # a trainer's is several times the model
     rest = clip, dtype, strict
     if found is not None:
         tried = replace(report, assumed=[f"what {where} says"], guesses=[], notes=[*report.notes], metadata={})
@@ -228,11 +269,12 @@ def _make(
         state, net_config, prior_config = translate(contents, config, report, strict)
     else:
         net_config, prior_config = _recorded(header, config, report)
+        _check_sums(header, state, report, strict)
     shown = dict(state)  # before constants are derived, of layers that the config alone may have
     try:
         return _build(state, net_config, prior_config, clip, dtype, report, strict)
-    except TypeError as error:  # of a constructor: a config's values may be of any type
-        raise ValueError(f"{report.path}: its config makes no prior: {error}") from error
+    except _OF_VALUES as error:  # of a constructor: a config's values may be anything
+        raise ValueError(f"{report.path}: its config makes no prior: {str(error)[:QUOTED]}") from error
     except ValueError as error:
         if not (differing := contradictions(shown, net_config, prior_config)):
             raise
@@ -295,6 +337,7 @@ def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | 
         raise ValueError(f"path={os.fspath(path)!r}; it must end in .safetensors")
     state, config = _contents(prior, metadata)
     with atomic(path) as temporary:
+        config["checksums"] = checksums(state)
         safetensors.torch.save_file(state, temporary, metadata={HEADER: json.dumps(config)})
 
 

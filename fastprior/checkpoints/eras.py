@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,11 +16,13 @@ from torch import Tensor
 
 from fastprior.checkpoints.constants import OLD_SCHEDULE, SCHEDULE, has_rotary, read_schedule
 from fastprior.checkpoints.contents import CURRENT, GAMMA, ONE_NULL, UNPADDED, Contents, LoadReport, renamed
+from fastprior.checkpoints.limits import is_plain
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.record import MADE_BEFORE, TRAINED
+from fastprior.reading import quoted, read_json
 
 # The one map of renames, applied in order to the keys of a prior (`net.…`); None drops the key.
 RENAMES = (
@@ -65,8 +66,8 @@ def _checked(name: str, section, known: set[str]) -> Mapping:
         raise ValueError(f"{name} is a {type(section).__name__}; it must be a dict")
     for key in section:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0)[0]
-            raise ValueError(f"{name} has the unknown key {key!r}; did you mean {nearest!r}?")
+            nearest = difflib.get_close_matches(str(key)[:100], sorted(known), n=1, cutoff=0)[0]
+            raise ValueError(f"{name} has the unknown key {quoted(key)}; did you mean {nearest!r}?")
     return section
 
 
@@ -75,10 +76,7 @@ def read_config(config: Mapping | str | os.PathLike | None, report: LoadReport) 
     if config is None:
         return {}, {}
     if isinstance(config, (str, os.PathLike)):
-        try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"config={os.fspath(config)!r} is not JSON ({error})") from error
+        config = read_json(config, where=f"config={os.fspath(config)!r}")
     prior = config.get("prior") if isinstance(config, Mapping) else None
     if isinstance(prior, Mapping) and "net" in prior:  # a training's; its other parts are the trainer's
         data = config.get("data")
@@ -92,7 +90,7 @@ def read_config(config: Mapping | str | os.PathLike | None, report: LoadReport) 
             report.metadata["text_encoder"] = config["clip"]
             report.notes.append("the config's CLIP was not made; that needs clip=")
     else:
-        _checked("config", config, {"format", "version", "net", "prior", "metadata"})
+        _checked("config", config, {"format", "version", "net", "prior", "metadata", "checksums"})
     net = config.get("net", {})
     is_dalle2 = not isinstance(net, Mapping) or net.get("make") != "prior_transformer"
     net = _checked("config 'net'", net, NET_KEYS if is_dalle2 else {"make", *_parameters(PriorTransformer)})
@@ -109,9 +107,9 @@ def find_config(recorded: Any, path: Path) -> tuple[Mapping | None, str]:
     beside = path.with_name("config.json")
     with contextlib.suppress(OSError, ValueError):
         if recorded is None:
-            recorded = json.loads(beside.read_text(encoding="utf-8"))
+            recorded = read_json(beside)
             path = beside
-    prior = recorded.get("prior", recorded) if isinstance(recorded, Mapping) else None
+    prior = recorded.get("prior", recorded) if isinstance(recorded, Mapping) and is_plain(recorded) else None
     net = prior.get("net", recorded.get("net")) if isinstance(prior, Mapping) else None
     return (recorded, str(path)) if isinstance(net, Mapping) and net.get("dim") else (None, "")
 
@@ -151,10 +149,12 @@ def _infer(state: dict[str, Tensor], report: LoadReport) -> tuple[dict, dict]:
     stack = "net.causal_transformer."
     layer = f"{stack}layers.0."
     dim, dim_head, inner = size("net.learned_query"), size(f"{layer}0.null_kv", 1), size(f"{layer}1.5.weight", 1)
+    if not dim or not dim_head:
+        raise ValueError(f"{report.path}: the network is {dim} wide, its heads {dim_head}; both must be at least 1")
     ff_mult = inner / dim if int(inner / dim * dim) == inner else (inner + 0.5) / dim  # the constructor rounds down
     net = dict(
         dim=dim,
-        depth=1 + max(int(match[1]) for key in state if (match := re.match(rf"{stack}layers\.(\d+)\.", key))),
+        depth=1 + max(int(match[1]) for key in state if (match := re.match(rf"{stack}layers\.(\d{{1,9}})\.", key))),
         dim_head=dim_head,
         heads=size(f"{layer}0.to_q.weight") // dim_head,
         ff_mult=int(ff_mult) if ff_mult == int(ff_mult) else ff_mult,
@@ -186,7 +186,7 @@ def _rename(state: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
         if key.endswith(".post_norm.gamma"):
             raise ValueError(f"{report.path}: {key} belongs to a layer of early releases; no such layer exists")
         if key.endswith(".beta") and f"{key[:-5]}.gamma" in state:
-            if value.any():
+            if value.count_nonzero():
                 raise ValueError(f"{report.path}: {key} is not zero; the LayerNorm here has no offset")
             continue
         if (key := renamed(key, RENAMES)) is not None:
@@ -235,7 +235,7 @@ def translate(
 ) -> tuple[dict[str, Tensor], dict, dict]:
     """Today's tensors, and the arguments of network and prior, of a file without our header."""
     state = contents.tensors
-    numbers = re.match(r"v?(\d+(?:\.\d+)+)", report.version or "")
+    numbers = re.match(r"v?(\d{1,9}(?:\.\d{1,9})+)", report.version or "")
     number = tuple(map(int, numbers[1].split("."))) if numbers else None
     if number and number < (0, 23, 1) and any(f"net.{name}" in state for name in NULLS):
         report.notes.append(f"version {report.version} is not that of a dalle2-pytorch with these keys; it was ignored")
@@ -270,7 +270,7 @@ def translate(
             report.guesses.append("a prior without text encodings, since none were padded before 0.23.1")
     named = prior.get("beta_schedule")
     if named and given_prior.get("beta_schedule", named) != named:
-        raise ValueError(f"{report.path} holds {named!r} betas; config has {given_prior['beta_schedule']!r}")
+        raise ValueError(f"{report.path} holds {named!r} betas; config has {quoted(given_prior['beta_schedule'])}")
     net, prior = {**net, **given_net}, {**prior, **given_prior}
 
     old = report.era != CURRENT and not (number and number >= (1, 9, 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,12 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints.contents import LoadReport, choose_root, flatten, renamed
+from fastprior.checkpoints.contents import (
+    MOST_PRIORS,
+    LoadReport,
+    check_tensors,
+    choose_root,
+    flatten,
+    renamed,
+    widened,
+)
 from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.reading import read_json
 from fastprior.utils import first_few
 from fastprior.weight_files import diffusers_folder
+from fastprior.weight_files.checks import is_finite
 from fastprior.weight_files.diffusers_folder import CONFIG
-from fastprior.weight_files.model_files import MODEL_NAMES, read_model
+from fastprior.weight_files.model_files import MODEL_NAMES, ModelFile, read_model
 from fastprior.weight_files.safe import HEADER, read_any_file
 
 # The one map of renames, applied in order to the keys of a prior; None drops the key.
@@ -90,7 +99,7 @@ def _read_config(config: Mapping | str | os.PathLike | None) -> dict:
     if config is None:
         return {}
     if not isinstance(config, Mapping):
-        config = json.loads(Path(config).read_text())
+        config = read_json(config, where=f"config={os.fspath(config)!r}")
     config = _trained_config(config) or {key: value for key, value in config.items() if not key.startswith("_")}
     diffusers_folder.check_config(config, inspect.signature(PriorTransformer).parameters)
     return config
@@ -108,8 +117,14 @@ def _trained_config(said: Any) -> dict | None:
 
 def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tuple[dict, dict[str, Tensor]]:
     """The constructor's arguments and the tensors, under diffusers' names, of a file or a folder of either make."""
-    model = read_model(path)
-    flat = dict(flatten(model.payload))
+    with read_model(path) as model:
+        return _from_model(model, path, weights, config, report)
+
+
+def _from_model(
+    model: ModelFile, path: Path, weights: str, config: dict, report: LoadReport
+) -> tuple[dict, dict[str, Tensor]]:
+    flat = dict(flatten(model.payload, str(path)))
     report.notes += model.notes
     roots = {key[: match.start()] for key in flat if (match := _ROOT.search(key))}
     if not roots:
@@ -118,7 +133,12 @@ def _read_file(path: Path, weights: str, config: dict, report: LoadReport) -> tu
             f"{path} holds no PriorTransformer of diffusers, Kandinsky 2.1 or Karlo: found {found}. "
             "For a prior of dalle2-pytorch the target must end in .safetensors, .pt or .pth"
         )
+    if len(roots) > MOST_PRIORS:
+        raise ValueError(f"{path} holds {len(roots)} priors; it must hold at most {MOST_PRIORS}")
     state = choose_root(flat, roots, weights, report)[1]
+    check_tensors(state, str(path))
+    model.fill(state.values())
+    state = widened(state, report)
     if "model.prd_emb" not in state:
         beside = model.file.with_name(CONFIG)
         report.kind, report.era = "state dict", "diffusers"
@@ -169,7 +189,7 @@ def load(
         raise ValueError(f"clip_stats=None; {path} has no clip_mean and clip_std, so their file must be given")
     report.architecture = "given" if overrides else "recorded" if report.era == "diffusers" else "inferred"
     for key, value in state.items():
-        if not value.is_floating_point() or not value.isfinite().all():
+        if not value.is_floating_point() or not is_finite(value):
             raise ValueError(f"{path}: {key} must hold finite floating point numbers")
     with torch.device("meta"):
         prior = PriorTransformer(**arguments | overrides)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
+from torch import Tensor
+
 from fastprior.reading import quoted, read_json
 from fastprior.utils import first_few
-from fastprior.weight_files.safe import SharedOnce, read_file
+from fastprior.weight_files.safe import FileContents, SharedOnce, read_file
 
 # what accelerate's save_state and save_model and transformers' Trainer write, the first that is there
 MODEL_NAMES = (
@@ -46,22 +49,49 @@ def _read_names(index: Path) -> dict[str, list[str]]:
     return named
 
 
+def _read_parts(index: Path) -> list[FileContents]:
+    """The files that an index names, whose tensors are not read yet."""
+    named = _read_names(index)
+    missing = [name for name in named if not os.path.isfile(index.parent / name)]
+    if missing:
+        rule = f"{len(missing)} of its {len(named)} files are missing"
+        raise FileNotFoundError(f"{index} names {first_few(missing[:1])}; {rule}")
+    parts: list[FileContents] = []
+    try:
+        for name, keys in named.items():
+            parts.append(read_file(index.parent / name, later=True))
+            if lacking := [key for key in keys if key not in parts[-1].payload]:
+                raise ValueError(f"{index} says that {first_few(lacking[:1])} is in {first_few([name])}; it is not")
+    except BaseException:
+        _close(parts)
+        raise
+    return parts
+
+
+def _close(parts: Iterable[FileContents]) -> None:
+    for part in parts:
+        part.close()
+
+
+def _joined(parts: list[FileContents]) -> dict:
+    all_safe = all(isinstance(part.payload, SharedOnce) for part in parts)
+    tensors = ((key, value) for part in parts for key, value in part.payload.items())
+    return SharedOnce(tensors) if all_safe else dict(tensors)
+
+
 def read_index(index: Path) -> dict:
     """The tensors of the files that an index names, and of no others: FileNotFoundError where one is missing.
 
-    Raises ValueError for an index that is none, names files elsewhere, or names tensors that are not there.
+    The files lie in the index's folder or in folders within it, or are links there. Raises ValueError for an index that
+    is none, names files elsewhere, or names tensors that are not there.
     """
-    named = _read_names(index)
-    missing = [name for name in named if not (index.parent / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{index} names {missing[0]}; {len(missing)} of its {len(named)} files are missing")
-    parts = {name: read_file(index.parent / name)[0] for name in named}
-    for name, keys in named.items():
-        if lacking := [key for key in keys if key not in parts[name]]:
-            raise ValueError(f"{index} says that {lacking[0]} is in {name}; it is not")
-    all_safe = all(isinstance(part, SharedOnce) for part in parts.values())
-    tensors = ((key, value) for part in parts.values() for key, value in part.items())
-    return SharedOnce(tensors) if all_safe else dict(tensors)
+    parts = _read_parts(index)
+    try:
+        for part in parts:
+            part.fill()
+        return _joined(parts)
+    finally:
+        _close(parts)
 
 
 def _model_in(folder: Path) -> Path:
@@ -76,16 +106,37 @@ def _model_in(folder: Path) -> Path:
 
 
 class ModelFile(NamedTuple):
-    """What a path leads to: tensors and plain values, our header where there is one, the file or index, and notes."""
+    """What a path leads to, until the end of a `with` block in which `fill` reads the numbers of tensors.
+
+    Attributes:
+        payload: tensors and plain values.
+        header: our header where there is one.
+        file: the file or the index.
+        notes: what was read in the path's place, and what the files say of themselves.
+        parts: the files.
+    """
 
     payload: Mapping
     header: dict | None
     file: Path
     notes: list[str]
+    parts: list[FileContents]
+
+    def __enter__(self) -> ModelFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        _close(self.parts)
+
+    def fill(self, tensors: Iterable[Tensor]) -> None:
+        """Read the numbers of these tensors, and check them; raises ValueError for a damaged file."""
+        tensors = list(tensors)
+        for part in self.parts:
+            part.fill(tensors)
 
 
 def read_model(path: Path) -> ModelFile:
-    """Read a file, an index, or what a folder holds; the notes say what was read in the path's place.
+    """Find a file, an index, or what a folder holds, and read it but for the numbers of its tensors.
 
     Raises FileNotFoundError and ValueError as `safe.read_file` does, and for a part of a model without its index.
     """
@@ -93,7 +144,7 @@ def read_model(path: Path) -> ModelFile:
     if path.is_dir():
         folder, path = path, _model_in(path)
         others = sorted(other.name for end in ("safetensors", "bin") for other in folder.glob(f"*model_[0-9]*.{end}"))
-        notes.append(f"{path.name} of the folder was read" + (f", and not {', '.join(others)}" if others else ""))
+        notes.append(f"{path.name} of the folder was read" + (f", and not {first_few(others)}" if others else ""))
     if path.is_file() and (part := _PART.match(path.name)) and int(part[3]) > 1:
         index = path.with_name(f"{part[1]}{part[4]}.index.json")
         if not index.is_file():
@@ -102,6 +153,11 @@ def read_model(path: Path) -> ModelFile:
         notes.append(f"{path.name} is a part of a model: all that {index.name} names were read")
         path = index
     if path.is_file() and path.name.endswith(".index.json"):
-        return ModelFile(read_index(path), None, path, notes)
-    contents = read_file(path)
-    return ModelFile(contents.payload, contents.header, path, notes + contents.notes)
+        parts = _read_parts(path)
+        return ModelFile(_joined(parts), None, path, [*notes, *_notes(parts)], parts)
+    contents = read_file(path, later=True)
+    return ModelFile(contents.payload, contents.header, path, [*notes, *_notes([contents])], [contents])
+
+
+def _notes(parts: list[FileContents]) -> list[str]:
+    return list(dict.fromkeys(note for part in parts for note in part.notes))

@@ -129,13 +129,15 @@ def read_file(path: Path, later: bool = False) -> FileContents:
 def version_string(value) -> str | None:
     """The version in a string or in any pickled form of packaging's Version; None where there is none."""
     if not isinstance(value, Inert):
-        return str(value) if isinstance(value, str) or type(value).__name__ == "Version" else None
+        text = str(value) if isinstance(value, str) or type(value).__name__ == "Version" else ""
+        return text if 0 < len(text) < 100 and text.isprintable() else None
     try:
         if isinstance(value.state, Mapping):  # packaging up to 25
             release = value.state["_version"].args[1]
         else:  # (None, slots) in 26.0 and 26.1, (epoch, release, …) since
             release = value.state[1]
             release = release["_release"] if isinstance(release, Mapping) else release
-        return ".".join(map(str, release))
-    except (TypeError, KeyError, IndexError, AttributeError):
+        numbers = [number for number in release if type(number) is int and 0 <= number < 10**9]
+        return ".".join(map(str, numbers)) if 0 < len(numbers) == len(release) < 10 else None
+    except (TypeError, LookupError, AttributeError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import reprlib
@@ -46,38 +47,54 @@ def quoted(value: Any) -> str:
     return text if len(text) <= QUOTED + 3 else f"{text[:QUOTED]}…"
 
 
-def _check_regular(path: str | os.PathLike, mode: int) -> None:
+def brief(text: str) -> str:
+    """The first line of somebody's message, of at most about 200 characters, with odd ones escaped."""
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= QUOTED and line.isprintable() else quoted(line)[1:-1]
+
+
+def _check_regular(where: str, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "special file")
-        raise ValueError(f"{os.fspath(path)} is a {kind}; it must be a regular file")
+        raise ValueError(f"{where} is a {kind}; it must be a regular file")
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike, where: str | None = None) -> BinaryIO:
     """Open a regular file, or a link to one, for reading bytes; nothing is waited for.
 
-    Raises FileNotFoundError where there is none, ValueError for a directory, a FIFO, a socket or a device, and OSError
-    where it may not be read.
+    Args:
+        where: what messages begin with, the path by default.
+    Raises:
+        FileNotFoundError: there is none, or no file can have such a name.
+        ValueError: it is a directory, a FIFO, a socket or a device.
+        OSError: it may not be read.
     """
+    where = os.fspath(path) if where is None else where
     try:
-        _check_regular(path, os.stat(path).st_mode)
+        _check_regular(where, os.stat(path).st_mode)
         flags = ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
         descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, name, 0) for name in flags))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{os.fspath(path)} does not exist") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{where} does not exist") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise FileNotFoundError(f"{brief(where)} does not exist; no file has such a name") from error
+        raise
     try:
-        _check_regular(path, os.fstat(descriptor).st_mode)  # another may stand in its place by now
+        _check_regular(where, os.fstat(descriptor).st_mode)  # another may stand in its place by now
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def read_bytes(path: str | os.PathLike, most: int = JSON_BYTES) -> bytes:
+def read_bytes(path: str | os.PathLike, most: int = JSON_BYTES, where: str | None = None) -> bytes:
     """The bytes of a file of at most so many; errors as `open_regular` has, and ValueError for a longer one."""
-    with open_regular(path) as file:
+    where = os.fspath(path) if where is None else where
+    with open_regular(path, where) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"{os.fspath(path)} has more than {most:,} bytes; such a file has at most {most:,}")
+        raise ValueError(f"{where} has more than {most:,} bytes; such a file has at most {most:,}")
     return data
 
 
@@ -97,7 +114,7 @@ def parse_json(text: str | bytes, where: str, *, kind: type | None = None, const
     except RecursionError:
         raise ValueError(f"{where} is not JSON (it is nested too deeply)") from None
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({str(error)[:QUOTED]})") from error
+        raise ValueError(f"{where} is not JSON ({brief(str(error))})") from error
     if kind is not None and not isinstance(value, kind):
         raise ValueError(f"{where} holds a JSON {type(value).__name__}; it must be a {kind.__name__}")
     return value
@@ -115,4 +132,5 @@ def read_json(
     Raises:
         FileNotFoundError, OSError: as `open_regular`.
     """
-    return parse_json(read_bytes(path, most), os.fspath(path) if where is None else where, kind=kind)
+    where = os.fspath(path) if where is None else where
+    return parse_json(read_bytes(path, most, where), where, kind=kind)

@@ -38,7 +38,7 @@ from fastprior.checkpoints.limits import check_counts, check_memory, is_plain
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.record import FORMAT, make_net, record, unlike_config
-from fastprior.reading import QUOTED, quoted
+from fastprior.reading import brief, quoted
 from fastprior.utils import atomic, first_few
 from fastprior.weight_files.checks import changed, checksums, is_finite
 from fastprior.weight_files.model_files import read_model
@@ -265,23 +265,27 @@ def _make(
 ) -> DiffusionPrior:
     """The prior of a file's tensors, by our header, or by the config and what tensors show."""
     state = contents.tensors
-    if header is None:
-        state, net_config, prior_config = translate(contents, config, report, strict)
-    else:
-        net_config, prior_config = _recorded(header, config, report)
-        _check_sums(header, state, report, strict)
+    try:
+        if header is None:
+            state, net_config, prior_config = translate(contents, config, report, strict)
+        else:
+            net_config, prior_config = _recorded(header, config, report)
+            _check_sums(header, state, report, strict)
+    except _OF_VALUES as error:
+        raise ValueError(f"{report.path}: it cannot be told what prior this is: {brief(str(error))}") from error
     shown = dict(state)  # before constants are derived, of layers that the config alone may have
     try:
         return _build(state, net_config, prior_config, clip, dtype, report, strict)
     except _OF_VALUES as error:  # of a constructor: a config's values may be anything
-        raise ValueError(f"{report.path}: its config makes no prior: {str(error)[:QUOTED]}") from error
+        raise ValueError(f"{report.path}: its config makes no prior: {brief(str(error))}") from error
     except ValueError as error:
+        text = str(error) if report.path in str(error) else f"{report.path}: {brief(str(error))}"
         if not (differing := contradictions(shown, net_config, prior_config)):
-            raise
+            raise ValueError(text) from error
         source = config if isinstance(config, (str, os.PathLike)) else f"the {report.architecture} config"
-        have, said = (" and ".join(f"{name}={pair[i]}" for name, pair in differing.items()) for i in (0, 1))
+        have, said = (" and ".join(f"{name}={quoted(pair[i])}" for name, pair in differing.items()) for i in (0, 1))
         raise ValueError(
-            f"the weights of {report.path} have {have}, {os.fspath(source)} says {said}: {error}"
+            f"the weights of {report.path} have {have}, {os.fspath(source)} says {said}: {brief(str(error))}"
         ) from None
 
 

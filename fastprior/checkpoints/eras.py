@@ -76,7 +76,7 @@ def read_config(config: Mapping | str | os.PathLike | None, report: LoadReport) 
     if config is None:
         return {}, {}
     if isinstance(config, (str, os.PathLike)):
-        config = read_json(config, where=f"config={os.fspath(config)!r}")
+        config = read_json(config, where=f"config={quoted(os.fspath(config))}")
     prior = config.get("prior") if isinstance(config, Mapping) else None
     if isinstance(prior, Mapping) and "net" in prior:  # a training's; its other parts are the trainer's
         data = config.get("data")

@@ -22,7 +22,7 @@ from fastprior.checkpoints.contents import (
     widened,
 )
 from fastprior.models.prior_transformer.model import PriorTransformer
-from fastprior.reading import read_json
+from fastprior.reading import quoted, read_json
 from fastprior.utils import first_few
 from fastprior.weight_files import diffusers_folder
 from fastprior.weight_files.checks import is_finite
@@ -99,7 +99,7 @@ def _read_config(config: Mapping | str | os.PathLike | None) -> dict:
     if config is None:
         return {}
     if not isinstance(config, Mapping):
-        config = read_json(config, where=f"config={os.fspath(config)!r}")
+        config = read_json(config, where=f"config={quoted(os.fspath(config))}")
     config = _trained_config(config) or {key: value for key, value in config.items() if not key.startswith("_")}
     diffusers_folder.check_config(config, inspect.signature(PriorTransformer).parameters)
     return config

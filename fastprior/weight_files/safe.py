@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
-from fastprior.reading import open_regular, parse_json, quoted
+from fastprior.reading import brief, open_regular, parse_json
 from fastprior.weight_files.archives import UNCHECKED, ZIP, Archive, Damaged, read_old_file, read_pickle
 from fastprior.weight_files.kinds import describe
 from fastprior.weight_files.pickles import Refused
@@ -74,13 +74,13 @@ def _one_error(path: Path) -> Iterator[None]:
         yield
     except Refused as refused:
         raise ValueError(
-            f"{path} is refused, and nothing in it was run: it refers to {quoted(str(refused))[1:-1]}, and a "
+            f"{path} is refused, and nothing in it was run: it refers to {brief(str(refused))}, and a "
             "checkpoint must hold tensors and plain values only. Save its state_dict() alone where it was made"
         ) from None
     except Damaged as damage:
         raise ValueError(f"{path} is damaged: {damage}") from None
     except Exception as error:  # damaged files raise nearly any type, OSError too
-        kind = f"damaged, cut short, or no checkpoint ({type(error).__name__}: {quoted(str(error))[1:-1]})"
+        kind = f"damaged, cut short, or no checkpoint ({type(error).__name__}: {brief(str(error))})"
         raise ValueError(f"{path} cannot be read: it is {describe(path) or kind}") from error
 
 

@@ -40,7 +40,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """On several workers, files with most slow tests come first, so that none is left alone with one at the end."""
+    """Fuzzing is left out unless asked for by its marker.
+
+    On several workers, files with most slow tests come first, so that none is left alone with one at the end.
+    """
+    if "fuzz" not in config.option.markexpr:
+        fuzz = [item for item in items if item.get_closest_marker("fuzz")]
+        items[:] = [item for item in items if item not in fuzz]
+        config.hook.pytest_deselected(items=fuzz)
     if hasattr(config, "workerinput"):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda item: -slow[item.path])

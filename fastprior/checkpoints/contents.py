@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastprior.reading import brief
 from fastprior.utils import first_few
 from fastprior.weight_files.tensors import SMALL_VIEW, Unreadable
 
 MOST_LEVELS, MOST_LETTERS = 64, 1000  # of nested dicts, and of a key: what lies deeper, or is longer, is no prior's
 MOST_PRIORS = 100  # in one file, averages and copies among them
+MISFITS = TypeError, RuntimeError, ArithmeticError, AttributeError, LookupError, MemoryError
 GAMMA, UNPADDED, ONE_NULL, CURRENT = "before 0.16.0", "0.16.0 to 0.23.0", "0.23.1 to 1.8.4", "1.9.0 or later"
+
+
+@contextmanager
+def one_error(path: str) -> Iterator[None]:
+    """Make a ValueError that names the file of what its values, which may be anything, lead constructors to raise."""
+    try:
+        yield
+    except MISFITS as error:
+        raise ValueError(f"{path} makes no prior: {brief(str(error))}") from error
+    except ValueError as error:
+        if path in str(error):
+            raise
+        raise ValueError(f"{path}: {brief(str(error))}") from error
 
 
 def without_wrappers(key: str) -> str:

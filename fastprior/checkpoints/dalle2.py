@@ -29,6 +29,7 @@ from fastprior.checkpoints.contents import (
     choose_root,
     flatten,
     module_names,
+    one_error,
     tensors_under,
     widened,
     without_wrappers,
@@ -38,16 +39,13 @@ from fastprior.checkpoints.limits import check_counts, check_memory, is_plain
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.record import FORMAT, make_net, record, unlike_config
-from fastprior.reading import brief, quoted
+from fastprior.reading import quoted
 from fastprior.utils import atomic, first_few
 from fastprior.weight_files.checks import changed, checksums, is_finite
 from fastprior.weight_files.model_files import read_model
 from fastprior.weight_files.safe import HEADER, SharedOnce, version_string
 
 _QUERIES = {True: "learned_query", False: "prior.prd_embedding"}  # which a network has; of dalle2-pytorch's, or not
-
-
-_OF_VALUES = TypeError, RuntimeError, ArithmeticError, AttributeError, LookupError, MemoryError
 
 
 def _is_dalle2(net_config: Any) -> bool:
@@ -216,8 +214,9 @@ def load(
             before 1.4.3 had other attention, at times under the same keys.
         clip: see `DiffusionPrior`. CLIP weights in the file are ignored without it.
         dtype: of the network; None keeps the file's. The noise schedule stays fp32.
-        strict: raise for missing and unexpected keys, and where the network here cannot give the results of the
-            release that trained the weights. With False these are only reported, and missing weights are random.
+        strict: raise for missing and unexpected keys, for tensors that are not what `save` wrote, and where the network
+            here cannot give the results of the release that trained the weights. With False these are only reported,
+            and missing weights are random.
     Returns:
         The prior, with its `LoadReport` in `load_report`.
     Raises:
@@ -228,6 +227,8 @@ def load(
     report = LoadReport(str(path))
     if version is not None and not re.match(r"v?\d+\.\d+", version):
         raise ValueError(f"version={version!r}; it must read like '1.4.2'")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r}; it must be a floating point dtype of torch, or None")
     with read_model(Path(path)) as model:
         payload, header, file = model.payload, model.header, model.file
         report.notes += model.notes
@@ -264,28 +265,24 @@ def _make(
     report: LoadReport,
 ) -> DiffusionPrior:
     """The prior of a file's tensors, by our header, or by the config and what tensors show."""
-    state = contents.tensors
-    try:
+    with one_error(report.path):
         if header is None:
             state, net_config, prior_config = translate(contents, config, report, strict)
         else:
+            state = contents.tensors
             net_config, prior_config = _recorded(header, config, report)
             _check_sums(header, state, report, strict)
-    except _OF_VALUES as error:
-        raise ValueError(f"{report.path}: it cannot be told what prior this is: {brief(str(error))}") from error
     shown = dict(state)  # before constants are derived, of layers that the config alone may have
     try:
-        return _build(state, net_config, prior_config, clip, dtype, report, strict)
-    except _OF_VALUES as error:  # of a constructor: a config's values may be anything
-        raise ValueError(f"{report.path}: its config makes no prior: {brief(str(error))}") from error
+        with one_error(report.path):
+            return _build(state, net_config, prior_config, clip, dtype, report, strict)
     except ValueError as error:
-        text = str(error) if report.path in str(error) else f"{report.path}: {brief(str(error))}"
         if not (differing := contradictions(shown, net_config, prior_config)):
-            raise ValueError(text) from error
+            raise
         source = config if isinstance(config, (str, os.PathLike)) else f"the {report.architecture} config"
         have, said = (" and ".join(f"{name}={quoted(pair[i])}" for name, pair in differing.items()) for i in (0, 1))
         raise ValueError(
-            f"the weights of {report.path} have {have}, {os.fspath(source)} says {said}: {brief(str(error))}"
+            f"the weights of {report.path} have {have}, {os.fspath(source)} says {said}: {error}"
         ) from None
 
 
@@ -329,6 +326,8 @@ def _contents(prior: DiffusionPrior, metadata: Mapping | None = None) -> tuple[d
 
 def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | None = None) -> None:
     """Save a prior, without its CLIP, as one safetensors file that records how to build it. Atomic.
+
+    The record has a checksum of each tensor, which `load` compares: see `weight_files.checks.checksum`.
 
     Args:
         path: ends in .safetensors; an existing file is replaced.

@@ -14,7 +14,7 @@ from fastprior.utils import first_few
 MOST_LAYERS, SPARE_LAYERS = 1000, 64
 MOST_TIMESTEPS = 10**5  # where no table in the file is as long
 SPARE_BYTES = 2**26
-_LAYER = re.compile(r"\.(?:layers|transformer_blocks|resblocks)\.(\d{1,9})\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|transformer_blocks|resblocks)\.(\d{1,9})\.")
 
 
 def is_plain(value: Any, most: int = 10**5) -> bool:

@@ -18,9 +18,11 @@ from fastprior.checkpoints.contents import (
     check_tensors,
     choose_root,
     flatten,
+    one_error,
     renamed,
     widened,
 )
+from fastprior.checkpoints.limits import check_counts
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.reading import quoted, read_json
 from fastprior.utils import first_few
@@ -82,7 +84,7 @@ def _infer(state: Mapping[str, Tensor], path: str) -> dict:
             embedding_proj_dim=state["model.text_emb_proj.weight"].shape[1],
             clip_embed_dim=len(state["model.out_proj.weight"]),
         )  # fmt: skip
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is no whole prior: {error} is missing, or has another shape") from error
 
 
@@ -90,8 +92,10 @@ def _read_stats(path: Path) -> dict[str, Tensor]:
     """clip_mean and clip_std, (1, dim) each, of a file with both, such as ViT-L-14_stats.th."""
     stats = read_any_file(path).payload
     is_pair = isinstance(stats, (Tensor, list, tuple)) and len(stats) == 2
-    if not is_pair or not all(torch.is_tensor(t) and t.ndim == 1 and t.isfinite().all() for t in stats):
-        raise ValueError(f"clip_stats={str(path)!r}; it must hold the mean and the deviation of image embeddings")
+    if not is_pair or not all(
+        torch.is_tensor(t) and t.ndim == 1 and t.is_floating_point() and is_finite(t) for t in stats
+    ):
+        raise ValueError(f"clip_stats={quoted(str(path))}; it must hold the mean and the deviation of image embeddings")
     return {"clip_mean": stats[0][None], "clip_std": stats[1][None]}
 
 
@@ -178,7 +182,12 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, unsafe, or no such prior; tensors are missing, not finite, or do not fit.
     """
-    path, report, overrides = Path(source), LoadReport(str(source)), _read_config(config)
+    with one_error(str(source)):
+        return _load(Path(source), clip_stats, config, weights)
+
+
+def _load(path: Path, clip_stats, config, weights: str) -> tuple[PriorTransformer, LoadReport]:
+    report, overrides = LoadReport(str(path)), _read_config(config)
     stats = {} if clip_stats is None else _read_stats(Path(clip_stats))
     if path.is_dir() and not any((path / name).is_file() for name in MODEL_NAMES):
         report.kind, report.era = "folder", "diffusers"
@@ -188,6 +197,7 @@ def load(
     if report.era != "diffusers" and not stats and "clip_mean" not in state:
         raise ValueError(f"clip_stats=None; {path} has no clip_mean and clip_std, so their file must be given")
     report.architecture = "given" if overrides else "recorded" if report.era == "diffusers" else "inferred"
+    check_counts(arguments | overrides, {}, state, str(path))
     for key, value in state.items():
         if not value.is_floating_point() or not is_finite(value):
             raise ValueError(f"{path}: {key} must hold finite floating point numbers")

@@ -220,3 +220,63 @@ def test_saved_files_have_the_usual_permissions(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "prior.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def changed_file(path, change):
+    """Write a file of ours again, as another program would, with its tensors changed and its header kept."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file(state, path, metadata=metadata)
+
+
+def test_checksums_name_the_tensors_that_differ(tmp_path):
+    path, key = tmp_path / "own.safetensors", "net.causal_transformer.layers.1.1.5.weight"
+    save(make_prior(), path)
+    data = bytearray(path.read_bytes())
+    with safe_open(path, "pt") as file:
+        at = data.index(file.get_tensor(key).numpy().tobytes())
+    data[at + 500] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{key} differ from what fastprior wrote: the file is damaged"):
+        load(path)
+    with pytest.warns(UserWarning, match=f"another program changed the file on purpose: {key} differ"):
+        assert load(path, strict=False).load_report.guesses
+
+
+def test_checksums_of_types_that_others_changed_say_nothing(tmp_path):
+    save(make_prior(), tmp_path / "own.safetensors")
+    changed_file(tmp_path / "own.safetensors", lambda state: state.update({BIAS: state[BIAS].half()}))
+    assert "changed the type of 1 tensors" in str(load(tmp_path / "own.safetensors").load_report)
+
+
+def test_files_without_checksums_load(tmp_path):
+    path = tmp_path / "own.safetensors"
+    save(make_prior(), path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["fastprior"])
+    state = {key: value.double().float() for key, value in safetensors.torch.load_file(path).items()}
+    assert header.pop("checksums").keys() == state.keys()
+    safetensors.torch.save_file(state, path, metadata={"fastprior": json.dumps(header)})
+    prior = load(path)
+    assert prior.load_report.notes == [] and prior.load_report.kind == "fastprior file"
+
+
+def test_weights_of_8_bit_floats_are_widened(tmp_path):
+    state = make_prior().state_dict()
+    narrow = {key: value.to(torch.float8_e4m3fn) if key.startswith("net.") else value for key, value in state.items()}
+    safetensors.torch.save_file(narrow, tmp_path / "narrow.safetensors")
+    for dtype in (torch.float32, None):
+        prior = load(tmp_path / "narrow.safetensors", dtype=dtype)
+        assert "float8_e4m3fn in the file, and were widened" in str(prior.load_report)
+        assert torch.equal(prior.net.learned_query, narrow["net.learned_query"].float())
+
+
+def test_only_the_prior_of_a_trainers_file_is_read(tmp_path):
+    state = make_prior().state_dict()
+    path = file_with(tmp_path, {"model": state, "optimizer": {"state": {0: {"exp_avg": torch.full((5000,), 7.0)}}}})
+    data = path.read_bytes()
+    moments = torch.full((5000,), 7.0).numpy().tobytes()
+    path.write_bytes(data.replace(moments, bytes(len(moments))))
+    assert_same_samples(load(path), make_prior())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastprior
-from helpers.hostile_files import all_cases
+from helpers.hostile_files import all_cases, some_cases
 
 SECONDS, BYTES = 8, 2**30
 ERRORS = ValueError, FileNotFoundError, TypeError
@@ -83,10 +83,12 @@ def run_from(cases, first, folder, report):
                 file.write(f"{number} {found!a}\n")
 
 
-def test_hostile_files(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [some_cases, pytest.param(all_cases, marks=pytest.mark.fuzz)])
+def test_hostile_files(tmp_path, which):
     if sys.platform != "linux":
         pytest.skip("limits of memory and processes are Linux's")
-    cases, report, first, faults = all_cases(), tmp_path / "report", 0, []
+    cases, report, first, faults = which(), tmp_path / "report", 0, []
     assert len(cases) > 500 and len({name for name, _ in cases}) == len(cases)
     folder = tmp_path / "files"
     folder.mkdir()

@@ -185,3 +185,66 @@ def test_contents_count_and_not_names(tmp_path):
     (tmp_path / "big.json").write_text(json.dumps({"a": {"b": 1}}))
     with pytest.raises(ValueError, match="a JSON file with the keys a"):
         read_file(tmp_path / "big.json")
+
+
+def flip(path, name):
+    """Change one bit of a record."""
+    with zipfile.ZipFile(path) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith(name))
+    data = bytearray(path.read_bytes())
+    lengths = data[entry.header_offset + 26], data[entry.header_offset + 28] + 256 * data[entry.header_offset + 29]
+    data[entry.header_offset + 30 + sum(lengths) + entry.file_size // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["data/0", "data/1", "data.pkl", "byteorder"])
+def test_a_flipped_bit_is_seen(tmp_path, name):
+    torch.save({"a": torch.ones(2), "b": torch.ones(99)}, tmp_path / "file.pt")
+    flip(tmp_path / "file.pt", name)
+    with pytest.raises(ValueError, match=f"file.pt is damaged: the CRC-32 of .*{name} is not what was written"):
+        read_any_file(tmp_path / "file.pt")
+
+
+def test_archives_without_checksums_are_read_with_a_note(tmp_path):
+    state = {"a": torch.arange(9.0)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "file.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    contents = read_any_file(tmp_path / "file.pt")
+    assert torch.equal(contents.payload["a"], state["a"]) and "no CRC-32" in contents.notes[0]
+    torch.save(state, tmp_path / "file.pt")
+    assert read_any_file(tmp_path / "file.pt").notes == []
+
+
+def test_numbers_that_are_read_later(tmp_path):
+    state = {name: torch.randn(1000) for name in "abc"}
+    torch.save(state, tmp_path / "file.pt")
+    flip(tmp_path / "file.pt", "data/1")
+    contents = read_any_file(tmp_path / "file.pt", later=True)
+    contents.fill([contents.payload["a"], contents.payload["c"]])
+    assert torch.equal(contents.payload["a"], state["a"]) and torch.equal(contents.payload["c"], state["c"])
+    with pytest.raises(ValueError, match="file.pt is damaged: the CRC-32"):
+        contents.fill([contents.payload["b"]])
+    contents.close()
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.bool, torch.complex64, torch.uint16]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_tensors_are_read_as_they_were_written(tmp_path, zipped):
+    whole = torch.arange(24.0).view(2, 3, 4)
+    tensors = {str(dtype): whole.to(dtype) for dtype in DTYPES} | {
+        "view": whole[:, 1:, ::2], "transposed": whole.mT, "again": whole, "empty": whole[:0], "number": whole.sum(),
+        "parameter": nn.Parameter(whole), "expanded": torch.ones(1).expand(9), "grad": whole.clone().requires_grad_(),
+    }  # fmt: skip
+    torch.save(tensors, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
+    read = read_file(tmp_path / "file.pt").payload
+    assert read.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert read[name].dtype == value.dtype and read[name].stride() == value.stride()
+        pair = read[name], value.detach()
+        assert torch.equal(*(t.double() for t in pair) if value.dtype.itemsize == 1 else pair)
+    assert len({read[name].untyped_storage().data_ptr() for name in ("view", "transposed", "again", "parameter")}) == 1

@@ -1,7 +1,8 @@
 """Files made to break a reader: (name, maker) pairs, where a maker writes into a folder and says what to load.
 
 A name that begins with "fine" is of a file that must load, one with "refused" of one that must not; any other may do
-either. All is made by code: nothing is downloaded, and nothing random is left to chance.
+either. `by` among the arguments that a maker gives is what loads its file; by default it is fastprior.load. All is made
+by code: nothing is downloaded, and nothing random is left to chance.
 """
 
 import io
@@ -20,6 +21,7 @@ import safetensors.torch
 import torch
 
 import fastprior
+from fastprior.checkpoints import prior_transformer
 from helpers.checkpoint_cases import DIM, make_prior, network_of
 
 Maker = Callable[[Path], tuple[Path, dict]]
@@ -546,6 +548,70 @@ def configs() -> Iterator[tuple[str, Maker]]:
     yield "fine config", direct({"net": {"dim": DIM}})
 
 
+# priors of Kandinsky and Karlo
+
+
+def original_state() -> dict[str, torch.Tensor]:
+    """A prior of one layer under its original names."""
+    width, dim, block = 64, 8, "transformer.resblocks.0"
+    shapes = {
+        "time_embed.0": (width, width), "time_embed.2": (width, width), "text_enc_proj": (width, dim),
+        "text_emb_proj": (width, dim), "clip_img_proj": (width, dim), "out_proj": (dim, width), "final_ln": (width,),
+        f"{block}.attn.c_qkv": (3 * width, width), f"{block}.attn.c_proj": (width, width), f"{block}.ln_1": (width,),
+        f"{block}.ln_2": (width,), f"{block}.mlp.c_fc": (4 * width, width), f"{block}.mlp.c_proj": (width, 4 * width),
+    }  # fmt: skip
+    state = {"model.positional_embedding": torch.ones(1, 9, width), "model.prd_emb": torch.ones(1, 1, width)}
+    for name, shape in shapes.items():
+        state |= {f"model.{name}.weight": torch.ones(shape), f"model.{name}.bias": torch.ones(shape[0])}
+    return state
+
+
+def originals() -> Iterator[tuple[str, Maker]]:
+    def original(change=lambda state: None, stats=lambda: torch.ones(2, 8), **kwargs):
+        def make(folder):
+            state = original_state()
+            state = change(state) or state
+            torch.save(state, folder / "prior.ckpt")
+            torch.save(stats(), folder / "stats.th")
+            by = dict(by=prior_transformer.load, clip_stats=folder / "stats.th")
+            return folder / "prior.ckpt", by | kwargs
+
+        return make
+
+    query = "model.prd_emb"
+    yield "fine original", original()
+    for name, value in JUNK.items():
+        for key in (
+            "num_attention_heads",
+            "num_layers",
+            "embedding_dim",
+            "num_embeddings",
+            "time_embed_act_fn",
+            "dropout",
+        ):
+            yield f"original {key} {name}", original(config={key: value})
+        yield f"refused original stats {name}", original(stats=lambda v=value: v)
+        yield f"original config {name}", original(config=value)
+        for key in (query, "model.out_proj.weight", "model.positional_embedding", "model.clip_img_proj.weight"):
+            yield f"refused original {key} {name}", original(lambda state, k=key, v=value: state.update({k: v}))
+    kinds = {
+        "sparse": lambda t: t.to_sparse(), "meta": lambda t: t.to("meta"), "complex": lambda t: t.to(torch.complex64),
+        "int": lambda t: t.int(), "nan tensor": lambda t: t * float("nan"), "number": lambda t: t.sum(),
+        "no rows": lambda t: t[:0], "rank": lambda t: t[None, None], "expanded": lambda t: torch.ones(1).expand(10**12),
+    }  # fmt: skip
+    for name, change in kinds.items():
+        for key in original_state():
+            if key.endswith("weight") or "emb" in key:
+                yield f"refused original {key} {name}", original(lambda s, k=key, c=change: s.update({k: c(s[k])}))
+        yield f"refused original stats {name}", original(stats=lambda c=change: [c(torch.ones(8)), torch.ones(8)])
+    for number in (HUGE, 10**30, -1, 3):
+        key = f"model.transformer.resblocks.{number}.ln_1.weight"
+        yield f"refused original layer {number}", original(lambda state, k=key: state.update({k: torch.ones(1)}))
+    for name, make in archives():
+        if name.startswith("refused"):
+            yield f"{name} as original", lambda folder, m=make: (m(folder)[0], dict(by=prior_transformer.load))
+
+
 def all_cases() -> list[tuple[str, Maker]]:
     return [case for make in (*FEW, *MANY) for case in make()]
 
@@ -556,4 +622,4 @@ def some_cases() -> list[tuple[str, Maker]]:
 
 
 FEW = tensors_of_kinds, strange_keys, structures, safetensors_by_hand, archives, paths, indexes
-MANY = beside_weights, headers, configs
+MANY = beside_weights, headers, configs, originals

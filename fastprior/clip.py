@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastprior.weight_files.clip_file import fill_clip
 
 EOS_ID = 49407  # end of text in CLIP's byte-pair vocabulary; 0 is both the padding and "!"
 
@@ -199,14 +200,17 @@ class OpenClipAdapter(BaseClipAdapter):
     """A frozen OpenCLIP model (open-clip-torch >= 2.24), `clip`, with the names that OpenAI's has besides.
 
     name: an OpenCLIP model name, `/` or `-` alike, or `hf-hub:owner/model`.
-    pretrained: a tag of OpenCLIP, the path of a local checkpoint, or None for random weights.
+    pretrained: a tag of OpenCLIP, the path of a local checkpoint, or None for random weights. A file is read without
+        running anything in it, as `fastprior.load` reads; OpenCLIP downloads and reads what it has a tag for, with the
+        SHA-256 that it knows of OpenAI's, and `hf-hub:` models.
     cache_dir: where downloads are kept; device: where the model is built.
     force_quick_gelu: the activation OpenAI's weights (and some others) were trained with. Always on for the tag
         "openai", for which recent OpenCLIP releases only warn.
 
     Text encodings are the output of `ln_final`, so `dim_text_encodings` is the text tower's width. It differs from
     `dim_latent` in a few models (RN50: 512 and 1024): those can only drive priors without text encodings.
-    Raises ImportError without open-clip-torch, ValueError for a text tower without `ln_final` (Hugging Face towers).
+    Raises ImportError without open-clip-torch, ValueError for a text tower without `ln_final` (Hugging Face towers) and
+    for a file that is damaged, unsafe, not finite, or does not fit the model.
 
     `description` is what `make_adapter` makes the same adapter of, in plain values.
     """
@@ -413,20 +417,12 @@ def _open_clip_tokenizer(name: str) -> Any:
 
 
 def _load_open_clip(name: str, pretrained: str | None, **options: Any) -> tuple[nn.Module, Any]:
-    """The model and its inference transform; reads OpenAI's TorchScript archives itself, where OpenCLIP fails."""
+    """The model and its inference transform; we read files, and OpenCLIP what it has a tag for."""
     open_clip = _import_open_clip()
-    is_archive = pretrained is not None and _is_torchscript(pretrained)
-    pretrained_by_open_clip = None if is_archive else pretrained
-    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained_by_open_clip, **options)
-    if is_archive:
-        state = torch.jit.load(pretrained, map_location="cpu").state_dict()
-        scalars = "input_resolution", "context_length", "vocab_size"
-        model.load_state_dict({key: value for key, value in state.items() if key not in scalars})
+    tag, file = pretrained, None
+    if pretrained and not open_clip.get_pretrained_cfg(name, pretrained) and os.path.exists(pretrained):
+        tag, file, options = None, pretrained, dict(options, pretrained_hf=False)
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag, **options)
+    if file:
+        fill_clip(open_clip, model, name, file)
     return model, preprocess
-
-
-def _is_torchscript(path: str) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())

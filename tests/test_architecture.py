@@ -21,6 +21,7 @@ LAYERS = (  # from the top; a room may import from rooms of the layers below it,
     "kernels",
 )
 BESIDE = {  # rooms that import from one of their own layer
+    "clip": "weight_files",  # local files of CLIPs
     "cli": "demos train_diffusion_prior",  # which commands start
     "pipelines": "serving",  # what quantised weights must keep of the quality
     "utils": "reading",  # what messages quote

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from torch.nn import Parameter
 from torch.optim import Adam, AdamW, Optimizer
 
+from fastprior.checks import check_number
+
 
 def separate_weight_decayable_params(params: Iterable[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
     """Matrices and larger, which are decayed, and the rest (gains, biases, scalars), which are not."""
@@ -34,7 +36,12 @@ def get_optimizer(
         filter_by_requires_grad: leave frozen parameters out.
         group_wd_params: decay only parameters of two or more dimensions.
         fused: one kernel for all of a step, on CPU and CUDA; None leaves the choice to torch.
+    Raises ValueError for numbers that are not finite, negative, or betas of 1 and more.
     """
+    for name, value in (("lr", lr), ("wd", wd), ("eps", eps)):
+        check_number(name, value, 0)
+    for beta in betas:
+        check_number("betas", beta, 0, below=1)
     params = [p for p in params if p.requires_grad or not filter_by_requires_grad]
     if wd == 0:
         return Adam(params, lr=lr, betas=betas, eps=eps, fused=fused)

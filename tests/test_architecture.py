@@ -17,11 +17,12 @@ LAYERS = (  # from the top; a room may import from rooms of the layers below it,
     "engine",
     "models",
     "diffusion weight_files clip peer optimizer",
-    "batches draws program reading utils tokenizer version",
+    "batches checks draws program reading utils tokenizer version",
     "kernels",
 )
 BESIDE = {  # rooms that import from one of their own layer
     "clip": "weight_files",  # local files of CLIPs
+    "checks": "reading",  # what messages quote
     "cli": "demos train_diffusion_prior",  # which commands start
     "pipelines": "serving",  # what quantised weights must keep of the quality
     "utils": "reading",  # what messages quote

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprior.checks import check_choice, check_count, check_number
 from fastprior.draws import drawing, randn_like
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
@@ -45,8 +46,7 @@ BETA_SCHEDULES = {"cosine": _cosine, "linear": _linear, "quadratic": _quadratic,
 
 
 def _choose(name: str, value: str, options: dict):
-    if value not in options:
-        raise ValueError(f"{name}={value!r}; it must be one of {', '.join(map(repr, options))}")
+    check_choice(name, value, options)
     return options[value]
 
 
@@ -102,8 +102,9 @@ class NoiseScheduler(nn.Module):
         p2_loss_weight_k: float = 1,
     ):
         super().__init__()
-        if timesteps < 1:
-            raise ValueError(f"timesteps={timesteps}; it must be at least 1")
+        check_count("timesteps", timesteps)
+        check_number("p2_loss_weight_gamma", p2_loss_weight_gamma)
+        check_number("p2_loss_weight_k", p2_loss_weight_k)
         with torch.device("cpu"):  # they are known where the rest of a model is made on the meta device, too
             betas = _choose("beta_schedule", beta_schedule, BETA_SCHEDULES)(timesteps)
         if betas.max() > 1:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprior.checks import check_choice, check_share, is_integer
 from fastprior.diffusion.schedule import NoiseScheduler
+from fastprior.reading import quoted
 
 
 @dataclass(frozen=True)
@@ -158,16 +160,15 @@ def step_table(
         ValueError: naming the argument, its value and the rule.
     """
     timesteps = schedule.num_timesteps
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}; it must be one of {', '.join(map(repr, SOLVERS))}")
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"timesteps={steps}; the schedule has {timesteps}, so it must be 1 to {timesteps}")
+    check_choice("solver", solver, SOLVERS)
+    if not (is_integer(steps) and 1 <= steps <= timesteps):
+        raise ValueError(f"timesteps={quoted(steps)}; the schedule has {timesteps}, so it must be 1 to {timesteps}")
     if solver == "ddpm" and steps != timesteps:
         raise ValueError(f"timesteps={steps}; the ddpm solver visits all {timesteps} of the schedule")
     if eta is not None and solver not in STOCHASTIC:
         raise ValueError(f"eta={eta}; the {solver} solver has no eta, only {' and '.join(STOCHASTIC)} do")
-    if eta is not None and not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta}; it must be between 0 and 1")
+    if eta is not None:
+        check_share("eta", eta)
     host = _OnHost(schedule)
     rows = SOLVERS[solver](host, steps, 1.0 if eta is None else eta)
     coefficients = [(*_x0_from_prediction(host, prediction, t), *row) for t, *row, _ in rows]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from fastprior.checks import check_number
 from fastprior.engine import shapes
 from fastprior.engine.clock import Clock
 from fastprior.engine.graphs import GraphCache, StepGraph, settings
@@ -142,6 +143,7 @@ class Engine:
             **graphs,
         )
         if bandwidth is not None:
+            check_number("bandwidth", bandwidth, above=0)
             stats["floor_share"] = read / bandwidth / (sum(times) / 1e3) if times else float("nan")
             stats["modelled_step_ms"] = step_seconds(sum(reads), bandwidth, launches) * 1e3
         return stats

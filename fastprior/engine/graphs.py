@@ -216,8 +216,8 @@ class GraphCache:
 
     def limit(self, memory: int | None) -> None:
         """Change the limit; those that are over it go. Raises ValueError for a limit below 1."""
-        if memory is not None and memory < 1:
-            raise ValueError(f"graph_memory={memory}; it must be None or at least 1 byte")
+        if memory is not None and not (isinstance(memory, (int, float)) and memory >= 1):
+            raise ValueError(f"graph_memory={memory!r}; it must be None or at least 1 byte")
         if memory != self.memory:
             self.memory = memory
             self.too_large.clear()

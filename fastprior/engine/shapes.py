@@ -7,10 +7,13 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FunctionType
 
 import torch
+
+from fastprior.checks import MOST, is_integer
+from fastprior.reading import quoted
 
 BATCH_SIZES = 1, 8, 64
 TEXT_TOKENS = 16  # of which text lengths are multiples
@@ -18,8 +21,10 @@ TEXT_TOKENS = 16  # of which text lengths are multiples
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
     """Sort different batch sizes. Raises ValueError unless there is one, and all are at least 1."""
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"batch_sizes={batch_sizes}; it must hold at least one number, each at least 1")
+    listed = isinstance(batch_sizes, Collection) and not isinstance(batch_sizes, (str, bytes))
+    if not listed or not batch_sizes or not all(is_integer(size) and 1 <= size <= MOST for size in batch_sizes):
+        rule = f"it must hold at least one number, each at least 1 and at most {MOST:,}"
+        raise ValueError(f"batch_sizes={quoted(batch_sizes)}; {rule}")
     return tuple(sorted(set(batch_sizes)))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastprior.checks import check_count, check_number
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.diffusion.solvers import StepTable
 from fastprior.engine.clock import Clock
@@ -324,8 +325,8 @@ class PriorPipeline:
         Raises:
             ValueError, TypeError: naming the argument, its value and the rule.
         """
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; it must be at least 1")
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        check_number("guidance_scale", guidance_scale)
         if output_type not in ("pt", "np"):
             raise ValueError(f"output_type={output_type!r}; it must be 'pt' or 'np'")
         dim = self.prior.config["embedding_dim"]
@@ -390,6 +391,8 @@ class PriorPipeline:
         if not images_and_prompts or len(images_and_prompts) != len(weights):
             sizes = f"images_and_prompts has {len(images_and_prompts)} entries and weights {len(weights)}"
             raise ValueError(f"{sizes}; they must be as many, and at least one")
+        for weight in weights:
+            check_number("weights", weight)
         options = dict(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
         options |= dict(guidance_scale=guidance_scale, generator=generator, latents=latents, eta=eta)
         embeds = 0.0

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprior.checks import check_count, check_number
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.engine.steps import Generators, Noise, StepInputs, bind, run_table, solver_step
 from fastprior.models.prior_transformer.model import PriorTransformer
@@ -81,8 +82,8 @@ class ShapEPrior:
         Raises:
             ValueError, TypeError: naming the argument, its value and the rule.
         """
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; it must be at least 1")
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        check_number("guidance_scale", guidance_scale)
         prior, guidance, device = self.prior, guidance_scale > 1, self.prior.device
         config, dtype = prior.config, prior.dtype
         tokens, dim = config["num_embeddings"], config["embedding_dim"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprior.batches import repeat_rows
+from fastprior.checks import check_count, check_number
 from fastprior.clip import as_clip_adapter, freeze_and_eval
 from fastprior.diffusion.schedule import NoiseScheduler
 from fastprior.diffusion.solvers import default_solver, step_table
@@ -19,6 +20,7 @@ from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.loading import NoticesForeignStates
 from fastprior.prior import graphs as prior_graphs
+from fastprior.prior.arguments import check_arguments
 from fastprior.prior.loop import sample_loop
 from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden, remember
 from fastprior.prior.text_condition import TextConditioned, check_conditions, check_tensors
@@ -102,6 +104,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
     ):
         arguments = {name: value for name, value in locals().items() if name not in UNSAVED}
         super().__init__()
+        check_arguments(arguments | dict(image_channels=image_channels))
         self.noise_scheduler = NoiseScheduler(beta_schedule=beta_schedule, timesteps=timesteps, loss_type=loss_type)
         if clip is not None:
             clip = freeze_and_eval(as_clip_adapter(clip, **(clip_adapter_overrides or {})))
@@ -131,8 +134,6 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         self.init_image_embed_l2norm, self.training_clamp_l2norm = init_image_embed_l2norm, training_clamp_l2norm
         self.sampling_clamp_l2norm = sampling_clamp_l2norm
         self.sampling_final_clamp_l2norm = sampling_final_clamp_l2norm
-        if not (clamp in (None, "default", "l2") or (isinstance(clamp, (int, float)) and clamp > 0)):
-            raise ValueError(f"clamp={clamp!r}; it must be None, 'l2', a positive radius, or left out")
         self.clamp, self.sample_timesteps = clamp, sample_timesteps
         self.config = arguments | {name: getattr(self, name) for name in RESOLVED}
         self.register_buffer("_dummy", torch.tensor([True], device=self.device), persistent=False)
@@ -198,6 +199,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         return x_start.clamp(-radius, radius) if clamp == "range" and clip_denoised else x_start
 
     def _check_guidance(self, cond_scale: float) -> None:
+        check_number("cond_scale", cond_scale)
         if cond_scale != 1 and not self.can_classifier_guidance:
             raise ValueError(
                 f"cond_scale={cond_scale}; this prior was built without conditional dropout (cond_drop_prob > 0): it "
@@ -320,8 +322,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         solver = solver or default_solver(total, timesteps)
         loop = {"ddpm": "p_sample_loop_ddpm", "ddim": "p_sample_loop_ddim"}.get(solver)
         if loop and is_overridden(self, loop):
-            if timesteps > total:
-                raise ValueError(f"timesteps={timesteps}; the schedule has {total}")
+            check_count("timesteps", timesteps, most=total)
             if generator is not None:
                 kwargs["generator"] = generator
             if solver == "ddim":
@@ -430,8 +431,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         Returns:
             0-d tensor.
         """
-        if draws < 1:
-            raise ValueError(f"draws={draws}; it must be at least 1")
+        check_count("draws", draws)
         if (image is None) == (image_embed is None):
             raise ValueError("exactly one of image and image_embed must be given")
         check_tensors(image=image, image_embed=image_embed)

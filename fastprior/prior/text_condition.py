@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastprior.checks import check_count
 from fastprior.kernels import ops
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
@@ -102,8 +103,7 @@ class TextConditioned:
 
     def check_best_of(self, candidates: int, name: str) -> None:
         """Raise ValueError where there are no candidates, or no telling which of them is the best."""
-        if candidates < 1:
-            raise ValueError(f"{name}={candidates}; it must be at least 1")
+        check_count(name, candidates)
         if candidates > 1 and not self.can_compare_text:
             raise ValueError(
                 f"{name}={candidates}; it must be 1, since a text_embed of width {self.net.text_embed_dim} cannot be "

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprior.batches import map_rows
+from fastprior.checks import check_number
 from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph
 from fastprior.engine.shapes import BATCH_SIZES
@@ -260,6 +261,7 @@ class PriorSampler:
         counts: bool = True,
     ) -> Tensor:
         """A call, which `stats` counts or does not."""
+        check_number("cond_scale", cond_scale)
         if cond_scale != 1 and not self.guidance:
             raise ValueError(f"cond_scale={cond_scale}; this sampler was built with guidance=False, so it must be 1")
         text_cond = self.prior.text_condition(None, text_embed, text_encodings, conditions=conditions)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fastprior.checks import check_count, check_number, check_share
 from fastprior.trainer.fsdp import local, shard_like
 
 
@@ -70,13 +71,15 @@ class EMA(nn.Module):
         use_foreach: bool = True,
     ):
         super().__init__()
-        if not 0 <= beta < 1:
-            raise ValueError(f"ema_beta={beta}; it must be at least 0 and below 1")
-        if update_after_step < 0:
-            raise ValueError(f"ema_update_after_step={update_after_step}; it must not be negative")
-        for name, every in (("", update_every), ("model_with_ema_", update_model_with_ema_every)):
-            if every is not None and every < 1:
-                raise ValueError(f"ema_update_{name}every={every}; it must be at least 1")
+        check_number("ema_beta", beta, 0, below=1)
+        check_count("ema_update_after_step", update_after_step, 0, None)
+        check_count("ema_update_every", update_every, most=None)
+        if update_model_with_ema_every is not None:
+            check_count("ema_update_model_with_ema_every", update_model_with_ema_every, most=None)
+        check_number("ema_inv_gamma", inv_gamma, above=0)
+        check_number("ema_power", power)
+        check_share("ema_min_value", min_value)
+        check_share("ema_update_model_with_ema_beta", update_model_with_ema_beta)
         self.beta, self.update_after_step, self.update_every = beta, update_after_step, update_every
         self.inv_gamma, self.power, self.min_value = inv_gamma, power, min_value
         self.param_or_buffer_names_no_ema = param_or_buffer_names_no_ema

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprior.checks import check_count, check_number, check_share
 from fastprior.models.dalle2.layers import MLP, SinusoidalPosEmb
 from fastprior.models.linears import dtype_of, projected
 from fastprior.utils import nearest
@@ -37,8 +38,7 @@ class Condition(nn.Module):
 
     def __init__(self, dim: int, dropout: float = 0.0):
         super().__init__()
-        if not _is_number(dropout) or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout={dropout!r}; it must be between 0 and 1")
+        check_share("dropout", dropout)
         self.null = nn.Parameter(torch.randn(dim))
         self.dropout = nn.Dropout(dropout)
 
@@ -78,10 +78,8 @@ class Scalar(Condition):
 
     def __init__(self, dim: int, *, mean: float = 0.0, std: float = 1.0, dropout: float = 0.0):
         super().__init__(dim, dropout)
-        if not _is_number(mean):
-            raise ValueError(f"mean={mean!r}; it must be a finite number")
-        if not _is_number(std) or std <= 0:
-            raise ValueError(f"std={std!r}; it must be a positive number")
+        check_number("mean", mean)
+        check_number("std", std, above=0)
         self.mean, self.std = mean, std
         self.waves = SinusoidalPosEmb(SCALAR_WAVES)
         self.mlp = MLP(SCALAR_WAVES, dim, expansion_factor=1, depth=1)
@@ -97,7 +95,8 @@ class Category(Condition):
 
     def __init__(self, dim: int, *, size: int, dropout: float = 0.0):
         super().__init__(dim, dropout)
-        self.size = _size(size)
+        check_count("size", size)
+        self.size = size
         self.embedding = nn.Embedding(size, dim)
 
     def has_value(self, value: Tensor) -> Tensor:
@@ -114,7 +113,8 @@ class Vector(Condition):
 
     def __init__(self, dim: int, *, size: int, dropout: float = 0.0):
         super().__init__(dim, dropout)
-        self.shape = (_size(size),)
+        check_count("size", size)
+        self.shape = (size,)
         self.projection = nn.Linear(size, dim)
 
     def embed(self, value: Tensor) -> Tensor:
@@ -208,13 +208,3 @@ def _condition(dim: int, name: str, spec: Mapping[str, Any]) -> Condition:
         return KINDS[spec["kind"]](dim, **options)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _size(size: Any) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"size={size!r}; it must be an integer of at least 1")
-    return size

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprior.checks import check_count
 from fastprior.draws import prob_mask_like
 from fastprior.kernels import ops
 from fastprior.models import snapshot
@@ -79,9 +80,12 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         super().__init__()
-        for name, width in (("text_dim", text_dim), ("text_embed_dim", text_embed_dim)):
-            if width is not None and width < 1:
-                raise ValueError(f"{name}={width}; it must be at least 1")
+        for name in ("dim", "num_time_embeds", "num_image_embeds", "num_text_embeds"):
+            check_count(name, arguments[name])
+        for name in ("num_timesteps", "text_dim", "text_embed_dim"):
+            if arguments[name] is not None:
+                check_count(name, arguments[name])
+        check_count("max_text_len", max_text_len, 0)
         further = "text_dim", "text_embed_dim", "conditions"  # files from before them have none of these
         arguments = {name: value for name, value in arguments.items() if value or name not in further}
         self.config = dict(copy.deepcopy(arguments), **kwargs)

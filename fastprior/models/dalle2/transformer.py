@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprior.checks import MOST, check_count, check_number, check_share
 from fastprior.kernels import ops, reference
 from fastprior.kernels.reference import Rotary
 from fastprior.models import patches
@@ -109,6 +110,14 @@ class CausalTransformer(nn.Module):
         dot_scale: float | None = None,
     ):
         super().__init__()
+        for name, value, most in (("dim", dim, MOST), ("depth", depth, 2**12), ("dim_head", dim_head, MOST)):
+            check_count(name, value, most=most)
+        check_count("heads", heads)
+        check_number("ff_mult", ff_mult, above=0, most=2**10)
+        check_share("attn_dropout", attn_dropout)
+        check_share("ff_dropout", ff_dropout)
+        if dot_scale is not None:
+            check_number("dot_scale", dot_scale)
         self.init_norm = LayerNorm(dim) if norm_in else nn.Identity()
         self.rel_pos_bias = RelPosBias(heads=heads)
         self.heads = heads

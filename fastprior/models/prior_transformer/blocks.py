@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprior.checks import check_choice
 from fastprior.models import patches
 
 ACTIVATIONS = {"silu": nn.SiLU, "swish": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}
@@ -32,8 +33,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int, hidden: int, act_fn: str):
         super().__init__()
-        if act_fn not in ACTIVATIONS:
-            raise ValueError(f"time_embed_act_fn={act_fn!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}")
+        check_choice("time_embed_act_fn", act_fn, ACTIVATIONS)
         self.linear_1 = nn.Linear(dim, hidden)
         self.act = ACTIVATIONS[act_fn]()
         self.linear_2 = nn.Linear(hidden, dim)

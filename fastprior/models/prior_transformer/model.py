@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fastprior.checks import check_count, check_share
 from fastprior.models.prior_transformer.blocks import Block, TimeEmbedding, TimeFeatures
 from fastprior.models.prior_transformer.forward import PriorForward
+from fastprior.reading import quoted
 from fastprior.weight_files import diffusers_folder
 
 
@@ -27,7 +29,7 @@ class Config(dict):
 
 def _choose(name: str, value: str | None, known: str) -> bool:
     if value not in (None, known):
-        raise ValueError(f"{name}={value!r}; it must be {known!r} or None")
+        raise ValueError(f"{name}={quoted(value)}; it must be {known!r} or None")
     return value is not None
 
 
@@ -71,6 +73,14 @@ class PriorTransformer(PriorForward, nn.Module):
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        for name in ("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings"):
+            check_count(name, arguments[name])
+        check_count("num_layers", num_layers, most=2**12)
+        check_count("additional_embeddings", additional_embeddings, 0)
+        check_share("dropout", dropout)
+        for name in ("time_embed_dim", "embedding_proj_dim", "clip_embed_dim"):
+            if arguments[name]:
+                check_count(name, arguments[name])
         self.config = Config(arguments)
         dim = num_attention_heads * attention_head_dim
         embedding_proj_dim, clip_embed_dim = embedding_proj_dim or embedding_dim, clip_embed_dim or embedding_dim

@@ -6,10 +6,8 @@ no constructor knows is an error which names the nearest one that exists.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 try:
@@ -28,16 +26,21 @@ except ImportError as error:
 
 import torch
 
+from fastprior.checks import MOST
 from fastprior.clip import BaseClipAdapter, make_adapter
 from fastprior.models.dalle2.conditions import Conditions, find
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.reading import quoted, read_json
 from fastprior.trackers import BaseLoader, BaseLogger, BaseSaver, Tracker, create_loader, create_logger, create_saver
 from fastprior.utils import nearest
 
+FAULTS = 20  # that one message names
 Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=MOST)]
+Depth = Annotated[int, Field(ge=1, le=2**12)]
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -46,14 +49,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A section in which every key is known."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
         if unknown:
-            raise ValueError("; ".join(f"unknown key {key!r}, {nearest(key, cls.model_fields)}" for key in unknown))
+            hints = (f"unknown key {quoted(key)}, {nearest(str(key), cls.model_fields)}" for key in unknown[:FAULTS])
+            raise ValueError("; ".join([*hints, "…"][: len(unknown)]))
         return data
 
 
@@ -79,20 +83,20 @@ class AdapterConfig(Section):
 class DiffusionPriorNetworkConfig(Section):
     """The arguments of `DiffusionPriorNetwork`; `max_text_len` null or left out is the network's default."""
 
-    dim: Count
-    depth: Count
-    max_text_len: Count | None = None
-    num_timesteps: Count | None = None
-    num_time_embeds: Count = 1
-    num_image_embeds: Count = 1
-    num_text_embeds: Count = 1
+    dim: Size
+    depth: Depth
+    max_text_len: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    num_timesteps: Size | None = None
+    num_time_embeds: Size = 1
+    num_image_embeds: Size = 1
+    num_text_embeds: Size = 1
     self_cond: bool = False
-    text_dim: Count | None = None
-    text_embed_dim: Count | None = None
+    text_dim: Size | None = None
+    text_embed_dim: Size | None = None
     conditions: dict[str, dict[str, Any]] | None = None
-    dim_head: Count = 64
-    heads: Count = 8
-    ff_mult: Positive = 4
+    dim_head: Size = 64
+    heads: Size = 8
+    ff_mult: Annotated[float, Field(gt=0, le=2**10)] = 4
     norm_in: bool = False
     norm_out: bool = True
     attn_dropout: Share = 0.0
@@ -127,18 +131,18 @@ class PriorTransformerConfig(Section):
     pretrained: str | None = None
     subfolder: str | None = None
     variant: str | None = None
-    num_attention_heads: Count = 32
-    attention_head_dim: Count = 64
-    num_layers: Count = 20
-    embedding_dim: Count = 768
-    num_embeddings: Count = 77
+    num_attention_heads: Size = 32
+    attention_head_dim: Size = 64
+    num_layers: Depth = 20
+    embedding_dim: Size = 768
+    num_embeddings: Size = 77
     additional_embeddings: Literal[4] = 4
     dropout: Share = 0.0
     time_embed_act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
     norm_in_type: Literal["layer"] | None = None
     embedding_proj_norm_type: Literal["layer"] | None = None
-    time_embed_dim: Count | None = None
-    embedding_proj_dim: Count | None = None
+    time_embed_dim: Size | None = None
+    embedding_proj_dim: Size | None = None
 
     conditions: ClassVar[None] = None
     _SOURCE: ClassVar[set[str]] = {"make", "pretrained", "subfolder", "variant"}
@@ -173,11 +177,11 @@ class DiffusionPriorConfig(Section):
         Annotated[DiffusionPriorNetworkConfig, Tag(NETS[0])] | Annotated[PriorTransformerConfig, Tag(NETS[1])],
         Discriminator(_make_of),
     ]
-    image_embed_dim: Count
-    image_size: Count | None = None
-    image_channels: Count = 3
-    timesteps: Count = 1000
-    sample_timesteps: Count | None = None
+    image_embed_dim: Size
+    image_size: Size | None = None
+    image_channels: Size = 3
+    timesteps: Size = 1000
+    sample_timesteps: Size | None = None
     cond_drop_prob: Share = 0.0
     text_cond_drop_prob: Share | None = None
     image_cond_drop_prob: Share | None = None
@@ -243,15 +247,15 @@ class DiffusionPriorTrainConfig(Section):
     amp: bool = False
     warmup_steps: int | None = Field(None, ge=0)
     save_every_seconds: Amount = 3600
-    eval_timesteps: list[Count] = [64]
-    eval_cond_scale: float = Field(1.0, allow_inf_nan=False)
+    eval_timesteps: list[Size] = [64]
+    eval_cond_scale: float = 1.0
     cosine_decay_max_steps: Count | None = None
-    draws: Count = 1
+    draws: Size = 1
     compile: bool = False
     checkpoint_activations: bool = False
     max_bad_steps: Count = 20
     gradient_accumulation_steps: Count = 1
-    max_batch_size: Count | None = None
+    max_batch_size: Size | None = None
     log_every_steps: Count = 10
     best_validation_loss: Amount = 1e9
     current_epoch: int = Field(0, ge=0)
@@ -283,15 +287,15 @@ class DiffusionPriorDataConfig(Section):
     encodings_url: str | None = None
     conditions: dict[str, str] | None = None
     splits: TrainSplitConfig
-    batch_size: Count
+    batch_size: Size
     num_data_points: Count = 250_000_000
     eval_every_seconds: Amount = 3600
     max_eval_pairs: Count | None = 10_000
     shuffle_seed: int | None = Field(0, ge=0)
     on_problem: Literal["error", "skip"] = "error"
     on_bad_rows: Literal["error", "skip"] | None = None
-    workers: Count = 1
-    prefetch: int = Field(4, ge=0)
+    workers: Annotated[int, Field(ge=1, le=2**10)] = 1
+    prefetch: int = Field(4, ge=0, le=MOST)
 
     @model_validator(mode="after")
     def _has_text(self) -> DiffusionPriorDataConfig:
@@ -410,23 +414,20 @@ class TrainDiffusionPriorConfig(Section):
     @classmethod
     def from_json_path(cls, json_path: str | os.PathLike[str]) -> TrainDiffusionPriorConfig:
         """Read a file. Raises ValueError naming the file and each key that is wrong."""
-        path = Path(json_path)
-        if not path.is_file():
-            kind = "is a folder" if path.is_dir() else "does not exist"
-            raise FileNotFoundError(f"{path} {kind}; it must be the JSON file of a training")
+        content = read_json(json_path)
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{os.fspath(json_path)}: not valid JSON: {error}") from None
+            return cls.model_validate(content)
         except ValidationError as error:
-            wrong = (f"{_key(e['loc'])}: {_message(e)}" for e in error.errors())
-            raise ValueError(f"{os.fspath(json_path)}: " + "; ".join(wrong)) from None
+            faults = error.errors()
+            wrong = [f"{_key(fault['loc'])}: {_message(fault)}" for fault in faults[:FAULTS]]
+            more = [f"and {len(faults) - FAULTS} more"] if len(faults) > FAULTS else []
+            raise ValueError(f"{os.fspath(json_path)}: " + "; ".join(wrong + more)) from None
 
 
 def _key(location: tuple[str | int, ...]) -> str:
-    return ".".join(str(part) for part in location if part not in NETS) or "top level"
+    return ".".join(str(part)[:100] for part in location if part not in NETS) or "top level"
 
 
 def _message(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
-    return message if error["type"] in ("value_error", "missing") else f"{message} (it is {error['input']!r})"
+    return message if error["type"] in ("value_error", "missing") else f"{message} (it is {quoted(error['input'])})"

@@ -73,7 +73,7 @@ def in_eval_mode(method):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Name what is most like an unknown name, or else all that there are, for a message."""
-    known = list(known)
+    name, known = name[:100], list(known)  # of files, too, whose names may be of any length
     close = difflib.get_close_matches(name, known, n=1)
     return f"the nearest is {close[0]!r}" if close else f"it must be one of {', '.join(map(repr, known))}"
 

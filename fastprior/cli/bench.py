@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastprior.cli.common import add_command, add_config_option, add_device_option
+from fastprior.cli.common import add_command, add_config_option, add_device_option, check_cond_scale, check_least
 
 DTYPES = "float32", "bfloat16", "float16"
 QUANTISED = "int8", "float8"
@@ -28,9 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for option, value in (("--runs", args.runs), *(("--batch-size", batch) for batch in args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{option} {value}: it must be at least 1")
+    check_cond_scale(args.cond_scale)
+    check_least(1, runs=args.runs, batch_size=args.batch_size, timesteps=args.timesteps)
     from fastprior.cli import bench_runs
 
     return bench_runs.run(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +91,20 @@ def load_prior(args: argparse.Namespace, weights: str = "auto") -> DiffusionPrio
     for assumed in prior.load_report.assumed:
         say("note", f"assumed of {args.checkpoint}: {assumed}")
     return prior
+
+
+def check_least(least: int, **options: int | list[int] | None) -> None:
+    """Raise ValueError for a number, or one of several, below `least`; options by name, None where it is not given."""
+    for name, value in options.items():
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            if number < least:
+                raise ValueError(f"--{name.replace('_', '-')} {number}: it must be at least {least}")
+
+
+def check_cond_scale(cond_scale: float | None) -> None:
+    """Raise ValueError for NaN and infinity."""
+    if cond_scale is not None and not math.isfinite(cond_scale):
+        raise ValueError(f"--cond-scale {cond_scale}: it must be finite")
 
 
 def check_clip_and_out(args: argparse.Namespace) -> None:

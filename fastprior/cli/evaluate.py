@@ -43,9 +43,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("give either --captions or --texts")
     if args.encodings and not args.texts:
         raise ValueError("--encodings goes with --texts")
-    for name, value in (("--batch-size", args.batch_size), ("--max-pairs", args.max_pairs)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value}: it must be at least 1")
+    common.check_cond_scale(args.cond_scale)
+    common.check_least(1, batch_size=args.batch_size, max_pairs=args.max_pairs, timesteps=args.timesteps)
     for name, value in (("--seed", args.seed), ("--skip-pairs", args.skip_pairs)):
         if value < 0:
             raise ValueError(f"{name} {value}: it must not be negative")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -77,8 +76,8 @@ def _load_conditions(prior: DiffusionPrior, named_values: list[tuple[str, str]],
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not math.isfinite(args.cond_scale):
-        raise ValueError(f"--cond-scale {args.cond_scale}: it must be finite")
+    common.check_cond_scale(args.cond_scale)
+    common.check_least(1, steps=args.steps, samples_per_prompt=args.samples_per_prompt)
     if bool(args.captions) == bool(args.text_embed):
         raise ValueError("give either captions or --text-embed")
     if args.text_encodings and not args.text_embed:

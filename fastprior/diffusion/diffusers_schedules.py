@@ -6,7 +6,7 @@ of the same embedding.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastprior.checks import check_choice, check_count, check_number, check_share, is_integer
 from fastprior.diffusion.schedule import BETA_SCHEDULES
 from fastprior.diffusion.solvers import StepTable
+from fastprior.reading import quoted, read_json
 from fastprior.utils import nearest
 
 _COMMON = dict(
@@ -55,9 +57,17 @@ _ALLOWED_BY_KIND = {
 def _betas(config: Mapping) -> Tensor:
     """(timesteps,) fp32."""
     timesteps, kind = config["num_train_timesteps"], config["beta_schedule"]
-    start, end = config["beta_start"], config["beta_end"]
-    if config["trained_betas"] is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+    start, end, trained = (config[name] for name in ("beta_start", "beta_end", "trained_betas"))
+    if trained is not None:
+        if not isinstance(trained, (list, tuple)):
+            raise ValueError(f"trained_betas={quoted(trained)}; it must be a list of numbers")
+        if len(trained) != timesteps:
+            raise ValueError(f"trained_betas has {len(trained)} entries; num_train_timesteps says {timesteps}")
+        for beta in trained:
+            check_number("trained_betas", beta, 0, below=1)
+        return torch.tensor(trained, dtype=torch.float32)
+    check_number("beta_start", start, 0, below=1)
+    check_number("beta_end", end, 0, below=1)
     if kind == "squaredcos_cap_v2":
         return BETA_SCHEDULES["cosine"](timesteps).float()
     if kind == "exp":  # ā falls from 1 to exp(-12)
@@ -66,6 +76,16 @@ def _betas(config: Mapping) -> Tensor:
         return torch.linspace(-6, 6, timesteps).sigmoid() * (end - start) + start
     power = 2 if kind == "scaled_linear" else 1
     return torch.linspace(start ** (1 / power), end ** (1 / power), timesteps) ** power
+
+
+def _known(kind: str, config: Mapping) -> dict:
+    """A configuration without diffusers' own entries. Raises ValueError for a key that no scheduler has."""
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    for key, value in config.items():
+        if key not in _KNOWN:
+            rule = f"is no entry of a {kind}'s configuration; {nearest(key, _KNOWN)}"
+            raise ValueError(f"{key:.100}={quoted(value)} {rule}")
+    return config
 
 
 class DiffusersSchedule:
@@ -85,39 +105,38 @@ class DiffusersSchedule:
     """
 
     def __init__(self, kind: str, **config):
-        if kind not in DEFAULTS:
-            raise ValueError(f"kind={kind!r}; it must be one of {', '.join(map(repr, DEFAULTS))}")
-        config = {key: value for key, value in config.items() if not key.startswith("_")}
-        for key in config:
-            if key not in _KNOWN:
-                rule = f"is no entry of a {kind}'s configuration; {nearest(key, _KNOWN)}"
-                raise ValueError(f"{key}={config[key]!r} {rule}")
+        check_choice("kind", kind, DEFAULTS)
+        config = _known(kind, config)
         self.kind, self.config = kind, DEFAULTS[kind] | config
         for key, values in (_ALLOWED_BY_KIND[kind] | _ALLOWED).items():
             if self.config[key] not in values:
                 rule = f"for a {kind} it must be {' or '.join(map(repr, values))}"
-                raise ValueError(f"{key}={self.config[key]!r}; {rule}")
+                raise ValueError(f"{key}={quoted(self.config[key])}; {rule}")
+        self.timesteps = self.config["num_train_timesteps"]
+        check_count("num_train_timesteps", self.timesteps)
+        check_number("clip_sample_range", self.config["clip_sample_range"], 0)
+        check_count("steps_offset", self.config["steps_offset"], 0)
         self.betas = _betas(self.config)
         self.alphas_cumprod = (1.0 - self.betas).cumprod(dim=0)
-        self.timesteps = self.config["num_train_timesteps"]
-        if len(self.betas) != self.timesteps:
-            raise ValueError(f"trained_betas has {len(self.betas)} entries; num_train_timesteps says {self.timesteps}")
         self.clamp = "range" if self.config["clip_sample"] else None
         self.radius = float(self.config["clip_sample_range"])
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> DiffusersSchedule:
-        """Read a `scheduler_config.json`, or the one in a folder."""
+        """Read a `scheduler_config.json`, or the one in a folder.
+
+        Raises FileNotFoundError, and ValueError naming the file for what is none, and as the class.
+        """
         path = Path(path)
         path = path / "scheduler_config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; it must be a scheduler_config.json")
+        config = read_json(path, where=f"{path} is no scheduler_config.json: it")
+        if "_class_name" not in config:
+            raise ValueError(f"{path} is no scheduler_config.json: it has no _class_name")
         try:
-            config = json.loads(path.read_text())
             kind = config["_class_name"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no scheduler_config.json: it must be a dict with a _class_name") from error
-        return cls(kind, **config)
+            return cls(kind, **_known(quoted(kind), config))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def table(self, steps: int, *, eta: float = 0.0, strength: float = 1.0) -> StepTable:
         """Make the table of a run.
@@ -130,13 +149,14 @@ class DiffusersSchedule:
             ValueError: naming the argument, its value and the rule.
         """
         least = 2 if self.kind == "UnCLIPScheduler" else 1
-        if not least <= steps <= self.timesteps:
+        if not (is_integer(steps) and least <= steps <= self.timesteps):
             rule = f"for a {self.kind} of {self.timesteps} timesteps it must be {least} to {self.timesteps}"
-            raise ValueError(f"num_inference_steps={steps}; {rule}")
+            raise ValueError(f"num_inference_steps={quoted(steps)}; {rule}")
+        check_number("eta", eta)
+        check_number("strength", strength)
         if eta and self.kind != "DDIMScheduler":
             raise ValueError(f"eta={eta}; a {self.kind} has no eta, only a DDIMScheduler has")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta}; it must be between 0 and 1")
+        check_share("eta", eta)
         start = steps - min(int(steps * strength), steps)
         if not 0 <= strength <= 1 or start == steps:
             rule = f"it must be at most 1, and at least 1 / num_inference_steps, {1 / steps:.3g}"
@@ -144,8 +164,13 @@ class DiffusersSchedule:
         if start and self.kind == "HeunDiscreteScheduler":
             raise ValueError(f"strength={strength}; a HeunDiscreteScheduler runs from pure noise, so it must be 1")
         make = {"DDIMScheduler": self._ddim, "HeunDiscreteScheduler": self._heun}.get(self.kind, self._ancestral)
-        rows = make(steps, eta)[start:]
+        try:
+            rows = make(steps, eta)[start:]
+        except ZeroDivisionError:
+            rows = []
         coefficients = [(*self._x0_from_prediction(alpha), *row) for _, alpha, *row, _ in rows]
+        if not rows or not all(math.isfinite(number) for row in coefficients for number in row):
+            raise ValueError(f"num_inference_steps={steps}; the betas of this schedule give steps that are not finite")
         heun_from_sigma = self.kind == "HeunDiscreteScheduler" and self.config["timestep_spacing"] != "leading"
         return StepTable(
             solver=self.kind,

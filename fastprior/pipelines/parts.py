@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprior.checks import check_count
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.reading import quoted
+from fastprior.weight_files.weights import check_weights
 
 ENCODERS = {  # classes of transformers
     "text_encoder": "CLIPTextModelWithProjection",
@@ -97,8 +100,13 @@ class Encoders:
             folder, options = _subfolder(self.folder, name), {}
             if self.variant and any(folder.glob(f"*.{self.variant}.*")):
                 options["variant"] = self.variant
-            part = getattr(transformers, ENCODERS[name]).from_pretrained(folder, local_files_only=True, **options)
+            try:
+                part = getattr(transformers, ENCODERS[name]).from_pretrained(folder, local_files_only=True, **options)
+            except Exception as error:  # of junk: transformers raises whatever its readers do
+                detail = f"{type(error).__name__}: {quoted(str(error))}"
+                raise ValueError(f"{name} cannot be read from {folder} ({detail})") from error
             if isinstance(part, nn.Module):
+                check_weights(dict(part.named_parameters()), os.fspath(folder))
                 part = part.to(device=device, dtype=dtype).eval()
             self._parts[name] = part
         return self._parts[name]
@@ -108,6 +116,7 @@ class Encoders:
         """Encode texts; those that are longer than the text encoder takes are cut, with a warning."""
         texts, tokenizer = listed("texts", texts), self.part("tokenizer", device, dtype)
         length = tokenizer.model_max_length
+        check_count("tokenizer.model_max_length", length)
         with _tokenizing:
             lengths = [len(tokens) for tokens in tokenizer(texts).input_ids]
             tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

@@ -69,7 +69,7 @@ class TextConditioned:
 
     def check_text_condition(self, shape: tuple[int, ...], text_cond: dict) -> None:
         """Raise ValueError unless embeddings of this shape can be sampled for it; warn of a norm not CLIP's."""
-        if shape[0] == 0:
+        if shape[0] < 1:
             raise ValueError(f"shape={tuple(shape)}; the batch must not be empty")
         if not isinstance(text_cond, Mapping):
             kind = type(text_cond).__name__

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastprior.utils import atomic, nearest
+from fastprior.reading import quoted, read_json
+from fastprior.utils import atomic, first_few, nearest
 from fastprior.weight_files.model_files import read_index
 from fastprior.weight_files.safe import read_file
+from fastprior.weight_files.weights import check_weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 SUFFIXES = ".safetensors", ".bin"
 OPTIONAL = "clip_mean", "clip_std"  # None in models that were saved without
+LAYERS = "transformer_blocks"  # by number
 DERIVED = "causal_attention_mask"  # a constant that some files hold
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def _file_names(variant: str | None) -> list[str]:
@@ -49,14 +56,15 @@ def _folder(path: str | os.PathLike, subfolder: str | None, variant: str | None,
 
 
 def read(path: str | os.PathLike, subfolder: str | None, variant: str | None, **hub) -> tuple[dict, dict[str, Tensor]]:
-    """The config, without diffusers' own entries, and the tensors: see `PriorTransformer.from_pretrained`."""
+    """The config, without diffusers' own entries, and the tensors: see `PriorTransformer.from_pretrained`.
+
+    Raises FileNotFoundError where a file is missing, and ValueError where one cannot be read, or holds weights that are
+    not finite floating point numbers.
+    """
     folder = _folder(path, subfolder, variant, hub)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}; it must be a folder that a diffusers model was saved to")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+    config = read_json(folder / CONFIG)
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     names = _file_names(variant)
     file = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -64,13 +72,38 @@ def read(path: str | os.PathLike, subfolder: str | None, variant: str | None, **
         raise FileNotFoundError(
             f"{folder} has no weights of variant={variant!r}; one must be there of {', '.join(names)}"
         )
-    return config, read_index(file) if file.suffix == ".json" else dict(read_file(file)[0])
+    state = read_index(file) if file.suffix == ".json" else dict(read_file(file)[0])
+    state.pop(DERIVED, None)
+    check_weights(state, os.fspath(file))
+    return config, state
 
 
 def check_config(config: Mapping, known: Iterable[str]) -> None:
     for name in config:
         if name not in known:
-            raise ValueError(f"the config has the unknown key {name!r}; {nearest(name, known)}")
+            raise ValueError(f"the config has the unknown key {quoted(name)}; {nearest(str(name)[:100], known)}")
+
+
+def build(model_class: type[Model], config: Mapping, state: dict[str, Tensor], dtype: torch.dtype, where: str) -> Model:
+    """A model of a config, with the tensors of its files. Raises ValueError, after `where`, unless they fit.
+
+    No more layers are built than the files have, whatever the config says.
+    """
+    parameters = inspect.signature(model_class).parameters
+    layers = len({name.split(".")[1] for name in state if name.startswith(f"{LAYERS}.")})
+    try:
+        check_config(config, parameters)
+        wanted = config.get("num_layers", parameters["num_layers"].default)
+        if wanted != layers:
+            raise ValueError(f"num_layers={quoted(wanted)}; the weights have {layers} layers")
+        with torch.device("meta"):
+            model = model_class(**config)
+        fill(model, state, dtype)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except RuntimeError as error:  # sizes whose product is no number of bytes
+        raise ValueError(f"{where}: there is no model of this config ({quoted(str(error))})") from error
+    return model
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -79,13 +112,16 @@ def fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None
         if name not in state:
             setattr(model, name, None)
     state = {name: t for name, t in state.items() if name != DERIVED}
-    wanted = {name: t.shape for name, t in model.state_dict().items()}
-    found = {name: t.shape for name, t in state.items()}
-    if wrong := sorted(name for name in {**wanted, **found} if wanted.get(name) != found.get(name)):
-        raise ValueError(
-            f"the weights do not fit the config: {wrong[0]} has shape {found.get(wrong[0])}, and by the config it must "
-            f"have {wanted.get(wrong[0])}; so with {len(wrong) - 1} others"
-        )
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state.items()}
+    wrong = [name for name in wanted if name in found and wanted[name] != found[name]]
+    faults = {
+        "missing": first_few(sorted(wanted.keys() - found.keys())),
+        "unexpected": first_few(sorted(found.keys() - wanted.keys())),
+        "of another shape": first_few(f"{name} {found[name]}, which must be {wanted[name]}" for name in wrong),
+    }
+    if faults := [f"{kind}: {names:.300}" for kind, names in faults.items() if names]:
+        raise ValueError(f"the weights do not fit the config; {'; '.join(faults)}")
     model.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
     model.requires_grad_()
 

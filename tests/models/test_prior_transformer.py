@@ -411,7 +411,7 @@ BAD_FOLDERS = {
         FileNotFoundError,
         "has no weights of variant=None; one must be there of diffusion_pytorch_model.safetensors",
     ),
-    "torn config": (lambda path: (path / "config.json").write_text("{"), ValueError, "config.json cannot be read"),
+    "torn config": (lambda path: (path / "config.json").write_text("{"), ValueError, "config.json is not JSON"),
     "unknown key": (
         lambda path: change(path, num_layer=3),
         ValueError,
@@ -420,7 +420,7 @@ BAD_FOLDERS = {
     "other shape": (
         lambda path: change(path, num_embeddings=9),
         ValueError,
-        r"positional_embedding has shape torch.Size\(\[1, 11, 32\]\), and by the config it must have",
+        r"of another shape: positional_embedding \(1, 11, 32\), which must be \(1, 13, 32\)",
     ),
     "torn weights": (
         lambda path: (path / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 40),

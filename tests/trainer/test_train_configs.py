@@ -115,7 +115,7 @@ def test_config_errors_name_file_and_key(tmp_path, changes, message):
 def test_config_that_is_not_json(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{'prior': 1}")
-    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         train_configs.TrainDiffusionPriorConfig.from_json_path(path)
 
 

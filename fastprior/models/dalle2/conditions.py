@@ -147,6 +147,7 @@ class Conditions(nn.ModuleDict):
         super().__init__()
         if not isinstance(specs, Mapping):
             raise ValueError(f"conditions={specs!r}; it must be a dict of names and their options")
+        check_count("conditions: their number", len(specs), 0, 2**10)
         for name in sorted(specs, key=str):
             if not isinstance(name, str) or not name.isidentifier() or hasattr(self, name):
                 rule = "it must be an identifier, and no attribute of a module"

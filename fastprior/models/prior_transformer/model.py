@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from fastprior.models.prior_transformer.blocks import Block, TimeEmbedding, Time
 from fastprior.models.prior_transformer.forward import PriorForward
 from fastprior.reading import quoted
 from fastprior.weight_files import diffusers_folder
+from fastprior.weight_files.weights import FLOATS
 
 
 class Config(dict):
@@ -142,14 +143,15 @@ class PriorTransformer(PriorForward, nn.Module):
             The model in eval mode.
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file cannot be read, the config has an unknown key, or the weights do not fit it.
+            ValueError: a file cannot be read, the config has an unknown key or value, the weights do not fit it or are
+                not finite.
         """
-        config, state = diffusers_folder.read(pretrained_model_name_or_path, subfolder, variant, **hub)
-        diffusers_folder.check_config(config, inspect.signature(cls).parameters)
-        with torch.device("meta"):
-            model = cls(**config)
-        diffusers_folder.fill(model, state, torch_dtype or torch.float32)
-        return model.eval()
+        if torch_dtype not in (None, *FLOATS):
+            raise ValueError(f"torch_dtype={torch_dtype}; it must be floating point of 16 bits or more")
+        path = pretrained_model_name_or_path
+        config, state = diffusers_folder.read(path, subfolder, variant, **hub)
+        where = str(Path(path, subfolder or ""))
+        return diffusers_folder.build(cls, config, state, torch_dtype or torch.float32, where).eval()
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *, variant: str | None = None, safe_serialization: bool = True

@@ -201,12 +201,8 @@ def _load(path: Path, clip_stats, config, weights: str) -> tuple[PriorTransforme
     for key, value in state.items():
         if not value.is_floating_point() or not is_finite(value):
             raise ValueError(f"{path}: {key} must hold finite floating point numbers")
-    with torch.device("meta"):
-        prior = PriorTransformer(**arguments | overrides)
-    try:
-        diffusers_folder.fill(prior, state | stats, next(iter(state.values())).dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    dtype = next(iter(state.values())).dtype
+    prior = diffusers_folder.build(PriorTransformer, arguments | overrides, state | stats, dtype, str(path))
     for name, value in stats.items():
         setattr(prior, name, nn.Parameter(value))  # not rounded with the weights
     return prior.eval(), report

@@ -21,7 +21,7 @@ def read_clip(path: str | os.PathLike) -> dict[str, Tensor]:
     if is_torchscript(path):
         state = {name: tensor for name, tensor in read_torchscript(path).items() if name not in _SCALARS}
     else:
-        state = read_file(Path(path))[0]
+        state = read_file(Path(path)).payload
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{os.fspath(path)} holds no state dict of a CLIP, alone or as 'state_dict'")

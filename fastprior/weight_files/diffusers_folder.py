@@ -72,7 +72,7 @@ def read(path: str | os.PathLike, subfolder: str | None, variant: str | None, **
         raise FileNotFoundError(
             f"{folder} has no weights of variant={variant!r}; one must be there of {', '.join(names)}"
         )
-    state = read_index(file) if file.suffix == ".json" else dict(read_file(file)[0])
+    state = read_index(file) if file.suffix == ".json" else dict(read_file(file).payload)
     state.pop(DERIVED, None)
     check_weights(state, os.fspath(file))
     return config, state

@@ -110,16 +110,16 @@ class Writes:
 
 WEIGHT = "visual.proj"
 BAD = {  # what stands in the place of a weight
-    "nan": (lambda t: t.fill_(float("nan")), "'visual.proj' holds NaN or infinity; weights must be finite"),
-    "inf": (lambda t: t.half().fill_(float("-inf")), "'visual.proj' holds NaN or infinity"),
+    "nan": (lambda t: t.fill_(float("nan")), " holds NaN or infinity in visual.proj"),
+    "inf": (lambda t: t.half().fill_(float("-inf")), " holds NaN or infinity in visual.proj"),
     "int8": (lambda t: t.to(torch.int8), r"visual.proj has dtype torch.int8; for file it must be like torch.float32"),
-    "complex": (lambda t: t.to(torch.complex64), "'visual.proj' has dtype torch.complex64; it must be floating"),
+    "complex": (lambda t: t.to(torch.complex64), "visual.proj has dtype torch.complex64; it must be floating"),
     "float8": (lambda t: t.to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn; it must be floating point of 16 bits"),
-    "sparse": (lambda t: t.to_sparse(), "visual.proj.* sparse"),
-    "meta": (lambda t: t.to("meta"), "visual.proj"),
-    "number": (lambda t: 1.0, "'visual.proj' is a float; it must be a tensor"),
+    "sparse": (lambda t: t.to_sparse(), "visual.proj is a sparse tensor; it must be a dense tensor"),
+    "meta": (lambda t: t.to("meta"), "visual.proj is a tensor without numbers.*; it must be a dense tensor"),
+    "number": (lambda t: 1.0, "visual.proj is a float; it must be a tensor"),
     "another shape": (lambda t: t[1:], "does not fit file: .*size mismatch for visual.proj"),
-    "nothing": (lambda t: None, "'visual.proj' is a NoneType; it must be a tensor"),
+    "nothing": (lambda t: None, "visual.proj is a NoneType; it must be a tensor"),
 }
 
 

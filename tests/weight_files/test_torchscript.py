@@ -1,5 +1,6 @@
 """TorchScript archives are read as torch.jit.load reads them, and nothing in them runs."""
 
+import os
 import re
 import zipfile
 from typing import Optional
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastprior.weight_files.tensors import Unreadable
 from fastprior.weight_files.torchscript import is_torchscript, read_torchscript
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -172,34 +174,29 @@ def shared(levels):
 CYCLE = b"\x80\x02cCLASS\n)\x81q\x00}(" + text("a") + b"h\x00ub."
 HUGE = 2**31 - 1
 PICKLES = {
-    "nothing": (b"", "its pickle is cut short|pickle exhausted"),
-    "cut": (module(text("weight"), tensor())[:-9], "no newline|exhausted|cut short"),
-    "a call": (b"\x80\x02cos\nsystem\n" + text("a") + b"\x85R.", "nothing in it was run: its pickle calls 'os.system'"),
-    "a built-in": (b"\x80\x02cbuiltins\neval\n" + text("1") + b"\x85R.", "its pickle calls 'builtins.eval'"),
-    "a call of a text": (b"\x80\x02" + text("os.system") + text("true") + b"\x85R.", "a str where none can be"),
-    "another operation": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "operation SHORT_BINUNICODE, which"),
-    "a state of a class": (b"\x80\x02cos\nsystem\n}b.", "a _Name where none can be"),
+    "nothing": (b"", "its pickle has no end"),
+    "cut": (module(text("weight"), tensor())[:-9], "cut short"),
+    "a call": (b"\x80\x02cos\nsystem\n" + text("a") + b"\x85R.", "it refers to os.system, and nothing in it was run"),
+    "a built-in": (b"\x80\x02cbuiltins\neval\n" + text("1") + b"\x85R.", "it refers to builtins.eval"),
+    "a call of a text": (b"\x80\x02" + text("os.system") + text("true") + b"\x85R.", "a call of 'os.system'"),
+    "another operation": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "instruction b'.*x8c'"),
+    "a state of a class": (b"\x80\x02cCLASS\n}b.", "a state of"),
     "a dict": (b"\x80\x02}.", "it holds no module"),
     "another class": (b"\x80\x02c__torch__\nOther\n)\x81}b.", "it holds no module"),
     "no state": (b"\x80\x02cCLASS\n)\x81.", "restores itself by code"),
-    "a deep key": (b"\x80\x02}(" + b")" + b"\x85" * (2 * 10**5) + b"K\x01u.", "a tuple where none can be"),
+    "a deep key": (b"\x80\x02}(" + b")" + b"\x85" * (2 * 10**5) + b"K\x01u.", "a key of nested tuples"),
     "a deep value": (b"\x80\x02}(" + text("a") + b")" + b"\x85" * (2 * 10**5) + b"u.", "it holds no module"),
-    "deep lists": (b"\x80\x02" + b"](" * 10**5 + b"e" * 10**5 + b".", "it holds no module"),
     "a cycle": (CYCLE, "the names of its tensors have more than"),
     "shared twice": (shared(60), "the names of its tensors have more than"),
-    "huge memo": (b"\x80\x02Nr\xff\xff\xff\xff0.", "the operation POP"),
-    "a huge shape": (module(text("weight"), tensor(shape=(HUGE, HUGE))), "leaves its 6 numbers"),
-    "an expanded number": (module(text("weight"), tensor(shape=(10, 2), stride=(0, 0))), "leaves its 6 numbers"),
-    "a huge stride": (module(text("weight"), tensor(stride=(HUGE, 1))), "leaves its 6 numbers"),
-    "an offset": (module(text("weight"), tensor(offset=1)), "leaves its 6 numbers"),
-    "a negative size": (module(text("weight"), tensor(shape=(-3, 2))), "a negative size"),
-    "a negative offset": (module(text("weight"), tensor(offset=-1)), "a negative size"),
-    "other strides": (module(text("weight"), tensor(stride=(1,))), "a negative size"),
-    "no record": (module(text("weight"), tensor(record="7")), "no stored record data/'7'"),
-    "a record elsewhere": (module(text("weight"), tensor(record="../data.pkl")), "no stored record"),
-    "another length": (module(text("weight"), tensor(size=7)), "has 24 bytes; 7 of torch.float32"),
-    "another dtype": (module(text("weight"), tensor(kind="torch\nQInt8Storage")), "holds a 'torch.QInt8Storage'"),
-    "a class for a dtype": (module(text("weight"), tensor(kind="os\nsystem")), "holds a 'os.system'"),
+    "a huge shape": (module(text("weight"), tensor(shape=(HUGE, HUGE))), "reaches beyond its 24 bytes"),
+    "a huge stride": (module(text("weight"), tensor(stride=(HUGE, 1))), "reaches beyond its 24 bytes"),
+    "an offset": (module(text("weight"), tensor(offset=1)), "reaches beyond its 24 bytes"),
+    "a negative size": (module(text("weight"), tensor(shape=(-3, 2))), r"shape \(-3, 2\)"),
+    "a negative offset": (module(text("weight"), tensor(offset=-1)), r"a tensor of shape \(3, 2\)"),
+    "other strides": (module(text("weight"), tensor(stride=(1,))), r"strides \(1,\)"),
+    "no record": (module(text("weight"), tensor(record="7")), "'data/7'"),
+    "a record elsewhere": (module(text("weight"), tensor(record="../data.pkl")), "'data/../data.pkl'"),
+    "a class for a dtype": (module(text("weight"), tensor(kind="os\nsystem")), "it refers to os.system"),
 }  # fmt: skip
 
 
@@ -216,6 +213,9 @@ def test_what_is_written_by_hand_is_read(archive, tmp_path):
     """The parts that the crafted pickles are made of are right."""
     path = replaced(archive, tmp_path / "good.pt", data=module(text("weight"), tensor()))
     assert torch.equal(read_torchscript(path)["weight"], torch.jit.load(str(archive)).weight)
+    for other in (dict(kind="torch\nQInt8Storage"), dict(shape=(2**28, 2), stride=(0, 1))):
+        path = replaced(archive, tmp_path / "other.pt", data=module(text("weight"), tensor(**other)))
+        assert isinstance(read_torchscript(path)["weight"], Unreadable)
 
 
 def test_damage_is_seen(archive, tmp_path):
@@ -223,9 +223,7 @@ def test_damage_is_seen(archive, tmp_path):
     weight = torch.jit.load(str(archive)).weight.detach().numpy().tobytes()
     position = data.index(weight)
     path.write_bytes(data[: position + 5] + bytes([data[position + 5] ^ 1]) + data[position + 6 :])
-    with pytest.raises(
-        ValueError, match="bad.pt .*the record 'model/data/0' is damaged: it does not have its checksum"
-    ):
+    with pytest.raises(ValueError, match="bad.pt .*: the CRC-32 of model/data/0 is not what was written"):
         read_torchscript(path)
     for length in (0, 10, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
@@ -235,22 +233,20 @@ def test_damage_is_seen(archive, tmp_path):
 
 def test_records_are_no_longer_than_the_file(archive, tmp_path):
     path = replaced(archive, tmp_path / "bad.pt", byteorder=b"big")
-    with pytest.raises(ValueError, match="bad.pt .*its byte order is not little"):
+    with pytest.raises(ValueError, match="bad.pt .*its numbers are not little-endian"):
         read_torchscript(path)
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / "zeros.pt", "w") as new:
         for info in old.infolist():
             zeros = info.filename.endswith((".pkl", ".py"))
             kind = zipfile.ZIP_DEFLATED if zeros else info.compress_type
-            new.writestr(info.filename, bytes(2**25) if zeros else old.read(info), kind)
+            new.writestr(info.filename, bytes(2**26) if zeros else old.read(info), kind)
     assert (tmp_path / "zeros.pt").stat().st_size < 2**20
-    with pytest.raises(ValueError, match=r"'data.pkl' has 33,554,432 bytes; it may have"):
+    with pytest.raises(ValueError, match=r"'?data.pkl'? has 67,108,864 bytes; at most"):
         read_torchscript(tmp_path / "zeros.pt")
 
 
 @pytest.mark.parametrize("name", ["none.pt", "folder", "fifo"])
 def test_what_is_no_file(tmp_path, name):
-    import os
-
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
     for read in (is_torchscript, read_torchscript):

@@ -420,7 +420,10 @@ def _load_open_clip(name: str, pretrained: str | None, **options: Any) -> tuple[
     """The model and its inference transform; we read files, and OpenCLIP what it has a tag for."""
     open_clip = _import_open_clip()
     tag, file = pretrained, None
-    if pretrained and not open_clip.get_pretrained_cfg(name, pretrained) and os.path.exists(pretrained):
+    if pretrained and not open_clip.get_pretrained_cfg(name, pretrained):
+        if not os.path.exists(pretrained):
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "it has none"
+            raise ValueError(f"pretrained={pretrained!r}; it must be a file, or a tag of {name}: {tags}")
         tag, file, options = None, pretrained, dict(options, pretrained_hf=False)
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag, **options)
     if file:

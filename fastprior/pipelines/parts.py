@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprior.checks import check_count
+from fastprior.checks import MOST, is_integer
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.pipelines.text_encoding import TextEncoding
-from fastprior.reading import quoted
+from fastprior.reading import quoted, read_json
 from fastprior.weight_files.weights import check_weights
 
 ENCODERS = {  # classes of transformers
@@ -24,6 +24,7 @@ ENCODERS = {  # classes of transformers
     "image_encoder": "CLIPVisionModelWithProjection",
     "image_processor": "CLIPImageProcessor",
 }
+MOST_LAYERS = 2**8  # of an encoder
 _tokenizing = threading.Lock()  # a call changes how the tokenizer pads, for all threads
 
 
@@ -58,6 +59,18 @@ def _subfolder(folder: Path, name: str) -> Path:
     """The folder of a part; pipelines that hold a decoder as well say `prior_` in front of what is the prior's."""
     own = folder / f"prior_{name}"
     return own if own.is_dir() else folder / name
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raise ValueError for numbers in an encoder's config.json that nothing should be built of."""
+    waiting = [read_json(folder / "config.json")] if (folder / "config.json").is_file() else []
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{folder / 'config.json'}: {name:.100}={quoted(value)}; it must be at most {most:,}")
 
 
 class Encoders:
@@ -100,10 +113,11 @@ class Encoders:
             folder, options = _subfolder(self.folder, name), {}
             if self.variant and any(folder.glob(f"*.{self.variant}.*")):
                 options["variant"] = self.variant
+            _check_sizes(folder)
             try:
                 part = getattr(transformers, ENCODERS[name]).from_pretrained(folder, local_files_only=True, **options)
             except Exception as error:  # of junk: transformers raises whatever its readers do
-                detail = f"{type(error).__name__}: {quoted(str(error))}"
+                detail = f"{type(error).__name__}: {quoted(str(error))[1:-1]}"
                 raise ValueError(f"{name} cannot be read from {folder} ({detail})") from error
             if isinstance(part, nn.Module):
                 check_weights(dict(part.named_parameters()), os.fspath(folder))
@@ -115,15 +129,22 @@ class Encoders:
     def encode_text(self, texts: str | list[str], device: torch.device, dtype: torch.dtype) -> TextEncoding:
         """Encode texts; those that are longer than the text encoder takes are cut, with a warning."""
         texts, tokenizer = listed("texts", texts), self.part("tokenizer", device, dtype)
-        length = tokenizer.model_max_length
-        check_count("tokenizer.model_max_length", length)
+        encoder = self.part("text_encoder", device, dtype)
+        config = getattr(encoder, "config", None)
+        length, positions = tokenizer.model_max_length, getattr(config, "max_position_embeddings", MOST)
+        if not (is_integer(length) and 1 <= length <= positions):
+            rule = f"it must be 1 to the text encoder's max_position_embeddings, {positions}"
+            raise ValueError(f"tokenizer.model_max_length={quoted(length)}; {rule}")
         with _tokenizing:
             lengths = [len(tokens) for tokens in tokenizer(texts).input_ids]
             tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         if cut := [text for text, own in zip(texts, lengths) if own > length]:
             rule = f"have more than {length} tokens, and are cut there"
             warnings.warn(f"{len(cut)} texts {rule}; the first is {cut[0]!r}")
-        encoded = self.part("text_encoder", device, dtype)(tokens.input_ids.to(device))
+        highest, vocabulary = int(tokens.input_ids.max()), getattr(config, "vocab_size", MOST)
+        if highest >= vocabulary:
+            raise ValueError(f"the tokenizer gives the token {highest}; the text encoder has a vocab_size={vocabulary}")
+        encoded = encoder(tokens.input_ids.to(device))
         mask = tokens.attention_mask.bool().to(device)
         return TextEncoding(encoded.text_embeds, encoded.last_hidden_state, mask)
 

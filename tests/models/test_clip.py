@@ -109,7 +109,7 @@ def test_a_clip_is_made_again_of_its_description(checkpoints):
         adapter = fp.OpenClipAdapter("fp-wide", checkpoints["fp-wide"], force_quick_gelu=quick)
         again = fp.make_adapter(**json.loads(json.dumps(adapter.description)))
         assert torch.equal(again.embed_text(tokens).text_embed, adapter.embed_text(tokens).text_embed)
-    with pytest.raises(ValueError, match="the CLIP 'fp-wide' of make 'open_clip' cannot be loaded"):
+    with pytest.raises(ValueError, match="pretrained='no-such-tag'; it must be a file, or a tag of fp-wide: it has"):
         fp.make_adapter("open_clip", "fp-wide", {"pretrained": "no-such-tag"})
 
 

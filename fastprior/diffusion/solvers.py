@@ -139,9 +139,11 @@ SOLVERS = {"ddpm": _ddpm, "ddim": _ddim, "ddim_trailing": _ddim_trailing, "dpm++
 STOCHASTIC = ("ddim", "ddim_trailing")  # the solvers that `eta` means something to
 
 
-def default_solver(timesteps: int, steps: int) -> str:
-    """DALLE2-pytorch's rule: DDPM over the whole schedule, DDIM for fewer steps."""
-    return "ddpm" if steps == timesteps else "ddim"
+def choose_solver(solver: str | None, timesteps: int, steps: int) -> str:
+    """The solver named, or else by DALLE2-pytorch's rule: DDPM over the whole schedule, DDIM for fewer steps."""
+    if solver is not None:
+        check_choice("solver", solver, SOLVERS)
+    return solver or ("ddpm" if steps == timesteps else "ddim")
 
 
 def step_table(

@@ -16,6 +16,7 @@ from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.reading import quoted, read_json
+from fastprior.weight_files.checks import is_finite
 from fastprior.weight_files.weights import check_weights
 
 ENCODERS = {  # classes of transformers
@@ -145,6 +146,8 @@ class Encoders:
         if highest >= vocabulary:
             raise ValueError(f"the tokenizer gives the token {highest}; the text encoder has a vocab_size={vocabulary}")
         encoded = encoder(tokens.input_ids.to(device))
+        if not (is_finite(encoded.text_embeds) and is_finite(encoded.last_hidden_state)):
+            raise ValueError(f"the text encoder gives NaN or infinity for {quoted(texts[0])} or others")
         mask = tokens.attention_mask.bool().to(device)
         return TextEncoding(encoded.text_embeds, encoded.last_hidden_state, mask)
 

@@ -13,7 +13,7 @@ from fastprior.batches import repeat_rows
 from fastprior.checks import check_count, check_number
 from fastprior.clip import as_clip_adapter, freeze_and_eval
 from fastprior.diffusion.schedule import NoiseScheduler
-from fastprior.diffusion.solvers import default_solver, step_table
+from fastprior.diffusion.solvers import choose_solver, step_table
 from fastprior.draws import randn_like
 from fastprior.engine.steps import Noise
 from fastprior.models.dalle2.layers import l2norm
@@ -104,7 +104,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
     ):
         arguments = {name: value for name, value in locals().items() if name not in UNSAVED}
         super().__init__()
-        check_arguments(arguments | dict(image_channels=image_channels))
+        check_arguments(arguments | dict(cond_drop_prob=cond_drop_prob))
         self.noise_scheduler = NoiseScheduler(beta_schedule=beta_schedule, timesteps=timesteps, loss_type=loss_type)
         if clip is not None:
             clip = freeze_and_eval(as_clip_adapter(clip, **(clip_adapter_overrides or {})))
@@ -260,7 +260,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         """
         total = self.noise_scheduler.num_timesteps
         timesteps = total if timesteps is None else timesteps
-        solver = solver or default_solver(total, timesteps)
+        solver = choose_solver(solver, total, timesteps)
         table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta)
         self._check_guidance(cond_scale)
         plan = make_plan(self, table, cond_scale, *self._clamp())
@@ -319,7 +319,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         """
         total = self.noise_scheduler.num_timesteps
         timesteps = total if timesteps is None else timesteps
-        solver = solver or default_solver(total, timesteps)
+        solver = choose_solver(solver, total, timesteps)
         loop = {"ddpm": "p_sample_loop_ddpm", "ddim": "p_sample_loop_ddim"}.get(solver)
         if loop and is_overridden(self, loop):
             check_count("timesteps", timesteps, most=total)

@@ -23,6 +23,8 @@ def check_weights(tensors: Mapping[str, Any], where: str, *, integers: bool = Fa
     held: dict[int, int] = {}
     for key, tensor in tensors.items():
         name = first_few([key])
+        if not isinstance(key, str):
+            raise ValueError(f"{where} holds {name}; it must hold tensors by name")
         if not isinstance(tensor, (Tensor, Unreadable)):
             raise ValueError(f"{where}: {name} is a {type(tensor).__name__}; it must be a tensor")
         if isinstance(tensor, Unreadable) or tensor.layout != torch.strided or tensor.device.type == "meta":

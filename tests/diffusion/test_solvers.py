@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastprior.diffusion.schedule import BETA_SCHEDULES, NoiseScheduler
-from fastprior.diffusion.solvers import SOLVERS, default_solver, step_table, trailing_times
+from fastprior.diffusion.solvers import SOLVERS, choose_solver, step_table, trailing_times
 
 SCHEDULES = st.builds(
     lambda name, timesteps: NoiseScheduler(beta_schedule=name, timesteps=timesteps, loss_type="l2").double(),
@@ -169,7 +169,8 @@ def test_deterministic_solvers_converge_to_the_exact_solution():
 
 
 def test_default_solver_is_the_peers_rule():
-    assert default_solver(1000, 1000) == "ddpm" and default_solver(1000, 999) == "ddim"
+    assert choose_solver(None, 1000, 1000) == "ddpm" and choose_solver(None, 1000, 999) == "ddim"
+    assert choose_solver("dpm++", 1000, 1000) == "dpm++"
 
 
 @pytest.mark.parametrize(

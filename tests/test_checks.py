@@ -128,8 +128,8 @@ CASES += OTHERS
 
 
 def case(make, given, *values):
-    """A parameter; what imports accelerate is slow."""
-    marks = [pytest.mark.slow] if make is average else []
+    """A parameter; what imports accelerate or torch._dynamo is slow."""
+    marks = [pytest.mark.slow] if make in (average, optimizer) else []
     return pytest.param(
         make, given, *values, marks=marks, id=f"{make.__name__}-{' '.join([given] if values else given)}"
     )

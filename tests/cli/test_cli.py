@@ -235,7 +235,8 @@ def test_sample_encodes_captions_with_the_given_clip(capsys, tmp_path, files, mo
         ("--checkpoint {0}/digits.safetensors a --out {0}", "is a folder"),
         ("--checkpoint {0}/digits.safetensors three --solver euler", "solver='euler'; it must be one of"),
         ("--checkpoint {0}/digits.safetensors three --steps 21", "timesteps=21; the schedule has 20"),
-        ("--checkpoint {0}/digits.safetensors three --samples-per-prompt 0", "must be at least 1"),
+        ("--checkpoint {0}/digits.safetensors three --samples-per-prompt 0", "--samples-per-prompt 0: it must be at"),
+        ("--checkpoint {0}/no.safetensors three --steps -1", "--steps -1: it must be at least 1"),
         ("--checkpoint {0}/digits.safetensors three --cond-scale nan", "--cond-scale nan: it must be finite"),
     ],
 )  # fmt: skip

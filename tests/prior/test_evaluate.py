@@ -394,6 +394,8 @@ def test_command(digits_run, tmp_path, capsys):
         (["--captions", "c", "--encodings", "e"], "--encodings goes with --texts"),
         (["--captions", "c", "--clip-model", "m"], "--clip-model and --clip-pretrained"),
         (["--captions", "c", "--max-pairs", 0], "--max-pairs 0: it must be at least 1"),
+        (["--captions", "c", "--timesteps", 4, 0], "--timesteps 0: it must be at least 1"),
+        (["--captions", "c", "--cond-scale", "nan"], "--cond-scale nan: it must be finite"),
         (["--captions", "c", "--out", "/no/such/folder/x.json"], "its folder does not exist"),
         (["--texts", "t"], "is conditioned on text encodings: give --encodings"),
     ],

@@ -112,6 +112,47 @@ def test_config_errors_name_file_and_key(tmp_path, changes, message):
         train_configs.TrainDiffusionPriorConfig.from_json_path(path)
 
 
+NONSENSE = {
+    "prior.net.depth": (0, 10**9, [1], 1.5), "prior.net.dim": (-1, 10**12), "prior.net.num_timesteps": (10**12,),
+    "prior.net.ff_mult": (0, 10**12), "prior.net.attn_dropout": (1.5, "x"), "prior.timesteps": (0, 10**12, None),
+    "prior.sample_timesteps": (0, -1), "prior.cond_drop_prob": (-0.1, 10**12), "prior.image_embed_scale": (0, -2),
+    "prior.beta_schedule": ("cubic", ["cosine"]), "train.epochs": (0, -1, "x"), "train.lr": (-1, "x", None),
+    "train.wd": (-1,), "train.ema_beta": (1, -0.1), "train.eval_timesteps": ([0], [10**12], 64),
+    "train.random_seed": (-1, 2**40), "data.batch_size": (0, -1, 10**12), "data.workers": (0, 10**12),
+    "data.splits": ([1], {"train": -1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NONSENSE)
+def test_config_values_that_are_nonsense(tmp_path, key):
+    for value in NONSENSE[key]:
+        with pytest.raises(
+            ValueError, match=rf"^{write(tmp_path, {key: value})}: .*{key.rpartition('.')[2]}"
+        ) as caught:
+            train_configs.TrainDiffusionPriorConfig.from_json_path(tmp_path / "config.json")
+        assert len(str(caught.value)) < 1000
+
+
+def test_config_with_numbers_that_are_not_finite_or_without_end(tmp_path):
+    path = write(tmp_path, {})
+    text = path.read_text()
+    unknown = {f"key {number}": 1 for number in range(10**4)}
+    for content, why in (
+        (text.replace('"depth": ', '"dot_scale": Infinity, "depth": '), "is not JSON .Infinity is no JSON number"),
+        (text[:-1] + ', "a": ' + "[" * 10**5, "is not JSON .it is nested too deeply"),
+        ("[1]", "holds a JSON list; it must be a dict"),
+        (json.dumps(json.loads(text) | unknown), "unknown key 'key 0', "),
+        (json.dumps(json.loads(text) | {"x" * 10**6: 1}), "unknown key 'xxx"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"{path}:? .*{why}") as caught:
+            train_configs.TrainDiffusionPriorConfig.from_json_path(path)
+        assert len(str(caught.value)) < 20_000
+    config = train_configs.DiffusionPriorTrainConfig
+    with pytest.raises(ValueError, match="finite number"):
+        config(lr=float("inf"))
+
+
 def test_config_that_is_not_json(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{'prior': 1}")

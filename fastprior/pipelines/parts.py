@@ -146,7 +146,7 @@ class Encoders:
         if highest >= vocabulary:
             raise ValueError(f"the tokenizer gives the token {highest}; the text encoder has a vocab_size={vocabulary}")
         encoded = encoder(tokens.input_ids.to(device))
-        if not (is_finite(encoded.text_embeds) and is_finite(encoded.last_hidden_state)):
+        if not is_finite(encoded.text_embeds):
             raise ValueError(f"the text encoder gives NaN or infinity for {quoted(texts[0])} or others")
         mask = tokens.attention_mask.bool().to(device)
         return TextEncoding(encoded.text_embeds, encoded.last_hidden_state, mask)

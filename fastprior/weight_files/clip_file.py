@@ -9,6 +9,7 @@ from types import FunctionType, ModuleType
 
 from torch import Tensor, nn
 
+from fastprior.reading import open_regular
 from fastprior.weight_files.safe import read_file
 from fastprior.weight_files.torchscript import is_torchscript, read_torchscript
 from fastprior.weight_files.weights import check_weights
@@ -33,11 +34,12 @@ def read_clip(path: str | os.PathLike) -> dict[str, Tensor]:
 def fill_clip(open_clip: ModuleType, model: nn.Module, name: str, path: str) -> None:
     """Load a file by OpenCLIP's function, which converts and resizes, with `read_clip` in the place of its reader.
 
-    .npz and .npy files of big_vision are left to NumPy, which reads arrays alone. Raises ValueError for a file that
-    does not fit the model of that name, and as `read_clip`.
+    .npz and .npy files of big_vision are left to NumPy, which unpickles nothing. Raises ValueError for a file that does
+    not fit the model of that name, and as `read_clip`.
     """
-    load = open_clip.load_checkpoint
-    if path.endswith((".npz", ".npy")):
+    load, of_big_vision = open_clip.load_checkpoint, path.endswith((".npz", ".npy"))
+    if of_big_vision:
+        open_regular(path).close()  # or raises
         arguments = model, path
     else:
         state = read_clip(path)
@@ -45,8 +47,11 @@ def fill_clip(open_clip: ModuleType, model: nn.Module, name: str, path: str) -> 
             if key in state and own.is_floating_point() != state[key].is_floating_point():
                 raise ValueError(f"{path}: {key} has dtype {state[key].dtype}; for {name} it must be like {own.dtype}")
         names = {**load.__globals__, "load_state_dict": lambda *args, **kwargs: state}
-        load, arguments = FunctionType(load.__code__, names, None, load.__defaults__), (model, "")
+        load = FunctionType(load.__code__, names, None, load.__defaults__, load.__closure__)
+        arguments = model, "no file is read"
     try:
         load(*arguments)
-    except (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # packages raise whatever their conversions do
         raise ValueError(f"{path} does not fit {name}: {' '.join(str(error).split())[:500]}") from error
+    if of_big_vision:
+        check_weights(dict(model.named_parameters()), path)

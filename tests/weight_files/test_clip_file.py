@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -156,6 +157,17 @@ def test_a_pickle_that_makes_a_folder_makes_none(tmp_path, state, suffix):
     torch.save({"state_dict": state, "args": Writes(tmp_path / "made")}, tmp_path / f"clip{suffix}")
     with pytest.raises(ValueError, match="refused, and nothing in it was run: it refers to posix.mkdir"):
         OpenClipAdapter("file", tmp_path / f"clip{suffix}")
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_archive_of_arrays_unpickles_nothing(tmp_path, state):
+    path = tmp_path / "clip.npz"
+    np.savez(path, b=np.array([Writes(tmp_path / "made")], dtype=object))
+    with pytest.raises(ValueError, match=f"^{path} does not fit file: "):
+        OpenClipAdapter("file", path)
+    os.mkfifo(tmp_path / "fifo.npz")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/fifo.npz is a FIFO; it must be a regular file"):
+        OpenClipAdapter("file", tmp_path / "fifo.npz")
     assert not (tmp_path / "made").exists()
 
 

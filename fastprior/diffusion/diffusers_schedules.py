@@ -129,6 +129,8 @@ class DiffusersSchedule:
         """
         path = Path(path)
         path = path / "scheduler_config.json" if path.is_dir() else path
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; it must be a scheduler_config.json")
         config = read_json(path, where=f"{path} is no scheduler_config.json: it")
         if "_class_name" not in config:
             raise ValueError(f"{path} is no scheduler_config.json: it has no _class_name")

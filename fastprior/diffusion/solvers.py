@@ -162,7 +162,8 @@ def step_table(
         ValueError: naming the argument, its value and the rule.
     """
     timesteps = schedule.num_timesteps
-    check_choice("solver", solver, SOLVERS)
+    if not isinstance(solver, str) or solver not in SOLVERS:
+        check_choice("solver", solver, SOLVERS)
     if not (is_integer(steps) and 1 <= steps <= timesteps):
         raise ValueError(f"timesteps={quoted(steps)}; the schedule has {timesteps}, so it must be 1 to {timesteps}")
     if solver == "ddpm" and steps != timesteps:

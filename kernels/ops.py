@@ -259,9 +259,11 @@ def decode_attention(
         from .gpu.decode import decode_attention as run
 
         return run(q, k, v, prefix_k, prefix_v, **options)
-    takes = forced() is None and cpu_attention.takes_decode(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
-    run = cpu_attention.decode_attention if takes else reference.decode_attention
-    return run(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
+    if forced() is None and not dropout:
+        found = cpu_attention.decode_where_taken(q, k, v, prefix_k, prefix_v, **options)
+        if found is not None:
+            return found
+    return reference.decode_attention(q, k, v, prefix_k, prefix_v, **options, dropout=dropout)
 
 
 def diffusion_step(

@@ -12,16 +12,16 @@ from .library import KINDS
 MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS = 256, 4096, 2**16
 
 
-def takes_decode(q, k, v, prefix_k, prefix_v, *, rotary=None, bias=None, mask=None, dropout=0.0, **_) -> bool:
-    """Whether `decode_attention` computes this: on the CPU, in fp32 or bf16 over a prefix in fp32, without gradient."""
-    if not q.is_cpu or dropout or q.dtype not in calls.FLOATS or not q.dtype == k.dtype == v.dtype:
+def takes_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> bool:
+    """Whether `decode_attention` computes these numbers: on the CPU, in fp32 or bf16 over a prefix in fp32."""
+    if q.dtype not in calls.FLOATS or not q.dtype == k.dtype == v.dtype:
         return False
     if not prefix_k.dtype == prefix_v.dtype == torch.float32 or not q.numel():
         return False
     suffix, dim_head = k.shape[1], q.shape[-1]
     if dim_head > MAX_DIM_HEAD or prefix_k.shape[1] + suffix > MAX_KEYS or suffix * dim_head > MAX_SUFFIX_NUMBERS:
         return False
-    return library.takes((q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or ())))
+    return library.takes((q, k, v, prefix_k, prefix_v, cos, sin, bias, mask))
 
 
 def _fake_decode(q, *_) -> Tensor:
@@ -102,13 +102,28 @@ calls.define_operation(
     "cpu_decode(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, float scale, Tensor? cos, Tensor? sin, "
     "bool cosine, Tensor? bias, Tensor? mask) -> Tensor",
     _run_decode,
+    takes_decode,
     _fake_decode,
 )
 
 
 def decode_attention(
-    q, k, v, prefix_k, prefix_v, *, scale, rotary=None, cosine=False, bias=None, mask=None, dropout=0.0
+    q, k, v, prefix_k, prefix_v, *, scale, rotary=None, cosine=False, bias=None, mask=None
 ) -> Tensor:  # fmt: skip
     """See `ops.decode_attention`; for what `takes_decode` says."""
     run = torch.ops.fastprior.cpu_decode.default if torch.compiler.is_compiling() else _run_decode
     return run(q, k, v, prefix_k, prefix_v, scale, *(rotary or (None, None)), cosine, bias, mask)
+
+
+def decode_where_taken(
+    q, k, v, prefix_k, prefix_v, *, scale, rotary=None, cosine=False, bias=None, mask=None
+) -> Tensor | None:  # fmt: skip
+    """`decode_attention` of what `library.take` gives and `takes_decode` says, and None of everything else."""
+    found = library.take((q, k, v, prefix_k, prefix_v, bias, mask, *(rotary or (None, None)))) if q.is_cpu else None
+    if found is None:
+        return None
+    *tokens, bias, mask, cos, sin = found
+    if not takes_decode(*tokens, scale, cos, sin, cosine, bias, mask):
+        return None
+    rotary = None if rotary is None else (cos, sin)
+    return decode_attention(*tokens, scale=scale, rotary=rotary, cosine=cosine, bias=bias, mask=mask)

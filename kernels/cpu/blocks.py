@@ -42,7 +42,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         table: (depth, numbers) int64, the source's `struct block`: where the weights lie; one row more with a head.
-        kept: what lies there.
+        kept: what lies there, also when other weights have taken its place.
         owner: whose weights they are.
         dtype: of the matrices.
         shape: depth, dim, inner, heads, kv_heads, dim_head, whether there is a head, and columns of the result.
@@ -72,13 +72,17 @@ def prepare_blocks(
     blocks, *, owner, heads, kv_heads, dim_head, scale, cosine, activation, eps, head=None
 ) -> Blocks | None:  # fmt: skip
     """See `ops.prepare_blocks`."""
-    dtype, dim, inner = blocks[0].q.dtype, blocks[0].q.shape[1], blocks[0].contract.shape[1]
     everything = [*blocks, *([] if head is None else [head])]
-    weights = [t for t in itertools.chain(*everything) if t is not None]
-    matrices = [t for block in everything for t in block[: len(MATRICES)] if t is not None]
-    if not library.takes(weights, dtype, gradients=True) or any(t.dtype != dtype or t.stride(1) != 1 for t in matrices):
+    weights = list(itertools.chain(*everything))
+    requires_grad = any(t is not None and t.requires_grad for t in weights)
+    if (kept := library.take(weights, gradients=True)) is None:
         return None
-    kept = [t.untyped_storage() for t in weights]  # those of a parameter may be replaced
+    everything = [Block(*weights) for weights in zip(*[iter(kept)] * len(Block._fields))]
+    head = None if head is None else everything[-1]
+    dtype, dim, inner = everything[0].q.dtype, everything[0].q.shape[1], everything[0].contract.shape[1]
+    matrices = [t for block in everything for t in block[: len(MATRICES)] if t is not None]
+    if not library.takes(kept, dtype) or any(t.dtype != dtype or t.stride(1) != 1 for t in matrices):
+        return None
     own, shared, wide = heads * dim_head, kv_heads * dim_head, inner * 2 if activation == "swiglu" else inner
     columns = dim if head is None else len(head.q)
     of_matrices, of_vectors = [], []
@@ -95,7 +99,7 @@ def prepare_blocks(
     table = torch.frombuffer(table, dtype=torch.int64).view(len(everything), -1)
     shape = len(blocks), dim, inner, heads, kv_heads, dim_head, head is not None, columns
     huge_pages.settle(owner, matrices)
-    requires_grad, most = any(t.requires_grad for t in weights), most_tokens(dtype)
+    most = most_tokens(dtype)
     return Blocks(table, kept, owner, dtype, shape, scale, cosine, activation, eps, requires_grad, most)
 
 
@@ -119,10 +123,14 @@ def takes_blocks(
         numbers: keys and values of the prefix, and others that must be fp32.
         options: that may be converted.
     """
-    _, _, prefix, _, dim_head = numbers[0].shape
-    if torch.is_autocast_enabled("cpu") or any(t.dtype != torch.float32 for t in numbers):
+    if torch.is_autocast_enabled("cpu") or (blocks.requires_grad and torch.is_grad_enabled()):
         return False
-    if not 0 < rows * suffix <= blocks.most_tokens or (blocks.requires_grad and torch.is_grad_enabled()):
+    return 0 < rows * suffix <= blocks.most_tokens and _takes_numbers(suffix, numbers, options)
+
+
+def _takes_numbers(suffix: int, numbers: Sequence[Tensor], options: Iterable[Tensor | None]) -> bool:
+    _, _, prefix, _, dim_head = numbers[0].shape
+    if any(t.dtype != torch.float32 for t in numbers):
         return False
     if dim_head > MAX_DIM_HEAD or prefix + suffix > MAX_KEYS or suffix * dim_head > MAX_SUFFIX_NUMBERS:
         return False
@@ -164,19 +172,25 @@ def blocks_of(
     )  # fmt: skip
 
 
+def _takes_operation(x, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, *_) -> bool:
+    return _takes_numbers(x.shape[1], (prefix_k, prefix_v, x), (cos, sin, bias, mask))
+
+
 calls.define_operation(
     "cpu_blocks(Tensor x, Tensor table, Tensor prefix_k, Tensor prefix_v, int outputs, int[] shape, float scale, "
     "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps) -> Tensor",
     _run_blocks,
+    _takes_operation,
     _fake_blocks,
 )
 
 
 def run_blocks_where_taken(x, blocks, prefix_k, prefix_v, *, rotary, bias, mask, **options) -> Tensor | None:
     """See `ops.run_blocks`."""
-    others = bias, mask, *(rotary or ())
-    if not takes_blocks(blocks, *x.shape[:2], (prefix_k, prefix_v, x), others):
+    found = library.take((prefix_k, prefix_v, x, bias, mask, *(rotary or ())))
+    if found is None or not takes_blocks(blocks, *found[2].shape[:2], found[:3], found[3:]):
         return None
+    prefix_k, prefix_v, x, bias, mask, *rotary = found
     return run_blocks(x, blocks, prefix_k, prefix_v, rotary=rotary, bias=bias, mask=mask, **options)
 
 

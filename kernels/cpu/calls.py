@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .library import KINDS
+from .library import KINDS, aliases
 
 ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
 FP32, FLOATS = (torch.float32,), (torch.float32, torch.bfloat16)
@@ -16,17 +16,26 @@ Array = tuple[str, Tensor | None, tuple[int, ...]]  # the name of an argument, w
 _operations = torch.library.Library("fastprior", "FRAGMENT")
 
 
-def define_operation(schema: str, run: Callable, fake: Callable) -> None:
+def define_operation(schema: str, run: Callable, takes: Callable, fake: Callable) -> None:
     """Define an operation of `torch.ops.fastprior` on the CPU, which a trace keeps as one call.
 
     Args:
         schema: its name and arguments, see `torch.library`.
         run: what it does on the CPU.
+        takes: whether it does, of the same arguments: those of the trace were asked, and may have been replaced.
         fake: the shapes and dtypes of its results.
     """
     name = schema.split("(")[0]
+
+    def checked(*given):
+        given = aliases(given)
+        if not takes(*given):
+            found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in given if isinstance(t, Tensor))
+            raise ValueError(f"{name} was traced with other tensors, and does not take {found}")
+        return run(*given)
+
     _operations.define(schema)
-    _operations.impl(name, run, "CPU")
+    _operations.impl(name, checked, "CPU")
     torch.library.register_fake(f"fastprior::{name}", fake, lib=_operations)
 
 

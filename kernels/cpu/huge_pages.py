@@ -11,6 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .library import aliases
+
 SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 COLLAPSE = 25  # MADV_COLLAPSE, Linux 6.1
 LARGEST = 2**22  # bytes; where pages are of 64 KiB huge ones are of 512 MiB, which no weights fill
@@ -40,7 +42,8 @@ def collapse(tensors: Iterable[Tensor]) -> int:
     if _system() is None:
         return 0
     madvise, size = _system()
-    storages = [t.untyped_storage() for t in tensors if t.is_cpu and not is_traceable_wrapper_subclass(t)]
+    tensors = aliases(t for t in tensors if not is_traceable_wrapper_subclass(t))
+    storages = [t.untyped_storage() for t in tensors if t.is_cpu]
     spans: list[list[int]] = []
     for start, end in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
         if spans and start <= spans[-1][1] + GAP:

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import POINTER, c_long, c_void_p
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from . import structs
 
 SOURCES = Path(__file__).parent / "c"  # of which library.c includes all
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
+PLAIN = Tensor, nn.Parameter
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of numbers, as the source counts them
 OMP_PAUSE_SOFT = 1
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -226,26 +227,50 @@ def is_watched() -> bool:
     return transformed or is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 
 
-def takes(
-    tensors: Sequence[Tensor | None], dtype: torch.dtype = torch.float32, rows: int = 1, *, gradients: bool = False
-) -> bool:
-    """Whether C may have these: plain numbers on the CPU, without gradient, that nothing follows.
+def aliases(values: Iterable[object]) -> list:
+    """Values, whose tensors are aliases: as they are now, whatever another thread puts in their place.
+
+    It may at any moment (`weight.data = …`, as Module.to does). An alias has a shape, strides, a dtype and numbers that
+    belong together, and these live while it does: what C reads is checked in it, and its address is taken of it.
+    `t.data` keeps Python's lock meanwhile; `t.detach()`, as other operations, would read what is being replaced.
+    """
+    return [t.data if type(t) in PLAIN else t for t in values]
+
+
+def take(tensors: Sequence[Tensor | None], *, gradients: bool = False) -> list[Tensor | None] | None:
+    """`aliases` of plain tensors without gradient, that nothing follows; None where C may not have them.
+
+    In a trace they are as they are: the operation that it keeps makes aliases of what it gets.
 
     Args:
-        tensors: in no fp64, and of no subclass that keeps its numbers elsewhere; None where one is not given.
-        dtype: of the weights.
-        rows: how many meet them.
+        tensors: of no subclass that keeps its numbers elsewhere; None where one is not given.
         gradients: also tensors that require one.
     """
     gradients = gradients or not torch.is_grad_enabled()
+    if is_watched():
+        return None
+    found, traced = [], torch.compiler.is_compiling()
     for t in tensors:
-        if t is None:
-            continue
-        if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or t.dtype == torch.float64:
+        if t is not None:
+            if type(t) not in PLAIN or (not gradients and t.requires_grad):
+                return None
+            t = t if traced else t.data
+        found.append(t)
+    return found
+
+
+def takes(tensors: Iterable[Tensor | None], dtype: torch.dtype = torch.float32, rows: int = 1) -> bool:
+    """Whether C reads these numbers: on the CPU, in no fp64.
+
+    Args:
+        tensors: None where one is not given.
+        dtype: of the weights.
+        rows: how many meet them.
+    """
+    for t in tensors:
+        if t is not None and (not t.is_cpu or t.dtype == torch.float64):
             return False
-        if t.requires_grad and not gradients:
-            return False
-    return 0 < rows <= most_rows(dtype) and not is_watched()
+    return 0 < rows <= most_rows(dtype)
 
 
 def run(name: str, call: structs.Structure, *others: object, x: Tensor, rows: int = 1) -> None:

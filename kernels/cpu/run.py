@@ -37,13 +37,14 @@ class Run:
 
         Args:
             first: the number of the first.
-            noise: that of each step, (samples, dim), or None.
+            noise: that of each step, (samples, dim) on the CPU, or None.
         Raises:
             IndexError: there are not so many steps.
         """
         kept, count, shape = [], len(noise), self.x.shape
         if not 0 <= first <= first + count <= self.steps:
             raise IndexError(f"steps {first} to {first + count - 1}; there are {self.steps}")
+        noise = library.aliases(noise)
         addresses = calls.addresses_of([("noise", drawn, shape) for drawn in noise], kept)
         library.run("run_steps", self._call, (ctypes.c_void_p * count)(*addresses), first, count, x=self.x)
 
@@ -56,14 +57,16 @@ def prepare_run(
     steps, times, dim = time_tokens.shape
     if not blocks.has_head or blocks.shape[-1] != dim:
         return None
-    suffix, (cos, sin) = times + 2 * samples, rotary or (None, None)
-    numbers = prefix_k, prefix_v, time_tokens, coefficients, null_table
-    if not takes_blocks(blocks, rows, suffix, numbers, (query, cos, sin, bias)):
+    suffix = times + 2 * samples
+    tensors = prefix_k, prefix_v, time_tokens, coefficients, null_table, query, bias, *(rotary or (None, None))
+    found = library.take(tensors)
+    if found is None or not takes_blocks(blocks, rows, suffix, found[:5], found[5:]):
         return None
+    prefix_k, prefix_v, time_tokens, coefficients, null_table, query, bias, cos, sin = found
     x = torch.empty(rows * samples, dim, dtype=torch.float32, device="cpu")
-    x0, kept = torch.empty_like(x), [blocks, query, cos, sin, bias, *numbers]
+    x0, kept = torch.empty_like(x), [blocks, *found]
     arrays = [
-        ("time_tokens", time_tokens, time_tokens.shape), ("coefficients", coefficients, (steps, 6)),
+        ("time_tokens", time_tokens, (steps, times, dim)), ("coefficients", coefficients, (steps, 6)),
         ("null_table", null_table, (steps, dim)),
     ]  # fmt: skip
     time, coefficients, null = calls.addresses_of(arrays, kept)

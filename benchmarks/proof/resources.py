@@ -35,7 +35,7 @@ import triton
 from cases import cases
 from compilations import MEASURED, MISSED, Kept, compile_variant, key, measure
 
-from fastprior.kernels.cpu.library import cache_dir
+from fastprior.kernels.cpu.cache import cache_dir
 from fastprior.kernels.gpu.launch import Variant, interpreted, recording
 
 ARCHITECTURES = 80, 90, 100

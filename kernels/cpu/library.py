@@ -13,12 +13,11 @@ import hashlib
 import os
 import platform
 import shlex
-import stat
 import subprocess
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from ctypes import POINTER, c_long, c_void_p
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import structs
+from . import cache, structs
 
 SOURCES = Path(__file__).parent / "c"  # of which library.c includes all
 FLAGS = "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"
@@ -39,21 +38,6 @@ OF_PROCESS = Path("/proc/self/cgroup")
 LITTLE = 2**19  # numbers, on which an operation takes one thread a tenth of a millisecond
 
 
-def cache_dir() -> Path:
-    given = os.environ.get("FASTPRIOR_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprior"
-
-
-def _fallback_dir() -> Path:
-    """A folder of this user alone among temporary files. Raises OSError where there can be none."""
-    folder = Path(tempfile.gettempdir()) / f"fastprior-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{folder} is not a folder of this user alone")
-    return folder
-
-
 def _machine() -> str:
     """What native code depends on: a home directory may be shared by machines that differ."""
     try:
@@ -63,58 +47,28 @@ def _machine() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+def _kept_in(folder: AbstractContextManager[tuple[Path, int]], name: str, command: list[str]) -> tuple[int, Path]:
+    """The library of that name in a folder, opened, and where it lies; it is compiled unless it is there and whole."""
+    with folder as (place, handle):
+        path = place / name
+        library = cache.open_library(handle, name, path)
+        if library is None:
+            with cache.alone_in(handle):
+                library = cache.open_library(handle, name, path)  # as another process left it
+                if library is None:
+                    cache.compile_into(path, command)
+                    library = cache.open_library(handle, name, path)
+    if library is None:
+        raise OSError(f"{path} is not what was written there")
+    return library, path
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Others that want to write there wait, where the system and its file system have locks."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
+def build() -> tuple[int, Path]:
+    """Compile the sources unless they were: a descriptor of the library, and where it lies.
 
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _compile(command: list[str], path: Path) -> None:
-    """Compile into a path, whole or not at all, whoever else does the same."""
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    try:
-        subprocess.run([*command, "-o", part, "-lm"], check=True, capture_output=True)
-        digest = hashlib.sha256(Path(part).read_bytes()).digest()
-        with open(part, "ab") as file:
-            file.write(digest)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
-
-
-def _kept_in(folder: Path, name: str, command: list[str]) -> Path:
-    """The library of that name in a folder, compiled unless it is there and whole."""
-    path = folder / name
-    if not _is_whole(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
-            if not _is_whole(path):  # as another process left it
-                _compile(command, path)
-    return path
-
-
-def build() -> Path:
-    """Compile the sources unless they were: the path of the library, in `$FASTPRIOR_CACHE` or ~/.cache/fastprior.
-
-    Its hash stands behind it in the file, so that what a crash or a full disk left of one is made again. Where that
-    folder takes no files, a warning says so, and a folder among temporary files takes its place.
+    That is in `$FASTPRIOR_CACHE` or ~/.cache/fastprior. Its hash stands behind it in the file, so that what a crash or
+    a full disk left of one is made again. Where that folder takes no files, or others may write there, a warning says
+    so, and a folder among temporary files takes its place.
 
     Raises:
         OSError, RuntimeError: there is no compiler, or no place to write to.
@@ -127,14 +81,14 @@ def build() -> Path:
     name = f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     command = [*compiler, *FLAGS, str(SOURCES / "library.c")]
     try:
-        return _kept_in(cache_dir(), name, command)
+        return _kept_in(cache.cache_folder(), name, command)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # without a home: RuntimeError
         if isinstance(error, subprocess.CalledProcessError) and not _is_full(error):
             raise
-        path = _kept_in(_fallback_dir(), name, command)
-        _warn(f"the compiled CPU kernels are kept in {path.parent}, since their folder takes no files: {error}. "
-              "Set FASTPRIOR_CACHE to one that does")  # fmt: skip
-        return path
+        handle, path = _kept_in(cache.fallback_folder(), name, command)
+        _warn(f"the compiled CPU kernels are kept in {path.parent}, since their folder cannot be used: {error}. "
+              "Set FASTPRIOR_CACHE to one that takes files, and of you alone")  # fmt: skip
+        return handle, path
 
 
 def _is_full(error: subprocess.CalledProcessError) -> bool:
@@ -163,7 +117,8 @@ def _load() -> None:
     """Make the library, or why there is none, and how many rows it takes, known."""
     global _loaded
     try:
-        _loaded = ctypes.CDLL(str(build()))
+        # the descriptor stays open: the loader knows the library by its number, which no other may have then
+        _loaded = ctypes.CDLL(cache.name_of(*build()))
         _check_structs(_loaded)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip()

@@ -1,17 +1,25 @@
-"""A program for a process that has the address sanitizer: the CPU kernels, at every border of their shapes.
+"""A program for a process that has a sanitizer: the CPU kernels at every border of their shapes, and calls from a seed.
 
-    LD_PRELOAD=libasan.so python -m helpers.sanitized MARCH
+    LD_PRELOAD=libasan.so python -m helpers.sanitized address --march native --calls 300
+    LD_PRELOAD=libtsan.so setarch -R python -m helpers.sanitized thread --seconds 300 --seed 1
 
-It says that every access was within bounds, and reads at last beyond them, which the sanitizer reports.
+It says that all was well, and does at last what the sanitizer must report: it reads beyond an array, or two threads
+write to one.
 """
 
+import argparse
 import itertools
-import sys
+import math
+
+import torch
 
 from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.cpu import cache
 from fastprior.kernels.cpu import calls as cpu_calls
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
+from helpers.at_once import at_once
+from helpers.c_calls import fuzz, report, team_of
 from helpers.cpu_cases import (
     CONFIGS,
     DECODE_OPTIONS,
@@ -35,12 +43,12 @@ from helpers.cpu_cases import (
 )  # fmt: skip
 from helpers.priors import make_prior, make_text
 
-FLAGS = *(flag for flag in QUICK if not flag.startswith("-march")), "-O1", "-g", "-fsanitize=address,undefined"
+FLAGS = *(flag for flag in QUICK if not flag.startswith("-march")), "-O1", "-g", "-fno-sanitize-recover=all"
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 
 
-def sanitized():
-    """Shapes at every border, and at last a weight that is shorter than said."""
-    assert cpu_library.unavailable() is None, cpu_library.unavailable()
+def borders():
+    """Shapes at every border."""
     options = itertools.cycle(("all-swiglu", "all-gelu"))
     for dtypes, rows, shape in itertools.product(("fp32", "bf16", "int8"), (1, 3, 6, 7, 17, 32, 64, 67), SHAPES[::2]):
         if rows <= cpu_library.most_rows(FP32):
@@ -62,13 +70,50 @@ def sanitized():
     for count in 2, 32:
         with threads(count):
             prior_step(make_blocks(heads=3, dim_head=7), *make_tokens(dim=21), outputs=2)
-    print("every access was within bounds", flush=True)
+
+
+def of_several_callers(seed: int, **until):
+    """Calls of two threads at once, each with a team of C's own: no sanitizer knows OpenMP's."""
+    with team_of(2, True):
+        founds = at_once(lambda number: fuzz(seed + number, threads=2, **until), range(2))
+    for found in founds:
+        print(report(found))
+
+
+def read_beyond():
+    """A weight is shorter than said."""
     cpu_calls.check_shapes = lambda *args: None
     cpu_linear.linear(LinearArgs(x=random(3, 64), weight=random(5, 7)))
 
 
+def write_at_once():
+    """Two calls have one result."""
+    result, args = torch.empty(3, 300), LinearArgs(x=random(3, 64), weight=random(300, 64))
+    cpu_linear._result = lambda args: result
+    with team_of(2, True):
+        at_once(lambda _: [cpu_linear.linear(args) for _ in range(200)], range(2))
+
+
 if __name__ == "__main__":
-    flags = *FLAGS, "-fno-sanitize-recover=all", "-march=" + sys.argv[1]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sanitizer", choices=SANITIZERS)
+    parser.add_argument("--march", default="native")
+    parser.add_argument("--calls", type=int)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    flags = *FLAGS, f"-fsanitize={SANITIZERS[given.sanitizer]}", f"-march={given.march}"
+    until = dict(calls=given.calls, seconds=given.seconds)
     # kept, as the library is; the compiler does without the sanitizer itself
-    with built(flags, FASTPRIOR_CACHE=cpu_library.cache_dir() / "sanitized", LD_PRELOAD=""):
-        sanitized()
+    with built(flags, FASTPRIOR_CACHE=cache.cache_dir() / "sanitized", LD_PRELOAD=""):
+        assert cpu_library.unavailable() is None, cpu_library.unavailable()
+        if given.sanitizer == "address":
+            borders()
+            print(report(fuzz(given.seed, **until)))
+            print("every access was within bounds", flush=True)
+            read_beyond()
+        else:
+            of_several_callers(given.seed, **until)
+            print("no two threads met", flush=True)
+            write_at_once()

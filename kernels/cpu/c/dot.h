@@ -95,7 +95,7 @@ INLINE void dot(int kind, int rounded, int rows, int columns, const float *x, st
         const long ahead = look_ahead(byte, AHEAD_DOT, length, columns, c.stride * BYTES[kind]);
         ivec blocks[4];
         UNROLLED for (int n = 0; n < columns; n++) {
-            blocks[n] = *(const ivec *)(column[n] + byte);
+            blocks[n] = *(const narrow_vec *)(column[n] + byte);
             __builtin_prefetch(column[n] + ahead, 0, 3);
             if (READS_NEXT) __builtin_prefetch(next + n * line, 0, 2);
         }

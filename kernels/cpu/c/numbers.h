@@ -40,6 +40,7 @@ enum { WIDTH = 64 /* rows of a tile */ };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef ivec narrow_vec __attribute__((aligned(1))); /* numbers of 16 or 8 bits, which begin anywhere */
 
 /* Python has a mirror of the struct in structs.py, of so many fields of 8 bytes. */
 #define MIRRORED(name, fields) \
@@ -84,7 +85,7 @@ INLINE struct columns columns_from(int kind, struct columns all, long first) {
 
 /* A block of which `left` numbers are there, and zeros. */
 INLINE ivec load(int kind, const char *p, long left) {
-    if (left >= LANES * SPAN(kind)) return *(const ivec *)p;
+    if (left >= LANES * SPAN(kind)) return *(const narrow_vec *)p;
     ivec block = {0};
     memcpy(&block, p, left * BYTES[kind]);
     return block;

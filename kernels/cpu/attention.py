@@ -8,7 +8,7 @@ from torch import Tensor
 from . import calls, library, structs
 from .library import KINDS
 
-# what the threads of attention keep on their stacks: keys, and those of the suffix in full
+# what each thread of attention keeps: where all keys lie and their weights, and those of the suffix in full
 MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS = 256, 4096, 2**16
 
 

@@ -130,7 +130,7 @@ def _load() -> None:
         _loaded = str(error)
     else:
         _loaded.linear.argtypes = POINTER(structs.Linear), c_long
-        _loaded.decode_attention.argtypes, _loaded.decode_attention.restype = (POINTER(structs.Decode), c_long), None
+        _loaded.decode_attention.argtypes = POINTER(structs.Decode), c_long
         _loaded.run_blocks.argtypes = POINTER(structs.Blocks), c_long
         _loaded.run_steps.argtypes = POINTER(structs.Run), POINTER(c_void_p), c_long, c_long, c_long
         _loaded.most_rows.restype = c_long

@@ -17,6 +17,7 @@ from fastprior.kernels.arguments import LinearArgs
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
+from helpers import ROOT
 from helpers.at_once import at_once
 from helpers.cpu_cases import NEEDS_KERNELS, OPTIONS, block_arguments, child, make, threads
 from helpers.priors import make_prior, make_text
@@ -250,6 +251,30 @@ def test_a_forked_child_samples(yes):
     with threads(2), crowded(yes):
         expected = work()
         assert child(lambda: sys.exit(not torch.equal(work(), expected))) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [dict(prefix=4000, suffix=3), dict(prefix=9, suffix=256)], ids=["keys", "suffix"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads_with_little_stack(sizes, count):
+    """Attention of the most that is taken, in a process of its own: beyond a stack it ends."""
+    code = f"""
+import threading, torch
+from helpers.cpu_cases import make_decode, threads
+from fastprior.kernels.cpu import attention
+given = make_decode(rows=2, dim_head=256, heads=1, seq=2, **{sizes})
+expected, same = attention.decode_attention(**given), []
+threading.stack_size(65536)
+with threads({count}):
+    thread = threading.Thread(target=lambda: same.append(torch.equal(attention.decode_attention(**given), expected)))
+    thread.start()
+    thread.join()
+print(*same)
+"""
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = os.environ | dict(PYTHONPATH=paths)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "True\n", done.stderr[-2000:]
 
 
 # how many

@@ -390,7 +390,7 @@ def by_layers(
 def _allowed(run, x: Tensor, exact: Tensor, plain: Tensor, allowed: float, draw: Draw) -> float:
     """What errors of this share of each number become at the end, and four times those of PyTorch."""
     moved = run(x.double() * (1 + 1e-4 * torch.randn(x.shape, generator=draw.numbers).double()))
-    return 4 * error(plain, exact) + allowed * (1 + error(moved, exact) / 1e-4)
+    return 4 * error(plain, exact) + 4 * allowed * (1 + error(moved, exact) / 1e-4)
 
 
 def call_blocks(draw: Draw) -> tuple[str, float]:

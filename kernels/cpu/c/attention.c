@@ -80,13 +80,44 @@ INLINE vec softmax(const float *mask, long prefix, long keys, vec *logits) {
     return total;
 }
 
-/* Attention of queries; those of the suffix among their keys and values, (suffix, dim_head), are prepared. Its loops are
-   slower in the function that calls it. */
-static __attribute__((noinline)) void attend(const struct decode *a, const struct queries *q, const float *suffix_keys,
-                                             const float *suffix_values) {
+enum { ON_STACK = 16 << 10 /* bytes: a program may give its threads little more */ };
+
+/* Memory of a thread: keys and values of the suffix, (suffix, dim_head); where all keys and values lie; queries, in their
+   place what attention gives, (dim_head, lanes); logits (keys, lanes). */
+struct attention_room {
+    float *keys, *values;
+    const float **key, **value;
+    vec *query, *weight;
+};
+
+static long bytes_of_attention(const struct decode *a) {
+    const long keys = a->prefix + a->suffix + 3, numbers = 2 * a->suffix * a->dim_head;
+    return ((a->dim_head + keys) * sizeof(vec) + 2 * keys * sizeof(float *) + numbers * sizeof(float) + 63) / 64 * 64;
+}
+
+/* Of all threads, which must be allocated: 0 where stacks have room. */
+static long bytes_of_attentions(const struct decode *a, long threads) {
+    const long bytes = bytes_of_attention(a);
+    return bytes > ON_STACK ? threads * bytes : 0;
+}
+
+static struct attention_room attention_room(const struct decode *a, char *room) {
+    const long keys = a->prefix + a->suffix + 3;
+    struct attention_room r = {.query = (vec *)room};
+    r.weight = r.query + a->dim_head;
+    r.key = (const float **)(r.weight + keys);
+    r.value = r.key + keys;
+    r.keys = (float *)(r.value + keys);
+    r.values = r.keys + a->suffix * a->dim_head;
+    return r;
+}
+
+/* Attention of queries; those of the suffix among their keys and values are prepared. Its loops are slower in the
+   function that calls it. */
+static __attribute__((noinline)) void attend(const struct decode *a, const struct queries *q, struct attention_room room) {
     const long dim = a->dim_head, prefix = a->prefix, keys = prefix + a->suffix, prompt = q->row / (a->rows / a->prompts);
-    const float *key[keys + 3], *value[keys];
-    vec query[dim], weight[keys + 3];
+    const float **key = room.key, **value = room.value;
+    vec *query = room.query, *weight = room.weight;
 
     lay_queries(a, q, query, weight);
     for (long j = 0; j < prefix; j++) {
@@ -94,7 +125,7 @@ static __attribute__((noinline)) void attend(const struct decode *a, const struc
         key[j] = a->prefix_k + place, value[j] = a->prefix_v + place;
     }
     for (long j = prefix; j < keys; j++)
-        key[j] = suffix_keys + (j - prefix) * dim, value[j] = suffix_values + (j - prefix) * dim;
+        key[j] = room.keys + (j - prefix) * dim, value[j] = room.values + (j - prefix) * dim;
     key[keys] = key[keys + 1] = key[keys + 2] = key[0]; /* four at a time */
     for (long j = 0; j < keys; j += 4) { /* logits: (keys, lanes) */
         vec sums[4] = {{0}};
@@ -117,25 +148,44 @@ static __attribute__((noinline)) void attend(const struct decode *a, const struc
             store(out, q->row * a->seq + q->token[lane], q->head[lane] * dim + d, query[d][lane]);
 }
 
-/* Attention of suffix tokens over a prefix and themselves, by all threads of a team. */
-static void decode_of_team(const struct decode *a, const struct member *me) {
+/* Attention of suffix tokens over a prefix and themselves, by all threads of a team; room: of `bytes_of_attentions`. */
+static void decode_of_team(const struct decode *a, char *room, const struct member *me) {
     const long parts = (a->heads / a->kv_heads * a->seq + LANES - 1) / LANES, all = a->rows * a->kv_heads * parts;
-    const long dim = a->dim_head;
-    float keys[a->suffix][dim], values[a->suffix][dim];
+    const long dim = a->dim_head, bytes = bytes_of_attention(a);
+    char own[bytes > ON_STACK ? 64 : bytes] __attribute__((aligned(64)));
+    const struct attention_room mine = attention_room(a, bytes > ON_STACK ? room + me->thread * bytes : own);
     for (long i = begin_of(me, all), known = -1; i < end_of(me, all); i++) {
         const long row = i / parts / a->kv_heads, kv_head = i / parts % a->kv_heads;
         for (long j = 0; j < a->suffix && known != i / parts; j++) {
             const long first = row * a->kv_row + j * a->kv_token + kv_head * dim;
-            prepare(a, a->k, first, j, 1, keys[j]);
-            for (long d = 0; d < dim; d++) values[j][d] = number((struct vector){a->v, a->kind}, first + d);
+            prepare(a, a->k, first, j, 1, mine.keys + j * dim);
+            for (long d = 0; d < dim; d++) mine.values[j * dim + d] = number((struct vector){a->v, a->kind}, first + d);
         }
         known = i / parts;
         const struct queries queries = queries_of(a, row, kv_head, i % parts * LANES);
-        attend(a, &queries, keys[0], values[0]);
+        attend(a, &queries, mine);
     }
     meet(me);
 }
 
-static void decode_by_member(const void *argument, const struct member *me) { decode_of_team(argument, me); }
+struct decode_call {
+    const struct decode *decode;
+    char *room;
+};
 
-void decode_attention(const struct decode *a, long threads) { in_team(decode_by_member, a, threads); }
+static void decode_by_member(const void *argument, const struct member *me) {
+    const struct decode_call *call = argument;
+    decode_of_team(call->decode, call->room, me);
+}
+
+static void *allocate_bytes(long bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+/* This and what else returns a number: 0, or 1 where there is no memory. */
+int decode_attention(const struct decode *a, long threads) {
+    const long bytes = bytes_of_attentions(a, threads);
+    const struct decode_call call = {.decode = a, .room = bytes ? allocate_bytes(bytes) : NULL};
+    if (bytes && !call.room) return 1;
+    in_team(decode_by_member, &call, threads);
+    free(call.room);
+    return 0;
+}

@@ -27,6 +27,7 @@ struct scratch {
     float *projected, *mixed; /* (tokens, width); (tokens, of_q): what attention gives */
     float *hidden; /* (tokens, inner): of the feed-forward */
     float *stream, *merged, *total; /* (tokens, dim): the residual stream; attention's linear; the stream behind that */
+    char *of_attention;
 };
 
 static long larger(long a, long b) { return a > b ? a : b; }
@@ -40,8 +41,10 @@ static int get_scratch(const struct blocks *a, long threads, struct scratch *s) 
     s->width = s->of_q + 2 * s->of_kv;
     const long widest = larger(larger(a->inner, s->of_q), larger(a->dim, a->columns));
     const long of_room = (room(s->tokens, widest, larger(widest, 2 * s->of_kv), threads) + 15) / 16 * 16;
-    s->room = allocate(of_room + s->tokens * (s->width + s->of_q + a->inner + 3 * a->dim));
+    const long numbers = (of_room + s->tokens * (s->width + s->of_q + a->inner + 3 * a->dim) + 15) / 16 * 16;
+    s->room = allocate_bytes(numbers * sizeof(float) + bytes_of_attentions(decode, threads));
     if (!s->room) return 0;
+    s->of_attention = (char *)(s->room + numbers);
     s->projected = s->room + of_room;
     s->mixed = s->projected + s->tokens * s->width;
     s->hidden = s->mixed + s->tokens * s->of_q;
@@ -83,7 +86,7 @@ static void mix(const struct blocks *a, long layer, long seq, const struct scrat
     decode.q_token = decode.kv_token = s->width;
     decode.prefix_k += layer * a->prefix_layer;
     decode.prefix_v += layer * a->prefix_layer;
-    decode_of_team(&decode, me);
+    decode_of_team(&decode, s->of_attention, me);
 }
 
 /* What attention gave onto the stream, and the feed-forward behind it: mixed (rows, of_q), stream (rows, dim) -> total

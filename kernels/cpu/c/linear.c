@@ -350,9 +350,8 @@ static void linear_by_member(const void *argument, const struct member *me) {
     linear_of_team(call->linear, call->room, me);
 }
 
-static void *allocate(long numbers) { return aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64); }
+static void *allocate(long numbers) { return allocate_bytes(numbers * sizeof(float)); }
 
-/* This and what else returns a number: 0, or 1 where there is no memory. */
 int linear(const struct linear *a, long threads) {
     const long most = a->columns[0] > a->columns[1] ? a->columns[0] : a->columns[1];
     const struct linear_call call = {.linear = a, .room = allocate(room(a->rows, a->dim, most, threads))};

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fastprior.checks import check_count, check_number, check_share
+from fastprior.trainer.checks import as_count, check_tensor
 from fastprior.trainer.fsdp import local, shard_like
+from fastprior.utils import first_few
 
 
 def _averages(value: Tensor) -> bool:
@@ -251,6 +253,27 @@ class EMA(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.include_online_model:
             self.model.state_dict(destination=destination, prefix=f"{prefix}online_model.", keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load as torch does, but all or nothing.
+
+        Raises RuntimeError for names that do not fit, and ValueError for values.
+        """
+        root, wanted = "online_model.", self.state_dict(keep_vars=True)
+        wanted = {key: value for key, value in wanted.items() if not key.startswith(root)}
+        if any(key.startswith(root) for key in state_dict):
+            wanted |= self.model.state_dict(prefix=root, keep_vars=True)
+        if strict and state_dict.keys() != wanted.keys():
+            missing, unexpected = wanted.keys() - state_dict.keys(), state_dict.keys() - wanted.keys()
+            names = f"missing keys: {first_few(sorted(missing)) or 'none'}"
+            names += f"; unexpected keys: {first_few(sorted(unexpected)) or 'none'}"
+            raise RuntimeError(f"the state does not fit this EMA; strict=False loads what fits; {names}")
+        for key in state_dict.keys() & wanted.keys():
+            if key in ("initted", "step"):
+                as_count(state_dict[key], f"the state's {key}")
+            elif isinstance(wanted[key], Tensor):  # a module's extra state may be anything
+                check_tensor(state_dict[key], wanted[key], f"the state's {key}")
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         root = f"{prefix}online_model."

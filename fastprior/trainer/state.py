@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastprior.optimizer import separate_weight_decayable_params
 from fastprior.peer import PEER_VERSION
 from fastprior.prior.record import TRAINED, entry
+from fastprior.trainer.checks import as_count, as_dict, as_number, check_generators, check_moments, check_tensor
 from fastprior.trainer.ema import EMA
 from fastprior.trainer.fsdp import collected, part_like, without_clip
-from fastprior.trainer.stepper import Stepper, check_moments
+from fastprior.trainer.stepper import Stepper
 from fastprior.version import __version__
 from fastprior.weight_files.safe import HEADER
 
@@ -53,12 +55,14 @@ def check_plain(value: Any, name: str) -> None:
 
 def _check_objective(payload: Mapping, prior: nn.Module, source: str) -> None:
     """Warn where a file was trained for something else than the prior that it is loaded into."""
-    said, own = payload.get(HEADER) or {}, dict(net=getattr(prior.net, "config", {}), prior=prior.config)
-    for section, config in own.items():
-        recorded, config = said.get(section, {}), config if isinstance(config, Mapping) else {}
-        for name in TRAINED:
-            if name in recorded and name in config and recorded[name] != config[name]:
-                warnings.warn(f"{source} was trained with {name}={recorded[name]}; this prior has {config[name]}")
+    said = as_dict({} if payload.get(HEADER) is None else payload[HEADER], f"{source}: {HEADER}")
+    for section, config in dict(net=getattr(prior.net, "config", {}), prior=prior.config).items():
+        recorded = as_dict(said.get(section, {}), f"{source}: {HEADER}: {section}")
+        config = config if isinstance(config, Mapping) else {}
+        for name in (name for name in TRAINED if name in recorded and name in config):
+            said_so, own = recorded[name], config[name]
+            if not (type(said_so) in (bool, int, float, str, type(None)) and said_so == own):
+                warnings.warn(f"{source} was trained with {name}={said_so!r:.100}; this prior has {own}")
 
 
 def _names(prior: nn.Module) -> dict[Parameter, str]:
@@ -76,24 +80,32 @@ def rng_state(device: torch.device) -> dict:
     return state
 
 
-def _set_rng_states(saved: list[Mapping] | Mapping, trainer: Training, source: str) -> None:
-    """Put each process's generators where they were; a process that has none in the file seeds its own by rank 0's."""
+def _own_generators(saved: Any, trainer: Training, source: str) -> tuple[Mapping, bool]:
+    """The states for this process's generators, checked, and whether they are rank 0's, as the file has none for it."""
     states = saved if isinstance(saved, list) else [saved]  # a mapping is that of one process
-    accelerator, device = trainer.accelerator, trainer.device
+    if not states:
+        raise ValueError(f"{source}: rng is empty; it must hold the generators of a process")
+    accelerator = trainer.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
+    lent = rank >= len(states)
+    state = check_generators(states[0 if lent else rank], trainer.device, f"{source}: rng")
     if len(states) != world and accelerator.is_main_process:
         warnings.warn(
             f"{source} holds the random generators of {len(states)} process(es), and this run has {world}: weights, "
             "average, moments and learning rate go on exactly; noise, dropout and dropped conditions will be others "
             "than without the interruption"
         )
-    state = states[rank if rank < len(states) else 0]
+    return state, lent
+
+
+def _set_generators(state: Mapping, lent: bool, trainer: Training) -> None:
+    """Put this process's generators where they were; from those of rank 0, it seeds its own."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    if rank >= len(states):
-        seed = int(torch.randint(2**62, ())) + rank
+    if trainer.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], trainer.device)
+    if lent:
+        seed = int(torch.randint(2**62, ())) + trainer.accelerator.process_index
         torch.manual_seed(seed)
         random.seed(seed)
 
@@ -122,57 +134,104 @@ def capture(trainer: Training, generators: list[dict]) -> dict:
     return collected(state, keep=trainer.accelerator.is_main_process)
 
 
-def _fitting(state: Mapping[str, Tensor], prior: nn.Module, name: str, strict: bool) -> dict[str, Tensor]:
+@dataclass
+class Checked:
+    """What `restore` takes from a checkpoint, of which every entry was looked at."""
+
+    model: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    average_counts: dict[str, int]
+    moments: Mapping[str, Mapping]
+    step: int
+    lr: float
+    bad_steps: int
+    scaler: Mapping | None
+    generators: tuple[Mapping, bool] | None
+
+
+def _fitting(state: Any, prior: nn.Module, name: str, strict: bool) -> dict[str, Tensor]:
     """The weights to load into a prior; ValueError, with the name of the state, where they do not fit it."""
-    state, wanted = without_clip(state), without_clip(prior.state_dict())
+    state, wanted = without_clip(as_dict(state, name)), without_clip(prior.state_dict(keep_vars=True))
     if strict and state.keys() != wanted.keys():
         lists = (", ".join(sorted(a.keys() - b.keys())[:5]) or "none" for a, b in ((wanted, state), (state, wanted)))
         raise ValueError("{}: missing keys: {}; unexpected keys: {}".format(name, *lists))
-    for key in state.keys() & wanted.keys():
-        if state[key].shape != wanted[key].shape:
-            shapes = f"{tuple(state[key].shape)}; it must be {tuple(wanted[key].shape)}"
-            raise ValueError(f"{name}: {key} has shape {shapes}")
+    for key in wanted.keys() & state.keys():
+        check_tensor(state[key], wanted[key], f"{name}: {key}")
+    return {key: part_like(value, wanted[key]) if key in wanted else value for key, value in state.items()}
+
+
+def _scaler_of(payload: Mapping, trainer: Training, source: str) -> Mapping | None:
+    """What the scaler of fp16 takes, where there is one and the file has its state."""
+    scaler = trainer.accelerator.scaler
+    if scaler is None or "scaler" not in payload:
+        return None
+    name, own = f"{source}: scaler", scaler.state_dict()
+    state = as_dict(payload["scaler"], name)
+    if missing := own.keys() - state.keys():
+        raise ValueError(f"{name} has no {min(missing)!r}; it must have {', '.join(own)}")
+    for key in own:
+        (as_count if key.startswith("_") or "interval" in key else as_number)(state[key], f"{name}: {key}")
     return state
 
 
-def restore(
+def check(
     trainer: Training, payload: Mapping, source: str, overwrite_lr: bool, strict: bool, restore_rng: bool
-) -> None:
-    """See `DiffusionPriorTrainer.load`; messages name the `source` of the payload."""
-    prior, ema, scaler = trainer.prior, trainer.ema_diffusion_prior, trainer.accelerator.scaler
+) -> Checked:
+    """Everything of a payload that `restore` then takes; ValueError, with the `source` of it, where something is wrong.
+
+    Nothing of the trainer has changed then. See `DiffusionPriorTrainer.load`.
+    """
+    prior, ema = trainer.prior, trainer.ema_diffusion_prior
     missing = [key for key in ("model", "optimizer", "scheduler", "step") if key not in payload]
     if missing:
         raise ValueError(f"{source} has no entry {missing[0]!r}; it must be a trainer's checkpoint")
     if ema is not None and strict and "ema_model" not in payload:
         raise ValueError(f"{source} has no 'ema_model'; it must have, with use_ema=True and strict=True")
     model = _fitting(payload["model"], prior, f"{source}: model", strict)
-    average = _fitting(payload.get("ema_model", model), prior, f"{source}: ema_model", strict)
+    average, counts = None, {}
+    if ema is not None:
+        name = "ema_model" if "ema_model" in payload else "model"
+        average = _fitting(payload[name], ema.ema_model, f"{source}: {name}", strict)
+        counts = as_dict(payload.get("ema", {}), f"{source}: ema")
+        counts = {key: as_count(counts[key], f"{source}: ema: {key}") for key in ("step", "initted") if key in counts}
+    optimizer = as_dict(payload["optimizer"], f"{source}: optimizer")
+    if "state" not in optimizer:
+        raise ValueError(f"{source}: optimizer has no 'state'; it must be the state of an optimizer")
     is_peers = "fastprior_version" not in payload
-    moments = _moments_from_peer(payload, prior, source) if is_peers else payload["optimizer"]["state"]
+    moments = _moments_from_peer(payload, prior, source) if is_peers else optimizer["state"]
+    name, trained = f"{source}: optimizer", {key: p for key, p in prior.named_parameters() if p.requires_grad}
+    check_moments(as_dict(moments, name), trained, trainer.stepper.needed, name, strict)
+    lr, scheduler = trainer.lr, as_dict(payload["scheduler"], f"{source}: scheduler")
+    if not overwrite_lr:
+        rates = scheduler.get("base_lrs")
+        if not isinstance(rates, (list, tuple)) or not rates:
+            raise ValueError(f"{source}: scheduler's base_lrs is {rates!r:.100}; it must list learning rates")
+        lr = as_number(rates[0], f"{source}: scheduler's base_lrs[0]")
     _check_objective(payload, prior, source)
-    names = _names(prior)
-    check_moments(moments, {name: p for p, name in names.items() if p.requires_grad}, strict)  # the last to raise
+    return Checked(
+        model, average, counts, moments, as_count(payload["step"], f"{source}: step"), lr,
+        as_count(payload.get("bad_steps", 0), f"{source}: bad_steps"), _scaler_of(payload, trainer, source),
+        _own_generators(payload["rng"], trainer, source) if restore_rng and "rng" in payload else None,
+    )  # fmt: skip
 
-    trainer.stepper.load_moments(moments, names)
-    _load(prior, model)
+
+def restore(trainer: Training, checked: Checked) -> None:
+    """See `DiffusionPriorTrainer.load`."""
+    prior, ema = trainer.prior, trainer.ema_diffusion_prior
+    trainer.stepper.load_moments(checked.moments, _names(prior))  # the first, as it takes memory
+    prior.load_state_dict(checked.model, strict=False)
     trainer.stepper.weights_changed()
     if ema is not None:
-        _load(ema.ema_model, average)
-        for name in payload.get("ema", {}).keys() & {"step", "initted"}:
-            getattr(ema, name).fill_(int(payload["ema"][name]))
-    trainer.step.fill_(int(payload["step"]))
-    _resume_schedule(trainer, trainer.lr if overwrite_lr else payload["scheduler"]["base_lrs"][0])
-    trainer.bad_steps = payload.get("bad_steps", 0)
-    if scaler is not None and "scaler" in payload:
-        scaler.load_state_dict(payload["scaler"])
-    if restore_rng and "rng" in payload:
-        _set_rng_states(payload["rng"], trainer, source)
-
-
-def _load(prior: nn.Module, state: Mapping[str, Tensor]) -> None:
-    divided = prior.state_dict()
-    parts = {key: part_like(value, divided[key]) if key in divided else value for key, value in state.items()}
-    prior.load_state_dict(parts, strict=False)
+        ema.ema_model.load_state_dict(checked.average, strict=False)
+        for name, count in checked.average_counts.items():
+            getattr(ema, name).fill_(count)
+    trainer.step.fill_(checked.step)
+    _resume_schedule(trainer, checked.lr)
+    trainer.bad_steps = checked.bad_steps
+    if checked.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(dict(checked.scaler))
+    if checked.generators is not None:
+        _set_generators(*checked.generators, trainer)
 
 
 def _resume_schedule(trainer: Training, lr: float) -> None:
@@ -196,15 +255,19 @@ def _moments_from_peer(payload: Mapping, prior: nn.Module, source: str) -> dict[
     """The optimizer's moments by name; whether the file or the prior has a CLIP does not matter."""
     trained = without_clip(dict(prior.named_parameters()))
     names = {trained[name]: name for name in payload["model"] if name in trained}
-    stored, groups = payload["optimizer"]["state"], payload["optimizer"]["param_groups"]
+    stored, groups = payload["optimizer"]["state"], payload["optimizer"].get("param_groups")
+    if not isinstance(stored, Mapping) or not isinstance(groups, (list, tuple)) or len(groups) not in (1, 2):
+        raise ValueError(f"{source}: optimizer is none of dalle2-pytorch's: its state must be a dict, in 1 or 2 groups")
     moments = {}
     for parameters, group in zip(_grouped(list(names), len(groups)), groups):
-        surplus = len(group["params"]) - len(parameters)
+        numbers = as_dict(group, f"{source}: a group of optimizer").get("params")
+        if not isinstance(numbers, (list, tuple)) or not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"{source}: a group of optimizer has no list of numbers as its params")
+        surplus = len(numbers) - len(parameters)
         if surplus < 0:
             rule = f"it must be the prior's {len(parameters)} or more"
-            raise ValueError(f"{source}: optimizer has {len(group['params'])} parameters in a group; {rule}")
-        numbers = group["params"][surplus:]
-        moments.update({names[p]: dict(stored[n]) for p, n in zip(parameters, numbers) if n in stored})
+            raise ValueError(f"{source}: optimizer has {len(numbers)} parameters in a group; {rule}")
+        moments.update({names[p]: stored[n] for p, n in zip(parameters, numbers[surplus:]) if n in stored})
     return moments
 
 

@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from fastprior.trainer.fsdp import part_like, wants_shards, whole
+
+MOMENTS = "exp_avg", "exp_avg_sq"  # of Adam
 
 
 class Stepper:
@@ -28,6 +30,12 @@ class Stepper:
             self.model, self.optimizer = prior, accelerator.prepare_optimizer(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(prior, optimizer)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """What the optimizer reads of each parameter's moments, where that is known."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # behind accelerate's wrapper
+        return ("step", *MOMENTS) if isinstance(optimizer, Adam) else ()
 
     def syncing(self, is_last: bool) -> AbstractContextManager:
         """The context of a chunk's forward and backward: gradients are added up over the processes in the last."""
@@ -78,21 +86,3 @@ def _copied(value: Any, like: Parameter) -> Any:
     if not torch.is_tensor(value):
         return value
     return (part_like(value, like) if value.ndim else value).clone()
-
-
-def check_moments(moments: Mapping[str, Mapping], trained: Mapping[str, Parameter], strict: bool = True) -> None:
-    """Raise ValueError where moments do not fit the trained parameters in names (if strict) or shapes.
-
-    Args:
-        moments: by name of the parameter, such as the "state" of `Stepper.named_state`; empty before the first step.
-        strict: every parameter has an entry, and the other way round.
-    """
-    if strict and moments and moments.keys() != trained.keys():
-        name = min(moments.keys() ^ trained.keys())
-        where = "the checkpoint" if name in moments else "this trainer"
-        raise ValueError(f"optimizer: only {where} trains {name}; strict=False loads the moments of the others")
-    for name in moments.keys() & trained.keys():
-        for key, value in moments[name].items():
-            if torch.is_tensor(value) and value.ndim and value.shape != trained[name].shape:
-                shapes = f"{tuple(value.shape)}; it must be {tuple(trained[name].shape)}"
-                raise ValueError(f"optimizer: {key} of {name} has shape {shapes}")

@@ -22,10 +22,11 @@ from fastprior.batches import prior_sample_in_chunks, split_args_and_kwargs
 from fastprior.optimizer import get_optimizer, learning_rate_factor
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior, in_eval_mode
+from fastprior.trainer.agree import together
 from fastprior.trainer.ema import EMA
 from fastprior.trainer.fsdp import Frame, equalize, shard, wants_shards
 from fastprior.trainer.options import check_ranges, checked_accelerator, recompute_activations, sort_options
-from fastprior.trainer.state import capture, check_plain, restore, rng_state, to_peer
+from fastprior.trainer.state import capture, check, check_plain, restore, rng_state, to_peer
 from fastprior.trainer.stepper import Stepper
 from fastprior.trainer.zero import Zero
 from fastprior.utils import atomic
@@ -361,12 +362,15 @@ class DiffusionPriorTrainer(nn.Module):
             What the file holds.
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is damaged, unsafe, no trainer's checkpoint, or does not fit. Nothing is loaded then.
+            ValueError: it is damaged, unsafe, no trainer's checkpoint, or does not fit: every entry is looked at
+                first, and numbers that are not finite are refused. Nothing is loaded then, on any process.
         """
         is_file = not isinstance(path_or_state, Mapping)
-        payload = read_file(Path(path_or_state))[0] if is_file else path_or_state
         source = str(path_or_state) if is_file else "the state given"
-        restore(self, payload, source, overwrite_lr, strict, restore_rng)
+        with together(self.accelerator):
+            payload = read_file(Path(path_or_state))[0] if is_file else path_or_state
+            checked = check(self, payload, source, overwrite_lr, strict, restore_rng)
+        restore(self, checked)
         self._bad_in_a_row = 0
         return payload
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fastprior.trainer.stepper import Stepper
-
-MOMENTS = "exp_avg", "exp_avg_sq"
+from fastprior.trainer.stepper import MOMENTS, Stepper
 
 
 class Zero(Stepper):
@@ -26,6 +24,8 @@ class Zero(Stepper):
     Raises:
         ValueError: a configuration of DeepSpeed that this does not cover.
     """
+
+    needed = "step", *MOMENTS
 
     def __init__(self, accelerator: Accelerator, prior: nn.Module, optimizer: Optimizer, max_grad_norm: float | None):
         self.base, self.precision = optimizer, accelerator.mixed_precision

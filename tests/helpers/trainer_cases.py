@@ -1,7 +1,10 @@
 """Small priors and trainers on the CPU, their data, and all that a step may change."""
 
+import os
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from fastprior.clip import BaseClipAdapter, EmbeddedText
 from fastprior.models.dalle2.layers import l2norm
@@ -88,3 +91,10 @@ def fp16_accelerator():
     accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
     accelerator.scaler = torch.amp.GradScaler("cpu")
     return accelerator
+
+
+def distributed_accelerator(**options):
+    """On the CPU; accelerate must be told how DeepSpeed's processes talk there."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **options)
+    return Accelerator(cpu=True, **options)

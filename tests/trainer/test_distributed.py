@@ -1,15 +1,12 @@
 """Several real processes on the CPU: DDP and FSDP against one process, exact resumption, and what goes wrong."""
 
 import math
-import os
 import random
 import time
 import warnings
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from fastprior.optimizer import learning_rate_factor
 from fastprior.prior.evaluate import evaluate
@@ -21,6 +18,7 @@ from helpers.trainer_cases import (
     ToyClip,
     batch,
     differing,
+    distributed_accelerator,
     fixed_times,
     fp16_accelerator,
     lr_of,
@@ -31,13 +29,6 @@ from helpers.trainer_cases import (
 )  # fmt: skip
 
 RANDOM = dict(attn_dropout=0.1, ff_dropout=0.1, self_cond=True)
-
-
-def make_accelerator(**options):
-    """On the CPU; accelerate must be told how DeepSpeed's processes talk there."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **options)
-    return Accelerator(cpu=True, **options)
 
 
 def whole_tensors(trainer):
@@ -57,7 +48,7 @@ def same_everywhere(accelerator, *values):
 
 def train(path):
     """Four steps, of which one process spoils the second; weights are those of the first process."""
-    accelerator = make_accelerator(gradient_accumulation_steps=2)
+    accelerator = distributed_accelerator(gradient_accumulation_steps=2)
     rank, world = accelerator.process_index, accelerator.num_processes
     prior = fixed_times(small_prior(cond_drop_prob=0.0, seed=rank))
     trainer = make_trainer(prior, accelerator=accelerator, cosine_decay_max_steps=8, max_grad_norm=0.2)
@@ -109,7 +100,7 @@ def test_two_processes_are_one_with_the_doubled_batch(trained, mode):
 
 def resume(folder):
     """With everything that draws, on each process differently."""
-    accelerator = make_accelerator()
+    accelerator = distributed_accelerator()
     first = 10 * accelerator.process_index
     options = dict(accelerator=accelerator, warmup_steps=5, cosine_decay_max_steps=9, max_grad_norm=0.1)
     torch.manual_seed(first)
@@ -138,7 +129,7 @@ def test_resumption_is_exact_on_every_rank(tmp_path, mode):
 
 def load(paths, exported):
     """Every checkpoint, and save each as it was loaded."""
-    accelerator = make_accelerator()
+    accelerator = distributed_accelerator()
     trainer = make_trainer(small_prior(seed=7), accelerator=accelerator)
     for mode, path in paths.items():
         with warnings.catch_warnings(record=True) as caught:
@@ -176,7 +167,7 @@ def test_every_mode_loads_every_checkpoint(trained, tmp_path, mode):
 
 
 def use_shards(folder):
-    accelerator = make_accelerator()
+    accelerator = distributed_accelerator()
     rank = accelerator.process_index
     trainer = make_trainer(small_prior(clip=ToyClip()), accelerator=accelerator, ema_beta=0.5)
     torch.manual_seed(rank)
@@ -263,7 +254,7 @@ def test_fp16_overflow_in_one_shard_is_skipped_by_all(tmp_path):
 
 def train_in_bf16(wanted):
     """With the same data and noise on both processes, which then are as one."""
-    trainer = make_trainer(accelerator=make_accelerator(mixed_precision="bf16"))
+    trainer = make_trainer(accelerator=distributed_accelerator(mixed_precision="bf16"))
     torch.manual_seed(0)
     assert 0 < relative_error(torch.tensor(run(trainer, 10)), wanted) < 0.05
     assert {value.dtype for value in trainer.training_state()["model"].values()} == {torch.float32}
@@ -278,7 +269,7 @@ def test_zero_in_bf16(tmp_path):
 
 
 def refuse(options, message):
-    accelerator = make_accelerator(**options)
+    accelerator = distributed_accelerator(**options)
     with pytest.raises(ValueError, match=message):
         make_trainer(accelerator=accelerator)
 
@@ -296,7 +287,7 @@ def test_what_zero_does_not_cover(tmp_path, stage, options, message):
 
 
 def fail(folder):
-    accelerator = make_accelerator()
+    accelerator = distributed_accelerator()
     trainer = make_trainer(accelerator=accelerator)
     for step in range(10**6):
         run(trainer, 1, step)

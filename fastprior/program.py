@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 USER_ERRORS = ValueError, ImportError, OSError  # what a user can do something about
 
@@ -19,10 +22,63 @@ def brief(text: str, width: int = 1000) -> str:
 
 
 def say(kind: str, message: object) -> None:
-    """Print one line on stderr, whatever the message looks like."""
+    """Print one line on stderr, whatever the message looks like; nothing, where nobody takes it."""
     if isinstance(message, OSError) and message.strerror and message.filename is not None:
         message = f"{message.filename}: {message.strerror}"  # without a number that means nothing to a user
-    print(": ".join(filter(None, ("fastprior", kind, brief(str(message))))), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(": ".join(filter(None, ("fastprior", kind, brief(str(message))))), file=sys.stderr)
+
+
+def open_standard_streams() -> None:
+    """Open those that the process was started without: the next files would get their numbers, and what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
+def settle_output() -> None:
+    """Write out what was printed, or drop it where nobody takes it: the interpreter would complain when it exits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Heedless:
+    """A stream that takes everything, and loses what the one behind it does not take."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def heedless_output() -> Iterator[None]:
+    """A block that goes on where its output is lost, as a pipe's reader left or the disk of a log is full."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Heedless, streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        settle_output()
 
 
 def this_program() -> str:

@@ -8,9 +8,10 @@ Ctrl-C and SIGTERM save, and the run goes on from there.
 
 from __future__ import annotations
 
-from fastprior.program import explain_errors, this_program
+from fastprior.program import explain_errors, heedless_output, open_standard_streams, say, this_program
 
 if __name__ == "__main__":
+    open_standard_streams()
     explain_errors()  # those of the imports that follow, too
 
 import argparse
@@ -37,7 +38,7 @@ except ImportError as error:
     raise ImportError('accelerate is not installed: pip install "fastprior[train]"') from error
 
 from fastprior.dataloaders import PairStream
-from fastprior.dataloaders.files import finite_rows
+from fastprior.dataloaders.files import ShardError, finite_rows
 from fastprior.dataloaders.shards import EmbeddingShards, check_conditions
 from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from fastprior.prior.curves import plot_curves
@@ -47,6 +48,7 @@ from fastprior.prior.record import MADE_BEFORE
 from fastprior.trackers import Tracker, read_metrics
 from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.trainer import DiffusionPriorTrainer, TrainingDiverged
+from fastprior.trainer.agree import together
 
 SPLITS = "train", "validation", "test"
 STATISTICS_PAIRS = 50_000  # about so many give the mean and deviation of image embeddings
@@ -110,8 +112,11 @@ class TrainingRun:
         self.tracker: Tracker = config.tracker.create(config, extra, dummy_mode=not accelerator.is_main_process)
         if config_path is not None:
             self.tracker.save_config(config_path)
+        self._kept: int | None = None  # the step of the last checkpoint, if there is one
         if self.tracker.can_recall:
-            self._resume(self.tracker.recall())
+            with together(accelerator):
+                state = self.tracker.recall()
+            self._resume(state)
         else:
             self.streams["train"].set_epoch(self.epoch)
         # seconds of training; what evaluations and checkpoints take counts for no interval, or one would follow another
@@ -178,7 +183,8 @@ class TrainingRun:
             return
         self.streams["train"].load_state_dict(self._of_as_many_processes(progress["data"]))
         self.epoch, self.samples_seen, self.best = (progress[name] for name in ("epoch", "samples_seen", "best"))
-        self.accelerator.print(f"resuming at step {int(self.trainer.step)}, sample {self.samples_seen:,}")
+        self._kept = int(self.trainer.step)
+        self.accelerator.print(f"resuming at step {self._kept}, sample {self.samples_seen:,}")
 
     def _of_as_many_processes(self, data: dict) -> dict:
         """Where the data stood: exactly, or with another number of processes after as large a share of the epoch."""
@@ -195,37 +201,69 @@ class TrainingRun:
     # one run
 
     def train(self) -> int:
-        """Train to the last epoch: 0, or 128 + the number of the signal that ended it before."""
+        """Train to the last epoch: 0, or 128 + the number of the signal that ended it before.
+
+        Raises:
+            ShardError: data cannot be read. What was trained is saved, where that is one process's to decide.
+            OSError: a checkpoint could not be written, as the disk is full.
+        """
+        try:
+            with watched_signals() as signals, self._bar() as bar:
+                return self._train(signals, bar)
+        except ShardError as error:
+            # of several processes the others wait in a step; and half a step cannot be saved
+            if self.accelerator.num_processes == 1 and self.accelerator.sync_gradients:
+                with contextlib.suppress(OSError):
+                    self.save()
+            raise ShardError(error.path, f"{error.what}; {self._what_is_kept()}") from error
+        except OSError as error:
+            raise OSError(f"{error}; {self._what_is_kept()}") from error
+
+    def _train(self, signals: list[int], bar: tqdm) -> int:
         train, stream = self.config.train, self.streams["train"]
-        with watched_signals() as signals, self._bar() as bar:
-            while self.epoch < train.epochs:
-                for batch in stream:
-                    loss = self._step(batch, bar)
-                    if not self.accelerator.sync_gradients:
-                        continue
-                    step = int(self.trainer.step)
-                    if step % train.log_every_steps == 0:
-                        self._log_step(loss, step, bar)
-                    stop, evaluate_now, save_now = self._due(step, signals)
-                    began = time.monotonic()
-                    if evaluate_now:
-                        self.evaluate("validation")
-                    if stop or save_now:
-                        self.save()
-                    self._paused += time.monotonic() - began
-                    if stop:
-                        number = next(iter(signals), signal.SIGTERM)  # or another process was asked to end
-                        self.accelerator.print(f"{signal.Signals(number).name}: saved at step {step}")
-                        return 128 + number
-                self.epoch += 1
+        while self.epoch < train.epochs:
+            for batch in stream:
+                loss = self._step(batch, bar)
+                if not self.accelerator.sync_gradients:
+                    continue
+                step = int(self.trainer.step)
+                if step % train.log_every_steps == 0:
+                    self._log_step(loss, step, bar)
+                stop, evaluate_now, save_now = self._due(step, signals)
+                began = time.monotonic()
+                if evaluate_now:
+                    self.evaluate("validation")
+                if stop or save_now:
+                    self.save()
+                self._paused += time.monotonic() - began
+                if stop:
+                    return self._stopped(signals)
+            self.epoch += 1
         self.evaluate("validation")
-        self.save()
+        failures = self.save()
+        if self._anywhere([bool(signals)])[0]:
+            return self._stopped(signals)
         if len(self.streams["test"]):
             self.evaluate("test")
         self._plot()
+        if failures:
+            raise OSError(failures[0])
         if (command := self.next_command()) is not None:
             self.accelerator.print(f"measure it on the pairs that it was not trained on with\n  {command}")
         return 0
+
+    def _stopped(self, signals: list[int]) -> int:
+        number = next(iter(signals), signal.SIGTERM)  # or another process was asked to end
+        self.accelerator.print(f"{signal.Signals(number).name}: saved at step {int(self.trainer.step)}")
+        return 128 + number
+
+    def _what_is_kept(self) -> str:
+        """How a run that an error ended can go on."""
+        if self._kept is None:
+            return "no checkpoint was saved before"
+        tracker = self.config.tracker
+        again = ", and the same command goes on from there" if tracker.log.auto_resume and tracker.load else ""
+        return f"the checkpoint of step {self._kept} is kept{again}"
 
     def next_command(self) -> str | None:
         """The command that measures what was saved, the best if there is one, on the pairs behind the training's."""
@@ -293,8 +331,7 @@ class TrainingRun:
 
     def _due(self, step: int, signals: list[int]) -> tuple[bool, bool, bool]:
         """Whether to stop, evaluate and save now: what one process wants, all do."""
-        several = self.accelerator.num_processes > 1
-        if several and step % self.config.train.log_every_steps:
+        if self.accelerator.num_processes > 1 and step % self.config.train.log_every_steps:
             return False, False, False
         self._now = time.monotonic() - self._paused
         due = [
@@ -302,10 +339,14 @@ class TrainingRun:
             self._now - self._evaluated >= self.config.data.eval_every_seconds,
             self._now - self._saved >= self.config.train.save_every_seconds,
         ]
-        if several:
-            wishes = torch.tensor(due, dtype=torch.int32, device=self.accelerator.device)
-            due = (self.accelerator.reduce(wishes, "sum") > 0).tolist()
-        return tuple(due)
+        return tuple(self._anywhere(due))
+
+    def _anywhere(self, wishes: list[bool]) -> list[bool]:
+        """Which of these some process has."""
+        if self.accelerator.num_processes == 1:
+            return wishes
+        wishes = torch.tensor(wishes, dtype=torch.int32, device=self.accelerator.device)
+        return (self.accelerator.reduce(wishes, "sum") > 0).tolist()
 
     def evaluate(self, split: str) -> None:
         """Measure the online weights and those that sample, log both, and save where the loss is the best so far."""
@@ -330,19 +371,27 @@ class TrainingRun:
             self.best = loss
             self.save(is_best=True)
 
-    def save(self, is_best: bool = False) -> None:
+    def save(self, is_best: bool = False) -> list[str]:
+        """Save wherever the config says; what some saver could not take is returned."""
         self._saved = self._now
         progress: dict[str, Any] = dict(epoch=self.epoch, samples_seen=self.samples_seen, best=self.best)
         progress["data"] = self.streams["train"].state_dict()
-        with self.trainer.gathered():
-            self.tracker.save(self.trainer, is_best=is_best, is_latest=True, progress=progress)
-        self.accelerator.wait_for_everyone()
+        with self.trainer.gathered(), together(self.accelerator):
+            failures = self.tracker.save(self.trainer, is_best=is_best, is_latest=True, progress=progress)
+        if not failures:
+            self._kept = int(self.trainer.step)
+        return failures
 
     def _plot(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        with contextlib.suppress(ImportError):  # matplotlib is of another extra
-            plot_curves(read_metrics(self.tracker.metrics_path), self.tracker.data_path / "curves.png")
+        path = self.tracker.data_path / "curves.png"
+        try:
+            plot_curves(read_metrics(self.tracker.metrics_path), path)
+        except ImportError:
+            pass  # matplotlib is of another extra
+        except OSError as error:
+            warnings.warn(f"the curves are not drawn: {error}")
 
 
 def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
@@ -372,9 +421,10 @@ def make_accelerator(config: TrainDiffusionPriorConfig) -> Accelerator:
 
 def train(config: TrainDiffusionPriorConfig, config_path: Path | None = None) -> int:
     """Train as the config says; returns the exit status."""
-    accelerator = make_accelerator(config)
-    status = TrainingRun(config, accelerator, config_path).train()
-    accelerator.end_training()  # processes that leave a group open may abort at exit
+    with heedless_output():
+        accelerator = make_accelerator(config)
+        status = TrainingRun(config, accelerator, config_path).train()
+        accelerator.end_training()  # processes that leave a group open may abort at exit
     return status
 
 
@@ -385,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(TrainDiffusionPriorConfig.from_json_path(path), path)
     except TrainingDiverged as error:
-        print(f"error: {error}; the last checkpoint is kept", file=sys.stderr)
+        say("error", f"{error}; the last checkpoint is kept")
         return 1
 
 

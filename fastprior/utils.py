@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import importlib
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -19,41 +19,114 @@ from types import ModuleType
 from safetensors import SafetensorError
 
 from fastprior.reading import quoted
+_LOCK = "in-use"  # a file of a temporary folder, locked while its maker lives
+
+
+@contextmanager
+def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder beside a path, removed after the block; those that killed makers left are removed before it."""
+    path, handle = Path(path), None
+    remove_leftovers(path)
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        folder.mkdir(0o700)
+        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+        _lock(handle)
+        yield folder
+    finally:
+        if handle is not None:
+            os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and is removed when it does not.
 
-    So at any moment there is the old file or the new one, whole. Raises FileNotFoundError where no file can be, and
-    OSError, naming the file, where writing fails.
+    So at any moment there is the old file or the new one, whole, and after the block the new one, even if power fails.
+    What killed writers of the same path left is removed first. Raises FileNotFoundError where no file can be, and
+    OSError, naming the file and what stands against it, where writing fails.
     """
-    path = Path(os.path.realpath(path))
+    path, temporary = Path(os.path.realpath(path)), None
     if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written; it must be a file in a folder that exists")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with ExitStack() as stack:
+        try:
+            # a folder, as writers have temporary files of their own beside what they write
+            temporary = stack.enter_context(temporary_folder(path)) / path.name
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask gives; safetensors would leave 0600
+            yield temporary
+            temporary.chmod(mode)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of torch's writer and safetensors'
+            why = _reason(error, temporary)
+            failure = OSError(f"{path} could not be written: {why}")
+            failure.why = why
+            raise failure from error
+
+
+def _reason(error: Exception, written: Path) -> str:
+    """Why a file could not be written, without its name."""
+    if isinstance(error, OSError):
+        return getattr(error, "why", None) or error.strerror or str(error)
+    try:  # writers of torch and safetensors do not say what stood against them: whoever writes more is told
+        with written.open("ab") as file:
+            file.write(bytes(2**20))
+    except OSError as cause:
+        return cause.strerror or str(cause)
+    return str(error)
+
+
+def _sync(folder: Path) -> None:
+    """Keep the names in a folder, even if power fails, on file systems that do so when asked."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock a file until its handle is closed, at death at the latest; False where it was, or where nobody can tell."""
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask gives; safetensors would leave 0600
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of torch's writer and safetensors'
-        raise OSError(f"{path} could not be written: {error}") from error
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _is_abandoned(leftover: Path) -> bool:
+    """Whether the writer of a temporary folder, or file of earlier releases, lives no more."""
+    try:
+        handle = os.open(leftover / _LOCK if leftover.is_dir() else leftover, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    try:
+        return _lock(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Delete what `atomic` writes of a path left when they were killed; its name may have placeholders in braces."""
+    """Delete what `atomic` writes of a path left when they were killed, and nothing that is being written.
+
+    The path may have placeholders in braces; those of a saver that keeps every checkpoint are found, too.
+    """
     path = Path(path)
-    stem, suffix = re.sub(r"\{.*?\}", "*", glob.escape(path.stem)), glob.escape(path.suffix)
-    for name in (stem, f"{stem}_step*"):
-        for hidden in (f".{name}", f"..{name}"):  # a write within a write has two dots
-            for leftover in path.parent.glob(f"{hidden}{suffix}.{'[0-9a-f]' * 8}.tmp*"):
-                leftover.unlink(missing_ok=True)
+    stem = ".*".join(map(re.escape, re.split(r"\{.*?\}", path.stem)))
+    name = re.compile(rf"\.\.?{stem}(_step\d+)?{re.escape(path.suffix)}\.[0-9a-f]{{8}}\.tmp(\..*)?")
+    with suppress(OSError):
+        for leftover in [Path(entry) for entry in os.scandir(path.parent) if name.fullmatch(entry.name)]:
+            with suppress(OSError):
+                if _is_abandoned(leftover):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def in_eval_mode(method):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from typing import NoReturn
 
 from fastprior.cli import bench, convert, evaluate, info, init, inspect, quickstart, sample, train
 from fastprior.cli.common import brief, say
+from fastprior.program import open_standard_streams, settle_output
 from fastprior.version import __version__
 
 # What takes long to import (torch above all) commands import when they run: --help needs none of it.
@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command: 0, 1 where the quickstart misses its goal, 2 for a user's error, 130 when interrupted."""
+    open_standard_streams()
     args = make_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
@@ -46,10 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         say("interrupted", interrupt)
         return 130
-    except BrokenPipeError:
-        # the reader of our output has left; the interpreter flushes stdout once more when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has left
         return 141
     except (ValueError, ImportError, OSError) as error:
         say("error", error)
         return 2
+    finally:
+        settle_output()

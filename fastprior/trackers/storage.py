@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastprior.trackers.loggers import BaseLogger, Part, create_part, import_for, import_wandb
-from fastprior.utils import atomic, remove_leftovers
+from fastprior.utils import atomic, remove_leftovers, temporary_folder
 from fastprior.weight_files.safe import read_file
 
 TIMEOUT_S = 60  # of one read from a server
@@ -45,8 +44,8 @@ class BaseLoader(Part):
     def recall(self) -> dict:
         """What `DiffusionPriorTrainer.load` takes, on the CPU. Pickles are read as `fastprior.load` reads them."""
         self.data_path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".loading-", dir=self.data_path) as folder:
-            return dict(read_file(self.fetch(Path(folder)))[0])
+        with temporary_folder(self.data_path / "loaded") as folder:
+            return dict(read_file(self.fetch(folder))[0])
 
 
 @dataclass(eq=False, kw_only=True)
@@ -60,8 +59,8 @@ class LocalLoader(BaseLoader):
     def available(self) -> bool:
         return Path(self.file_path).exists()
 
-    def fetch(self, folder: Path) -> Path:
-        return Path(self.file_path)
+    def recall(self) -> dict:
+        return dict(read_file(Path(self.file_path))[0])
 
 
 @dataclass(eq=False, kw_only=True)

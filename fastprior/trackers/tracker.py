@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,10 @@ def _sampling_prior(trainer):
     return trainer.ema_diffusion_prior.ema_model if trainer.use_ema else trainer.diffusion_prior
 
 
+class _OfTheBlock(Exception):
+    """Carries an error through `atomic`, which would take it for one of its own file."""
+
+
 class Tracker:
     """Logs, saves and loads for one run.
 
@@ -93,6 +99,8 @@ class Tracker:
         self.did_auto_resume = False
         self.auto_resume_path = self.data_path / "auto_resume.json"
         self.metrics_path = self.data_path / "metrics.jsonl"
+        self._unwritten = b""  # of the metrics, while the disk takes no more
+        self._warned_of: set[str] = set()
 
     def add_logger(self, logger: BaseLogger) -> None:
         self.logger = logger
@@ -161,8 +169,20 @@ class Tracker:
             self._append("\n")  # ends the line that a crash cut short
 
     def _append(self, text: str) -> None:
-        with self.metrics_path.open("ab", buffering=0) as file:  # one write, so that lines are whole
-            file.write(text.encode())
+        self._unwritten += text.encode()
+        with self._tolerant("metrics.jsonl"), self.metrics_path.open("ab", buffering=0) as file:
+            while self._unwritten:  # in one write, so that lines are whole, where the disk has room
+                self._unwritten = self._unwritten[file.write(self._unwritten) :]
+
+    @contextmanager
+    def _tolerant(self, what: str) -> Iterator[None]:
+        """A block whose OSErrors are warned of, once: what is logged ends no training."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._warned_of:
+                self._warned_of.add(what)
+                warnings.warn(f"{what} takes no more of what is logged ({error}); the run goes on")
 
     def _record(self, log: dict, step: int | None) -> None:
         record = {
@@ -179,16 +199,19 @@ class Tracker:
         if self.dummy_mode:
             return
         self._record(log, step)
-        self.logger.log(log, step=step, **kwargs)
+        with self._tolerant(type(self.logger).__name__):
+            self.logger.log(log, step=step, **kwargs)
 
     def log_images(self, images, captions: Iterable[str] = (), image_section: str = "images", **kwargs) -> None:
         """Log images (channels, height, width) in 0..1, where the logger can show them."""
         if not self.dummy_mode:
-            self.logger.log_images(images, captions=captions, image_section=image_section, **kwargs)
+            with self._tolerant(type(self.logger).__name__):
+                self.logger.log_images(images, captions=captions, image_section=image_section, **kwargs)
 
     def log_file(self, file_path: str | os.PathLike, **kwargs) -> None:
         if not self.dummy_mode:
-            self.logger.log_file(file_path, **kwargs)
+            with self._tolerant(type(self.logger).__name__):
+                self.logger.log_file(file_path, **kwargs)
 
     # saving
 
@@ -211,8 +234,8 @@ class Tracker:
             if saver.saving_meta:
                 self._hand_over(saver, kept, str(Path(saver.save_meta_to) / config_name))
 
-    def save(self, trainer, is_best: bool, is_latest: bool, **kwargs) -> None:
-        """Save a trainer wherever the savers say.
+    def save(self, trainer, is_best: bool, is_latest: bool, **kwargs) -> list[str]:
+        """Save a trainer wherever the savers say, and return what they could not save, a message each.
 
         What a saver fails at is logged, and the others go on; the files stay in data_path in any case.
 
@@ -221,25 +244,45 @@ class Tracker:
             is_best, is_latest: whether this is the best, and the latest.
             **kwargs: plain values to save with a checkpoint, such as epoch; the savers' paths may have their names, and
                 {step}, as placeholders.
+        Raises:
+            OSError: a file of data_path could not be written; the one of the last save is whole.
         """
         if self.dummy_mode or not (is_best or is_latest):
-            return
+            return []
         step = getattr(trainer, "step", None)
         values = kwargs if step is None else {"step": int(step), **kwargs}
         local: dict[str, Path] = {}
-        for saver in self.savers:
-            for target in saver.targets(is_best, is_latest, values):
-                name = "checkpoint.pth"
-                if saver.save_type == "model":
-                    name = "model.safetensors" if target.endswith(".safetensors") else "model.pth"
-                if name not in local:
-                    local[name] = self._write(trainer, name, kwargs)
-                self._hand_over(saver, local[name], target, step=values.get("step"))
-        if self.logger.auto_resume:
-            # not before: there is nothing to resume, and other processes may not have looked yet
-            data = {**self.logger.get_resume_data(), "logger_type": type(self.logger).__name__}
+        failures = []
+        with self._resumable():
+            for saver in self.savers:
+                for target in saver.targets(is_best, is_latest, values):
+                    name = "checkpoint.pth"
+                    if saver.save_type == "model":
+                        name = "model.safetensors" if target.endswith(".safetensors") else "model.pth"
+                    if name not in local:
+                        local[name] = self._write(trainer, name, kwargs)
+                    failures.append(self._hand_over(saver, local[name], target, step=values.get("step")))
+        return [failure for failure in failures if failure is not None]
+
+    @contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """A save, after which the run can be resumed: with what is left of the disk, if it was the first.
+
+        Not before: there is nothing to resume, and other processes may not have looked yet.
+        """
+        if not self.logger.auto_resume:
+            yield
+            return
+        data = {**self.logger.get_resume_data(), "logger_type": type(self.logger).__name__}
+        try:
             with atomic(self.auto_resume_path) as temporary:
                 temporary.write_text(json.dumps(data), encoding="utf-8")
+                try:
+                    yield
+                except Exception as error:
+                    raise _OfTheBlock from error
+        except _OfTheBlock as carrier:
+            raise carrier.__cause__ from carrier.__cause__.__cause__
 
     def _write(self, trainer, name: str, values: dict) -> Path:
         path = self.data_path / name
@@ -258,13 +301,17 @@ class Tracker:
                 trainer.save(temporary, overwrite=True, **{**metadata, **values})
         return path
 
-    def _hand_over(self, saver: BaseSaver, local: Path, target: str, step: int | None = None) -> None:
+    def _hand_over(self, saver: BaseSaver, local: Path, target: str, step: int | None = None) -> str | None:
+        """Let a saver have a file; what it could not do is logged, and returned."""
         try:
             saver.save_file(local, target)
         except Exception as error:  # of a disk, a network or a service: no reason to end a training
             message = f"{type(saver).__name__} could not save {local} to {target}: {error}"
             self._record({"error": message}, step)
-            self.logger.log_error(message, step=step)
+            with self._tolerant(type(self.logger).__name__):
+                self.logger.log_error(message, step=step)
+            return message
+        return None
 
     # loading
 

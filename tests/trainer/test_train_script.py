@@ -195,7 +195,7 @@ def test_a_long_evaluation_or_save_is_followed_by_training(data, tmp_path, monke
         return {"l2-loss": 1.0}
 
     monkeypatch.setattr(run, "_step", step)
-    monkeypatch.setattr(run.tracker, "save", lambda *args, **kwargs: takes("save", 30))
+    monkeypatch.setattr(run.tracker, "save", lambda *args, **kwargs: takes("save", 30) and [])
     monkeypatch.setattr(train_diffusion_prior, "evaluate", lambda *args, **kwargs: takes("evaluation", 50))
     assert run.train() == 0
     assert begun == dict(evaluation=[10, 20, 30, 40, 50, 54, 54], save=[10, 20, 30, 40, 50, 54])

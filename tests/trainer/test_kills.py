@@ -1,42 +1,22 @@
 """SIGKILL at any moment of a training, a conversion and a sampling: what is left can be read, and nothing is lost."""
 
 import functools
-import json
 import os
 import signal
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 import fastprior
-from fastprior import train_diffusion_prior
 from fastprior.cli import command_line
-from fastprior.train_configs import TrainDiffusionPriorConfig
-from helpers.kills import leftovers, run_job
+from helpers.kills import Training, leftovers, run_job, same
 from helpers.priors import make_prior
 
 KILLED = (-signal.SIGKILL, -signal.SIGXFSZ)
-DIM = 16
-
-
-def same(one, other) -> bool:
-    if torch.is_tensor(one):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 # what is killed: each has what makes a process of it, what it leaves in a folder, and its result
-
-
-def train(config):
-    train_diffusion_prior.plot_curves = lambda *_: None  # seconds of matplotlib, for a file that is written as others
-    return train_diffusion_prior.train(TrainDiffusionPriorConfig.model_validate(config))
 
 
 def convert(source, target):
@@ -45,45 +25,6 @@ def convert(source, target):
 
 def sample(*argv):
     return command_line.main(["sample", *map(str, argv)])
-
-
-class Training:
-    """Of a few steps, which saves after each."""
-
-    def __init__(self, given):
-        draw = np.random.default_rng(0)
-        for name in ("images", "texts"):
-            (given / name).mkdir()
-            np.save(given / name / f"{name[:-1]}_0.npy", draw.normal(size=(60, DIM)).astype(np.float32))
-        self.given = given
-
-    def job(self, out):
-        saver = dict(save_to="local", save_latest_to=f"{out}/latest.pth", save_best_to=f"{out}/best.pth", save_every=3)
-        config = dict(
-            prior=dict(net=dict(dim=16, depth=1, heads=1, dim_head=8, max_text_len=2, num_timesteps=9, ff_dropout=0.1),
-                       image_embed_dim=DIM, timesteps=9, cond_drop_prob=0.1, condition_on_text_encodings=False),
-            data=dict(image_url=str(self.given / "images"), text_url=str(self.given / "texts"), batch_size=8,
-                      splits=dict(train=0.8, val=0.2, test=0), eval_every_seconds=0, max_eval_pairs=8),
-            train=dict(epochs=1, ema_beta=0.9, ema_update_after_step=1, ema_update_every=1, eval_timesteps=[2],
-                       log_every_steps=1, save_every_seconds=0),
-            tracker=dict(data_path=str(out), overwrite_data_path=True, log=dict(log_type="console", auto_resume=True),
-                         load=dict(load_from="local", file_path=f"{out}/latest.pth", only_auto_resume=True),
-                         save=[saver]),
-        )  # fmt: skip
-        return functools.partial(train, config)
-
-    def read(self, out):
-        for path in out.glob("*.pth"):
-            assert torch.load(path, weights_only=True)["step"] > 0
-            fastprior.load(path)
-        for path in out.glob("*.json"):
-            json.loads(path.read_text())
-
-    def result(self, out):
-        assert len((out / "metrics.jsonl").read_text()) > 100
-        return {
-            name: torch.load(out / name, weights_only=True) for name in ("latest.pth", "best.pth", "checkpoint.pth")
-        }
 
 
 class Conversion:
@@ -140,9 +81,9 @@ def whole_run(name, folder):
     (folder / "given").mkdir()
     victim, out = VICTIMS[name](folder / "given"), folder / "whole"
     out.mkdir()
-    code, events = run_job(victim.job(out), out)
-    assert code == 0 and events > 3
-    return victim, victim.result(out), events
+    ended = run_job(victim.job(out), out)
+    assert ended.code == 0 and ended.events > 3, ended.said
+    return victim, victim.result(out), ended.events
 
 
 def kill(victim, folder, moments):
@@ -150,9 +91,12 @@ def kill(victim, folder, moments):
     out, codes = folder / "killed", Counter()
     out.mkdir(exist_ok=True)
     for kind, value in moments:
-        codes[run_job(victim.job(out), out, kind, value)[0]] += 1
+        ended = run_job(victim.job(out), out, kind, value)
+        assert ended.code in (0, *KILLED), ended.said
+        codes[ended.code] += 1
         victim.read(out)
-    assert run_job(victim.job(out), out)[0] == 0
+    ended = run_job(victim.job(out), out)
+    assert ended.code == 0, ended.said
     assert leftovers(out) == []
     return codes
 

@@ -19,6 +19,7 @@ from types import ModuleType
 from safetensors import SafetensorError
 
 from fastprior.reading import quoted
+
 _LOCK = "in-use"  # a file of a temporary folder, locked while its maker lives
 
 
@@ -61,7 +62,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync_names(path.parent)
         except (OSError, RuntimeError, SafetensorError) as error:  # of torch's writer and safetensors'
             why = _reason(error, temporary)
             failure = OSError(f"{path} could not be written: {why}")
@@ -81,7 +82,7 @@ def _reason(error: Exception, written: Path) -> str:
     return str(error)
 
 
-def _sync(folder: Path) -> None:
+def sync_names(folder: Path) -> None:
     """Keep the names in a folder, even if power fails, on file systems that do so when asked."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastprior.reading import quoted, read_json
-from fastprior.utils import atomic, first_few, nearest
+from fastprior.utils import atomic, first_few, nearest, sync_names, temporary_folder
 from fastprior.weight_files.model_files import read_index
 from fastprior.weight_files.safe import read_file
 from fastprior.weight_files.weights import check_weights
@@ -129,15 +129,30 @@ def fill(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None
 def write(
     folder: str | os.PathLike, config: Mapping, state: Mapping[str, Tensor], variant: str | None, safe: bool
 ) -> None:
+    """Write a folder: a new one appears whole, or files of one that exists are replaced when all are written."""
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"save_directory={os.fspath(folder)!r} is a file; it must be a folder, or a new one")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    exists = folder.exists()
     state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-    with atomic(folder / _file_names(variant)[0 if safe else 2]) as file:
-        if safe:
-            save_file(state, file, metadata={"format": "pt"})
-        else:
-            torch.save(state, file)
-    with atomic(folder / CONFIG) as file:
-        file.write_text(json.dumps({"_class_name": "PriorTransformer", **config}, indent=2) + "\n")
+    weights = _file_names(variant)[0 if safe else 2]
+    try:
+        with temporary_folder(folder / CONFIG if exists else folder) as temporary:
+            new = temporary / folder.name
+            new.mkdir()
+            with atomic(new / weights) as file:
+                if safe:
+                    save_file(state, file, metadata={"format": "pt"})
+                else:
+                    torch.save(state, file)
+            with atomic(new / CONFIG) as file:
+                file.write_text(json.dumps({"_class_name": "PriorTransformer", **config}, indent=2) + "\n")
+            for name in (weights, CONFIG) if exists else ():
+                os.replace(new / name, folder / name)
+            if not exists:
+                os.replace(new, folder)
+            sync_names(folder if exists else folder.parent)
+    except OSError as error:
+        raise OSError(f"{folder} could not be written: {getattr(error, 'why', None) or error}") from error

@@ -117,12 +117,14 @@ def same(one, other) -> bool:
     return one == other
 
 
-def train(path):
-    """As `fastprior train` does, with its status."""
+def train(path, prepare=None):
+    """As `fastprior train` does, with its status, after a function has prepared the process."""
     from fastprior import train_diffusion_prior
     from fastprior.cli import command_line
 
     train_diffusion_prior.plot_curves = lambda *_: None  # seconds of matplotlib, for a file that is written as others
+    if prepare is not None:
+        prepare()
     return command_line.main(["train", "--config_file", str(path)])
 
 
@@ -136,22 +138,23 @@ class Training:
             np.save(given / name / f"{name[:-1]}_0.npy", draw.normal(size=(60, 16)).astype(np.float32))
         self.given = given
 
-    def job(self, out):
+    def job(self, out, prepare=None, eval_every_seconds=0, **options):
+        """One that trains with further options of `train`, in a process that a function of a module has prepared."""
         saver = dict(save_to="local", save_latest_to=f"{out}/latest.pth", save_best_to=f"{out}/best.pth", save_every=3)
         config = dict(
             prior=dict(net=dict(dim=16, depth=1, heads=1, dim_head=8, max_text_len=2, num_timesteps=9, ff_dropout=0.1),
                        image_embed_dim=16, timesteps=9, cond_drop_prob=0.1, condition_on_text_encodings=False),
             data=dict(image_url=str(self.given / "images"), text_url=str(self.given / "texts"), batch_size=8,
-                      splits=dict(train=0.8, val=0.2, test=0), eval_every_seconds=0, max_eval_pairs=8),
+                      splits=dict(train=0.8, val=0.2, test=0), eval_every_seconds=eval_every_seconds, max_eval_pairs=8),
             train=dict(epochs=1, ema_beta=0.9, ema_update_after_step=1, ema_update_every=1, eval_timesteps=[2],
-                       log_every_steps=1, save_every_seconds=0),
+                       log_every_steps=1, save_every_seconds=0) | options,
             tracker=dict(data_path=str(out), overwrite_data_path=True, log=dict(log_type="console", auto_resume=True),
                          load=dict(load_from="local", file_path=f"{out}/latest.pth", only_auto_resume=True),
                          save=[saver]),
         )  # fmt: skip
         path = self.given / "config.json"
         path.write_text(json.dumps(config))
-        return functools.partial(train, path)
+        return functools.partial(train, path, prepare)
 
     def read(self, out):
         for path in out.glob("*.pth"):

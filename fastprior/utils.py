@@ -14,11 +14,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from fastprior.reading import quoted
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _LOCK = "in-use"  # a file of a temporary folder, locked while its maker lives
 
@@ -58,6 +62,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
             temporary.touch()
             mode = temporary.stat().st_mode  # what the umask gives; safetensors would leave 0600
             yield temporary
+            _check_end(temporary)
             temporary.chmod(mode)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -70,11 +75,29 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
             raise failure from error
 
 
+def _check_end(written: Path) -> None:
+    """Raise OSError for an archive that does not end as one: torch's writer loses the error of its last bytes."""
+    with written.open("rb") as file:
+        if file.read(4) == b"PK\3\4":
+            file.seek(-min(22, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            if file.read(4) != b"PK\5\6":
+                raise OSError("its last bytes were lost")
+
+
+def save_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write a .npy file, atomically."""
+    import numpy as np
+
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        # not the file itself, to which numpy writes by C's functions, and loses the error of the last bytes
+        np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
+
+
 def _reason(error: Exception, written: Path) -> str:
     """Why a file could not be written, without its name."""
-    if isinstance(error, OSError):
-        return getattr(error, "why", None) or error.strerror or str(error)
-    try:  # writers of torch and safetensors do not say what stood against them: whoever writes more is told
+    if known := getattr(error, "why", None) or getattr(error, "strerror", None):
+        return known
+    try:  # writers of torch, safetensors and numpy do not say what stood against them: whoever writes more is told
         with written.open("ab") as file:
             file.write(bytes(2**20))
     except OSError as cause:

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastprior.cli import common
-from fastprior.utils import atomic
+from fastprior.utils import save_array
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,6 @@ def _text(args: argparse.Namespace, prior: DiffusionPrior) -> dict:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    import numpy as np
     import torch
 
     prior = common.load_prior(args)
@@ -133,7 +132,6 @@ def run(args: argparse.Namespace) -> int:
         for title, embed in zip(args.captions or [f"row {i}" for i in range(prompts)], embeds):
             print(f"{common.brief(title, TITLE)}\n\n{digits.terminal_picture(embed[None])}\n")
     if args.out:
-        with atomic(args.out) as path, open(path, "wb") as file:
-            np.save(file, embeds.float().cpu().numpy())
+        save_array(args.out, embeds.float().cpu().numpy())
         print(f"wrote {args.out}: {embeds.shape[0]} embeddings of {embeds.shape[1]}")
     return 0

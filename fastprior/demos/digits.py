@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.clip import BaseClipAdapter, EmbedImageReturn, EmbedTextReturn
-from fastprior.utils import atomic
+from fastprior.utils import atomic, save_array
 
 NAME = "digits"  # how a checkpoint names this text encoder
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -131,8 +131,7 @@ def write_digits(folder: Path, seed: int) -> None:
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for shard, rows in enumerate(np.array_split(rng.permutation(len(embeds)), SHARDS)):
         for kind, array in arrays.items():
-            with atomic(folder / kind / f"{kind}_{shard}.npy") as path, open(path, "wb") as file:
-                np.save(file, array[rows])
+            save_array(folder / kind / f"{kind}_{shard}.npy", array[rows])
         with atomic(folder / "metadata" / f"metadata_{shard}.parquet") as path:
             table.iloc[rows].to_parquet(path, index=False)
 

@@ -72,14 +72,11 @@ def _kind(value: Tensor) -> str:
     return "complex" if value.is_complex() else "floating point" if value.is_floating_point() else "integers"
 
 
-def is_finite(value: Tensor) -> bool:
-    return _kind(value) == "integers" or all(map(math.isfinite, bounds(value)))
-
-
-def check_tensor(value: Any, like: Tensor, name: str) -> None:
+def check_tensor(value: Any, like: Tensor, name: str, least: float = -math.inf) -> None:
     """Raise ValueError unless a value can be copied into a tensor as it is: dense, here, of its shape and kind.
 
-    Finite, too; but a buffer need not be where that one is not, as tables of some noise schedules are.
+    Finite, too, and nowhere below `least`; but a buffer may be infinite where that one is, as tables of some noise
+    schedules are.
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor")
@@ -90,8 +87,13 @@ def check_tensor(value: Any, like: Tensor, name: str) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(like.shape)}")
     if _kind(value) != _kind(like):
         raise ValueError(f"{name} has dtype {value.dtype}; it must be of {_kind(like)}, as {like.dtype}")
-    if not is_finite(value) and (isinstance(like, Parameter) or is_finite(like)):
+    if _kind(value) == "integers":
+        return
+    found = bounds(value)
+    if not all(map(math.isfinite, found)) and (isinstance(like, Parameter) or all(map(math.isfinite, bounds(like)))):
         raise ValueError(f"{name} holds NaN or infinity; it must be finite")
+    if found[0] < least:
+        raise ValueError(f"{name} holds {found[0]:g}; it must be at least {least:g}")
 
 
 def check_moments(
@@ -122,9 +124,7 @@ def check_moments(
             if key == "step":
                 as_count(value, what)
             elif isinstance(value, Tensor) and value.ndim:
-                check_tensor(value, trained[parameter], what)
-                if key.endswith("_sq") and bounds(value)[0] < 0:
-                    raise ValueError(f"{what} holds negative numbers; squares are averaged in it")
+                check_tensor(value, trained[parameter], what, 0 if key.endswith("_sq") else -math.inf)
             elif value is not None and not isinstance(_plain(value), numbers.Real):
                 raise ValueError(f"{what} is a {type(value).__name__}; it must be a tensor or a number")
 

@@ -8,7 +8,7 @@ import fsspec
 import pytest
 import torch
 
-from fastprior.trackers import read_metrics
+from fastprior.trackers import create_loader, read_metrics
 from fastprior.trainer import DiffusionPriorTrainer
 from helpers.priors import make_prior
 from helpers.tracker_cases import Trainer, auto, checkpoint_bytes, names, tracker
@@ -178,3 +178,21 @@ def test_auto_resume_with_another_logger(tmp_path):
     options = dict(log_type="wandb", wandb_entity="me", wandb_project="p")
     with pytest.raises(ValueError, match="logged by ConsoleLogger and would be resumed by WandbLogger"):
         auto(tmp_path, **options)
+
+
+def test_the_folder_of_a_download_that_was_killed_goes_with_the_next(tmp_path):
+    Trainer(7).save(tmp_path / "x.pth")
+    loader = create_loader("url", tmp_path / "run", url=f"file://{tmp_path}/x.pth")
+    child = os.fork()
+    if child == 0:
+        loader.fetch = lambda folder: os._exit(0)
+        loader.recall()
+    os.waitpid(child, 0)
+    assert len(list((tmp_path / "run").iterdir())) == 1
+    assert loader.recall()["step"] == 7 and not any((tmp_path / "run").iterdir())
+
+
+def test_a_local_file_is_loaded_where_nothing_can_be_written(tmp_path):
+    Trainer(7).save(tmp_path / "x.pth")
+    loader = create_loader("local", tmp_path / "run", file_path=str(tmp_path / "x.pth"))
+    assert loader.recall()["step"] == 7 and not (tmp_path / "run").exists()

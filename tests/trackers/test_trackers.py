@@ -1,5 +1,7 @@
 """Trackers: what is logged and saved, the configs of their parts, and what becomes of it when something fails."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -325,3 +327,65 @@ def test_what_a_kill_left_half_written_is_gone_at_the_next_start(tmp_path, name)
     saver = create_saver("local", tmp_path, save_best_to="best.pth")
     saver.init(None)
     assert not leftover.exists() and other.exists()
+
+
+def test_metrics_wait_for_room(tmp_path, monkeypatch):
+    """A disk that takes a part of a line, then nothing, then all: every line is whole in the end, and said once."""
+    run, room, plain = tracker(tmp_path), [10**6], io.FileIO.write
+
+    class File(io.FileIO):
+        def write(self, data):
+            taken = bytes(data)[: room[0]]
+            if not taken:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            room[0] -= len(taken)
+            return plain(self, taken)
+
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering: File(self, mode))
+    run.log({"loss": 1.0}, step=1)
+    room[0] = 15
+    with pytest.warns(UserWarning, match="metrics.jsonl takes no more .*No space left on device.*; the run goes on"):
+        run.log({"loss": 2.0}, step=2)
+    run.log({"loss": 3.0}, step=3)
+    monkeypatch.undo()
+    path = tmp_path / "metrics.jsonl"
+    assert [record["step"] for record in read_metrics(path)] == [1] and not path.read_bytes().endswith(b"\n")
+    run.log({"loss": 4.0}, step=4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("call", ["log", "log_images", "log_file"])
+def test_a_logger_whose_disk_is_full_ends_nothing(tmp_path, monkeypatch, call):
+    run, calls = tracker(tmp_path), []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run.logger, call, fail)
+    with pytest.warns(UserWarning, match="ConsoleLogger takes no more .*No space left") as caught:
+        for _ in range(2):
+            getattr(run, call)({"loss": 1.0} if call == "log" else tmp_path)
+    assert len(calls) == 2 and len(caught) == 1
+
+
+def test_what_savers_fail_at_is_returned(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = tracker(tmp_path, [dict(save_latest_to=f"{tmp_path}/{folder}/latest.pth") for folder in ("file", "good")])
+    (failure,) = run.save(Trainer(1), is_best=False, is_latest=True)
+    assert failure.startswith("LocalSaver could not save") and "file/latest.pth" in failure
+    assert tracker(tmp_path / "2").save(Trainer(1), is_best=False, is_latest=True) == []
+
+
+def test_a_first_checkpoint_that_fails_resumes_nothing_and_names_itself(tmp_path, monkeypatch):
+    run = tracker(tmp_path, auto_resume=True)
+    existed = []
+
+    def save(self, path, **kwargs):
+        existed.append(list(tmp_path.glob(".auto_resume.json.*/auto_resume.json")))  # its bytes are there before
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Trainer, "save", save)
+    with pytest.raises(OSError, match=r"checkpoint\.pth could not be written: No space left on device$"):
+        run.save(Trainer(1), is_best=False, is_latest=True)
+    assert len(existed[0]) == 1 and not any(tmp_path.glob("*resume*")) and not any(tmp_path.glob(".*"))

@@ -4,6 +4,7 @@ import errno
 import functools
 import itertools
 import os
+import resource
 import signal
 import stat
 import sys
@@ -11,11 +12,14 @@ import sys
 import pytest
 import torch
 
+from fastprior import train_diffusion_prior
 from fastprior.dataloaders import PairStream
 from fastprior.dataloaders.files import ShardError
 from fastprior.trackers import LocalSaver
+from fastprior.train_configs import TrainDiffusionPriorConfig
 from fastprior.train_diffusion_prior import TrainingRun
 from helpers.kills import Training, run_job, same
+from helpers.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 SELDOM = dict(save_every_seconds=10**6, eval_every_seconds=10**6)
@@ -139,3 +143,19 @@ def test_the_last_checkpoint_must_arrive(training, wanted, tmp_path):
     assert last.endswith("; no checkpoint was saved before")
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert same(state["model"], wanted["latest.pth"]["model"])
+
+
+def train_on_a_rank(path):
+    """The disk of the first process is full: both end, and neither waits for the other."""
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+    with pytest.raises(
+        OSError, match=("process 0: " * rank) + r"\S+checkpoint.pth could not be .*File too large; no ch"
+    ):
+        train_diffusion_prior.train(TrainDiffusionPriorConfig.from_json_path(path), path)
+
+
+def test_a_full_disk_ends_all_processes(training, tmp_path):
+    job = training.job(tmp_path, **SELDOM)
+    run_ranks(world=2, function=train_on_a_rank, arguments=job.args[:1], folder=tmp_path)

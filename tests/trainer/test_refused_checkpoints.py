@@ -123,7 +123,7 @@ CASES = {
     "no moments of a weight": (entry("optimizer", "state", WEIGHT, value={}), "has no step; it must have step"),
     "NaN moment": (moment("exp_avg", poisoned(NAN)), "exp_avg of .* holds NaN or infinity"),
     "infinite square": (moment("exp_avg_sq", poisoned(INF)), "exp_avg_sq of .* holds NaN or infinity"),
-    "negative square": (moment("exp_avg_sq", poisoned(-1.0)), "exp_avg_sq of .* holds negative numbers"),
+    "negative square": (moment("exp_avg_sq", poisoned(-1.0)), "exp_avg_sq of .* holds -1; it must be at least 0"),
     "complex moment": (moment("exp_avg", lambda m: m.to(torch.complex64)), "exp_avg of .* dtype torch.complex64"),
     "sparse moment": (moment("exp_avg", lambda m: m.to_sparse()), "exp_avg of .* layout torch.sparse_coo"),
     "moment a word": (moment("exp_avg", "x"), "exp_avg of .* is a str; it must be a tensor or a number"),

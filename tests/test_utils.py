@@ -155,7 +155,7 @@ def given(tmp_path):
     given.mkdir()
     prior = make_prior(condition_on_text_encodings=False)
     fastprior.save(prior, given / "prior.safetensors")
-    np.save(given / "text.npy", np.ones((3, prior.image_embed_dim), np.float32))
+    np.save(given / "text.npy", np.eye(3, prior.image_embed_dim, dtype=np.float32))
     for name in ("images", "texts"):
         (given / name).mkdir()
         np.save(given / name / f"{name}_0.npy", np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))

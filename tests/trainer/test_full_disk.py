@@ -72,7 +72,7 @@ def fill(whole, disk, roomy) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(size=40_000), dict(size=130_000), dict(size="1m", nr_inodes=9)], ids=str)
+@pytest.mark.parametrize("options", [dict(size=130_000), dict(size="1m", nr_inodes=9)], ids=str)
 def test_a_full_disk(whole, small_disk, options):
     disk = small_disk(**options)
     assert fill(whole, disk, lambda: small_disk(size="8m", nr_inodes=10_000)) == 2

@@ -142,7 +142,7 @@ def moments_of(name, events, draw, count):
 @pytest.mark.parametrize("name", VICTIMS)
 def test_killed_at_some_moments(tmp_path, name):
     victim, wanted, events = whole_run(name, tmp_path)
-    count = 4
+    count = 3
     codes = kill(victim, tmp_path, moments_of(name, events, np.random.default_rng(0), count))
     assert same(victim.result(tmp_path / "killed"), wanted)
     assert sum(codes[code] for code in KILLED) >= count // 2, codes

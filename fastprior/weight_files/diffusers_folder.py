@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastprior.reading import quoted, read_json
-from fastprior.utils import atomic, first_few, nearest, sync_names, temporary_folder
+from fastprior.utils import atomic, first_few, nearest, remove_leftovers, sync_names, temporary_folder
 from fastprior.weight_files.model_files import read_index
 from fastprior.weight_files.safe import read_file
 from fastprior.weight_files.weights import check_weights
@@ -136,6 +136,7 @@ def write(
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     exists = folder.exists()
+    remove_leftovers(folder)  # of the writer that made it, too
     state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     weights = _file_names(variant)[0 if safe else 2]
     try:

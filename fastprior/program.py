@@ -15,9 +15,14 @@ from typing import Any, TextIO
 USER_ERRORS = ValueError, ImportError, OSError  # what a user can do something about
 
 
+def printable(text: str) -> str:
+    """A text without what steers a terminal or cannot be written: such characters are spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def brief(text: str, width: int = 1000) -> str:
-    """A text on one line, of at most so many characters."""
-    text = " ".join(text.split())
+    """A text on one line, of at most so many characters, all of them printable."""
+    text = printable(" ".join(text.split()))
     return text if len(text) <= width else f"{text[: width - 2]} …"
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastprior.cli import common
+from fastprior.reading import open_regular
 from fastprior.utils import save_array
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def _load_array(path: str, option: str, ndim: int, device: torch.device) -> torc
     import numpy as np
     import torch
 
-    try:
-        array = np.load(path)  # refuses pickles
-    except (EOFError, ValueError) as error:
-        raise ValueError(f"{option} {path} is not a .npy file of numbers") from error
+    with open_regular(path) as file:
+        try:
+            array = np.load(file)  # refuses pickles
+        except Exception as error:  # numpy raises whatever its parser does
+            raise ValueError(f"{option} {path} is not a .npy file of numbers") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != ndim:
         found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an .npz archive"
         raise ValueError(f"{option} {path} holds {found}; it must hold a {ndim}-dimensional array of floats")

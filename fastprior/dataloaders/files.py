@@ -1,24 +1,23 @@
-"""The files that shards are made of: what their headers say, and rows read from them, local or by fsspec.
+"""Shards as .npy and parquet files: what their headers say, and rows read from them, local or by fsspec.
 
-Opening a file reads its header only (a parquet file's footer and, for embeddings, its first row; a tar's member
-headers), and raises ShardError where it is not what it should be. A file without rows may be anything else: pandas
-writes columns without values as of no type, and numpy arrays without as fp64.
+Opening a file reads its header only (a parquet file's footer and, for embeddings, its first row), and raises ShardError
+where it is not what it should be. A file without rows may be anything else: pandas writes columns without values as of
+no type, and numpy arrays without as fp64.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
+import os
 import re
-import tarfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -31,22 +30,30 @@ try:
 except ImportError as error:
     raise ImportError(f'{error.name} is not installed: pip install "fastprior[train]"') from error
 
+from fastprior.program import printable
+from fastprior.reading import open_regular
+
 FLOATS = ("float16", "float32", "float64")
 CAPTION_BYTES = 100  # what a caption is taken to need, where memory is planned
+_GROUP_BYTES = 2**31  # of a column of a row group, decoded
+_BATCH_ROWS = 2**13  # that are decoded before those bytes are counted
 _NPY_HEAD = 4096
 _RETRIES = (0.5, 1.0, 2.0)  # seconds to wait before reading a remote file again
 
 
 class ShardError(ValueError):
-    """A file of a shard cannot be read, or is not what it should be; the message begins with its name."""
+    """A file of a shard cannot be read, or is not what it should be; the message begins with its name.
+
+    Both may hold any characters, which the message spells out where they are not printable.
+    """
 
     def __init__(self, path: str, what: object):
-        super().__init__(f"{path}: {what}")
+        super().__init__(printable(f"{path}: {what}".replace("\n", " ")))
         self.path, self.what = path, str(what)
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
     """Readers raise whatever they like on a corrupt file: make it a ShardError."""
     try:
         yield
@@ -64,10 +71,24 @@ def finite_rows(values: np.ndarray) -> np.ndarray:
     return (values.view(np.uint16) & 0x7FFF).max(axis=1, initial=0) < 0x7C00  # several times as fast
 
 
-def _converted(values: np.ndarray, dtype: str) -> np.ndarray:
+def converted(values: np.ndarray, dtype: str) -> np.ndarray:
     """Values as another dtype, rounded to nearest where they do not fit; those that are too large are infinite."""
     with np.errstate(over="ignore"):
         return values.astype(dtype, copy=False)
+
+
+def _size(path: str) -> int:
+    """The bytes of a local file. Raises ValueError for a FIFO or what else has none."""
+    with open_regular(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def _read_at(file: BinaryIO, place: memoryview, begin: int) -> int:
+    """Read some bytes of an open file from `begin` on; how many, 0 at its end or where there is no more place."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [place], begin)
+    file.raw.seek(begin)
+    return file.raw.readinto(place)
 
 
 def shard_number(path: str) -> int | None:
@@ -80,7 +101,10 @@ def shard_number(path: str) -> int | None:
 def list_files(url: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
     """The file system of `url`, and all files below it, but hidden ones. Raises FileNotFoundError without any."""
     fs, root = fsspec.core.url_to_fs(url)
-    paths = [path for path in fs.find(root) if path.rsplit("/", 1)[-1][0] not in "._"]
+    try:
+        paths = [path for path in fs.find(root) if path.rsplit("/", 1)[-1][0] not in "._"]
+    except RecursionError:
+        raise ValueError(f"{url} is nested too deeply") from None
     if not paths:
         raise FileNotFoundError(f"{url} does not exist, or holds no files")
     return fs, sorted(paths)
@@ -121,6 +145,9 @@ class RowGroups:
 class ShardFile:
     """One column of one shard: `rows` of `shape` and `dtype`; captions have dtype "str" and shape ().
 
+    Local files are read by calls that fail where the file was cut short since: a page that is mapped of such a file
+    would end the process.
+
     Attributes:
         dtype: of rows that were read: fp16 stays, fp64 is rounded to fp32, bytes come in the machine's order.
         stored: the dtype in the file.
@@ -142,23 +169,37 @@ class ShardFile:
         self.local = isinstance(fs, LocalFileSystem)
         if not self.local:
             self.name = fs.unstrip_protocol(path)
+        with naming(self.name):
+            self.size = _size(path) if self.local else None
+
+    def _open(self) -> BinaryIO:
+        return open_regular(self.path) if self.local else self.fs.open(self.path, "rb")
+
+    def _bytes(self, begin: int, end: int) -> bytes:
+        """Bytes begin to end of the file, or up to its own end."""
+        if not self.local:
+            return self.fs.cat_file(self.path, start=begin, end=end)
+        with self._open() as file:
+            file.seek(begin)
+            return file.read(end - begin)
 
     @property
     def row_bytes(self) -> int:
         return CAPTION_BYTES if self.dtype == "str" else int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
-    def read(self, start: int, stop: int, groups: RowGroups) -> np.ndarray | pa.Array:
-        """Rows start to stop: an array (stop - start, *shape), possibly mapped from the file, or strings.
+    def read(self, start: int, stop: int, groups: RowGroups, into: np.ndarray | None = None) -> np.ndarray | pa.Array:
+        """Rows start to stop: an array (stop - start, *shape), or strings.
 
+        into: an array of that shape, which is given back where the rows could be read there without a copy.
         Raises ShardError; a remote file is tried several times.
         """
         for pause in () if self.local else _RETRIES:
             try:
-                return self._read(start, stop, groups)
+                return self._read(start, stop, groups, into)
             except Exception:
                 time.sleep(pause)
-        with _naming(self.name):
-            return self._read(start, stop, groups)
+        with naming(self.name):
+            return self._read(start, stop, groups, into)
 
     def peek(self, rows: int) -> np.ndarray:
         """Some rows, for a look at them, from row `peeks_at(rows)` on. Raises ShardError."""
@@ -168,7 +209,7 @@ class ShardFile:
     def peeks_at(self, rows: int) -> int:
         return max(0, (self.rows - rows) // 2)
 
-    def _read(self, start: int, stop: int, groups: RowGroups) -> np.ndarray | pa.Array:
+    def _read(self, start: int, stop: int, groups: RowGroups, into: np.ndarray | None = None) -> np.ndarray | pa.Array:
         raise NotImplementedError
 
     def _check_floats(self, ndim: int) -> None:
@@ -181,7 +222,7 @@ class ShardFile:
             raise ShardError(self.name, f"has shape {(self.rows, *self.shape)}; it must have {ndim} dimensions")
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, whether columns are stored first, dtype and length of the header that data begins with; or ValueError."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
@@ -196,9 +237,11 @@ class NpyFile(ShardFile):
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, ndim: int):
         super().__init__(fs, path)
-        with _naming(self.name):
-            shape, self.columns_first, self.stored, self.offset = _npy_header(fs.cat_file(path, start=0, end=_NPY_HEAD))
-            size = fs.size(path)
+        with naming(self.name):
+            shape, self.columns_first, self.stored, self.offset = npy_header(self._bytes(0, _NPY_HEAD))
+            size = self.size if self.local else fs.size(path)
+        if any(type(length) is not int or length < 0 for length in shape):
+            raise ShardError(self.name, f"has the shape {shape}, which no array has")
         self.rows, self.shape = (shape[0], shape[1:]) if shape else (0, ())
         if self.rows or not shape:
             self._check_floats(ndim)
@@ -207,27 +250,46 @@ class NpyFile(ShardFile):
             what = "truncated" if size < wanted else "too long"
             raise ShardError(self.name, f"{what}: {size} bytes, and {wanted} by its header")
 
-    def _read(self, start: int, stop: int, groups: RowGroups) -> np.ndarray:
-        rows = self._read_columns(start, stop) if self.columns_first else self._read_rows(start, stop)
-        return _converted(rows, self.dtype)
+    def _read(self, start: int, stop: int, groups: RowGroups, into: np.ndarray | None = None) -> np.ndarray:
+        rows = self._read_columns(start, stop) if self.columns_first else self._read_rows(start, stop, into)
+        return converted(rows, self.dtype)
 
-    def _read_rows(self, start: int, stop: int) -> np.ndarray:
+    def _read_rows(self, start: int, stop: int, into: np.ndarray | None) -> np.ndarray:
         size = math.prod(self.shape) * self.stored.itemsize
         begin, shape = self.offset + start * size, (stop - start, *self.shape)
         if self.local:
-            return np.memmap(self.path, self.stored, "r", begin, shape)
+            fits = into is not None and into.dtype == self.stored and into.flags.c_contiguous
+            rows = into if fits else np.empty(shape, self.stored)
+            self._fill(rows, [begin])
+            return rows
         data = self.fs.cat_file(self.path, start=begin, end=begin + shape[0] * size)
         return np.frombuffer(data, self.stored).reshape(shape)
 
     def _read_columns(self, start: int, stop: int) -> np.ndarray:
         """A run of each column, and no more of the file than that."""
-        if self.local:
-            return np.memmap(self.path, self.stored, "r", self.offset, (self.rows, *self.shape), "F")[start:stop]
         columns, size = math.prod(self.shape), self.stored.itemsize
         begins = [self.offset + (column * self.rows + start) * size for column in range(columns)]
+        if self.local:
+            runs = np.empty((*reversed(self.shape), stop - start), self.stored)
+            self._fill(runs, begins)
+            return runs.T
         ends = [begin + (stop - start) * size for begin in begins]
         data = b"".join(self.fs.cat_ranges([self.path] * columns, begins, ends, on_error="raise"))
         return np.frombuffer(data, self.stored).reshape(*reversed(self.shape), stop - start).T
+
+    def _fill(self, values: np.ndarray, begins: list[int]) -> None:
+        """Read an array of the local file's bytes in as many parts, one after the other, as there are places."""
+        whole = memoryview(values.reshape(-1).view(np.uint8))
+        with self._open() as file:
+            if (size := os.fstat(file.fileno()).st_size) != self.size:
+                raise ShardError(self.name, f"has {size} bytes, and had {self.size} when it was opened")
+            length = len(whole) // len(begins)
+            for place, begin in zip(range(0, len(whole), length), begins):
+                part = whole[place : place + length]
+                while count := _read_at(file, part, begin):
+                    part, begin = part[count:], begin + count
+                if part:
+                    raise ShardError(self.name, "truncated while it was read")
 
 
 class ParquetColumn(ShardFile):
@@ -236,7 +298,7 @@ class ParquetColumn(ShardFile):
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, column: str, ndim: int):
         super().__init__(fs, path)
         self.column = column
-        with _naming(self.name), self._open() as file:
+        with naming(self.name), self._parquet() as file:
             kind, types = self._kind(file), pa.types
             if ndim == 0:
                 text = kind.value_type if types.is_dictionary(kind) else kind
@@ -253,16 +315,16 @@ class ParquetColumn(ShardFile):
             self.shape = (next((len(row) for batch in batches for row in batch.column(0) if row.is_valid), 0),)
         self._check_floats(ndim)
 
-    def _open(self) -> pq.ParquetFile:
-        if self.local:
-            return pq.ParquetFile(self.path, memory_map=True)
-        return pq.ParquetFile(self.fs.open(self.path, "rb"), pre_buffer=True)
+    def _parquet(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.path) if self.local else pq.ParquetFile(self._open(), pre_buffer=True)
 
     def _kind(self, file: pq.ParquetFile) -> pa.DataType:
         """The type of the column, null without rows; rows and nulls are noted. ShardError without such a column."""
         meta, fields = file.metadata, file.schema_arrow
         sizes = [meta.row_group(index).num_rows for index in range(meta.num_row_groups)]
         self.rows, self.edges = meta.num_rows, np.cumsum([0, *sizes])
+        if min(sizes, default=0) < 0 or sum(sizes) != self.rows:
+            raise ShardError(self.name, f"says that it has {self.rows} rows, and row groups of {sum(sizes)}")
         if not self.rows:
             return pa.null()
         if self.column not in fields.names:
@@ -279,13 +341,13 @@ class ParquetColumn(ShardFile):
         return [statistics for statistics in found if statistics is not None]
 
     def peek(self, rows: int) -> np.ndarray:
-        with _naming(self.name), self._open() as file:
+        with naming(self.name), self._parquet() as file:
             return self._floats(next(file.iter_batches(batch_size=rows, columns=[self.column])).column(0))
 
     def peeks_at(self, rows: int) -> int:
         return 0
 
-    def _read(self, start: int, stop: int, groups: RowGroups) -> np.ndarray | pa.Array:
+    def _read(self, start: int, stop: int, groups: RowGroups, into: np.ndarray | None = None) -> np.ndarray | pa.Array:
         first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
         parts = []
         for group in range(first, last + 1):
@@ -296,8 +358,18 @@ class ParquetColumn(ShardFile):
         return array if self.dtype == "str" else self._floats(array)
 
     def _decode(self, group: int) -> pa.Array:
-        with self._open() as file:
-            column = file.read_row_group(group, columns=[self.column], use_threads=False).column(0)
+        rows, size, parts = int(self.edges[group + 1] - self.edges[group]), 0, []
+        with self._parquet() as file:
+            read = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self.column], use_threads=False)
+            for batch in read:
+                parts.append(batch.column(0))
+                size += parts[-1].nbytes
+                if size > _GROUP_BYTES:
+                    rule = "write it with smaller row groups"
+                    raise ShardError(self.name, f"row group {group} holds over {_GROUP_BYTES >> 30} GiB; {rule}")
+        column = pa.chunked_array(parts)
+        if len(column) != rows:
+            raise ShardError(self.name, f"row group {group} has {len(column)} rows, and {rows} by its header")
         if self.dtype != "str":
             return column.combine_chunks()
         return column.cast(pa.large_string()).combine_chunks().fill_null("")
@@ -311,7 +383,7 @@ class ParquetColumn(ShardFile):
             rows[whole] = self._floats(array.filter(pa.array(whole)))
             return rows
         values = array.flatten().to_numpy(zero_copy_only=False)
-        return _converted(values.reshape(len(array), *self.shape), self.dtype)
+        return converted(values.reshape(len(array), *self.shape), self.dtype)
 
 
 class ParquetNumbers(ParquetColumn):
@@ -325,7 +397,7 @@ class ParquetNumbers(ParquetColumn):
         ShardFile.__init__(self, fs, path)
         self.column, self.whole = column, whole
         self.dtype, self.missing = ("int64", -1) if whole else ("float32", math.nan)
-        with _naming(self.name), self._open() as file:
+        with naming(self.name), self._parquet() as file:
             kind, types = self._kind(file), pa.types
             fractions = () if whole else (types.is_floating, types.is_decimal)
             numbers = any(fits(kind) for fits in (types.is_integer, types.is_boolean, *fractions))
@@ -340,73 +412,3 @@ class ParquetNumbers(ParquetColumn):
 
     def _floats(self, array: pa.Array) -> np.ndarray:
         return array.to_numpy(zero_copy_only=False)
-
-
-# the members of a webdataset's sample that hold each column
-MEMBERS = {
-    "image_embed": ("img_emb.npy", "npy"),
-    "text": ("txt", "json"),
-    "text_embed": ("text_emb.npy",),
-    "text_encodings": ("text_encodings.npy",),
-}
-
-
-def tar_columns(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, tuple[str, dict[str, tuple[int, int]]]]:
-    """A webdataset's tar, by column: the ending of its members, and of each sample's key the (offset, bytes)."""
-    name = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    with _naming(name), fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            folder, _, base = member.name.rpartition("/")
-            key, _, ending = base.partition(".")
-            if member.isfile():
-                found.setdefault(ending, {})[f"{folder}/{key}"] = (member.offset_data, member.size)
-        file.seek(tar.offset)  # tarfile takes a header that makes no sense for the end
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise ValueError(f"no tar header at byte {tar.offset}")
-    endings = {column: next((e for e in names if e in found), None) for column, names in MEMBERS.items()}
-    return {column: (ending, found[ending]) for column, ending in endings.items() if ending}
-
-
-class TarColumn(ShardFile):
-    """A column of a webdataset's tar: an .npy file, or a text, to each sample; `places` are their (offset, bytes)."""
-
-    def __init__(self, fs: fsspec.AbstractFileSystem, path: str, ending: str, places: list[tuple[int, int]], ndim: int):
-        super().__init__(fs, path)
-        self.ending, self.rows = ending, len(places)
-        self.places = np.array(places, dtype=np.int64).reshape(-1, 2)
-        self.dtype = "str"
-        if ndim == 0:
-            return
-        if not places:
-            raise ShardError(self.name, f"no sample has all that is wanted, .{ending} among it")
-        with _naming(self.name):
-            first = self._members(0, 1)[0]
-            shape, self.columns_first, self.stored, offset = _npy_header(first)
-        self.head, self.size = first[:offset], len(first)
-        self.shape = shape[1:] if len(shape) == ndim and shape[0] == 1 else shape  # (1, dim), as some write it
-        self._check_floats(ndim)
-
-    def _members(self, start: int, stop: int) -> list[bytes]:
-        begin, end = int(self.places[start, 0]), int(self.places[start:stop].sum(axis=1).max())
-        data = self.fs.cat_file(self.path, start=begin, end=end)
-        if len(data) != end - begin:
-            raise ValueError("truncated")
-        return [data[at - begin : at - begin + size] for at, size in self.places[start:stop]]
-
-    def _read(self, start: int, stop: int, groups: RowGroups) -> np.ndarray | pa.Array:
-        members = self._members(start, stop)
-        if self.dtype == "str":
-            return pa.array([self._caption(member.decode("utf-8")) for member in members], pa.large_string())
-        alike = [member.startswith(self.head) and len(member) == self.size for member in members]
-        if not (all(alike) or self.fill):
-            raise ValueError("the embeddings of its samples differ in dtype or shape")
-        missing = np.full(self.shape, math.nan, self.stored).tobytes()
-        data = b"".join(member[len(self.head) :] if same else missing for member, same in zip(members, alike))
-        if self.columns_first:
-            rows = np.frombuffer(data, self.stored).reshape(-1, *reversed(self.shape))
-            return _converted(rows.transpose(0, *range(rows.ndim - 1, 0, -1)), self.dtype)
-        return _converted(np.frombuffer(data, self.stored).reshape(stop - start, *self.shape), self.dtype)
-
-    def _caption(self, text: str) -> str:
-        return (json.loads(text).get("caption") or "") if self.ending == "json" else text.strip()

@@ -16,12 +16,11 @@ from fastprior.dataloaders.files import (
     ParquetNumbers,
     ShardError,
     ShardFile,
-    TarColumn,
     finite_rows,
     list_files,
     shard_number,
-    tar_columns,
 )
+from fastprior.dataloaders.tars import TarColumn, tar_columns
 
 COLUMNS = {"image_embed": 2, "text": 0, "text_embed": 2, "text_encodings": 3}  # and their number of dimensions
 _TITLES = dict(

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(f'{error.name} is not installed: pip install "fastprior[train]"') from error
 
-from fastprior.dataloaders.files import NpyFile, ParquetColumn, RowGroups, ShardError, finite_rows
+from fastprior.dataloaders.files import NpyFile, ParquetColumn, RowGroups, ShardError, finite_rows, naming
 from fastprior.dataloaders.match import SKIP_HINT
 from fastprior.dataloaders.shards import EmbeddingShards
 
@@ -99,6 +99,11 @@ class MatchedReader(EmbeddingReader):
         self.embeddings_folder = reader.embeddings_folder = shards.sources[column]
         self.dimension, self.count = reader.dimension, reader.count
         self.byte_per_item, self.total_size = reader.byte_per_item, reader.total_size
+
+    def __call__(self, *args, **kwargs) -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
+        """See the class. Raises ShardError where a file turns out unreadable."""
+        with naming(" or ".join(filter(None, (self.embeddings_folder, self.shards.sources.get("text"))))):
+            yield from super().__call__(*args, **kwargs)
 
 
 def get_reader(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from fastprior.dataloaders.files import RowGroups, ShardError, finite_rows
 from fastprior.dataloaders.match import SKIP_HINT
 from fastprior.dataloaders.shards import CHECKED, EmbeddingShards
+from fastprior.reading import QUOTED, quoted
 
 _BLOCKS_PER_BUFFER = 32
 _WINDOW_BYTES = 2**28  # of decoded row groups
@@ -163,18 +164,28 @@ class PairStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; the batch size, workers and prefetching may be others.
 
-        Raises ValueError where the data, their order or, within an epoch, the world size are not those of the state.
+        Raises ValueError where the data, their order or, within an epoch, the world size are not those of the state,
+        and TypeError for what is no dict; nothing is changed then.
         """
-        missing = {"epoch", "sample"} - set(state)
-        if missing:
-            raise ValueError(f"the state has no {' and no '.join(sorted(missing))}; it has {', '.join(state)}")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state={quoted(state)}; it must be a dict that `state_dict` gave")
+        if missing := [name for name in ("epoch", "sample") if name not in state]:
+            raise ValueError(
+                f"the state has no {' and no '.join(missing)}; it has {', '.join(map(str, state))[:QUOTED]}"
+            )
+        for name in "epoch", "sample":
+            if type(state[name]) is not int or not 0 <= state[name] < 2**63:
+                raise ValueError(f"the state has {name}={quoted(state[name])}; it must be an integer of at least 0")
         for name, value in self._identity().items():
             between_epochs = name in ("world_size", "pad", "buffer_rows") and state["sample"] == 0
-            if state.get(name) != value and not between_epochs:
+            same = state.get(name) == value  # of a tensor it is another
+            if not (isinstance(same, (bool, np.bool_)) and same) and not between_epochs:
                 raise ValueError(
-                    f"the state was taken with {name}={state.get(name)!r}, this stream has {name}={value!r}; "
+                    f"the state was taken with {name}={quoted(state.get(name))}, this stream has {name}={value!r}; "
                     "within an epoch it continues only with the same"
                 )
+        if state["sample"] > self.pairs_per_rank:
+            raise ValueError(f"the state has sample={state['sample']}; an epoch has {self.pairs_per_rank} on each rank")
         self.epoch, self.sample = state["epoch"], state["sample"]
 
     def _identity(self) -> dict[str, Any]:
@@ -300,8 +311,9 @@ class PairStream:
         good = np.ones(rows, bool)
         for start, stop in zip(blocks.starts.tolist(), blocks.stops.tolist()):
             place = slice(at, at + stop - start)
+            places = {name: values[place] for name, values in columns.items() if isinstance(values, np.ndarray)}
             try:
-                read = self._read_block(start, stop)
+                read = self._read_block(start, stop, places)
                 good[place] = self._good_rows(start, read)
             except ShardError as error:
                 if self.shards.on_problem == "error":
@@ -310,18 +322,19 @@ class PairStream:
                 good[place] = False
                 read = {name: pa.nulls(stop - start, pa.large_string()) for name in columns if name == "text"}
             for name, values in read.items():
-                if isinstance(columns[name], list):
+                if name not in places:
                     columns[name].append(values)
-                else:
-                    columns[name][place] = values
+                elif values is not places[name]:
+                    places[name][:] = values
             at = place.stop
         return {n: pa.concat_arrays(v) if isinstance(v, list) else v for n, v in columns.items()}, good
 
-    def _read_block(self, start: int, stop: int) -> dict[str, np.ndarray | pa.Array]:
+    def _read_block(self, start: int, stop: int, places: dict[str, np.ndarray]) -> dict[str, np.ndarray | pa.Array]:
         index = int(np.searchsorted(self._edges, start, side="right")) - 1
         first = int(self._edges[index])
         files = self.shards.shards[index].files.items()
-        return {name: file.read(start - first, stop - first, self._groups) for name, file in files}
+        rows = start - first, stop - first
+        return {name: file.read(*rows, self._groups, places.get(name)) for name, file in files}
 
     def _good_rows(self, start: int, read: dict[str, np.ndarray | pa.Array]) -> np.ndarray:
         """Which rows of a block to give out: with on_bad_rows="skip", those with finite numbers only."""

@@ -224,7 +224,7 @@ def test_sample_encodes_captions_with_the_given_clip(capsys, tmp_path, files, mo
         ("--checkpoint {0}/other.safetensors a --out {0}/o", "give --clip-model and --clip-pretrained, or embeddings"),
         ("--checkpoint {0}/other.safetensors a --out {0}/o --clip-model b", "--clip-pretrained go together"),
         ("--checkpoint {0}/other.safetensors --out {0}/o --text-embed {0}/embed.npy", "give --text-encodings too"),
-        ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/no.npy", "No such file"),
+        ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/no.npy", "does not exist"),
         ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/junk", "is not a .npy file of numbers"),
         ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/objects.npy", "is not a .npy file"),
         ("--checkpoint {0}/embed-only.safetensors --out {0}/o --text-embed {0}/archive.npz", "an .npz archive"),

@@ -354,7 +354,8 @@ def run(*arguments: str) -> list[dict]:
     environment = (
         os.environ | quiet | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
     )
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))
+    paths = Path(__file__).parents[1], Path(__file__).parents[2], os.environ.get("PYTHONPATH", "")
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=base, prefix="fuzz-") as folder:
         command = [sys.executable, "-m", "helpers.fuzzing", *arguments, "--folder", folder]

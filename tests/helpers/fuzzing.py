@@ -60,8 +60,14 @@ def clear(error: BaseException, folder: Path, names: tuple[str, ...]) -> str:
     return ""
 
 
-def _tree(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_files(files: dict[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def write_case(reader: str, number: int, seed: int, valid: list[dict[str, bytes]], folder: Path) -> int:
@@ -144,9 +150,7 @@ def _child(name: str, reader, numbers: list[int], options, valid, work: Path, pi
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         if number is None:
-            for path, data in valid[0].items():
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_bytes(data)
+            write_files(valid[0], folder)
             reader.read(folder)
             continue
         if time.monotonic() > end:
@@ -265,7 +269,7 @@ def serve(options) -> None:
     for name, reader in readers.items():
         (root / "valid" / name).mkdir(parents=True)
         folders = reader.make(root / "valid" / name)
-        valid[name] = [_tree(folder) for folder in folders]
+        valid[name] = [files_of(folder) for folder in folders]
         for place, folder in enumerate(folders):
             copy = root / "warm" / name / str(place)
             shutil.copytree(folder, copy)

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ class Reader:
     make: Callable[[Path], list[Path]]
     read: Callable[[Path], object]
     names: tuple[str, ...] = ()
+    valid: bool = True  # what is made is read; otherwise it may be refused
 
 
 def _finite(tensors, what):
@@ -86,6 +88,27 @@ def _make_pth(root):
 
 def _read_pth(folder):
     _check_prior(fastprior.load(folder / "prior.pth"))
+
+
+def _make_hostile(root):
+    """The corpus of hostile files, which mutations come from, too."""
+    from helpers.hostile_files import all_cases
+
+    folders = []
+    for number, (_, make) in enumerate(all_cases()):
+        folder = root / str(number)
+        folder.mkdir()
+        _, options = make(folder)
+        paths = [path for path in folder.rglob("*") if not path.is_dir()]
+        small = all(path.is_file() and path.stat().st_size < 2**17 for path in paths)
+        if paths and small and not options:
+            folders.append(folder)
+    return folders
+
+
+def _read_hostile(folder):
+    files = list(folder.iterdir())
+    _check_prior(fastprior.load(files[0] if len(files) == 1 else folder))
 
 
 def _make_safetensors(root):
@@ -616,6 +639,7 @@ def _read_array(folder):
 
 
 READERS = {
+    "hostile": Reader(_make_hostile, _read_hostile, valid=False),
     "pth": Reader(_make_pth, _read_pth),
     "safetensors": Reader(_make_safetensors, _read_safetensors),
     "sharded": Reader(_make_sharded, _read_sharded),
@@ -635,3 +659,5 @@ READERS = {
     "stream": Reader(_make_stream, _read_stream, ("state",)),
     "array": Reader(_make_array, _read_array),
 }
+if not find_spec("helpers.hostile_files"):
+    del READERS["hostile"]

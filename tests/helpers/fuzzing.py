@@ -28,6 +28,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -151,7 +152,8 @@ def _child(name: str, reader, numbers: list[int], options, valid, work: Path, pi
         folder.mkdir()
         if number is None:
             write_files(valid[0], folder)
-            reader.read(folder)
+            with suppress(() if reader.valid else Exception):
+                reader.read(folder)
             continue
         if time.monotonic() > end:
             return
@@ -273,7 +275,8 @@ def serve(options) -> None:
         for place, folder in enumerate(folders):
             copy = root / "warm" / name / str(place)
             shutil.copytree(folder, copy)
-            reader.read(copy)
+            with suppress(() if reader.valid else Exception):
+                reader.read(copy)
     if options.case:
         name, seed, number = options.case.split(":")
         options.seed, options.readers = int(seed), [name]

@@ -330,14 +330,20 @@ class ParquetColumn(ShardFile):
         if self.column not in fields.names:
             raise ShardError(self.name, f"has no column {self.column!r}; its columns are {', '.join(fields.names)}")
         kind = fields.field(self.column).type
-        known = [s.null_count for s in self._statistics(meta) if s.has_null_count]
+        known = [s.null_count for s in self._statistics(file) if s.has_null_count]
         self.nulls = self.rows if pa.types.is_null(kind) else sum(known)
         return kind
 
-    def _statistics(self, meta: pq.FileMetaData) -> list[pq.Statistics]:
+    def _statistics(self, file: pq.ParquetFile) -> list[pq.Statistics]:
+        meta = file.metadata
         index = next((i for i in range(meta.num_columns) if meta.schema.column(i).path == self.column), None)
         groups = () if index is None else range(meta.num_row_groups)
-        found = [meta.row_group(group).column(index).statistics for group in groups]
+        for group in groups:  # a row, since pyarrow ends the process where it is asked first for what makes no sense
+            next(file.iter_batches(1, row_groups=[group], columns=[self.column], use_threads=False), None)
+        chunks = [meta.row_group(group).column(index) for group in groups]
+        if any(chunk.physical_type != meta.schema.column(index).physical_type for chunk in chunks):
+            raise ShardError(self.name, f"column {self.column!r} has two types")
+        found = [chunk.statistics for chunk in chunks]
         return [statistics for statistics in found if statistics is not None]
 
     def peek(self, rows: int) -> np.ndarray:
@@ -404,7 +410,7 @@ class ParquetNumbers(ParquetColumn):
             if not numbers and self.nulls < self.rows:
                 rule = "integers" if whole else "numbers"
                 raise ShardError(self.name, f"column {column!r} holds {kind}; it must hold {rule}")
-            known = [s for s in self._statistics(file.metadata) if s.has_min_max]
+            known = [s for s in self._statistics(file) if s.has_min_max]
             self.bounds = (min(s.min for s in known), max(s.max for s in known)) if known else None
 
     def _decode(self, group: int) -> pa.Array:

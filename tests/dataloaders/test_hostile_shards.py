@@ -158,6 +158,21 @@ def test_parquet_types_that_are_no_embeddings(tmp_path):
             EmbeddingShards.open(tmp_path)
 
 
+@pytest.mark.slow
+def test_footers_at_which_pyarrow_would_end_the_process(folder):
+    """A bit is flipped in each byte of where the row groups are described."""
+    data = metadata(folder, 2).read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    body, footer = data[: -8 - length], data[-8 - length : -8]
+    for at in range(footer.index(b"caption") + 7, footer.index(b"ARROW:schema")):
+        changed = footer[:at] + bytes([footer[at] ^ 0x10]) + footer[at + 1 :]
+        metadata(folder, 2).write_bytes(body + changed + data[-8:])
+        try:
+            read(file_of(open_captions(folder), "text"))
+        except ValueError as error:
+            assert "metadata_2.parquet" in str(error)
+
+
 # tars
 
 

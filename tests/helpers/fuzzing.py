@@ -5,7 +5,8 @@
 
 A case is a reader, a seed and a number, and nothing else decides what is read. Verdicts: "read" and "error" are what
 should be; an error is one that `clear` calls so. "raw" is any other exception, "signal" the end of the process, "hang"
-more than SECONDS, "growth" more memory than 3 times the files and GROWTH bytes, "wrong" what a reader's own check says.
+more than SECONDS of computing or waiting, "growth" more memory than 3 times the files and GROWTH bytes, "wrong" what a
+reader's own check says.
 
 Children are forked from a server that has read a valid file of each kind. One reads BATCH cases, and the first of those
 that are not as they should be, and alike, is read again by a child that has read nothing else.
@@ -163,6 +164,12 @@ def _child(name: str, reader, numbers: list[int], options, valid, work: Path, pi
         gc.collect() if number % 16 == 0 else None
 
 
+def _processor(pid: int) -> tuple[bool, float]:
+    """Whether a process has something to do, and the seconds that it has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0] == "R", (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _fault(work: Path) -> str:
     """The place in the traceback that a dying process left."""
     lines = (work / "fault").read_text(errors="replace").splitlines()
@@ -187,10 +194,14 @@ def _batch(name: str, reader, numbers: list[int], options, valid, work: Path, en
             os._exit(0)
     os.close(write)
     found, begun, rest, ended, late = [], None, b"", False, False
-    deadline = time.monotonic() + 60  # to begin
+    deadline, computed = time.monotonic() + 60, 60.0  # to begin
     while not ended:
         ready, _, _ = select.select([read], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
+            runs, seconds = _processor(pid)
+            if runs and seconds - computed < options.limit:  # others have its core
+                deadline = time.monotonic() + 0.5
+                continue
             late = True
             os.kill(pid, signal.SIGABRT)  # faulthandler says where it is
             time.sleep(0.2)
@@ -204,7 +215,7 @@ def _batch(name: str, reader, numbers: list[int], options, valid, work: Path, en
                 raise RuntimeError(f"{name}: a valid file or the fuzzer itself failed:\n{message['broken']}")
             begun = message.get("begin")
             found += [message] if begun is None else []
-            deadline = time.monotonic() + options.limit
+            deadline, computed = time.monotonic() + options.limit, _processor(pid)[1]
     os.close(read)
     status = os.waitpid(pid, 0)[1]
     if late or begun is not None or os.WIFSIGNALED(status):

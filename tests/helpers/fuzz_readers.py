@@ -606,10 +606,11 @@ _STREAM: dict = {}
 
 def _read_stream(folder):
     from fastprior.dataloaders import PairStream
+    from fastprior.reading import read_bytes
 
     try:
-        state = json.loads((folder / "state.json").read_bytes())
-    except (ValueError, RecursionError):
+        state = json.loads(read_bytes(folder / "state.json"))
+    except (ValueError, OSError, RecursionError):
         return
     stream = PairStream(_STREAM["shards"], batch_size=5, seed=0, prefetch=0)
     before = stream.state_dict()

@@ -11,7 +11,6 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -660,5 +659,3 @@ READERS = {
     "stream": Reader(_make_stream, _read_stream, ("state",)),
     "array": Reader(_make_array, _read_array),
 }
-if not find_spec("helpers.hostile_files"):
-    del READERS["hostile"]

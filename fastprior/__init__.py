@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastprior.clip import BaseClipAdapter, CoCaAdapter, OpenAIClipAdapter, OpenClipAdapter, XClipAdapter
     from fastprior.diffusion.schedule import NoiseScheduler
     from fastprior.models.dalle2.network import DiffusionPriorNetwork
+    from fastprior.models.weight_lock import weights_locked
     from fastprior.pipelines.prior_pipeline import PriorPipeline
     from fastprior.pipelines.shap_e import ShapEPrior
     from fastprior.prior.diffusion_prior import DiffusionPrior
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DiffusionPrior", "DiffusionPriorNetwork", "NoiseScheduler", "SamplingPlan",
     "BaseClipAdapter", "CoCaAdapter", "OpenAIClipAdapter", "OpenClipAdapter", "XClipAdapter",
-    "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "save", "__version__",
+    "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "save", "weights_locked",
+    "__version__",
 ]  # fmt: skip
 
 _MODULES = {  # that names come from, imported when the first of them is asked for: torch alone takes seconds
@@ -29,6 +31,7 @@ _MODULES = {  # that names come from, imported when the first of them is asked f
     "clip": ("BaseClipAdapter", "CoCaAdapter", "OpenAIClipAdapter", "OpenClipAdapter", "XClipAdapter"),
     "diffusion.schedule": ("NoiseScheduler",),
     "models.dalle2.network": ("DiffusionPriorNetwork",),
+    "models.weight_lock": ("weights_locked",),
     # `ModelMixin` is how diffusers knows that its pipelines can save and load our prior
     "models.prior_transformer.in_diffusers": ("ModelMixin", "PriorTransformer", "accelerate_prior"),
     "pipelines.prior_pipeline": ("PriorPipeline",),

@@ -19,6 +19,7 @@ from fastprior.engine.step_cost import StepReads, count_launches, step_seconds
 from fastprior.engine.steps import StepInputs
 from fastprior.kernels import ops
 from fastprior.models import snapshot
+from fastprior.models.weight_lock import free_in_forks
 
 
 class Engine:
@@ -56,7 +57,9 @@ class Engine:
         if graphs and device.type != "cuda":
             raise ValueError(f"graphs=True; the prior is on {device}, and CUDA graphs need CUDA")
         self.compile, self.graphs, self.cache = compile, graphs, GraphCache(graph_memory)
-        self.lock, self.clock = threading.Lock(), Clock(device)
+        self.clock = Clock(device)
+        self.free()
+        free_in_forks(self)
         self._state: snapshot.State | None = None
         self._model: nn.Module | None = None  # that steps were compiled for
         self._compiled: dict[Hashable, Callable] = {}
@@ -66,6 +69,10 @@ class Engine:
         """A copy begins anew: locks, graphs, compiled steps and what is known of a model are of this one alone."""
         options = dict(compile=self.compile, graph_memory=self.cache.memory)
         return partial(Engine, self.clock.device, self.batch_sizes, **options), (), dict(graphs=self.graphs)
+
+    def free(self) -> None:
+        """Let nobody hold the lock."""
+        self.lock = threading.Lock()
 
     @property
     def replays(self) -> bool:

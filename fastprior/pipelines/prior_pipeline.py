@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,13 @@ from fastprior.kernels import ops
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.models.prior_transformer.prompt_memory import prefix_obstacles
 from fastprior.models.quantise import check as check_quantise
+from fastprior.models.quantise import quantised
+from fastprior.models.weight_lock import lock_of, weights_locked
 from fastprior.pipelines.parts import Encoders, check_prior, first_state, listed, load
 from fastprior.pipelines.runs import PromptRun, judged
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.serving import quality
+from fastprior.serving.weights import Weights, of_transformer
 
 
 class ImageEmbeddings(NamedTuple):
@@ -243,14 +247,34 @@ class PriorPipeline:
         noise = next(drawn)
         return self.schedule.add_noise(embeds.to(noise.dtype).repeat(rows // len(embeds), 1), noise, table.times[0])
 
-    def _refresh(self) -> None:
-        def build():
-            self._look()
-            self._quantised = None
-            if self.quantise:
-                self._quantised, self.quality = judged(self.quantise, self.prior, self.schedule)
+    @torch.no_grad()
+    def update(self, weights: Weights) -> None:
+        """Serve other weights of the prior from the next call on, while other threads call: see `PriorSampler.update`.
 
-        self._engine.refresh(self.prior, build)
+        Args:
+            weights: a state dict, a PriorTransformer, or the folder of one or of a pipeline; or what holds one: a
+                DiffusionPrior, its state dict, or a file that `fastprior.load` reads.
+        """
+        prior, judgement = self.prior, None
+        fitting = of_transformer(prior, weights)
+        if self.quantise:
+            with lock_of(prior):
+                twin = copy.deepcopy(prior)
+            twin.load_state_dict(fitting)
+            _, judgement = judged(self.quantise, twin, self.schedule)
+        with weights_locked(prior):
+            prior.load_state_dict(fitting)
+            if judgement:
+                with self._engine.lock:
+                    self._engine.refresh(prior, partial(self._build, judgement))
+
+    def _build(self, judgement: quality.Quality | None = None) -> None:
+        self._look()
+        self._quantised = None
+        if judgement:
+            self._quantised, self.quality = quantised(self.prior, self.quantise), judgement
+        elif self.quantise:
+            self._quantised, self.quality = judged(self.quantise, self.prior, self.schedule)
 
     def _look(self) -> None:
         """Find what in the prior must be called with all tokens, at each step; a warning says so once."""
@@ -260,7 +284,11 @@ class PriorPipeline:
         self._reasons = reasons
 
     def _run(self, run: PromptRun, x: Tensor, noise: Noise) -> Tensor:
-        """All steps from x (rows, dim), the rows of a prompt together."""
+        """The embeddings of a run that begins at x (rows, dim), the rows of a prompt together."""
+        with lock_of(self.prior):
+            return self.prior.post_process_latents(self._run_steps(run, x, noise))
+
+    def _run_steps(self, run: PromptRun, x: Tensor, noise: Noise) -> Tensor:
         engine, self._steps = self._engine, len(run.table.times)
         if engine.clock.device != x.device:  # the prior moved
             with engine.lock:
@@ -268,7 +296,7 @@ class PriorPipeline:
                 engine.clock = Clock(x.device)
         if engine.replays or self.quantise:
             with engine.lock:
-                self._refresh()
+                engine.refresh(self.prior, self._build)
         else:
             self._look()
         whole = bool(self._reasons)
@@ -349,8 +377,8 @@ class PriorPipeline:
             raise ValueError("latents and image were both given; a run begins with only one of them")
         prefixes = conditions + (negatives if guidance else [])
         what = self.prior, self.schedule, table, text, prefixes
-        x = self._run(PromptRun(*what, len(prompts), num_images_per_prompt, guidance, guidance_scale), x, noise)
-        embeds = self.prior.post_process_latents(x).to(text.embeds.dtype)
+        run = PromptRun(*what, len(prompts), num_images_per_prompt, guidance, guidance_scale)
+        embeds = self._run(run, x, noise).to(text.embeds.dtype)
         found = embeds.split(wanted) if sample_negatives else (embeds, self._zero_embeds(zero_embed, embeds))
         if output_type == "np":
             found = _arrays(found)

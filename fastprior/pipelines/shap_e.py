@@ -13,8 +13,10 @@ from fastprior.checks import check_count, check_number
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.engine.steps import Generators, Noise, StepInputs, bind, run_table, solver_step
 from fastprior.models.prior_transformer.model import PriorTransformer
+from fastprior.models.weight_lock import lock_of
 from fastprior.pipelines.parts import Encoders, check_prior, first_state, load
 from fastprior.pipelines.text_encoding import TextEncoding
+from fastprior.serving.weights import Weights, of_transformer
 
 
 class ShapEPrior:
@@ -57,6 +59,11 @@ class ShapEPrior:
     def encode_text(self, texts: str | list[str]) -> TextEncoding:
         """Encode texts; those that are longer than the text encoder takes are cut, with a warning."""
         return self._encoders.encode_text(texts, self.prior.device, self.prior.dtype)
+
+    def update(self, weights: Weights) -> None:
+        """Serve other weights of the prior from the next call on: see `PriorPipeline.update`."""
+        fitting = of_transformer(self.prior, weights)
+        self.prior.load_state_dict(fitting)
 
     @torch.no_grad()
     def __call__(
@@ -109,5 +116,6 @@ class ShapEPrior:
         step = solver_step(predict, self.schedule.clamp, self.schedule.radius, table.uses_prediction)
         scale = torch.tensor(guidance_scale, dtype=x.dtype, device=device)
         step = bind(step, StepInputs(embeds, table.rows.to(device, x.dtype)), scale)
-        x = run_table(table, step, x, (t.view_as(x) for t in noise))
+        with lock_of(prior):
+            x = run_table(table, step, x, (t.view_as(x) for t in noise))
         return x.view(rows, tokens, dim).to(embeds.dtype)

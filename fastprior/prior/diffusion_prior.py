@@ -19,6 +19,7 @@ from fastprior.engine.steps import Noise
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.loading import NoticesForeignStates
+from fastprior.models.weight_lock import reads_weights
 from fastprior.prior import graphs as prior_graphs
 from fastprior.prior.arguments import check_arguments
 from fastprior.prior.loop import sample_loop
@@ -266,6 +267,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         plan = make_plan(self, table, cond_scale, *self._clamp())
         return replace(plan, graph_reasons=prior_graphs.graph_obstacles(self, plan.path, len(table.times), rows))
 
+    @reads_weights
     def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
         plan = self.sampling_plan(timesteps, cond_scale, solver, eta, rows=shape[0])
         self.check_text_condition(shape, text_cond)
@@ -288,6 +290,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         return self._run(shape, text_cond, cond_scale, timesteps, "ddim", eta)
 
     @torch.no_grad()
+    @reads_weights
     def p_sample_loop(
         self,
         shape: tuple[int, ...],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,12 @@ from fastprior.models import patches
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.quantise import check as check_quantise
 from fastprior.models.quantise import quantised, update
+from fastprior.models.weight_lock import lock_of, weights_locked
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.loop import CachedSteps, network_reads, run_prior
 from fastprior.prior.plan import network_obstacles
 from fastprior.serving import quality
+from fastprior.serving.weights import Weights, of_prior
 
 
 class PriorSampler:
@@ -32,8 +35,8 @@ class PriorSampler:
 
     Prompts are padded to the nearest of `batch_sizes`, which changes no row's result, and more than the largest run in
     parts. One compiled graph per batch size serves every prompt, seed and `cond_scale`. A change of the prior's weights
-    is served from the next call on. Calls from several threads run one after the other, on CUDA in the order of the
-    calls, whatever their streams.
+    is served from the next call on; `update` makes one while others call. Calls from several threads run one after the
+    other, on CUDA in the order of the calls, whatever their streams.
 
     With torch 2.11 what other threads of yours draw from the device's default generator while graphs are captured fails
     (what fastprior draws waits): call `warmup` before they begin, or draw from generators of your own.
@@ -104,7 +107,7 @@ class PriorSampler:
         self._modules: list | None = None
         self._timesteps, self._eta = timesteps, {} if eta is None else dict(eta=eta)
         if quantise:
-            with self._engine.lock, torch.no_grad():
+            with lock_of(prior), self._engine.lock, torch.no_grad():
                 self._engine.refresh(prior.net, self._build)
 
     def __getstate__(self) -> dict:
@@ -125,8 +128,11 @@ class PriorSampler:
     def graphs(self, wanted: bool) -> None:
         self._engine.graphs = wanted
 
-    def _build(self) -> None:
-        """(Re)build what depends on the network: all of it for other modules or hooks, the tables for other weights."""
+    def _build(self, judged: quality.Quality | None = None) -> None:
+        """(Re)build what depends on the network: all of it for other modules or hooks, the tables for other weights.
+
+        Quantised weights are judged, unless they were.
+        """
         own = self.prior.net
         modules: list = [
             (id(m), type(m), type(m).forward, "forward" in vars(m), len(m._forward_hooks), len(m._forward_pre_hooks))
@@ -147,11 +153,11 @@ class PriorSampler:
         self._steps = CachedSteps(self._net, self.plan, self._step_net)
         if self.quantise:
             update(self._step_net)
-            self._judge()
+            self.quality = judged or self._judge()
         ops.to_huge_pages((*self._net.parameters(), *self._step_net.buffers()))  # now, not in the second call
         self._modules = modules
 
-    def _judge(self) -> None:
+    def _judge(self) -> quality.Quality:
         """Compare embeddings of the quantised network with those of the prior as it is, with the same noise."""
         prompts = self._quality_prompts or quality.random_prompts(self.prior.net)
         text_cond = self.prior.text_condition(None, **dict(text_encodings=None) | dict(prompts))
@@ -164,7 +170,37 @@ class PriorSampler:
             run = shape, text_cond, scale, self._timesteps
             options = dict(solver=self.plan.table.solver, generator=other, progress=False, **self._eta)
             wanted.append(self.prior.p_sample_loop(*run, **options))
-        self.quality = quality.judge(self.quantise, torch.cat(got), torch.cat(wanted))
+        return quality.judge(self.quantise, torch.cat(got), torch.cat(wanted))
+
+    @torch.no_grad()
+    def update(self, weights: Weights) -> None:
+        """Serve other weights from the next call on, while other threads call: each call has the old or the new ones.
+
+        They are loaded into the prior, so that all else that holds it has them too. Calls in progress end before. With
+        `quantise` they are judged first, beside those that serve on meanwhile.
+
+        Args:
+            weights: a state dict of the prior or of its network; a prior that was built as this one; or the path of
+                one, see `fastprior.load`. Weights of a CLIP are left out.
+        Raises:
+            ValueError: they do not fit, are not finite, or lose too much when quantised. Nothing has changed then.
+            FileNotFoundError: there is no such file.
+        """
+        prior, judged = self.prior, None
+        fitting = of_prior(prior, weights)
+        if self.quantise:
+            with lock_of(prior):
+                twin = copy.deepcopy(prior, {id(prior.clip): prior.clip})
+            twin.net.load_state_dict(fitting)
+            run = dict(timesteps=self._timesteps, solver=self.plan.table.solver, guidance=self.guidance, **self._eta)
+            run |= dict(samples_per_prompt=self.samples_per_prompt, dtype=self.dtype, compile=False, graphs=False)
+            judging = dict(quantise=self.quantise, quality_prompts=self._quality_prompts)
+            judged = PriorSampler(twin, **run, **judging).quality
+        with weights_locked(prior):
+            prior.net.load_state_dict(fitting)
+            if judged:
+                with self._engine.lock:
+                    self._engine.refresh(prior.net, partial(self._build, judged))
 
     def _padded(self, text_cond: dict, batch: int) -> dict:
         """A text condition with rows up to a batch size; for graphs also of full length, and with every condition."""
@@ -270,7 +306,7 @@ class PriorSampler:
         device, served = self.prior.device, engine.clock.device
         if device != served:
             raise ValueError(f"the prior is on {device}; it must be where it was, on {served}")
-        with engine.lock, engine.clock, ops.sharing():
+        with lock_of(self.prior), engine.lock, engine.clock, ops.sharing():
             engine.clock.counts = counts
             engine.refresh(self.prior.net, self._build)
             embeds = self._sample(text_cond, cond_scale, generator)

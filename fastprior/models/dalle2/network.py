@@ -25,6 +25,7 @@ from fastprior.models.linears import Projections, dtype_of
 from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.patches import are_called_as_they_are
 from fastprior.models.shared_rows import row_layout
+from fastprior.models.weight_lock import weights_locked
 
 NULL_TABLE_ROWS = 256  # timesteps of the null table computed at once: bounds its memory
 
@@ -191,10 +192,11 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
             self.conditions.check(conditions, batch)
 
     def _apply(self, *args, **kwargs):
-        before = self.learned_query.data_ptr()
-        super()._apply(*args, **kwargs)
-        if self.learned_query.data_ptr() != before:
-            snapshot.forget(self)
+        with weights_locked(self):
+            before = self.learned_query.data_ptr()
+            super()._apply(*args, **kwargs)
+            if self.learned_query.data_ptr() != before:
+                snapshot.forget(self)
         return self
 
     def forward(

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from fastprior.draws import prob_mask_like
 from fastprior.kernels import ops
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
+from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.prior_transformer import prompt_memory
 from fastprior.models.prior_transformer.forward import PriorTransformerConditioning
 from fastprior.models.prior_transformer.model import PriorTransformer
 
 
-class PriorTransformerNet(nn.Module):
+class PriorTransformerNet(NoticesForeignStates, nn.Module):
     """The network of a `DiffusionPrior`, for training Kandinsky's and Karlo's priors or new ones of their kind.
 
     Diffusion runs on normalised embeddings, `(image_embed - clip_mean) / clip_std`. All-zero rows of `text_encodings`

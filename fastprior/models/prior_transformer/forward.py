@@ -14,6 +14,7 @@ from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.prior_transformer import cached_blocks, prompt_memory
 from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
 from fastprior.models.shared_rows import row_layout
+from fastprior.models.weight_lock import reads_weights, weights_locked
 
 
 class PriorTransformerConditioning(NamedTuple):
@@ -48,6 +49,7 @@ class PriorForward(NoticesForeignStates):
     loads_files = "from_pretrained reads folders, and fastprior.convert makes one of Karlo's and Kandinsky's own files"
     gradient_checkpointing = False
 
+    @reads_weights
     def forward(
         self,
         hidden_states: Tensor,
@@ -169,12 +171,11 @@ class PriorForward(NoticesForeignStates):
         return prior_latents
 
     def _apply(self, *args, **kwargs):
-        before = self.positional_embedding.data_ptr()
-        super()._apply(*args, **kwargs)
-        if (
-            self.positional_embedding.data_ptr() != before
-        ):  # offloading moves a model at every call, mostly to where it is
-            prompt_memory.forget(self)
+        with weights_locked(self):
+            before = self.positional_embedding.data_ptr()
+            super()._apply(*args, **kwargs)
+            if self.positional_embedding.data_ptr() != before:  # offloading moves at every call, mostly to where it is
+                prompt_memory.forget(self)
         return self
 
     @property

@@ -192,10 +192,10 @@ class PriorSampler:
             with lock_of(prior):
                 twin = copy.deepcopy(prior, {id(prior.clip): prior.clip})
             twin.net.load_state_dict(fitting)
-            run = dict(timesteps=self._timesteps, solver=self.plan.table.solver, guidance=self.guidance, **self._eta)
-            run |= dict(samples_per_prompt=self.samples_per_prompt, dtype=self.dtype, compile=False, graphs=False)
-            judging = dict(quantise=self.quantise, quality_prompts=self._quality_prompts)
-            judged = PriorSampler(twin, **run, **judging).quality
+            steps = dict(timesteps=self._timesteps, solver=self.plan.table.solver, **self._eta)
+            shapes = dict(batch_sizes=self.batch_sizes, samples_per_prompt=self.samples_per_prompt, dtype=self.dtype)
+            judging = dict(quantise=self.quantise, quality_prompts=self._quality_prompts, guidance=self.guidance)
+            judged = PriorSampler(twin, **steps, **shapes, **judging, compile=False, graphs=False).quality
         with weights_locked(prior):
             prior.net.load_state_dict(fitting)
             if judged:

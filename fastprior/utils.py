@@ -153,11 +153,24 @@ def remove_leftovers(path: str | os.PathLike) -> None:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def _trains(module) -> bool:
+    """Whether a module, or one within it, is in training mode."""
+    left = [module]
+    while left:
+        module = left.pop()
+        if module.training:
+            return True
+        left += [inner for inner in module._modules.values() if inner is not None]
+    return False
+
+
 def in_eval_mode(method):
     """Make a method run in eval mode; the mode comes back afterwards, also after an error."""
 
     @wraps(method)
     def inner(self, *args, **kwargs):
+        if not _trains(self):  # to tell each module takes longer than to ask
+            return method(self, *args, **kwargs)
         training = self.training
         self.eval()
         try:

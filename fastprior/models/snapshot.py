@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from fastprior.kernels import ops
 from fastprior.models import patches
 
 SAMPLE = 64  # neighbouring elements of each weight that are compared
@@ -36,6 +41,8 @@ class Snapshot:
         self.placed, self.addresses = parts, [part.data_ptr() for part in parts]
         self.counted = [part for part in parts if not part.is_inference()]
         self.versions = [part._version for part in self.counted]
+        read_in_place = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in parts)
+        self.may_be_kept = read_in_place and not patches.touched(modules)
         self.views = [_middle(part.detach()) for part in parts if part.device == parts[0].device]
         self.sample = torch.cat(self.views) if self.views else None
 
@@ -89,14 +96,38 @@ _STATES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[State]] = weakref.Weak
 
 
 class State:
-    """Stands for a model's modules and weights as they were."""
+    """Stands for a model's modules and weights as they were.
+
+    Attributes:
+        snapshot: these; None where they were forgotten.
+        made: what was made of them, see `once`.
+        parts: ids of the modules within the model.
+        twins: see `add_twin`.
+        runs: how many began with it.
+    """
 
     def __init__(self, model: nn.Module):
         self.snapshot: Snapshot | None = Snapshot(model)
+        self.parts = set(map(id, self.snapshot.modules))
+        self.twins: list[nn.Module] = []
+        self.made: dict[Hashable, Any] = {}
+        self.runs = 0
+
+    def add_twin(self, model: nn.Module) -> None:
+        """Count the modules of another model as parts, which somebody makes of this one for each state."""
+        self.twins.append(model)  # so that no other object takes the id of one
+        self.parts |= set(map(id, model.modules()))
 
 
 def state(model: nn.Module) -> State:
-    """The state of a model: the same object for as long as nothing changes in the model, and the caller keeps it."""
+    """The state of a model: the same object for as long as nothing changes in the model, and the caller keeps it.
+
+    Within `running` it is that of the beginning.
+    """
+    found = _running.state
+    then = found and found.snapshot
+    if then and then.model() is model:
+        return found
     found = _STATES[model]() if model in _STATES else None
     then = found and found.snapshot
     if not (then and then.same_weights() and then.same_modules() and then.same_values()):
@@ -107,6 +138,69 @@ def state(model: nn.Module) -> State:
 
 def forget(model: nn.Module) -> None:
     """Drop what is kept of a model: it holds its weights, also where they were."""
+    _KEPT.pop(model, None)
     found = _STATES.pop(model, lambda: None)()
     if found is not None:
         found.snapshot = None
+        found.made.clear()
+
+
+class _Running(threading.local):
+    state: State | None = None  # of the model that runs in this thread
+    trained: bool = False  # whether a weight of it requires a gradient
+
+
+_running = _Running()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, State | None] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Look at a model once for the whole of a run on the CPU; what is made of its modules and weights is kept.
+
+    Not where a mode or a trace follows operations; nor where there are hooks, which may refer to the model, as what is
+    kept would keep it alive then; nor where kernels read copies of weights, which do not see every edit.
+    """
+    if not _can_run(model):
+        yield
+        return
+    found = state(model)
+    then = found.snapshot
+    if then is None or not then.may_be_kept:
+        _KEPT[model] = None
+        yield
+        return
+    _KEPT[model] = found
+    found.runs += 1
+    if found.runs == 2:
+        ops.to_huge_pages(weight for weight in then.placed if weight.ndim == 2)
+    outer = _running.state, _running.trained
+    _running.state, _running.trained = found, any(weight.requires_grad for _, _, weight in then.weights)
+    try:
+        yield
+    finally:
+        _running.state, _running.trained = outer
+
+
+def _can_run(model: nn.Module) -> bool:
+    weight = next(model.parameters(), None)
+    if torch.compiler.is_compiling() or type(weight) not in (nn.Parameter, Tensor) or not weight.is_cpu:
+        return False
+    if is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not torch.jit.is_tracing() and _KEPT.get(model, True) is not None
+
+
+def once(part: nn.Module, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` gives of a part of a model, made once for each state of the model that runs, see `running`.
+
+    None is not kept: what cannot be made now may be later.
+    """
+    found = _running.state
+    if found is None or found.snapshot is None or id(part) not in found.parts:
+        return make()
+    key = id(part), _running.trained, ops.forced(), key
+    made = found.made.get(key)
+    if made is None:
+        made = found.made[key] = make()
+    return made

@@ -22,6 +22,7 @@ from fastprior.engine.engine import Engine
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Generators, Noise
 from fastprior.kernels import ops
+from fastprior.models import snapshot
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.models.prior_transformer.prompt_memory import prefix_obstacles
 from fastprior.models.quantise import check as check_quantise
@@ -285,7 +286,7 @@ class PriorPipeline:
 
     def _run(self, run: PromptRun, x: Tensor, noise: Noise) -> Tensor:
         """The embeddings of a run that begins at x (rows, dim), the rows of a prompt together."""
-        with lock_of(self.prior):
+        with lock_of(self.prior), snapshot.running(self.prior):
             return self.prior.post_process_latents(self._run_steps(run, x, noise))
 
     def _run_steps(self, run: PromptRun, x: Tensor, noise: Noise) -> Tensor:

@@ -22,7 +22,7 @@ from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.weight_lock import reads_weights
 from fastprior.prior import graphs as prior_graphs
 from fastprior.prior.arguments import check_arguments
-from fastprior.prior.loop import sample_loop
+from fastprior.prior.loop import one_run, sample_loop
 from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden, remember
 from fastprior.prior.text_condition import TextConditioned, check_conditions, check_tensors
 from fastprior.utils import in_eval_mode
@@ -267,7 +267,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         plan = make_plan(self, table, cond_scale, *self._clamp())
         return replace(plan, graph_reasons=prior_graphs.graph_obstacles(self, plan.path, len(table.times), rows))
 
-    @reads_weights
+    @one_run
     def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
         plan = self.sampling_plan(timesteps, cond_scale, solver, eta, rows=shape[0])
         self.check_text_condition(shape, text_cond)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastprior.diffusion.schedule import NoiseScheduler
 from fastprior.diffusion.solvers import StepTable
-from fastprior.models import patches
+from fastprior.models import patches, snapshot
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
 
@@ -100,9 +100,9 @@ def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
     transformer = net.causal_transformer
     if type(transformer) is not CausalTransformer:
         return [*found, f"net.causal_transformer is a {type(transformer).__name__}"]
-    found += transformer.obstacles()
+    found += snapshot.once(transformer, "obstacles", transformer.obstacles)
     dropping = net.training and any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in net.modules())
-    if not dropout and (dropping or transformer.drops_out()):
+    if not dropout and (dropping or snapshot.once(transformer, "drops_out", transformer.drops_out)):
         found.append("dropout is active")
     return found
 

@@ -18,7 +18,7 @@ from fastprior.engine.graphs import StepGraph
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Noise, Step, bind, run_parts
 from fastprior.kernels import ops
-from fastprior.models import patches
+from fastprior.models import patches, snapshot
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.quantise import check as check_quantise
 from fastprior.models.quantise import quantised, update
@@ -150,6 +150,8 @@ class PriorSampler:
             self._engine.forget_steps()
         if self._net is not own:
             self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
+        for twin in {self._net, self._step_net} - {own}:
+            snapshot.state(own).add_twin(twin)
         self._steps = CachedSteps(self._net, self.plan, self._step_net)
         if self.quantise:
             update(self._step_net)
@@ -308,8 +310,9 @@ class PriorSampler:
             raise ValueError(f"the prior is on {device}; it must be where it was, on {served}")
         with lock_of(self.prior), engine.lock, engine.clock, ops.sharing():
             engine.clock.counts = counts
-            engine.refresh(self.prior.net, self._build)
-            embeds = self._sample(text_cond, cond_scale, generator)
+            with snapshot.running(self.prior.net):
+                engine.refresh(self.prior.net, self._build)
+                embeds = self._sample(text_cond, cond_scale, generator)
         return self.prior.best_of(self.prior.denormalize(embeds).view(prompts, repeats, -1), text_embed)
 
     def _sample(self, text_cond: dict, cond_scale: float, generator: torch.Generator | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastprior.checks import MOST, check_count, check_number, check_share
 from fastprior.kernels import ops, reference
 from fastprior.kernels.reference import Rotary
-from fastprior.models import patches
+from fastprior.models import patches, snapshot
 from fastprior.models.dalle2.layers import (
     Attention,
     FeedForward,
@@ -311,7 +311,10 @@ class CausalTransformer(nn.Module):
 
         None where there is no such kernel, or a trace must look at each module.
         """
-        if torch.compiler.is_compiling() or self.obstacles() or not self._is_plain():
+        return None if torch.compiler.is_compiling() else snapshot.once(self, "blocks", self._prepared)
+
+    def _prepared(self) -> ops.Blocks | None:
+        if self.obstacles() or not self._is_plain():
             return None
         attn, blocks = self.layers[0][0], self._blocks()
         if len({tuple(t.shape for t in block if t is not None) for block in blocks}) > 1:  # such as pruned ones

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.kernels import ops
+from fastprior.models import snapshot
 from fastprior.models.linears import are_known, projected, scales_of
 from fastprior.models.patches import are_called_as_they_are
 from fastprior.models.shared_rows import RowLayout
@@ -144,8 +146,12 @@ def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
     None where there is no such kernel, something stands in the place of a linear (LoRA) or norm, norms differ, or a
     trace must look at each module.
     """
+    return None if torch.compiler.is_compiling() else snapshot.once(blocks, "blocks", partial(_prepared, blocks))
+
+
+def _prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
     norms = [norm for block in blocks for norm in (block.norm1, block.norm3)]
-    if torch.compiler.is_compiling() or any(type(norm) is not nn.LayerNorm or norm.weight is None for norm in norms):
+    if any(type(norm) is not nn.LayerNorm or norm.weight is None for norm in norms):
         return None
     if not are_called_as_they_are(*norms) or len({norm.eps for norm in norms}) > 1:
         return None

@@ -26,6 +26,7 @@ MODULES = (
 )
 
 _WATCHED: list[tuple[str, Any, str, Any]] = []  # kind, owner, name, and what stands there unpatched
+_OWNERS, _NAMES, _UNPATCHED = _COLUMNS = [], [], []  # the same in columns, to be compared at once
 _patched = False
 
 
@@ -61,7 +62,10 @@ def watch(*owners: ModuleType | type, names: tuple[str, ...] = ("forward",), kin
     for owner in owners:
         for name in names:
             function = vars(owner)[name]
-            _WATCHED.append((kind, owner, name, function if _is_of(owner, name, function) else None))
+            found = owner, name, function if _is_of(owner, name, function) else None
+            _WATCHED.append((kind, *found))
+            for column, value in zip(_COLUMNS, found):
+                column.append(value)
 
 
 watch(F, names=FUNCTIONS)
@@ -76,6 +80,10 @@ def found() -> Found:
     """What is patched now. It takes some microseconds: once for a run, or for a call of a network."""
     global _patched
     if torch.compiler.is_compiling():
+        return NOTHING
+    hooked = any(GLOBAL_HOOKS["forward"]) or any(GLOBAL_HOOKS["backward"])
+    if not hooked and not torch._C._len_torch_function_stack() and [*map(getattr, _OWNERS, _NAMES)] == _UNPATCHED:
+        _patched = False
         return NOTHING
     reasons = [
         (kind, f"{owner.__name__}.{name} is patched")

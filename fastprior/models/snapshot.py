@@ -39,6 +39,7 @@ class Snapshot:
         ]
         parts = [part for _, _, weight in self.weights for part in _plain_parts(weight)]
         self.placed, self.addresses = parts, [part.data_ptr() for part in parts]
+        self.layouts = [(part.shape, part.stride()) for part in parts]
         self.counted = [part for part in parts if not part.is_inference()]
         self.versions = [part._version for part in self.counted]
         read_in_place = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in parts)
@@ -53,6 +54,10 @@ class Snapshot:
             and [part.data_ptr() for part in self.placed] == self.addresses
             and [part._version for part in self.counted] == self.versions
         )
+
+    def same_layouts(self) -> bool:
+        """Whether no weight's `.data` was replaced by a view of the same memory, as pruning or a transposition may."""
+        return [(part.shape, part.stride()) for part in self.placed] == self.layouts
 
     def same_modules(self) -> bool:
         """Whether no module, class of one, hook, adapter or other attribute changed, and nothing was patched."""
@@ -130,7 +135,7 @@ def state(model: nn.Module) -> State:
         return found
     found = _STATES[model]() if model in _STATES else None
     then = found and found.snapshot
-    if not (then and then.same_weights() and then.same_modules() and then.same_values()):
+    if not (then and then.same_weights() and then.same_layouts() and then.same_modules() and then.same_values()):
         found = State(model)
         _STATES[model] = weakref.ref(found)
     return found

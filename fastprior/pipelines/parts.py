@@ -27,6 +27,8 @@ ENCODERS = {  # classes of transformers
 }
 MOST_LAYERS = 2**8  # of an encoder
 _tokenizing = threading.Lock()  # a call changes how the tokenizer pads, for all threads
+if hasattr(os, "register_at_fork"):  # the thread that holds it is not in the child
+    os.register_at_fork(after_in_child=_tokenizing._at_fork_reinit)
 
 
 def listed(name: str, texts: str | list[str]) -> list[str]:

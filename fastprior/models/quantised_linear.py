@@ -29,7 +29,8 @@ class QuantisedLinear(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Quantise the source's weight again: each row over the range of the dtype, int8 rounded to nearest."""
-        weight, whole = self.source[0].weight.float(), not self.weight.dtype.is_floating_point
+        # an alias of one moment: `.data` may be replaced meanwhile, and a weight read while it is has any numbers
+        weight, whole = self.source[0].weight.data.float(), not self.weight.dtype.is_floating_point
         most = torch.iinfo(torch.int8).max if whole else torch.finfo(self.weight.dtype).max
         self.scale.copy_(weight.abs().amax(dim=1).clamp(min=1e-30) / most)
         weight = weight / self.scale[:, None]

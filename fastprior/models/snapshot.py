@@ -44,7 +44,7 @@ class Snapshot:
         self.versions = [part._version for part in self.counted]
         read_in_place = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in parts)
         self.may_be_kept = read_in_place and not patches.touched(modules)
-        self.views = [_middle(part.detach()) for part in parts if part.device == parts[0].device]
+        self.views = [_middle(part.data) for part in parts if part.device == parts[0].device]
         self.sample = torch.cat(self.views) if self.views else None
 
     def same_weights(self) -> bool:

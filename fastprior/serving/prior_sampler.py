@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprior.batches import map_rows
 from fastprior.checks import check_number
@@ -149,7 +149,9 @@ class PriorSampler:
             self._step_net = quantised(self._net, self.quantise) if self.quantise else self._net
             self._engine.forget_steps()
         if self._net is not own:
-            self._net.load_state_dict(own.state_dict())  # in place: compiled steps stay as they are
+            for tensors in (nn.Module.parameters, nn.Module.buffers):
+                for copied, weight in zip(tensors(self._net), tensors(own)):
+                    copied.copy_(weight.data)  # in place: compiled steps stay as they are
         for twin in {self._net, self._step_net} - {own}:
             snapshot.state(own).add_twin(twin)
         self._steps = CachedSteps(self._net, self.plan, self._step_net)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -107,7 +108,7 @@ class State:
         snapshot: these; None where they were forgotten.
         made: what was made of them, see `once`.
         parts: ids of the modules within the model.
-        twins: see `add_twin`.
+        twins: see `add_twin`; `twin` is the one of `twin_of`.
         runs: how many began with it.
     """
 
@@ -115,11 +116,12 @@ class State:
         self.snapshot: Snapshot | None = Snapshot(model)
         self.parts = set(map(id, self.snapshot.modules))
         self.twins: list[nn.Module] = []
+        self.twin: nn.Module | None = None
         self.made: dict[Hashable, Any] = {}
         self.runs = 0
 
     def add_twin(self, model: nn.Module) -> None:
-        """Count the modules of another model as parts, which somebody makes of this one for each state."""
+        """Count the modules of another model as parts: of one that is made of this one for each state."""
         self.twins.append(model)  # so that no other object takes the id of one
         self.parts |= set(map(id, model.modules()))
 
@@ -131,7 +133,7 @@ def state(model: nn.Module) -> State:
     """
     found = _running.state
     then = found and found.snapshot
-    if then and then.model() is model:
+    if then and (then.model() is model or _running.twin is model):
         return found
     found = _STATES[model]() if model in _STATES else None
     then = found and found.snapshot
@@ -152,7 +154,7 @@ def forget(model: nn.Module) -> None:
 
 class _Running(threading.local):
     state: State | None = None  # of the model that runs in this thread
-    trained: bool = False  # whether a weight of it requires a gradient
+    twin: nn.Module | None = None  # which runs in its place
 
 
 _running = _Running()
@@ -160,52 +162,113 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, State | None] = weakref.WeakKeyDicti
 
 
 @contextlib.contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Look at a model once for the whole of a run on the CPU; what is made of its modules and weights is kept.
+def running(model: nn.Module) -> Iterator[nn.Module]:
+    """Look at a model once for the whole of a run on the CPU, without gradients; gives its twin, see `twin_of`.
 
-    Not where a mode or a trace follows operations; nor where there are hooks, which may refer to the model, as what is
-    kept would keep it alive then; nor where kernels read copies of weights, which do not see every edit.
+    What is made of its modules and weights is kept. Not where a mode or a trace follows operations; nor where there are
+    hooks, which may refer to the model, as what is kept would keep it alive then; nor where kernels read copies of
+    weights, which do not see every edit.
     """
-    if not _can_run(model):
-        yield
-        return
-    found = state(model)
-    then = found.snapshot
-    if then is None or not then.may_be_kept:
-        _KEPT[model] = None
-        yield
+    found = state(model) if _can_run(model) else None
+    then = found and found.snapshot
+    if not then or not then.may_be_kept:
+        if found:
+            _KEPT[model] = None
+        yield model
         return
     _KEPT[model] = found
+    if not found.runs and (twin := twin_of(model)) is not model:  # else it would keep itself alive
+        found.twin = twin
+        found.add_twin(twin)
     found.runs += 1
     if found.runs == 2:
         ops.to_huge_pages(weight for weight in then.placed if weight.ndim == 2)
-    outer = _running.state, _running.trained
-    _running.state, _running.trained = found, any(weight.requires_grad for _, _, weight in then.weights)
+    twin, outer = model if found.twin is None else found.twin, (_running.state, _running.twin)
+    if twin is not model:
+        vars(twin).update({name: value for name, value in vars(model).items() if name not in CONTENTS})
+    _running.state, _running.twin = found, twin
     try:
-        yield
+        yield twin
     finally:
-        _running.state, _running.trained = outer
+        _running.state, _running.twin = outer
 
 
 def _can_run(model: nn.Module) -> bool:
     weight = next(model.parameters(), None)
     if torch.compiler.is_compiling() or type(weight) not in (nn.Parameter, Tensor) or not weight.is_cpu:
         return False
-    if is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None:
+    followed = is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
+    if followed or torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
-    return not torch.jit.is_tracing() and _KEPT.get(model, True) is not None
+    return _KEPT.get(model, True) is not None
+
+
+def held(model: nn.Module) -> nn.Module:
+    """The twin of a model that runs in this thread; else the model."""
+    found = _running.state
+    then = found and found.snapshot
+    return _running.twin if then and then.model() is model else model
 
 
 def once(part: nn.Module, key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` gives of a part of a model, made once for each state of the model that runs, see `running`.
+    """What `make` gives of a part of a model or its twin, made once for each state of the model that runs.
 
     None is not kept: what cannot be made now may be later.
     """
     found = _running.state
     if found is None or found.snapshot is None or id(part) not in found.parts:
         return make()
-    key = id(part), _running.trained, ops.forced(), key
+    key = id(part), ops.forced(), key
     made = found.made.get(key)
     if made is None:
         made = found.made[key] = make()
     return made
+
+
+CONTENTS = "_parameters", "_buffers", "_modules"
+KNOWN = "fastprior", "diffusers"
+_TWINS: weakref.WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[nn.Module]]] = weakref.WeakKeyDictionary()
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A model of the same weights, for runs without gradients, in which nobody replaces any.
+
+    `weight.data = …` in one thread is seen in the middle of an operation of another, which may read memory that is free
+    then. What the twin holds are aliases, that go on pointing to what was replaced; edits in place they see. For other
+    states of the model it is the same object, with other aliases where weights were replaced.
+
+    Returns:
+        the model itself where something in it is of an unknown kind, which may keep what is the model's own.
+    """
+    modules = list(model.modules())
+    if not all(_is_known(module) for module in modules):
+        return model
+    twins, inner = _TWINS.get(model, ([], []))
+    same = len(modules) == len(twins) and all(map(operator.is_, inner, modules[1:]))
+    if not same or any(type(twin) is not type(module) for twin, module in zip(twins, modules)):
+        twins = [object.__new__(type(module)) for module in modules]
+        _TWINS[model] = twins, modules[1:]
+    of = dict(zip(map(id, modules), twins))
+    for module, twin in zip(modules, twins):
+        own, before = dict(vars(module)), vars(twin)
+        own["_modules"] = {name: part if part is None else of[id(part)] for name, part in module._modules.items()}
+        for kind in CONTENTS[:2]:
+            kept = before.get(kind, {})
+            own[kind] = {name: _alias(weight, kept.get(name)) for name, weight in own[kind].items()}
+        before.update(own)
+    return twins[0]
+
+
+def _is_known(module: nn.Module) -> bool:
+    home, weights = type(module).__module__, (*module._parameters.values(), *module._buffers.values())
+    known = home.split(".")[0] in KNOWN or home.startswith("torch.nn.modules.")
+    return known and all(type(weight) in (nn.Parameter, Tensor, type(None)) for weight in weights)
+
+
+def _alias(weight: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """Its numbers under another name, the one from before where they are the same."""
+    if weight is None:
+        return None
+    alias = weight.data
+    same = before is not None and alias.data_ptr() == before.data_ptr() and alias.dtype == before.dtype
+    return before if same and (alias.shape, alias.stride()) == (before.shape, before.stride()) else alias

@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -266,16 +267,16 @@ class PriorPipeline:
         with weights_locked(prior):
             prior.load_state_dict(fitting)
             if judgement:
-                with self._engine.lock:
+                with self._engine.lock, snapshot.running(prior):
                     self._engine.refresh(prior, partial(self._build, judgement))
 
     def _build(self, judgement: quality.Quality | None = None) -> None:
         self._look()
-        self._quantised = None
+        self._quantised, prior = None, snapshot.held(self.prior)
         if judgement:
-            self._quantised, self.quality = quantised(self.prior, self.quantise), judgement
+            self._quantised, self.quality = quantised(prior, self.quantise), judgement
         elif self.quantise:
-            self._quantised, self.quality = judged(self.quantise, self.prior, self.schedule)
+            self._quantised, self.quality = judged(self.quantise, prior, self.schedule)
 
     def _look(self) -> None:
         """Find what in the prior must be called with all tokens, at each step; a warning says so once."""
@@ -286,8 +287,8 @@ class PriorPipeline:
 
     def _run(self, run: PromptRun, x: Tensor, noise: Noise) -> Tensor:
         """The embeddings of a run that begins at x (rows, dim), the rows of a prompt together."""
-        with lock_of(self.prior), snapshot.running(self.prior):
-            return self.prior.post_process_latents(self._run_steps(run, x, noise))
+        with lock_of(self.prior), snapshot.running(self.prior) as prior:
+            return prior.post_process_latents(self._run_steps(replace(run, prior=prior), x, noise))
 
     def _run_steps(self, run: PromptRun, x: Tensor, noise: Noise) -> Tensor:
         engine, self._steps = self._engine, len(run.table.times)

@@ -142,7 +142,7 @@ def sample_loop(
     table = plan.table
     with ops.sharing():
         if plan.path == "cached":
-            step = _cached_step(prior.net, plan, rows, text_cond, cond_scale)
+            step = _cached_step(snapshot.held(prior.net), plan, rows, text_cond, cond_scale)
         else:
             step = _plain_step(prior, plan, rows, text_cond, cond_scale, noise)
             table = replace(table, draws_noise=(False,) * len(table.times))  # it draws itself, behind the network

@@ -97,7 +97,7 @@ def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
     found = [f"{type(net).__name__}.{name} is overridden" for name in replaced]
     if patches.has_hook(net):
         found.append(f"{type(net).__name__} has a forward hook, which the cached path would not call")
-    transformer = net.causal_transformer
+    transformer = snapshot.held(net).causal_transformer
     if type(transformer) is not CausalTransformer:
         return [*found, f"net.causal_transformer is a {type(transformer).__name__}"]
     found += snapshot.once(transformer, "obstacles", transformer.obstacles)

@@ -107,7 +107,7 @@ class PriorSampler:
         self._modules: list | None = None
         self._timesteps, self._eta = timesteps, {} if eta is None else dict(eta=eta)
         if quantise:
-            with lock_of(prior), self._engine.lock, torch.no_grad():
+            with lock_of(prior), self._engine.lock, torch.no_grad(), snapshot.running(prior.net):
                 self._engine.refresh(prior.net, self._build)
 
     def __getstate__(self) -> dict:
@@ -133,17 +133,17 @@ class PriorSampler:
 
         Quantised weights are judged, unless they were.
         """
-        own = self.prior.net
+        given, own = self.prior.net, snapshot.held(self.prior.net)
         modules: list = [
             (id(m), type(m), type(m).forward, "forward" in vars(m), len(m._forward_hooks), len(m._forward_pre_hooks))
-            for m in own.modules()
+            for m in given.modules()
         ]
-        modules += own.learned_query.dtype, patches.found()
+        modules += id(own), own.learned_query.dtype, patches.found()
         if self.quantise:  # its network shares the other parameters
             modules += [(id(p), p.device, p.dtype) for p in own.parameters()]
         if modules != self._modules:
             self._modules = None
-            if found := network_obstacles(own):
+            if found := network_obstacles(given):
                 raise ValueError(f"the prior's network was changed, and cannot be served: {'; '.join(found)}")
             self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
             self._step_net = quantised(self._net, self.quantise) if self.quantise else self._net
@@ -153,7 +153,7 @@ class PriorSampler:
                 for copied, weight in zip(tensors(self._net), tensors(own)):
                     copied.copy_(weight.data)  # in place: compiled steps stay as they are
         for twin in {self._net, self._step_net} - {own}:
-            snapshot.state(own).add_twin(twin)
+            snapshot.state(given).add_twin(twin)
         self._steps = CachedSteps(self._net, self.plan, self._step_net)
         if self.quantise:
             update(self._step_net)
@@ -203,7 +203,7 @@ class PriorSampler:
         with weights_locked(prior):
             prior.net.load_state_dict(fitting)
             if judged:
-                with self._engine.lock:
+                with self._engine.lock, snapshot.running(prior.net):
                     self._engine.refresh(prior.net, partial(self._build, judged))
 
     def _padded(self, text_cond: dict, batch: int) -> dict:

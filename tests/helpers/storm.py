@@ -149,8 +149,8 @@ class Changes:
                 model.to(torch.float64).to(torch.float32)
 
     def replace(self) -> None:
-        """By equal values elsewhere, in the middle of calls."""
-        for model in (self.models.prior, self.models.transformer):
+        """By equal values elsewhere, in the middle of calls. A CLIP is called by PyTorch alone, which must not see it."""
+        for model in (self.models.prior.net, self.models.transformer):
             for weight in model.parameters():
                 weight.data = weight.data.clone()
 
@@ -200,13 +200,13 @@ def answers() -> dict:
     return found
 
 
-def storm(calls: int, seconds: float, seed: int = 0, patience: float = 120.0) -> Storm:
+def storm(calls: int, seconds: float, seed: int = 0, patience: float = 120.0, wanted: dict | None = None) -> Storm:
     """Call from several threads, until there were so many calls or the time is over.
 
-    Raises AssertionError where a thread waits for longer than `patience`, after all stacks were written to stderr.
+    `wanted` is what `answers` gives. Raises AssertionError where a thread waits for longer than `patience`, after all stacks were written to stderr.
     """
     torch.manual_seed(0)
-    wanted, models, done, began = answers(), Models(0), Storm(), time.monotonic()
+    wanted, models, done, began = wanted or answers(), Models(0), Storm(), time.monotonic()
     changes, over, counting = Changes(models, wanted, seed), threading.Event(), threading.Lock()
     all_calls = list(models.calls().items())
     beats = [time.monotonic()] * (THREADS + 2)

@@ -132,13 +132,26 @@ def test_calls_of_pipelines_look_once(made, monkeypatch):
         pipeline_run(pipeline)
 
 
-def test_gradients_are_asked_for_at_each_run(made):
-    """Blocks say whether a weight wants one."""
-    prior = make_prior().requires_grad_(False)
+def test_gradients_are_of_the_model():
+    """Whose twin runs without."""
+    grads = []
+    for prior in (make_prior(), make_prior()):
+        if grads:
+            run(prior)
+        net, text = prior.net, make_text(2, DIM)
+        cond = net.prefill(**text, times=torch.tensor([3]))
+        net.step(torch.ones(2, DIM), torch.tensor(0), cond).square().sum().backward()
+        grads.append(net.causal_transformer.project_out.weight.grad)
+    assert torch.equal(*grads) and grads[0].abs().max() > 0
+
+
+def test_attributes_of_the_model_are_seen():
+    prior, other = make_prior(), make_prior()
     run(prior)
-    prior.requires_grad_(True)
-    run(prior)
-    assert len(made) == 2
+    for one in (prior, other):
+        one.net.max_text_len = 3
+        one.net.null_text_encodings = nn.Parameter(one.net.null_text_encodings[:, :3].detach())
+    assert torch.equal(run(prior), run(other))
 
 
 def test_the_reference_is_not_kept_from():

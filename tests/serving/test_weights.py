@@ -114,9 +114,7 @@ def test_a_swap_between_steps_that_call_modules():
 
 @pytest.mark.slow
 def test_storm_in_short(wanted):
-    models = Models(0)
-    del models
-    found = storm(calls=10**6, seconds=3)
+    found = storm(calls=10**6, seconds=3, wanted=wanted)
     assert not found.errors and not found.wrong, found
     assert found.calls > 20 and found.changes, found
 

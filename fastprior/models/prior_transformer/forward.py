@@ -87,9 +87,10 @@ class PriorForward(NoticesForeignStates):
         if attention_mask is not None and prompt_memory.is_plain_call(text):
             suffix = self._count_suffix(hidden_states)
             with ops.sharing():
-                prefix = prompt_memory.recall(self, text, suffix, lambda: self.encode_prefix(*text, suffix))
-                if prefix is not None:
-                    pred = self.predict_behind(hidden_states, self.time_tokens(times), prefix)
+                found = prompt_memory.recall(self, text, suffix, lambda model: model.encode_prefix(*text, suffix))
+                if found is not None:
+                    model = self if found.model is None else found.model
+                    pred = model.predict_behind(hidden_states, model.time_tokens(times), found.prefix)
                     kind = pred.device.type
                     autocast = torch.is_autocast_enabled(kind)
                     pred = pred.to(torch.get_autocast_dtype(kind) if autocast else self._weight_dtype)

@@ -46,6 +46,7 @@ def _strangers(module: nn.Module) -> Iterator[nn.Module]:
 
 def prefix_obstacles(model: nn.Module, suffix: int) -> list[str]:
     """Why a prior transformer cannot run as a prefix and `suffix` tokens behind it; empty when it can."""
+    model = snapshot.held(model)
     find = partial(_each_obstacle, model, suffix)
     return snapshot.once(model.transformer_blocks, f"obstacles to {suffix}", lambda: list(dict.fromkeys(find())))
 
@@ -96,10 +97,11 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 class Remembered:
-    """A prefix and all it was made of."""
+    """A prefix and all it was made of; `model` runs what stands behind it, see `snapshot.twin_of`."""
 
-    def __init__(self, model: nn.Module, text: TextTensors, key: tuple, prefix: Prefix):
+    def __init__(self, model: nn.Module, twin: nn.Module, text: TextTensors, key: tuple, prefix: Prefix):
         self.prefix, self.key, self.snapshot = prefix, key, snapshot.Snapshot(model)
+        self.model = None if twin is model else twin  # else it would keep itself alive
         self.text = tuple(None if t is None else t.detach().clone() for t in text)
         self.callers: list[weakref.ref] = []
 
@@ -156,7 +158,9 @@ def forget(model: nn.Module) -> None:
     snapshot.forget(model)
 
 
-def recall(model: nn.Module, text: TextTensors, suffix: int, make: Callable[[], Prefix | None]) -> Prefix | None:
+def recall(
+    model: nn.Module, text: TextTensors, suffix: int, make: Callable[[nn.Module], Prefix | None]
+) -> Remembered | None:
     """The prefix of this text: that of the last call where everything is the same, else a new one.
 
     Tensors are compared by value, so that every kind of edit is seen.
@@ -164,7 +168,7 @@ def recall(model: nn.Module, text: TextTensors, suffix: int, make: Callable[[], 
     Args:
         text: tensors that the prefix is made of, as the caller gave them.
         suffix: number of tokens behind the prefix.
-        make: computes the prefix; None where this text has none.
+        make: computes the prefix by the model that is given; None where this text has none.
     Returns:
         None where there are obstacles to running behind a prefix.
     """
@@ -174,9 +178,12 @@ def recall(model: nn.Module, text: TextTensors, suffix: int, make: Callable[[], 
     entry = slot.entry
     if entry is None or not entry.fits(text, key):
         slot.entry = entry = None  # before the new one is made: there is never room for two
-        prefix = None if any(_each_obstacle(model, suffix)) else make()
+        if any(_each_obstacle(model, suffix)):
+            return None
+        twin = snapshot.twin_of(model) if kind == "cpu" else model
+        prefix = make(twin)
         if prefix is None:
             return None
-        slot.entry = entry = Remembered(model, text, key, prefix)
+        slot.entry = entry = Remembered(model, twin, text, key, prefix)
     slot.watch(text)
-    return entry.prefix
+    return entry

@@ -149,7 +149,7 @@ class Changes:
                 model.to(torch.float64).to(torch.float32)
 
     def replace(self) -> None:
-        """By equal values elsewhere, in the middle of calls. A CLIP is called by PyTorch alone, which must not see it."""
+        """By equal values elsewhere, in the middle of calls; not a CLIP's, which PyTorch alone reads."""
         for model in (self.models.prior.net, self.models.transformer):
             for weight in model.parameters():
                 weight.data = weight.data.clone()
@@ -203,7 +203,8 @@ def answers() -> dict:
 def storm(calls: int, seconds: float, seed: int = 0, patience: float = 120.0, wanted: dict | None = None) -> Storm:
     """Call from several threads, until there were so many calls or the time is over.
 
-    `wanted` is what `answers` gives. Raises AssertionError where a thread waits for longer than `patience`, after all stacks were written to stderr.
+    `wanted` is what `answers` gives. Raises AssertionError where a thread waits for longer than `patience`, after all
+    stacks were written to stderr.
     """
     torch.manual_seed(0)
     wanted, models, done, began = wanted or answers(), Models(0), Storm(), time.monotonic()

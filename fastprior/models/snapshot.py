@@ -182,7 +182,7 @@ def running(model: nn.Module) -> Iterator[nn.Module]:
         found.add_twin(twin)
     found.runs += 1
     if found.runs == 2:
-        ops.to_huge_pages(weight for weight in then.placed if weight.ndim == 2)
+        ops.to_huge_pages([weight for weight in then.placed if weight.ndim == 2])
     twin, outer = model if found.twin is None else found.twin, (_running.state, _running.twin)
     if twin is not model:
         vars(twin).update({name: value for name, value in vars(model).items() if name not in CONTENTS})

@@ -146,6 +146,7 @@ def state(model: nn.Module) -> State:
 def forget(model: nn.Module) -> None:
     """Drop what is kept of a model: it holds its weights, also where they were."""
     _KEPT.pop(model, None)
+    _TWINS.pop(model, None)
     found = _STATES.pop(model, lambda: None)()
     if found is not None:
         found.snapshot = None

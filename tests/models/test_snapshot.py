@@ -181,6 +181,21 @@ def test_no_model_is_kept_alive(hook):
     assert gone() is None and net() is None
 
 
+def test_weights_that_moved_are_let_go():
+    prior = make_prior()
+    run(prior)
+    twin = snapshot.twin_of(prior.net)
+    alias, weight = (net.causal_transformer.project_out.weight for net in (twin, prior.net))
+    assert alias is not weight and alias.data_ptr() == weight.data_ptr()
+    gone = weakref.ref(alias)
+    del twin, alias
+    gc.collect()
+    assert gone() is not None  # kept for the next run
+    prior.to(torch.float64)
+    gc.collect()
+    assert gone() is None
+
+
 def test_training_mode_comes_back():
     prior, text = make_prior(), make_text(2, DIM)
     options = dict(timesteps=3, progress=False)

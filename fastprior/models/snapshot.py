@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 import threading
 import weakref
@@ -42,18 +43,25 @@ class Snapshot:
         self.placed, self.addresses = parts, [part.data_ptr() for part in parts]
         self.layouts = [(part.shape, part.stride()) for part in parts]
         self.counted = [part for part in parts if not part.is_inference()]
-        self.versions = [part._version for part in self.counted]
         read_in_place = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in parts)
         self.may_be_kept = read_in_place and not patches.touched(modules)
         self.views = [_middle(part.data) for part in parts if part.device == parts[0].device]
+        self.look_at_values()
+
+    def look_at_values(self) -> None:
+        """Take the numbers as they are now for what they were."""
+        self.versions = [part._version for part in self.counted]
         self.sample = torch.cat(self.views) if self.views else None
 
     def same_weights(self) -> bool:
         """Whether every weight and buffer is the tensor it was, with no edit that autograd counted."""
+        return self.same_tensors() and [part._version for part in self.counted] == self.versions
+
+    def same_tensors(self) -> bool:
+        """Whether every weight and buffer is the tensor it was, in the same place."""
         return (
             all(owner.get(name) is weight for owner, name, weight in self.weights)
             and [part.data_ptr() for part in self.placed] == self.addresses
-            and [part._version for part in self.counted] == self.versions
         )
 
     def same_layouts(self) -> bool:
@@ -106,7 +114,8 @@ class State:
 
     Attributes:
         snapshot: these; None where they were forgotten.
-        made: what was made of them, see `once`.
+        made: what was made of them and depends on no number, see `once`.
+        tables: what does.
         parts: ids of the modules within the model.
         twins: see `add_twin`; `twin` is the one of `twin_of`.
         runs: how many began with it.
@@ -118,7 +127,19 @@ class State:
         self.twins: list[nn.Module] = []
         self.twin: nn.Module | None = None
         self.made: dict[Hashable, Any] = {}
+        self.tables: dict[Hashable, Tensor] = {}
         self.runs = 0
+
+    def edited(self) -> State:
+        """The state of the same modules and tensors with other numbers: what was made of them sees edits in place."""
+        other = copy.copy(self)
+        other.snapshot, other.twins, other.tables = copy.copy(self.snapshot), [], {}
+        other.snapshot.look_at_values()
+        other.parts = set(map(id, other.snapshot.modules))
+        if other.twin is not None:
+            other.add_twin(other.twin)
+        other.made = {key: made for key, made in self.made.copy().items() if key[0] in other.parts}
+        return other
 
     def add_twin(self, model: nn.Module) -> None:
         """Count the modules of another model as parts: of one that is made of this one for each state."""
@@ -137,9 +158,13 @@ def state(model: nn.Module) -> State:
         return found
     found = _STATES[model]() if model in _STATES else None
     then = found and found.snapshot
-    if not (then and then.same_weights() and then.same_layouts() and then.same_modules() and then.same_values()):
+    if not (then and then.same_tensors() and then.same_layouts() and then.same_modules()):
         found = State(model)
-        _STATES[model] = weakref.ref(found)
+    elif then.same_weights() and then.same_values():
+        return found
+    else:
+        found = found.edited() if then.may_be_kept else State(model)
+    _STATES[model] = weakref.ref(found)
     return found
 
 

@@ -21,16 +21,15 @@ from fastprior.models.prior_transformer.as_network import PriorTransformerNet
 from fastprior.models.weight_lock import lock_of
 from fastprior.prior.plan import SamplingPlan
 
-_NULL_TABLES: weakref.WeakKeyDictionary[nn.Module, tuple[snapshot.State, dict]] = weakref.WeakKeyDictionary()
+_STATES: weakref.WeakKeyDictionary[nn.Module, snapshot.State] = weakref.WeakKeyDictionary()  # with null tables
 
 
 def null_table(net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
     """`net.null_table(times)`, remembered for as long as the network lives and its weights stay."""
     state = snapshot.state(net)
-    known, tables = _NULL_TABLES.get(net, (None, {}))
-    if known is not state:
-        tables = {}
-        _NULL_TABLES[net] = state, tables
+    tables = state.tables
+    if state.twin is not net:  # whose state keeps it alive, and is kept
+        _STATES[net] = state
     if times not in tables:
         tables[times] = net.null_table(torch.tensor(times, device=net.learned_query.device))
     return tables[times]

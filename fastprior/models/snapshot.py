@@ -130,10 +130,13 @@ class State:
         self.tables: dict[Hashable, Tensor] = {}
         self.runs = 0
 
-    def edited(self) -> State:
-        """The state of the same modules and tensors with other numbers: what was made of them sees edits in place."""
+    def edited(self, then: Snapshot) -> State:
+        """The state of the same modules and tensors with other numbers: what was made of them sees edits in place.
+
+        `then` is its snapshot, which another thread may forget meanwhile.
+        """
         other = copy.copy(self)
-        other.snapshot, other.twins, other.tables = copy.copy(self.snapshot), [], {}
+        other.snapshot, other.twins, other.tables = copy.copy(then), [], {}
         other.snapshot.look_at_values()
         other.parts = set(map(id, other.snapshot.modules))
         if other.twin is not None:
@@ -163,7 +166,7 @@ def state(model: nn.Module) -> State:
     elif then.same_weights() and then.same_values():
         return found
     else:
-        found = found.edited() if then.may_be_kept else State(model)
+        found = found.edited(then) if then.may_be_kept else State(model)
     _STATES[model] = weakref.ref(found)
     return found
 

@@ -93,6 +93,22 @@ def _betas(tables: Mapping[str, Tensor]) -> Tensor | None:
     return 1 - product / F.pad(product[:-1], (1, 0), value=1.0)
 
 
+def unlike_betas(state: Mapping[str, Tensor]) -> list[str]:
+    """Tables of a schedule that are not finite where those that follow from its betas are, such as one at beta 1.
+
+    What 16 bits cannot hold is infinite, too.
+    """
+    names, unlike = schedule_tables(torch.ones(1)), []
+    tables = {name: state[SCHEDULE + name] for name in names if SCHEDULE + name in state}
+    follow = schedule_tables(tables["betas"].double()) if "betas" in tables else {}
+    for name, table in tables.items():
+        odd = table.isnan() if table.dtype.itemsize == 2 else ~table.isfinite()
+        same = name in follow and follow[name].shape == odd.shape
+        if odd.any() and not (same and (odd <= ~follow[name].isfinite()).all()):
+            unlike.append(SCHEDULE + name)
+    return unlike
+
+
 def _restore(state: dict[str, Tensor], wanted: Mapping[str, Tensor], betas_named: bool, report: LoadReport) -> None:
     """Undo the rounding of constants to 16 bits."""
     rounded = [key for key, value in state.items() if value.dtype.itemsize == 2]

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints.constants import complete, is_constant
+from fastprior.checkpoints.constants import complete, is_constant, unlike_betas
 from fastprior.checkpoints.contents import (
     MOST_PRIORS,
     Contents,
@@ -132,10 +132,8 @@ def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadRe
             )
         if key in wanted and not value.is_floating_point():
             raise ValueError(f"{report.path}: {key} has dtype {value.dtype}; it must be a floating point tensor")
-    # the jsd schedule ends at beta 1, where the tables derived from it are infinite
     checked = [key for key in wanted if key in state and key.startswith(("net.", "noise_scheduler.betas"))]
-    bad = [key for key in checked if not is_finite(state[key])]
-    if bad:
+    if bad := [key for key in checked if not is_finite(state[key])] + unlike_betas(state):
         raise ValueError(f"{report.path} holds NaN or infinity in {first_few(bad)}")
     report.missing = [key for key in wanted if key not in state]
     report.unexpected = [key for key in state if key not in wanted]

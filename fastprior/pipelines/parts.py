@@ -149,7 +149,8 @@ class Encoders:
             raise ValueError(f"the tokenizer gives the token {highest}; the text encoder has a vocab_size={vocabulary}")
         encoded = encoder(tokens.input_ids.to(device))
         if not is_finite(encoded.text_embeds):
-            raise ValueError(f"the text encoder gives NaN or infinity for {quoted(texts[0])} or others")
+            where = f" of {self.folder}" if self.folder else ""
+            raise ValueError(f"the text encoder{where} gives NaN or infinity for {quoted(texts[0])} or others")
         mask = tokens.attention_mask.bool().to(device)
         return TextEncoding(encoded.text_embeds, encoded.last_hidden_state, mask)
 

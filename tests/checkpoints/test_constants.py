@@ -273,3 +273,22 @@ def test_positions_and_tied_weights_of_a_clip(tmp_path, there):
     clip = load(path, clip=Positions(persistent=not there)).clip.clip
     assert torch.equal(clip[1].weight, origin.clip[0].weight) and torch.equal(clip[1].bias, origin.clip[1].bias)
     assert torch.equal(clip.position_ids, torch.arange(4))
+
+
+@pytest.mark.parametrize("table", list(schedule_tables(torch.ones(1))))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_table_that_is_not_finite_is_refused(tmp_path, table, value):
+    state = without(make_prior().state_dict())
+    state[SCHEDULE + table][3] = value
+    with pytest.raises(ValueError, match=f"NaN or infinity in {SCHEDULE}{table}"):
+        load(file_with(tmp_path, state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_infinite_at_the_end_of_a_schedule_is_taken(tmp_path, dtype):
+    """At beta 1, and where 16 bits cannot hold a number."""
+    state = without(make_prior(prior=dict(beta_schedule="jsd")).state_dict())
+    infinite = [key for key, table in state.items() if table.isinf().any()]
+    assert infinite
+    prior = load(file_with(tmp_path, {key: value.to(dtype) for key, value in state.items()}))
+    assert all(prior.state_dict()[key].isinf().any() for key in infinite)

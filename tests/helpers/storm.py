@@ -142,8 +142,9 @@ class Changes:
                 weight.data.copy_(state[name])
 
     def move(self) -> None:
-        """There and back, and to where it is."""
-        for model in (self.models.prior, self.models.transformer):
+        """There and back, and to where it is; without the CLIP, whose calls wait for nobody."""
+        self.models.prior.to("cpu")
+        for model in (self.models.prior.net, self.models.transformer):
             model.to("cpu")
             with fastprior.weights_locked(model):
                 model.to(torch.float64).to(torch.float32)

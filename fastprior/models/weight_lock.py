@@ -159,7 +159,8 @@ def weights_locked(model: nn.Module, *, shared: bool = False) -> Iterator[None]:
     prior or of its network do this themselves. Do it around whatever else writes into weights or replaces them: an
     optimizer's step, a moving average, `weight.data.copy_`; without it a call in progress may read some of both.
 
-    A prior's CLIP is called before, and held by nobody. A block must not wait for another thread that calls the model, nor a hook for one that changes it.
+    A prior's CLIP is called before, and held by nobody. A block must not wait for another thread that calls the model,
+    nor a hook for one that changes it.
 
     Args:
         model: a DiffusionPrior, a PriorTransformer, or a network; all that hold one network have one lock.

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastprior.serving import quality
+from fastprior.models import quality
 
 pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other

@@ -24,8 +24,8 @@ BESIDE = {  # rooms that import from one of their own layer
     "clip": "weight_files",  # local files of CLIPs
     "checks": "reading",  # what messages quote
     "cli": "demos train_diffusion_prior",  # which commands start
-    "pipelines": "serving",  # what quantised weights must keep of the quality, and other weights for what serves
-    "serving": "checkpoints",  # files of weights that a sampler takes over
+    "pipelines": "checkpoints",  # other weights for what serves, and what of them must agree
+    "serving": "checkpoints",  # the same
     "utils": "reading",  # what messages quote
     "trackers": "checkpoints",  # files of models that are saved
 }

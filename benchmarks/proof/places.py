@@ -11,7 +11,7 @@ import torch
 
 from fastprior.engine import graphs
 from fastprior.engine import steps as engine_steps
-from fastprior.serving import quality
+from fastprior.models import quality
 
 REAL = torch.cuda.is_available() and not kernel_cache.filling()
 DEVICE = torch.device("cuda" if REAL else "cpu")

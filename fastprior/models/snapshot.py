@@ -119,6 +119,7 @@ class State:
         parts: ids of the modules within the model.
         twins: see `add_twin`; `twin` is the one of `twin_of`.
         runs: how many began with it.
+        settled: whether the weights were moved to huge pages before.
     """
 
     def __init__(self, model: nn.Module):
@@ -128,7 +129,7 @@ class State:
         self.twin: nn.Module | None = None
         self.made: dict[Hashable, Any] = {}
         self.tables: dict[Hashable, Tensor] = {}
-        self.runs = 0
+        self.runs, self.settled = 0, False
 
     def edited(self, then: Snapshot) -> State:
         """The state of the same modules and tensors with other numbers: what was made of them sees edits in place.
@@ -210,7 +211,7 @@ def running(model: nn.Module) -> Iterator[nn.Module]:
         found.twin = twin
         found.add_twin(twin)
     found.runs += 1
-    if found.runs == 2:
+    if found.runs == 2 and not found.settled:
         ops.to_huge_pages([weight for weight in then.placed if weight.ndim == 2])
     twin, outer = model if found.twin is None else found.twin, (_running.state, _running.twin)
     if twin is not model:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastprior.checkpoints.for_serving import Weights, of_transformer
 from fastprior.checks import check_count, check_number
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.diffusion.solvers import StepTable
@@ -23,7 +24,7 @@ from fastprior.engine.engine import Engine
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Generators, Noise
 from fastprior.kernels import ops
-from fastprior.models import snapshot
+from fastprior.models import quality, snapshot
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.models.prior_transformer.prompt_memory import prefix_obstacles
 from fastprior.models.quantise import check as check_quantise
@@ -32,8 +33,6 @@ from fastprior.models.weight_lock import lock_of, weights_locked
 from fastprior.pipelines.parts import Encoders, check_prior, first_state, listed, load
 from fastprior.pipelines.runs import PromptRun, judged
 from fastprior.pipelines.text_encoding import TextEncoding
-from fastprior.serving import quality
-from fastprior.serving.weights import Weights, of_transformer
 
 
 class ImageEmbeddings(NamedTuple):
@@ -253,9 +252,8 @@ class PriorPipeline:
     def update(self, weights: Weights) -> None:
         """Serve other weights of the prior from the next call on, while other threads call: see `PriorSampler.update`.
 
-        Args:
-            weights: a state dict, a PriorTransformer, or the folder of one or of a pipeline; or what holds one: a
-                DiffusionPrior, its state dict, or a file that `fastprior.load` reads.
+        `weights` are a state dict, a PriorTransformer, or the folder of one or of a pipeline; or what holds one: a
+        DiffusionPrior, its state dict, or a file that `fastprior.load` reads.
         """
         prior, judgement = self.prior, None
         fitting = of_transformer(prior, weights)

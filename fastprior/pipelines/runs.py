@@ -16,11 +16,11 @@ from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph, padded_table
 from fastprior.engine.step_cost import step_reads
 from fastprior.engine.steps import Noise, Step, StepInputs, bind, run_parts, run_table, solver_step, with_unconditional
+from fastprior.models import quality
 from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.models.quantise import quantised
 from fastprior.pipelines.text_encoding import TextEncoding
-from fastprior.serving import quality
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprior.checkpoints.for_serving import Weights, of_transformer
 from fastprior.checks import check_count, check_number
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.engine.steps import Generators, Noise, StepInputs, bind, run_table, solver_step
@@ -16,7 +17,6 @@ from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.models.weight_lock import lock_of
 from fastprior.pipelines.parts import Encoders, check_prior, first_state, load
 from fastprior.pipelines.text_encoding import TextEncoding
-from fastprior.serving.weights import Weights, of_transformer
 
 
 class ShapEPrior:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprior.batches import map_rows
+from fastprior.checkpoints.for_serving import Weights, of_prior
 from fastprior.checks import check_number
 from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Noise, Step, bind, run_parts
 from fastprior.kernels import ops
-from fastprior.models import patches, snapshot
+from fastprior.models import patches, quality, snapshot
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.quantise import check as check_quantise
 from fastprior.models.quantise import quantised, update
@@ -26,8 +27,6 @@ from fastprior.models.weight_lock import lock_of, weights_locked
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.loop import CachedSteps, network_reads, run_prior
 from fastprior.prior.plan import network_obstacles
-from fastprior.serving import quality
-from fastprior.serving.weights import Weights, of_prior
 
 
 class PriorSampler:
@@ -152,8 +151,10 @@ class PriorSampler:
             for tensors in (nn.Module.parameters, nn.Module.buffers):
                 for copied, weight in zip(tensors(self._net), tensors(own)):
                     copied.copy_(weight.data)  # in place: compiled steps stay as they are
+        state = snapshot.state(given)
+        state.settled = True  # below
         for twin in {self._net, self._step_net} - {own}:
-            snapshot.state(given).add_twin(twin)
+            state.add_twin(twin)
         self._steps = CachedSteps(self._net, self.plan, self._step_net)
         if self.quantise:
             update(self._step_net)

@@ -42,7 +42,7 @@ def collapse(tensors: Iterable[Tensor]) -> int:
     if _system() is None:
         return 0
     madvise, size = _system()
-    tensors = aliases(t for t in tensors if not is_traceable_wrapper_subclass(t))
+    tensors = aliases([t for t in tensors if not is_traceable_wrapper_subclass(t)])
     storages = [t.untyped_storage() for t in tensors if t.is_cpu]
     spans: list[list[int]] = []
     for start, end in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):

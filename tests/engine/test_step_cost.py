@@ -135,7 +135,7 @@ def test_operations_of_pytorch_are_counted():
 @pytest.mark.parametrize("quantise", [None, "int8"])
 def test_stats_of_a_prior_pipeline(guidance, quantise, monkeypatch):
     """What it says of a step is what two runs of different length differ in, by launchers that only note them."""
-    monkeypatch.setattr("fastprior.serving.quality.judge", lambda *args: None)
+    monkeypatch.setattr("fastprior.models.quality.judge", lambda *args: None)
     prior = without_diffusers(make_stock(num_attention_heads=2, attention_head_dim=16))
     config = prior.config
     draw = torch.Generator().manual_seed(1)

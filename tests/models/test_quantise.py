@@ -10,12 +10,11 @@ from torch import nn
 from fastprior import PriorPipeline, PriorSampler
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.kernels import ops
-from fastprior.models import quantise
+from fastprior.models import quality, quantise
 from fastprior.models.dalle2.layers import Linear
 from fastprior.models.quantised_linear import QuantisedLinear
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.prior.loop import CachedSteps
-from fastprior.serving import quality
 from helpers.priors import make_prior, make_text, relative_error
 from helpers.pt_cases import make_stock, without_diffusers
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprior.checkpoints import load
+from fastprior.checkpoints.dalle2 import load
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
 from fastprior.models.loading import fitted

@@ -121,7 +121,12 @@ def parse_json(text: str | bytes, where: str, *, kind: type | None = None, const
 
 
 def read_json(
-    path: str | os.PathLike, *, kind: type | None = dict, where: str | None = None, most: int = JSON_BYTES
+    path: str | os.PathLike,
+    *,
+    kind: type | None = dict,
+    where: str | None = None,
+    most: int = JSON_BYTES,
+    constants: bool = False,
 ) -> Any:
     """The value of a JSON file: ValueError for what is none, too long, nested too deeply or of another kind.
 
@@ -129,8 +134,9 @@ def read_json(
         kind: dict or list, which the value must be; None takes any.
         where: what messages begin with, the path by default.
         most: bytes that the file may have.
+        constants: see `parse_json`.
     Raises:
         FileNotFoundError, OSError: as `open_regular`.
     """
     where = os.fspath(path) if where is None else where
-    return parse_json(read_bytes(path, most, where), where, kind=kind)
+    return parse_json(read_bytes(path, most, where), where, kind=kind, constants=constants)

@@ -414,7 +414,10 @@ class TrainDiffusionPriorConfig(Section):
     @classmethod
     def from_json_path(cls, json_path: str | os.PathLike[str]) -> TrainDiffusionPriorConfig:
         """Read a file. Raises ValueError naming the file and each key that is wrong."""
-        content = read_json(json_path)
+        try:
+            content = read_json(json_path, constants=True)  # of which each key says what it takes
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; it must be the JSON file of a training") from None
         try:
             return cls.model_validate(content)
         except ValidationError as error:

@@ -1,10 +1,12 @@
 """Fixtures and hooks of all tests; what they import is in `helpers`."""
 
 import os
+import threading
 from collections import Counter
 
 import pytest
 import torch
+from tqdm import tqdm
 
 # without a GPU the kernels run in Triton's interpreter; triton reads this when it is first imported
 if not torch.cuda.is_available():
@@ -13,6 +15,7 @@ if not torch.cuda.is_available():
 from fastprior.models import quality
 
 pytest.register_assert_rewrite("helpers")
+tqdm.set_lock(threading.RLock())  # its own is shared with forked children, and one that is killed may hold it for ever
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 SLOW_SECONDS = 1.0  # of a call; longer ones should have the marker `slow`

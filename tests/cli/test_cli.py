@@ -295,7 +295,7 @@ def test_convert_and_overwrite(capsys, tmp_path, files):
     assert "model weights only" in error_of(capsys, "convert", target, tmp_path / "e.pt", "--weights", "ema")
     assert "none.pt does not exist" in error_of(capsys, "convert", tmp_path / "none.pt", back, "--overwrite")
     error = error_of(capsys, "convert", target, back, "--overwrite", "--config", "none.json")
-    assert error == "fastprior: error: none.json: No such file or directory\n"
+    assert error == "fastprior: error: config='none.json' does not exist\n"
     error = error_of(capsys, "convert", target, tmp_path / "out.bin")
     assert "out.bin'; it must end in .safetensors, .pt or .pth, or be the name of a folder" in error
 

@@ -311,8 +311,8 @@ def train_config(folder, out, changes) -> dict:
     "changes, message",
     [
         (None, "gone.json does not exist; it must be the JSON file of a training"),
-        ("[]", "top level"),
-        ("\0", "not valid JSON"),
+        ("[]", "holds a JSON list; it must be a dict"),
+        ("\0", "is not JSON"),
         (dict(train=dict(epoch=1)), "train: unknown key 'epoch', the nearest is 'epochs'"),
         (dict(data=dict(image_url="/nowhere")), "/nowhere"),
         (dict(data=dict(batch_size=500)), "data.batch_size=500; the training split has 160 pairs"),

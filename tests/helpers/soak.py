@@ -36,13 +36,15 @@ def _merge_lora(prior, number: int) -> None:
         weight.addmm_(up.to(weight), down.to(weight), alpha=0.1)
 
 
-def _live_bytes(device: str) -> int:
+def live_bytes(device: str = "cpu") -> int:
+    """Of all tensors that anything refers to."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()  # made at first use, kept for each stream
         return torch.cuda.memory_allocated()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [t for t in tensors if t.layout is torch.strided]  # other tests may have left another kind
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -83,7 +85,7 @@ def soak(prior, sampler: PriorSampler, runs: int) -> None:
                 shares = numbers[::2], numbers[1::2]
                 found = list(pool.map(wrong, [cases] * 2, [wanted] * 2, shares, streams))
                 assert found == [[], []], found
-                levels.append((_live_bytes(device), tracemalloc.get_traced_memory()[0]))
+                levels.append((live_bytes(device), tracemalloc.get_traced_memory()[0]))
     finally:
         tracemalloc.stop()
     (tensors, objects), (last_tensors, last_objects) = levels[2], levels[-1]

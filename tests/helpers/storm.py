@@ -2,7 +2,6 @@
 
 import copy
 import faulthandler
-import gc
 import pickle
 import random
 import sys
@@ -263,13 +262,6 @@ def storm(calls: int, seconds: float, seed: int = 0, patience: float = 120.0, wa
         torch.set_num_threads(count)
     done.seconds = time.monotonic() - began
     return done
-
-
-def live_bytes() -> int:
-    """Of all tensors on the CPU that anything refers to."""
-    gc.collect()
-    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from fastprior.pipelines.shap_e import ShapEPrior
 from fastprior.prior.loop import CachedSteps
 from fastprior.serving.prior_sampler import PriorSampler
 from helpers.priors import NETWORK, WordClip, make_prior, make_text, plain
-from helpers.storm import DIM, Models, answers, live_bytes, make_transformer, storm
+from helpers.soak import live_bytes
+from helpers.storm import DIM, Models, answers, make_transformer, storm
 
 SHORT, LONG = 0.2, 30.0  # seconds: in which a swap would get into a call that lets it, and of a deadlock
 CALLS = "fp32", "bf16", "int8", "guided", "sample", "p_sample_loop", "dpm++", "loop", "pipeline"

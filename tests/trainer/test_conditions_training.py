@@ -173,10 +173,10 @@ WRONG = [
     (setting(f"{SPEC}.people.kind", "boolean"), r"prior.net.conditions: conditions\['people'\]=.*'scalar', 'category'"),
     (setting(f"{SPEC}.people.sise", 3), r"prior.net.conditions: .*unknown option 'sise'; the nearest is 'size'"),
     (setting(f"{SPEC}.people.size", None), r"prior.net.conditions: .*\['people'\] has no size; a category needs it"),
-    (setting(f"{SPEC}.people.size", 0), r"\['people'\]: size=0; it must be an integer of at least 1"),
+    (setting(f"{SPEC}.people.size", 0), r"\['people'\]: size=0; it must be at least 1"),
     (setting(f"{SPEC}.people.dropout", -0.1), r"\['people'\]: dropout=-0.1; it must be between 0 and 1"),
     (setting(f"{SPEC}.people.dropout", 1.5), r"\['people'\]: dropout=1.5; it must be between 0 and 1"),
-    (setting(f"{SPEC}.aesthetic.std", 0), r"\['aesthetic'\]: std=0; it must be a positive number"),
+    (setting(f"{SPEC}.aesthetic.std", 0), r"\['aesthetic'\]: std=0; it must be a finite number and more than 0"),
     (setting(f"{SPEC}.aesthetic.mean", "5"), r"\['aesthetic'\]: mean='5'; it must be a finite number"),
     (setting(f"{SPEC}.type", dict(kind="scalar")), "the name 'type'; it must be an identifier"),
     (setting("prior.net.text_dim", 0), "prior.net.text_dim: .* greater than or equal to 1"),
@@ -278,7 +278,7 @@ def test_the_command_line(folder, capsys):
         ("aesthetic=high", "--condition aesthetic=high: it must be a number"),
         ("peeple=2", "--condition has the unknown name 'peeple'; the nearest is 'people'"),
         ("people=3", "conditions['people'] holds 3; it must be below its size, 3"),
-        ("style=6", "6: No such file or directory"),
+        ("style=6", "6 does not exist"),
     ):
         assert cli.main(["sample", *given, *text, *out, "--condition", value]) == 2
         assert message in capsys.readouterr().err

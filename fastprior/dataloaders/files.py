@@ -378,7 +378,9 @@ class ParquetColumn(ShardFile):
             raise ShardError(self.name, f"row group {group} has {len(column)} rows, and {rows} by its header")
         if self.dtype != "str":
             return column.combine_chunks()
-        return column.cast(pa.large_string()).combine_chunks().fill_null("")
+        column = column.cast(pa.large_string()).combine_chunks()
+        column.validate(full=True)  # that all of it is UTF-8
+        return column.fill_null("")
 
     def _floats(self, array: pa.Array) -> np.ndarray:
         whole = pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False) == self.shape[0]

@@ -76,6 +76,17 @@ def _check_sizes(folder: Path) -> None:
                 raise ValueError(f"{folder / 'config.json'}: {name:.100}={quoted(value)}; it must be at most {most:,}")
 
 
+def _check_memory(kind: type, folder: Path) -> None:
+    """Raise ValueError for an encoder with more weights than its files have bytes: what it lacks would be random."""
+    if not issubclass(kind, nn.Module):
+        return
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in kind(kind.config_class.from_pretrained(folder)).parameters())
+    held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    if count > held:
+        raise ValueError(f"by its config it has {count:,} weights, and its files have {held:,} bytes")
+
+
 class Encoders:
     """The encoders of a pipeline for texts and images, each loaded from its folder when it is first needed.
 
@@ -118,7 +129,9 @@ class Encoders:
                 options["variant"] = self.variant
             _check_sizes(folder)
             try:
-                part = getattr(transformers, ENCODERS[name]).from_pretrained(folder, local_files_only=True, **options)
+                kind = getattr(transformers, ENCODERS[name])
+                _check_memory(kind, folder)
+                part = kind.from_pretrained(folder, local_files_only=True, **options)
             except Exception as error:  # of junk: transformers raises whatever its readers do
                 detail = f"{type(error).__name__}: {quoted(str(error))[1:-1]}"
                 raise ValueError(f"{name} cannot be read from {folder} ({detail})") from error

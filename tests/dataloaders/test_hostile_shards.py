@@ -151,6 +151,14 @@ def test_a_row_group_that_decodes_to_more_than_its_limit(folder, monkeypatch):
         read(file)
 
 
+def test_captions_that_are_no_text(folder):
+    path = metadata(folder, 2)
+    write_captions(path, ["a", *["words"] * (SIZES[2] - 2), "z"])  # not the least or greatest, which the footer has
+    path.write_bytes(path.read_bytes().replace(b"words", b"wo\xffds"))
+    with pytest.raises(ShardError, match=f"{path.name}: cannot be read .*UTF"):
+        read(file_of(open_captions(folder), "text"))
+
+
 def test_parquet_types_that_are_no_embeddings(tmp_path):
     for kind in pa.list_(pa.list_(pa.float32())), pa.struct([("a", pa.float32())]), pa.map_(pa.string(), pa.float32()):
         pq.write_table(pa.table(dict(embedding=pa.array([None] * 3, kind))), tmp_path / "0.parquet")

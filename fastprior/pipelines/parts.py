@@ -141,6 +141,18 @@ class Encoders:
             self._parts[name] = part
         return self._parts[name]
 
+    def _encoded(self, name: str, encoder: nn.Module, given: Tensor) -> Any:
+        """What an encoder gives; one that its config makes fail is named with its folder."""
+        try:
+            return encoder(given)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            if self.folder is None:
+                raise
+            detail = f"{type(error).__name__}: {quoted(str(error))[1:-1]}"
+            raise ValueError(f"{name} of {self.folder} cannot encode {tuple(given.shape)} ({detail})") from error
+
     @torch.no_grad()
     def encode_text(self, texts: str | list[str], device: torch.device, dtype: torch.dtype) -> TextEncoding:
         """Encode texts; those that are longer than the text encoder takes are cut, with a warning."""
@@ -160,7 +172,7 @@ class Encoders:
         highest, vocabulary = int(tokens.input_ids.max()), getattr(config, "vocab_size", MOST)
         if highest >= vocabulary:
             raise ValueError(f"the tokenizer gives the token {highest}; the text encoder has a vocab_size={vocabulary}")
-        encoded = encoder(tokens.input_ids.to(device))
+        encoded = self._encoded("text_encoder", encoder, tokens.input_ids.to(device))
         if not is_finite(encoded.text_embeds):
             where = f" of {self.folder}" if self.folder else ""
             raise ValueError(f"the text encoder{where} gives NaN or infinity for {quoted(texts[0])} or others")
@@ -176,7 +188,8 @@ class Encoders:
             image = self.part("image_processor", device, dtype)(image, return_tensors="pt").pixel_values
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; it must be (images, 3, height, width)")
-        return self.part("image_encoder", device, dtype)(image.to(device, dtype)).image_embeds
+        encoder = self.part("image_encoder", device, dtype)
+        return self._encoded("image_encoder", encoder, image.to(device, dtype)).image_embeds
 
     def zero_embed(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(1, dim), the embedding of an all-zero image."""

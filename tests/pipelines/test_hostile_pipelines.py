@@ -70,6 +70,7 @@ TEXT, TOKENS = "text_encoder/config.json", "tokenizer/tokenizer_config.json"
 ENCODERS = {  # a part, entries of a JSON file of it, and what is said of them
     "layers": (TEXT, dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000; .* at most 256"),
     "width": (TEXT, dict(hidden_size=2**14), "by its config it has .* weights, and its files have .* bytes"),
+    "eps": (TEXT, dict(layer_norm_eps=None), "text_encoder (of .* cannot encode|cannot be read)"),
     "positions": (TEXT, dict(max_position_embeddings=10**12), "it must be at most 1,048,576"),
     "inner": (TEXT, dict(text_config=dict(hidden_size=2**40)), "hidden_size=1099511627776; it must"),
     "heads": (TEXT, dict(num_attention_heads=3), "text_encoder cannot be read from .*text_encoder"),

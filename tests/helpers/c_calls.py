@@ -30,39 +30,7 @@ from fastprior.kernels.cpu import linear as cpu_linear
 from helpers.cpu_cases import BF16, EPS, FP32, ROUNDED, cast, error, form
 
 PAGE = mmap.PAGESIZE
-EDGES = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-    10,
-    11,
-    12,
-    13,
-    15,
-    16,
-    17,
-    24,
-    25,
-    31,
-    32,
-    33,
-    48,
-    49,
-    63,
-    64,
-    65,
-    80,
-    81,
-    127,
-    128,
-    129,
-)
+EDGES = (*range(1, 14), 15, 16, 17, 24, 25, 31, 32, 33, 48, 49, 63, 64, 65, 80, 81, 127, 128, 129)
 ROUNDED_TO = {FP32: 2.0**-24, BF16: 2.0**-8}  # half a unit in the last place, of a number's own size
 # shares of what is summed that a linear may be off: a few roundings of fp32; x of 16 bits with weights of bf16, and of
 # 15 of its largest number with int8

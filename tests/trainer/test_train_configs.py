@@ -138,7 +138,10 @@ def test_config_with_numbers_that_are_not_finite_or_without_end(tmp_path):
     text = path.read_text()
     unknown = {f"key {number}": 1 for number in range(10**4)}
     for content, why in (
-        (text.replace('"depth": ', '"dot_scale": Infinity, "depth": '), "is not JSON .Infinity is no JSON number"),
+        (
+            text.replace('"depth": ', '"dot_scale": Infinity, "depth": '),
+            "prior.net.dot_scale: Input should be a finite number",
+        ),
         (text[:-1] + ', "a": ' + "[" * 10**5, "is not JSON .it is nested too deeply"),
         ("[1]", "holds a JSON list; it must be a dict"),
         (json.dumps(json.loads(text) | unknown), "unknown key 'key 0', "),

@@ -46,7 +46,7 @@ def _zip(path: Path) -> str | None:
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except Exception:  # damaged archives raise nearly any type
         return None
     if any(name.endswith("/constants.pkl") for name in names):
         return "a TorchScript archive: save the module's state_dict() where it can be loaded"

@@ -205,6 +205,15 @@ def test_a_flipped_bit_is_seen(tmp_path, name):
         read_any_file(tmp_path / "file.pt")
 
 
+def test_an_archive_of_a_later_version_is_damaged(tmp_path):
+    torch.save({"w": torch.ones(9)}, path := tmp_path / "file.pt")
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 128  # the version that reading needs
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{path} cannot be read: it is damaged"):
+        read_any_file(path)
+
+
 def test_archives_without_checksums_are_read_with_a_note(tmp_path):
     state = {"a": torch.arange(9.0)}
     torch.serialization.set_crc32_options(False)

@@ -34,9 +34,10 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
     remove_leftovers(path)
     folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        folder.mkdir(0o700)
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
-        _lock(handle)
+        with _alone_in(path.parent):  # a folder whose lock is not there yet looks like an abandoned one
+            folder.mkdir(0o700)
+            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+            _lock(handle)
         yield folder
     finally:
         if handle is not None:
@@ -126,6 +127,25 @@ def _lock(handle: int) -> bool:
     return True
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Whether nobody else is in such a block for the same folder: waited for a second, where folders have locks."""
+    with ExitStack() as stack:
+        alone = False
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            for _ in range(100):
+                with suppress(BlockingIOError):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    alone = True
+                    break
+                time.sleep(0.01)
+        yield alone
+
+
 def _is_abandoned(leftover: Path) -> bool:
     """Whether the writer of a temporary folder, or file of earlier releases, lives no more."""
     try:
@@ -146,11 +166,15 @@ def remove_leftovers(path: str | os.PathLike) -> None:
     path = Path(path)
     stem = ".*".join(map(re.escape, re.split(r"\{.*?\}", path.stem)))
     name = re.compile(rf"\.\.?{stem}(_step\d+)?{re.escape(path.suffix)}\.[0-9a-f]{{8}}\.tmp(\..*)?")
-    with suppress(OSError):
-        for leftover in [Path(entry) for entry in os.scandir(path.parent) if name.fullmatch(entry.name)]:
-            with suppress(OSError):
-                if _is_abandoned(leftover):
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        leftovers = [Path(entry) for entry in entries if name.fullmatch(entry.name)]
+        if not leftovers:
+            return
+        with _alone_in(path.parent) as alone:
+            for leftover in leftovers if alone else ():
+                with suppress(OSError):
+                    if _is_abandoned(leftover):
+                        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _trains(module) -> bool:

@@ -197,3 +197,19 @@ def test_output_on_a_full_disk(given, tmp_path, capfd):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     assert capfd.readouterr().err.count("\n") == 1
     fastprior.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.slow
+def test_a_folder_whose_lock_is_about_to_be_made_is_left(tmp_path, monkeypatch):
+    path, real, others = tmp_path / "file.txt", os.open, []
+
+    def while_another_writes(name, *args, **kwargs):
+        if str(name).endswith("in-use") and not others:
+            others.append(name)
+            remove_leftovers(path)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", while_another_writes)
+    with atomic(path) as temporary:
+        temporary.write_text("whole")
+    assert others and path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]

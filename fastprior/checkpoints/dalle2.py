@@ -41,7 +41,7 @@ from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.record import FORMAT, make_net, record, unlike_config
 from fastprior.reading import quoted
 from fastprior.utils import atomic, first_few
-from fastprior.weight_files.checks import changed, checksums, is_finite
+from fastprior.weight_files.checks import checksums, compare
 from fastprior.weight_files.model_files import read_model
 from fastprior.weight_files.safe import HEADER, SharedOnce, version_string
 
@@ -92,9 +92,12 @@ def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
         raise ValueError(f"{report.path}: its {HEADER} entry has other values than JSON's, or too many")
     if header.get("format") != FORMAT:
         raise ValueError(f"{report.path} has format {quoted(header.get('format'))}; this release reads format {FORMAT}")
-    for name, kind in (("version", str), ("metadata", dict)):
+    for name, kind in (("version", str), ("metadata", dict), ("checksums", dict)):
         if not isinstance(header.get(name, kind()), kind):
             raise ValueError(f"{report.path}: its {name} is {quoted(header[name])}; it must be a {kind.__name__}")
+    written = header.get("checksums", {})
+    if not all(isinstance(value, str) for value in written.values()):
+        raise ValueError(f"{report.path}: its checksums are {quoted(written)}; it must be a dict of strings")
     given_net, given_prior = read_config(config, report)
     net, prior = read_config(header, report)
     report.kind = "trainer checkpoint" if report.kind == "trainer checkpoint" else "fastprior file"
@@ -104,12 +107,23 @@ def _recorded(header: Mapping, config, report: LoadReport) -> tuple[dict, dict]:
     return net | given_net, prior | given_prior
 
 
-def _check_sums(header: Mapping, state: Mapping[str, Tensor], report: LoadReport, strict: bool) -> None:
-    """Compare the tensors with what was written, where a file of ours says it: see `weight_files.checks.checksum`."""
-    written = header.get("checksums", {})
-    if not (isinstance(written, dict) and all(isinstance(value, str) for value in written.values())):
-        raise ValueError(f"{report.path}: its checksums are {quoted(written)}; it must be a dict of strings")
-    differing, converted = changed(state, written)
+def _compare(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], written: dict[str, str], report: LoadReport, strict: bool
+) -> None:
+    """Check names, shapes and values of a prior's tensors.
+
+    written: checksums, where a file of ours has them: see `weight_files.checks.checksum`.
+    """
+    for key, value in state.items():
+        if key in wanted and value.shape != wanted[key].shape:
+            raise ValueError(
+                f"{report.path}: {key} has shape {tuple(value.shape)}; by the {report.architecture} architecture it "
+                f"must be {tuple(wanted[key].shape)}"
+            )
+        if key in wanted and not value.is_floating_point():
+            raise ValueError(f"{report.path}: {key} has dtype {value.dtype}; it must be a floating point tensor")
+    floats = {key for key in wanted if key.startswith(("net.", "noise_scheduler.betas"))}
+    differing, converted, infinite = compare(state, written, floats)
     if converted:
         report.notes.append(f"another program changed the type of {len(converted)} tensors: nothing vouches for them")
     if differing:
@@ -120,20 +134,7 @@ def _check_sums(header: Mapping, state: Mapping[str, Tensor], report: LoadReport
                 "checksums. strict=False loads it all the same"
             )
         report.guesses.append(f"that another program changed the file on purpose: {found}")
-
-
-def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadReport, strict: bool) -> None:
-    """Check names, shapes and values of a prior's tensors."""
-    for key, value in state.items():
-        if key in wanted and value.shape != wanted[key].shape:
-            raise ValueError(
-                f"{report.path}: {key} has shape {tuple(value.shape)}; by the {report.architecture} architecture it "
-                f"must be {tuple(wanted[key].shape)}"
-            )
-        if key in wanted and not value.is_floating_point():
-            raise ValueError(f"{report.path}: {key} has dtype {value.dtype}; it must be a floating point tensor")
-    checked = [key for key in wanted if key in state and key.startswith(("net.", "noise_scheduler.betas"))]
-    if bad := [key for key in checked if not is_finite(state[key])] + unlike_betas(state):
+    if bad := infinite + unlike_betas(state):
         raise ValueError(f"{report.path} holds NaN or infinity in {first_few(bad)}")
     report.missing = [key for key in wanted if key not in state]
     report.unexpected = [key for key in state if key not in wanted]
@@ -146,6 +147,7 @@ def _compare(state: dict[str, Tensor], wanted: dict[str, Tensor], report: LoadRe
 
 def _build(
     state: dict[str, Tensor],
+    written: dict[str, str],
     net_config: dict,
     prior_config: dict,
     clip: nn.Module | None,
@@ -164,7 +166,7 @@ def _build(
     prior = DiffusionPrior(net, clip=clip, **prior_config)
     wanted = {key: value for key, value in prior.state_dict().items() if not key.startswith("clip.")}
     complete(state, wanted, "beta_schedule" in prior_config, report)
-    _compare(state, wanted, report, strict)
+    _compare(state, wanted, written, report, strict)
     check_memory(net, report.missing, state, report.path)
     if is_dalle2 and not any(key.startswith("net.") for key in report.missing):
         net.to_empty(device="cpu")
@@ -263,17 +265,18 @@ def _make(
     report: LoadReport,
 ) -> DiffusionPrior:
     """The prior of a file's tensors, by our header, or by the config and what tensors show."""
+    written: dict[str, str] = {}
     with one_error(report.path):
         if header is None:
             state, net_config, prior_config = translate(contents, config, report, strict)
         else:
             state = contents.tensors
             net_config, prior_config = _recorded(header, config, report)
-            _check_sums(header, state, report, strict)
+            written = {key: value for key, value in header.get("checksums", {}).items() if key in state}
     shown = dict(state)  # before constants are derived, of layers that the config alone may have
     try:
         with one_error(report.path):
-            return _build(state, net_config, prior_config, clip, dtype, report, strict)
+            return _build(state, written, net_config, prior_config, clip, dtype, report, strict)
     except ValueError as error:
         if not (differing := contradictions(shown, net_config, prior_config)):
             raise

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastprior.weight_files.checks import changed, checksum, checksums, is_finite
+from fastprior.weight_files.checks import PART, checksum, checksums, compare, is_finite
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 
@@ -25,6 +25,23 @@ def test_definition(dtype, count):
     tensor = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
     name, digest = checksum(tensor).split()
     assert digest == by_definition(tensor) and f"torch.{name}" == str(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_large_tensors_are_summed_and_looked_at_in_parts(dtype):
+    count = 2 * PART // dtype.itemsize + 1001
+    tensor = torch.arange(count).remainder(251).to(dtype)
+    data = tensor.view(torch.uint8).numpy()
+    full = len(data) // 512 * 512
+    sums = data[:full].view("<u8").reshape(-1, 64).sum(axis=1)
+    assert checksum(tensor).split()[1] == f"{zlib.crc32(sums.tobytes() + data[full:].tobytes()):08x}"
+    written = checksums({"w": tensor})
+    for at in (0, PART // dtype.itemsize - 1, PART // dtype.itemsize, count - 1):
+        bad = tensor.clone()
+        bad[at] = torch.inf
+        assert compare({"w": bad}, written, {"w"}) == (["w"], [], ["w"])
+        assert compare({"w": bad}, {}, {"w"}) == ([], [], ["w"])
+        assert compare({"w": bad}, written, ()) == (["w"], [], [])
 
 
 def test_layout_and_place_do_not_count():
@@ -55,9 +72,9 @@ def test_what_damage_looks_like(change):
             bad = good.clone()
             bad[128:256] = 0
         if change == "type":
-            assert changed({"w": good.half()}, checksums({"w": good})) == ([], ["w"])
+            assert compare({"w": good.half()}, checksums({"w": good}), ()) == ([], ["w"], [])
         else:
-            assert changed({"w": bad, "v": good}, checksums({"w": good, "v": good})) == (["w"], [])
+            assert compare({"w": bad, "v": good}, checksums({"w": good, "v": good}), ()) == (["w"], [], [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fastprior.reading import brief
 from fastprior.utils import first_few
-from fastprior.weight_files.tensors import SMALL_VIEW, Unreadable
+from fastprior.weight_files.tensors import Unreadable
 
 MOST_LEVELS, MOST_LETTERS = 64, 1000  # of nested dicts, and of a key: what lies deeper, or is longer, is no prior's
 MOST_PRIORS = 100  # in one file, averages and copies among them
@@ -87,23 +86,6 @@ def module_names(tree: Mapping, where: str) -> Iterator[str]:
         for name in noted if isinstance(noted, Mapping) else ():
             if (name := _name(name)) is not None:
                 yield without_wrappers(f"{prefix}{name}.")[:-1]
-
-
-def check_tensors(tensors: Mapping[str, Tensor | Unreadable], where: str) -> None:
-    """Raise ValueError unless these are dense tensors that hold about as many bytes as all of them seem to have.
-
-    What several share, as the rotary frequencies of all layers, may seem twice as much.
-    """
-    held: dict[int, int] = {}
-    for key, value in tensors.items():
-        kind = value.kind if isinstance(value, Unreadable) else f"a tensor of layout {value.layout}"
-        if isinstance(value, Unreadable) or value.layout != torch.strided or value.device.type == "meta":
-            raise ValueError(f"{where}: {first_few([key])} is {kind}; it must be a dense tensor")
-        storage = value.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-    claimed, real = sum(value.nbytes for value in tensors.values()), sum(held.values())
-    if claimed > 2 * real + SMALL_VIEW:
-        raise ValueError(f"{where}: its tensors claim {claimed:,} bytes and are views of {real:,}")
 
 
 def widened(tensors: Mapping[str, Tensor], report: LoadReport) -> dict[str, Tensor]:

@@ -25,7 +25,6 @@ from fastprior.checkpoints.contents import (
     MOST_PRIORS,
     Contents,
     LoadReport,
-    check_tensors,
     choose_root,
     flatten,
     module_names,
@@ -44,6 +43,7 @@ from fastprior.utils import atomic, first_few
 from fastprior.weight_files.checks import checksums, compare
 from fastprior.weight_files.model_files import read_model
 from fastprior.weight_files.safe import HEADER, SharedOnce, version_string
+from fastprior.weight_files.weights import check_dense
 
 _QUERIES = {True: "learned_query", False: "prior.prd_embedding"}  # which a network has; of dalle2-pytorch's, or not
 
@@ -238,7 +238,7 @@ def load(
         state = contents.tensors
         clip_state = {key[5:]: state.pop(key) for key in list(state) if key.startswith("clip.")}
         used = state | ({} if clip is None else {f"clip.{key}": value for key, value in clip_state.items()})
-        check_tensors(used, report.path)
+        check_dense(used, report.path)
         model.fill(used.values())
     contents = replace(contents, tensors=widened(state, report))
     report.version = version or version_string(payload.get("version"))

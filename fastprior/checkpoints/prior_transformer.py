@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fastprior.checkpoints.contents import (
     MOST_PRIORS,
     LoadReport,
-    check_tensors,
     choose_root,
     flatten,
     one_error,
@@ -31,6 +30,7 @@ from fastprior.weight_files.checks import is_finite
 from fastprior.weight_files.diffusers_folder import CONFIG
 from fastprior.weight_files.model_files import MODEL_NAMES, ModelFile, read_model
 from fastprior.weight_files.safe import HEADER, read_any_file
+from fastprior.weight_files.weights import check_dense
 
 # The one map of renames, applied in order to the keys of a prior; None drops the key.
 RENAMES = (
@@ -140,7 +140,7 @@ def _from_model(
     if len(roots) > MOST_PRIORS:
         raise ValueError(f"{path} holds {len(roots)} priors; it must hold at most {MOST_PRIORS}")
     state = choose_root(flat, roots, weights, report)[1]
-    check_tensors(state, str(path))
+    check_dense(state, str(path))
     model.fill(state.values())
     state = widened(state, report)
     if "model.prd_emb" not in state:

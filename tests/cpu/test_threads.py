@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_a_forked_child_samples(yes):
 @pytest.mark.parametrize("sizes", [dict(prefix=4000, suffix=3), dict(prefix=9, suffix=256)], ids=["keys", "suffix"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_threads_with_little_stack(sizes, count):
-    """Attention of the most that is taken, in a process of its own: beyond a stack it ends."""
+    """Attention of the most that is taken, in a process of its own: beyond a stack, OpenMP's too, it ends."""
     code = f"""
 import threading, torch
 from helpers.cpu_cases import make_decode, threads
@@ -272,9 +273,40 @@ with threads({count}):
 print(*same)
 """
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = os.environ | dict(PYTHONPATH=paths)
+    environment = os.environ | dict(PYTHONPATH=paths, OMP_STACKSIZE="64k")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "True\n", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_program_ends_while_its_threads_are_within_calls():
+    """Daemon threads in calls of C alone: neither waited for, nor do they read what is gone by then."""
+    code = """
+import threading, time, torch
+from fastprior.kernels.cpu import library as cpu_library, structs
+library, size = cpu_library.library(), 512
+x, weight = torch.randn(8, size), torch.randn(size, size)
+
+def work(number):
+    out = torch.empty(8, size)
+    call = structs.Linear(
+        x=x.data_ptr(), x_stride=size, out=out.data_ptr(), out_stride=size, weight=weight.data_ptr(),
+        weight_stride=size, columns=size, rows=8, dim=size, eps=1e-5,
+    )
+    kept = x, weight
+    while True:
+        library.set_crowded(number)
+        library.linear(call, 2)
+
+for number in range(3):
+    threading.Thread(target=work, args=(number > 1,), daemon=True).start()
+time.sleep(0.1)
+print("leaving", flush=True)
+"""
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
 
 
 # how many
@@ -333,6 +365,44 @@ print(cpu_library.thread_count())
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity")
+@pytest.mark.parametrize("yes", [False, True], ids=["openmp", "own"])
+def test_cores_that_come_and_go_during_calls(yes):
+    cores, inputs, stop = os.sched_getaffinity(0), make(9, 97, 300), threading.Event()
+    if len(cores) == 1 or (cpu_library.quota() or 2) <= 1:
+        pytest.skip("one core")
+    expected, counts, wrong, moves = cpu_linear.linear(LinearArgs(**inputs)), set(), 0, []
+
+    def move_to(some):
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # which has ended
+                os.sched_setaffinity(int(task), some)
+
+    def move():
+        while not stop.wait(0.002):
+            move_to({min(cores)})
+            stop.wait(0.002)
+            move_to(cores)
+            moves.append(cores)
+
+    before, mover = torch.get_num_threads(), threading.Thread(target=move)
+    torch.set_num_threads(2)
+    try:
+        with crowded(yes):
+            mover.start()
+            end = time.monotonic() + 20
+            while time.monotonic() < end and (len(moves) < 20 or len(counts) == 1):
+                counts.add(cpu_library.thread_count())
+                wrong += not torch.equal(cpu_linear.linear(LinearArgs(**inputs)), expected)
+    finally:
+        stop.set()
+        mover.join()
+        move_to(cores)
+        torch.set_num_threads(before)
+    assert not wrong and len(moves) >= 20
+    assert counts == {1, 2}
 
 
 # what is little

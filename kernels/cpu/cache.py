@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WAIT_S = 120  # for another process that compiles; whoever may read a folder may lock it for ever
+KILLED_S = 3600  # after which a compiler that has not ended was killed
 
 
 def cache_dir() -> Path:
@@ -149,7 +150,14 @@ def alone_in(folder: int) -> Iterator[None]:
 
 
 def compile_into(path: Path, command: list[str]) -> None:
-    """Compile a library, and its hash behind it, whole or not at all, whoever else does the same."""
+    """Compile a library, and its hash behind it, whole or not at all, whoever else does the same.
+
+    What compilers left there that were killed long ago is removed.
+    """
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(".*.so.*.tmp"):
+            if time.time() - left.stat().st_mtime > KILLED_S:
+                left.unlink()
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     mode = stat.S_IMODE(os.fstat(handle).st_mode)  # what the umask gives: linkers have modes of their own

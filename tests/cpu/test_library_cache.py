@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,3 +262,17 @@ def test_what_root_made_serves_a_user_who_may_not_write(monkeypatch, umask):
         process.join(60)
         assert process.exitcode == 0
         assert len(list((place / "cache").iterdir())) == 1
+
+
+def test_what_killed_compilers_left_is_removed(tmp_path):
+    """Not what one may be writing now: the lock of the folder is given up where it lasts too long."""
+    tmp_path.chmod(0o700)
+    old, new = (tmp_path / f".cpu-0123.so.{digits}.tmp" for digits in ("0a1b2c3d", "4e5f6071"))
+    other = tmp_path / "cpu-0123.so"
+    for file in (old, new, other):
+        file.touch()
+    long_ago = time.time() - cache.KILLED_S - 60
+    for file in (old, other):
+        os.utime(file, (long_ago, long_ago))
+    library = build(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, other.name, library.name}

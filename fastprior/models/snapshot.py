@@ -248,7 +248,7 @@ def once(part: nn.Module, key: Hashable, make: Callable[[], Any]) -> Any:
     found = _running.state
     if found is None or found.snapshot is None or id(part) not in found.parts:
         return make()
-    key = id(part), ops.forced(), key
+    key = id(part), key
     made = found.made.get(key)
     if made is None:
         made = found.made[key] = make()

@@ -261,7 +261,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         """
         total = self.noise_scheduler.num_timesteps
         timesteps = total if timesteps is None else timesteps
-        solver = choose_solver(solver, total, timesteps)
+        solver = choose_solver(None, total, timesteps) if solver is None else solver  # else the table checks it
         table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta)
         self._check_guidance(cond_scale)
         plan = make_plan(self, table, cond_scale, *self._clamp())

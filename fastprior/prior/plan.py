@@ -78,8 +78,8 @@ remember(NoiseScheduler)
 
 def is_overridden(instance: object, name: str) -> bool:
     """Whether a subclass, an assignment on the instance, or a patch of the class replaced one of our methods."""
-    kept = (_ORIGINALS[cls, name] for cls in type(instance).__mro__ if (cls, name) in _ORIGINALS)
-    return name in vars(instance) or getattr(type(instance), name) is not next(kept, None)
+    kept = [_ORIGINALS[cls, name] for cls in type(instance).__mro__ if (cls, name) in _ORIGINALS]
+    return name in vars(instance) or getattr(type(instance), name) is not (kept[0] if kept else None)
 
 
 def overridden(instance: object, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -286,20 +286,14 @@ def thread_count() -> int:
     return min(wanted, cores if paid is None else min(cores, max(1, -int(-paid // 1))))
 
 
-def one_thread(x: Tensor) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def one_thread(x: Tensor) -> Iterator[None]:
     """Within the block PyTorch computes on this thread alone, where x lies on the CPU and is little; kernels do not.
 
     A second thread gains nothing there, and where another process has its core it is waited for.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu or x.numel() > LITTLE:  # a trace keeps no number of threads
-        return contextlib.nullcontext()
-    return _one_thread()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    if threads == 1 or unavailable():
+    alone = torch.compiler.is_compiling() or (threads := torch.get_num_threads()) == 1  # a trace keeps no number
+    if alone or not x.is_cpu or x.numel() > LITTLE or unavailable():
         yield
         return
     _outer.threads = threads

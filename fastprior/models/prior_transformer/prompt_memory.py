@@ -47,8 +47,8 @@ def _strangers(module: nn.Module) -> Iterator[nn.Module]:
 def prefix_obstacles(model: nn.Module, suffix: int) -> list[str]:
     """Why a prior transformer cannot run as a prefix and `suffix` tokens behind it; empty when it can."""
     model = snapshot.held(model)
-    find = partial(_each_obstacle, model, suffix)
-    return snapshot.once(model.transformer_blocks, f"obstacles to {suffix}", lambda: list(dict.fromkeys(find())))
+    find, key = partial(_each_obstacle, model, suffix), ("obstacles", suffix, ops.forced())
+    return snapshot.once(model.transformer_blocks, key, lambda: list(dict.fromkeys(find())))
 
 
 def _each_obstacle(model: nn.Module, suffix: int) -> Iterator[str]:

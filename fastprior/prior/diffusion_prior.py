@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from dataclasses import replace
@@ -16,13 +17,14 @@ from fastprior.diffusion.schedule import NoiseScheduler
 from fastprior.diffusion.solvers import choose_solver, step_table
 from fastprior.draws import randn_like
 from fastprior.engine.steps import Noise
+from fastprior.models import snapshot
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.weight_lock import reads_weights
 from fastprior.prior import graphs as prior_graphs
 from fastprior.prior.arguments import check_arguments
-from fastprior.prior.loop import one_run, sample_loop
+from fastprior.prior.loop import sample_loop
 from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden, remember
 from fastprior.prior.text_condition import TextConditioned, check_conditions, check_tensors
 from fastprior.utils import in_eval_mode
@@ -179,13 +181,12 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
     # one step, method by method: what subclasses override and call
 
     def _clamp(self) -> tuple[str | None, float]:
-        if self.clamp == "default":
-            if self.predict_x_start:
-                return ("l2", self.image_embed_scale) if self.sampling_clamp_l2norm else (None, 0.0)
-            return "range", 1.0
-        if self.clamp == "l2":
+        clamp = self.clamp
+        if clamp == "default":
+            clamp = 1.0 if not self.predict_x_start else "l2" if self.sampling_clamp_l2norm else None
+        if clamp == "l2":
             return "l2", self.image_embed_scale
-        return (None, 0.0) if self.clamp is None else ("range", float(self.clamp))
+        return (None, 0.0) if clamp is None else ("range", float(clamp))
 
     def x_start_from(self, x: Tensor, t: Tensor, pred: Tensor, clip_denoised: bool = True) -> Tensor:
         """The clean embedding that a prediction at time t (batch,) stands for, clamped: the shape of x."""
@@ -202,10 +203,8 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
     def _check_guidance(self, cond_scale: float) -> None:
         check_number("cond_scale", cond_scale)
         if cond_scale != 1 and not self.can_classifier_guidance:
-            raise ValueError(
-                f"cond_scale={cond_scale}; this prior was built without conditional dropout (cond_drop_prob > 0): it "
-                "has no unconditional branch, and cond_scale must be 1"
-            )
+            why = "was built without conditional dropout (cond_drop_prob > 0): it has no unconditional branch"
+            raise ValueError(f"cond_scale={cond_scale}; this prior {why}, and cond_scale must be 1")
 
     def p_mean_variance(
         self,
@@ -267,24 +266,26 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         plan = make_plan(self, table, cond_scale, *self._clamp())
         return replace(plan, graph_reasons=prior_graphs.graph_obstacles(self, plan.path, len(table.times), rows))
 
-    @one_run
     def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
-        plan = self.sampling_plan(timesteps, cond_scale, solver, eta, rows=shape[0])
-        self.check_text_condition(shape, text_cond)
-        if self.graphs is False:
-            prior_graphs.forget(self)
-        if not plan.table.times:
-            warnings.warn(f"timesteps={timesteps}: the {solver} solver makes no evaluation, the result is noise")
-        run = self, plan, shape[0], text_cond, cond_scale, Noise(shape, self.device, generator), progress
-        embeds = None if plan.graph_reasons else prior_graphs.graphs_of(self).run(*run)
-        return sample_loop(*run) if embeds is None else embeds
+        with snapshot.running(self.net) if isinstance(self.net, NoticesForeignStates) else contextlib.nullcontext():
+            plan = self.sampling_plan(timesteps, cond_scale, solver, eta, rows=shape[0])
+            self.check_text_condition(shape, text_cond)
+            if self.graphs is False:
+                prior_graphs.forget(self)
+            if not plan.table.times:
+                warnings.warn(f"timesteps={timesteps}: the {solver} solver makes no evaluation, the result is noise")
+            run = self, plan, shape[0], text_cond, cond_scale, Noise(shape, self.device, generator), progress
+            embeds = None if plan.graph_reasons else prior_graphs.graphs_of(self).run(*run)
+            return sample_loop(*run) if embeds is None else embeds
 
     @torch.no_grad()
+    @reads_weights
     def p_sample_loop_ddpm(self, shape, text_cond, cond_scale=1.0) -> Tensor:
         """DDPM over the whole schedule. See `p_sample_loop`; the result is scaled by `image_embed_scale`."""
         return self._run(shape, text_cond, cond_scale, self.noise_scheduler.num_timesteps, "ddpm")
 
     @torch.no_grad()
+    @reads_weights
     def p_sample_loop_ddim(self, shape, text_cond, *, timesteps, eta=1.0, cond_scale=1.0) -> Tensor:
         """DDIM on DALLE2-pytorch's grid. See `p_sample_loop`; the result is scaled by `image_embed_scale`."""
         return self._run(shape, text_cond, cond_scale, timesteps, "ddim", eta)
@@ -332,9 +333,8 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
                 kwargs["timesteps"] = timesteps
             embeds = getattr(self, loop)(shape, repeat_rows(text_cond, shape[0]), cond_scale=cond_scale, **kwargs)
         else:
-            embeds = self._run(
-                shape, text_cond, cond_scale, timesteps, solver, generator=generator, progress=progress, **kwargs
-            )
+            options = dict(generator=generator, progress=progress, **kwargs)
+            embeds = self._run(shape, text_cond, cond_scale, timesteps, solver, **options)
         return self.denormalize(embeds)
 
     @torch.no_grad()

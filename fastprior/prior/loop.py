@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,8 +16,6 @@ from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
-from fastprior.models.prior_transformer.as_network import PriorTransformerNet
-from fastprior.models.weight_lock import lock_of
 from fastprior.prior.plan import SamplingPlan
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, snapshot.State] = weakref.WeakKeyDictionary()  # with null tables
@@ -98,20 +95,6 @@ class CachedSteps:
             return None
         solver = dict(coefficients=inputs.rows, null_table=inputs.null_table, cond_scale=cond_scale)
         return net.prepare_run(inputs.cond, samples, **solver, clamp=self.plan.clamp, radius=self.plan.radius)
-
-
-def one_run(method: Callable) -> Callable:
-    """Make a method of a prior one run: of weights that stay as they are, and of a network that is looked at once."""
-
-    @functools.wraps(method)
-    def inner(self, *args, **kwargs):
-        with lock_of(self):
-            if not isinstance(self.net, (DiffusionPriorNetwork, PriorTransformerNet)):
-                return method(self, *args, **kwargs)
-            with snapshot.running(self.net):
-                return method(self, *args, **kwargs)
-
-    return inner
 
 
 def run_prior(prior: nn.Module, noise: Iterator[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:

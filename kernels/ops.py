@@ -12,11 +12,11 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import reference
 from .arguments import LinearArgs
@@ -33,9 +33,9 @@ BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_forced = os.environ.get("FASTPRIOR_KERNELS") or None
-if _forced not in (None, *BACKENDS):
-    raise ValueError(f"FASTPRIOR_KERNELS={_forced!r}; it must be unset, 'reference' or 'triton'")
+cpu_library.forced = os.environ.get("FASTPRIOR_KERNELS") or None
+if cpu_library.forced not in (None, *BACKENDS):
+    raise ValueError(f"FASTPRIOR_KERNELS={cpu_library.forced!r}; it must be unset, 'reference' or 'triton'")
 
 
 def is_recorded() -> bool:
@@ -45,20 +45,19 @@ def is_recorded() -> bool:
 
 def forced() -> str | None:
     """The backend that is forced, if one is: the reference, where a program is made for other runtimes."""
-    return "reference" if is_recorded() else _forced
+    return "reference" if is_recorded() else cpu_library.forced
 
 
 @contextlib.contextmanager
 def using(backend: str | None) -> Iterator[None]:
     """Force "reference" or "triton", or with None let the device decide, within the block."""
-    global _forced
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend={backend!r}; it must be None, 'reference' or 'triton'")
-    outer, _forced = _forced, backend
+    outer, cpu_library.forced = cpu_library.forced, backend
     try:
         yield
     finally:
-        _forced = outer
+        cpu_library.forced = outer
 
 
 def on_triton(x: Tensor) -> bool:
@@ -171,7 +170,7 @@ def linear(
         from .gpu.linear import linear as run
 
         return run(args)
-    found = cpu_linear.linear_where_taken(args) if forced() is None else None
+    found = cpu_linear.linear_where_taken(args)
     return reference.linear(args) if found is None else found
 
 
@@ -259,7 +258,7 @@ def decode_attention(
         from .gpu.decode import decode_attention as run
 
         return run(q, k, v, prefix_k, prefix_v, **options)
-    if forced() is None and not dropout:
+    if not dropout:
         found = cpu_attention.decode_where_taken(q, k, v, prefix_k, prefix_v, **options)
         if found is not None:
             return found
@@ -307,112 +306,9 @@ def diffusion_step(
     return run(StepArgs(x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed))
 
 
-Block, Blocks, Run = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run
-one_thread = cpu_library.one_thread
 Workspace, sharing = workspace.Workspace, workspace.sharing
 
-
-def to_huge_pages(tensors: Iterable[Tensor]) -> int:
-    """Move weights on the CPU to huge pages, where the system has some: how many bytes lie there."""
-    return huge_pages.collapse(tensors)
-
-
-def prepare_blocks(
-    blocks: Sequence[Block],
-    *,
-    owner: nn.Module,
-    heads: int,
-    kv_heads: int,
-    dim_head: int,
-    scale: float,
-    cosine: bool,
-    activation: str,
-    eps: float,
-    head: Block | None = None,
-) -> Blocks | None:
-    """Blocks for any number of calls of `run_blocks`, which see edits in place; None where it cannot compute them.
-
-    Args:
-        blocks: the weights.
-        owner: whose weights they are, for callers to compare with.
-        heads, kv_heads, dim_head, scale, cosine: see `decode_attention`.
-        activation: of the feed-forwards, "gelu" or "swiglu".
-        eps: of all norms.
-        head: after the blocks, see `Block`; its norm is `stable`, see `layer_norm`.
-    Raises:
-        ValueError: shapes that do not fit each other.
-    """
-    if forced() is not None:
-        return None
-    sizes = dict(heads=heads, kv_heads=kv_heads, dim_head=dim_head)
-    options = dict(scale=scale, cosine=cosine, activation=activation, eps=eps)
-    return cpu_blocks.prepare_blocks(blocks, owner=owner, **sizes, **options, head=head)
-
-
-def run_blocks(
-    x: Tensor,
-    blocks: Blocks | None,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    *,
-    outputs: int,
-    rotary: Rotary | None = None,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor | None:
-    """All blocks of a step, in one call and in fp32; None for what it does not take, and without blocks.
-
-    Args:
-        x: (rows, suffix, dim) fp32, the residual stream of the suffix tokens.
-        blocks: from `prepare_blocks`.
-        prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head) fp32, see `decode_attention`.
-        outputs: of how many of the last tokens the result is wanted, that of the head where there is one. 0 asks for
-            keys and values instead.
-        rotary, bias, mask: see `decode_attention`.
-    Returns:
-        (rows, outputs, dim) fp32, with a head its columns; without outputs keys and values of all tokens and blocks,
-        neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
-    """
-    if blocks is None or forced() is not None:
-        return None
-    options = dict(outputs=outputs, rotary=rotary, bias=bias, mask=mask)
-    return cpu_blocks.run_blocks_where_taken(x, blocks, prefix_k, prefix_v, **options)
-
-
-def prepare_run(
-    blocks: Blocks | None,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    *,
-    rows: int,
-    samples: int,
-    time_tokens: Tensor,
-    query: Tensor,
-    coefficients: Tensor,
-    null_table: Tensor,
-    cond_scale: float,
-    clamp: str | None = None,
-    radius: float = 1.0,
-    rotary: Rotary | None = None,
-    bias: Tensor | None = None,
-) -> Run | None:
-    """A run, each step of which makes its tokens, runs all blocks, and does `diffusion_step`.
-
-    A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None without blocks, where
-    `run_blocks` does not take this, or what the head gives is no embedding.
-
-    Args:
-        blocks, prefix_k, prefix_v, rotary, bias: see `run_blocks`.
-        rows, samples: how many rows, and samples in each; those of one prompt lie together.
-        time_tokens: (steps, tokens, dim) fp32.
-        query: (dim,).
-        coefficients: (steps, 6) fp32, the table of `diffusion_step`, as are the next.
-        null_table: (steps, dim) fp32; zeros leave predictions as they are.
-        cond_scale, clamp, radius: see there.
-    """
-    if blocks is None or forced() is not None:
-        return None
-    tables = dict(time_tokens=time_tokens, query=query, coefficients=coefficients, null_table=null_table)
-    solver = dict(cond_scale=cond_scale, clamp=clamp, radius=radius)
-    sizes, options = dict(rows=rows, samples=samples), dict(rotary=rotary, bias=bias)
-    return cpu_run.prepare_run(blocks, prefix_k, prefix_v, **sizes, **tables, **solver, **options)
+# of the CPU alone: whole blocks, and whole steps, in one call
+Block, Blocks, Run, one_thread = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run, cpu_library.one_thread
+prepare_blocks, run_blocks = cpu_blocks.prepare_blocks, cpu_blocks.run_blocks_where_taken
+prepare_run, to_huge_pages = cpu_run.prepare_run, huge_pages.collapse

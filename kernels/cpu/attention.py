@@ -13,15 +13,15 @@ MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS = 256, 4096, 2**16
 
 
 def takes_decode(q, k, v, prefix_k, prefix_v, scale, cos, sin, cosine, bias, mask) -> bool:
-    """Whether `decode_attention` computes these numbers: on the CPU, in fp32 or bf16 over a prefix in fp32."""
+    """Whether `decode_attention` computes what `library.take` gives: fp32 or bf16 over a prefix in fp32."""
     if q.dtype not in calls.FLOATS or not q.dtype == k.dtype == v.dtype:
         return False
     if not prefix_k.dtype == prefix_v.dtype == torch.float32 or not q.numel():
         return False
     suffix, dim_head = k.shape[1], q.shape[-1]
-    if dim_head > MAX_DIM_HEAD or prefix_k.shape[1] + suffix > MAX_KEYS or suffix * dim_head > MAX_SUFFIX_NUMBERS:
-        return False
-    return library.takes((q, k, v, prefix_k, prefix_v, cos, sin, bias, mask))
+    return (
+        dim_head <= MAX_DIM_HEAD and prefix_k.shape[1] + suffix <= MAX_KEYS and suffix * dim_head <= MAX_SUFFIX_NUMBERS
+    )
 
 
 def _fake_decode(q, *_) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import namedtuple
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..reference import Rotary
 from . import calls, huge_pages, library, structs
 from .attention import MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS, attention_of
 from .library import KINDS, most_rows
@@ -69,9 +70,30 @@ class Blocks(NamedTuple):
 
 
 def prepare_blocks(
-    blocks, *, owner, heads, kv_heads, dim_head, scale, cosine, activation, eps, head=None
-) -> Blocks | None:  # fmt: skip
-    """See `ops.prepare_blocks`."""
+    blocks: Sequence[Block],
+    *,
+    owner: nn.Module,
+    heads: int,
+    kv_heads: int,
+    dim_head: int,
+    scale: float,
+    cosine: bool,
+    activation: str,
+    eps: float,
+    head: Block | None = None,
+) -> Blocks | None:
+    """Blocks for any number of calls of `run_blocks`, which see edits in place; None where it cannot compute them.
+
+    Args:
+        blocks: the weights.
+        owner: whose weights they are, for callers to compare with.
+        heads, kv_heads, dim_head, scale, cosine: see `decode_attention`.
+        activation: of the feed-forwards, "gelu" or "swiglu".
+        eps: of all norms.
+        head: after the blocks, see `Block`; its norm is `stable`, see `layer_norm`.
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
     everything = [*blocks, *([] if head is None else [head])]
     weights = list(itertools.chain(*everything))
     requires_grad = any(t is not None and t.requires_grad for t in weights)
@@ -81,7 +103,7 @@ def prepare_blocks(
     head = None if head is None else everything[-1]
     dtype, dim, inner = everything[0].q.dtype, everything[0].q.shape[1], everything[0].contract.shape[1]
     matrices = [t for block in everything for t in block[: len(MATRICES)] if t is not None]
-    if not library.takes(kept, dtype) or any(t.dtype != dtype or t.stride(1) != 1 for t in matrices):
+    if dtype not in KINDS or any(t.dtype != dtype or t.stride(1) != 1 for t in matrices):
         return None
     own, shared, wide = heads * dim_head, kv_heads * dim_head, inner * 2 if activation == "swiglu" else inner
     columns = dim if head is None else len(head.q)
@@ -113,28 +135,23 @@ def _struct_of(block: Block, vectors: Iterator[tuple[int, int]]) -> structs.Bloc
     return structs.Block(**fields)
 
 
-def takes_blocks(
-    blocks: Blocks, rows: int, suffix: int, numbers: Sequence[Tensor], options: Iterable[Tensor | None]
-) -> bool:
-    """Whether C runs blocks: rows of few tokens, in fp32 on the CPU, without gradient.
+def takes_blocks(blocks: Blocks, rows: int, suffix: int, numbers: Sequence[Tensor]) -> bool:
+    """Whether C runs blocks: rows of few tokens, in fp32, without gradient.
 
     Args:
         rows, suffix: how many rows of how many tokens.
         numbers: keys and values of the prefix, and others that must be fp32.
-        options: that may be converted.
     """
     if torch.is_autocast_enabled("cpu") or (blocks.requires_grad and torch.is_grad_enabled()):
         return False
-    return 0 < rows * suffix <= blocks.most_tokens and _takes_numbers(suffix, numbers, options)
+    return 0 < rows * suffix <= blocks.most_tokens and _takes_numbers(suffix, numbers)
 
 
-def _takes_numbers(suffix: int, numbers: Sequence[Tensor], options: Iterable[Tensor | None]) -> bool:
+def _takes_numbers(suffix: int, numbers: Sequence[Tensor]) -> bool:
     _, _, prefix, _, dim_head = numbers[0].shape
     if any(t.dtype != torch.float32 for t in numbers):
         return False
-    if dim_head > MAX_DIM_HEAD or prefix + suffix > MAX_KEYS or suffix * dim_head > MAX_SUFFIX_NUMBERS:
-        return False
-    return library.takes((*numbers, *options))
+    return dim_head <= MAX_DIM_HEAD and prefix + suffix <= MAX_KEYS and suffix * dim_head <= MAX_SUFFIX_NUMBERS
 
 
 def _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape, *_) -> Tensor:
@@ -172,8 +189,8 @@ def blocks_of(
     )  # fmt: skip
 
 
-def _takes_operation(x, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, *_) -> bool:
-    return _takes_numbers(x.shape[1], (prefix_k, prefix_v, x), (cos, sin, bias, mask))
+def _takes_operation(x, table, prefix_k, prefix_v, *_) -> bool:
+    return _takes_numbers(x.shape[1], (prefix_k, prefix_v, x))
 
 
 calls.define_operation(
@@ -185,19 +202,42 @@ calls.define_operation(
 )
 
 
-def run_blocks_where_taken(x, blocks, prefix_k, prefix_v, *, rotary, bias, mask, **options) -> Tensor | None:
-    """See `ops.run_blocks`."""
-    found = library.take((prefix_k, prefix_v, x, bias, mask, *(rotary or ())))
-    if found is None or not takes_blocks(blocks, *found[2].shape[:2], found[:3], found[3:]):
+def run_blocks_where_taken(
+    x: Tensor,
+    blocks: Blocks | None,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    outputs: int,
+    rotary: Rotary | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor | None:
+    """All blocks of a step, in one call and in fp32; None for what it does not take, and without blocks.
+
+    Args:
+        x: (rows, suffix, dim) fp32, the residual stream of the suffix tokens.
+        blocks: from `prepare_blocks`.
+        prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head) fp32, see `decode_attention`.
+        outputs: of how many of the last tokens the result is wanted, that of the head where there is one. 0 asks for
+            keys and values instead.
+        rotary, bias, mask: see `decode_attention`.
+    Returns:
+        (rows, outputs, dim) fp32, with a head its columns; without outputs keys and values of all tokens and blocks,
+        neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
+    """
+    if blocks is None or (found := library.take((prefix_k, prefix_v, x, bias, mask, *(rotary or ())))) is None:
         return None
     prefix_k, prefix_v, x, bias, mask, *rotary = found
-    return run_blocks(x, blocks, prefix_k, prefix_v, rotary=rotary, bias=bias, mask=mask, **options)
+    if not takes_blocks(blocks, *x.shape[:2], found[:3]):
+        return None
+    return run_blocks(x, blocks, prefix_k, prefix_v, outputs=outputs, rotary=rotary, bias=bias, mask=mask)
 
 
 def run_blocks(
     x: Tensor, blocks: Blocks, prefix_k: Tensor, prefix_v: Tensor, *, outputs: int, rotary=None, bias=None, mask=None
 ) -> Tensor:
-    """See `ops.run_blocks`; for what `takes_blocks` says."""
+    """`run_blocks_where_taken` of what `takes_blocks` says."""
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
     cos, sin = rotary or (None, None)
     return run(

@@ -29,7 +29,7 @@ def define_operation(schema: str, run: Callable, takes: Callable, fake: Callable
 
     def checked(*given):
         given = aliases(given)
-        if not takes(*given):
+        if any(t.dtype == torch.float64 for t in given if isinstance(t, Tensor)) or not takes(*given):
             found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in given if isinstance(t, Tensor))
             raise ValueError(f"{name} was traced with other tensors, and does not take {found}")
         return run(*given)

@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from ctypes import POINTER, c_long, c_void_p
 from pathlib import Path
@@ -108,6 +108,7 @@ def _check_structs(loaded: ctypes.CDLL) -> None:
             raise TypeError(f"struct {name} of C has not the {size} bytes of its mirror in structs.py")
 
 
+forced: str | None = None  # the backend that `ops.using` forces: another one
 _loaded: ctypes.CDLL | str | None = None
 _most_rows: dict[torch.dtype, int] = {}
 _outer = threading.local()
@@ -165,7 +166,7 @@ def library() -> ctypes.CDLL:
 
 def most_rows(dtype: torch.dtype) -> int:
     """The most rows that are computed with weights of this dtype here; 0 for none."""
-    if _loaded is None:
+    if _loaded is None and dtype in KINDS:
         _load()
     return _most_rows.get(dtype, 0)
 
@@ -176,8 +177,8 @@ most_rows._dynamo_marked_constant = True
 
 def is_watched() -> bool:
     """Whether a mode, a transform, forward-mode gradients or a trace follow operations: C would pass them by."""
-    if torch.compiler.is_compiling():  # which sees an operation of its own
-        return False
+    if torch.compiler.is_compiling():  # which sees an operation of its own, that other runtimes have not
+        return torch.compiler.is_exporting()
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     return transformed or is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 
@@ -192,17 +193,22 @@ def aliases(values: Iterable[object]) -> list:
     return [t.data if type(t) in PLAIN else t for t in values]
 
 
-def take(tensors: Sequence[Tensor | None], *, gradients: bool = False) -> list[Tensor | None] | None:
+def take(
+    tensors: Iterable[Tensor | None], dtype: torch.dtype = torch.float32, rows: int = 1, *, gradients: bool = False
+) -> list[Tensor | None] | None:
     """`aliases` of plain tensors without gradient, that nothing follows; None where C may not have them.
 
-    In a trace they are as they are: the operation that it keeps makes aliases of what it gets.
+    They lie on the CPU, in no fp64. In a trace they are as they are: the operation that it keeps makes aliases of what
+    it gets.
 
     Args:
         tensors: of no subclass that keeps its numbers elsewhere; None where one is not given.
+        dtype: of the weights.
+        rows: how many meet them: beyond some PyTorch is as fast.
         gradients: also tensors that require one.
     """
     gradients = gradients or not torch.is_grad_enabled()
-    if is_watched():
+    if forced is not None or is_watched():
         return None
     found, traced = [], torch.compiler.is_compiling()
     for t in tensors:
@@ -210,22 +216,10 @@ def take(tensors: Sequence[Tensor | None], *, gradients: bool = False) -> list[T
             if type(t) not in PLAIN or (not gradients and t.requires_grad):
                 return None
             t = t if traced else t.data
+            if not t.is_cpu or t.dtype == torch.float64:
+                return None
         found.append(t)
-    return found
-
-
-def takes(tensors: Iterable[Tensor | None], dtype: torch.dtype = torch.float32, rows: int = 1) -> bool:
-    """Whether C reads these numbers: on the CPU, in no fp64.
-
-    Args:
-        tensors: None where one is not given.
-        dtype: of the weights.
-        rows: how many meet them.
-    """
-    for t in tensors:
-        if t is not None and (not t.is_cpu or t.dtype == torch.float64):
-            return False
-    return 0 < rows <= most_rows(dtype)
+    return found if 0 < rows <= most_rows(dtype) else None  # last: it may compile the library
 
 
 def run(name: str, call: structs.Structure, *others: object, x: Tensor, rows: int = 1) -> None:

@@ -12,21 +12,17 @@ from .library import KINDS
 
 
 def takes_linear(args: LinearArgs) -> bool:
-    """Whether `linear` computes these numbers: few rows on the CPU, in fp32 or bf16 or of int8 weights."""
-    x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, _, _, residual, dtype = args
-    if not x.is_cpu or x.dtype not in FLOATS or dtype not in (None, *FLOATS) or x.ndim < 1 or weight.ndim != 2:
+    """Whether `linear` computes these numbers, of those that `library.take` gives: fp32, bf16, or int8 weights."""
+    x, weight, _, beside, scale, stream, _, norm_gain, _, _, _, _, dtype = args
+    if x.dtype not in FLOATS or dtype not in (None, *FLOATS) or x.ndim < 1 or weight.ndim != 2:
         return False
     if beside is not None and (beside.dtype != weight.dtype or beside.ndim != 2 or beside.stride()[1] != 1):
         return False
-    numbers, dim = x.numel(), x.shape[-1]
-    if not numbers or dim != weight.shape[1] or weight.stride()[1] != 1:
+    if not x.numel() or x.shape[-1] != weight.shape[1] or weight.stride()[1] != 1:
         return False
     if (weight.dtype == torch.int8) != (scale is not None):
         return False
-    if scale is None and x.dtype != weight.dtype and stream is None and norm_gain is None:
-        return False
-    tensors = x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, residual
-    return library.takes(tensors, weight.dtype, numbers // dim)
+    return scale is not None or x.dtype == weight.dtype or stream is not None or norm_gain is not None
 
 
 def _results(args: LinearArgs) -> tuple[Tensor, Tensor]:
@@ -108,7 +104,8 @@ def linear_where_taken(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor] | Non
     x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype = args
     if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
-    found = library.take((x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, residual))
+    tensors = x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, residual
+    found = library.take(tensors, weight.dtype, x.shape[:-1].numel())
     if found is None:
         return None
     *tensors, residual = found

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..reference import Rotary
 from . import calls, library, structs
 from .blocks import Blocks, blocks_of, takes_blocks
 
@@ -50,17 +51,43 @@ class Run:
 
 
 def prepare_run(
-    blocks: Blocks, prefix_k, prefix_v, *, rows, samples, time_tokens, query, coefficients, null_table, cond_scale,
-    clamp=None, radius=1.0, rotary=None, bias=None,
-) -> Run | None:  # fmt: skip
-    """See `ops.prepare_run`."""
+    blocks: Blocks | None,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    rows: int,
+    samples: int,
+    time_tokens: Tensor,
+    query: Tensor,
+    coefficients: Tensor,
+    null_table: Tensor,
+    cond_scale: float,
+    clamp: str | None = None,
+    radius: float = 1.0,
+    rotary: Rotary | None = None,
+    bias: Tensor | None = None,
+) -> Run | None:
+    """A run, each step of which makes its tokens, runs all blocks, and does `diffusion_step`.
+
+    A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None without blocks, where
+    `run_blocks` does not take this, or what the head gives is no embedding.
+
+    Args:
+        blocks, prefix_k, prefix_v, rotary, bias: see `run_blocks`.
+        rows, samples: how many rows, and samples in each; those of one prompt lie together.
+        time_tokens: (steps, tokens, dim) fp32.
+        query: (dim,).
+        coefficients: (steps, 6) fp32, the table of `diffusion_step`, as are the next.
+        null_table: (steps, dim) fp32; zeros leave predictions as they are.
+        cond_scale, clamp, radius: see there.
+    """
     steps, times, dim = time_tokens.shape
-    if not blocks.has_head or blocks.shape[-1] != dim:
+    if blocks is None or not blocks.has_head or blocks.shape[-1] != dim:
         return None
     suffix = times + 2 * samples
     tensors = prefix_k, prefix_v, time_tokens, coefficients, null_table, query, bias, *(rotary or (None, None))
     found = library.take(tensors)
-    if found is None or not takes_blocks(blocks, rows, suffix, found[:5], found[5:]):
+    if found is None or not takes_blocks(blocks, rows, suffix, found[:5]):
         return None
     prefix_k, prefix_v, time_tokens, coefficients, null_table, query, bias, cos, sin = found
     x = torch.empty(rows * samples, dim, dtype=torch.float32, device="cpu")

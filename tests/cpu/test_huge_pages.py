@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastprior import PriorSampler
+from fastprior.kernels import ops
 from fastprior.kernels.cpu import huge_pages
 from helpers.cpu_cases import NEEDS_KERNELS
 from helpers.priors import make_prior, make_text
@@ -133,7 +134,8 @@ def test_when_weights_settle(monkeypatch):
 def test_samplers_settle(monkeypatch, lenient):
     """The drop-in in its second run, a `PriorSampler` before its first; those of 8 bits too."""
     moved = []
-    monkeypatch.setattr(huge_pages, "collapse", lambda tensors: moved.append({t.data_ptr() for t in tensors}))
+    for place, name in ((huge_pages, "collapse"), (ops, "to_huge_pages")):
+        monkeypatch.setattr(place, name, lambda tensors: moved.append({t.data_ptr() for t in tensors}))
     prior, text = make_prior(), make_text(1, 32)
     weight = prior.net.causal_transformer.layers[0][0].to_q.weight.data_ptr()
     for runs in (0, 1, 1):

@@ -136,7 +136,7 @@ def test_run(monkeypatch):
             switches.append(Switch(monkeypatch, seen))
         return prepare(*args, **kwargs)
 
-    monkeypatch.setattr(cpu_run, "prepare_run", noticed)
+    monkeypatch.setattr(ops, "prepare_run", noticed)
     monkeypatched = False
     expected = sample(prior, text)
     query = prior.net.learned_query
@@ -209,6 +209,6 @@ def test_a_sampler_whose_weights_are_replaced(monkeypatch):
             switch.tensors = [t for block in (*weights, *([head] if head else [])) for t in block if t is not None]
             return blocks(weights, *args, head=head, **kwargs)
 
-        patch.setattr(cpu_blocks, "prepare_blocks", noticed)
+        patch.setattr(ops, "prepare_blocks", noticed)
         got = call()
     assert switch.times > 2 and torch.equal(got, expected)

@@ -40,7 +40,7 @@ def a_call_of_the_pipeline():
 
 
 @pytest.mark.parametrize(
-    "journey, most", [(a_sample, 100), (a_call_of_the_sampler, 109), (a_call_of_the_pipeline, 243)]
+    "journey, most", [(a_sample, 92), (a_call_of_the_sampler, 98), (a_call_of_the_pipeline, 221)]
 )
 def test_few_crossings_between_files(journey, most):
     run = journey()

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import FunctionType
 
 import torch
@@ -28,11 +28,11 @@ def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(batch_sizes)))
 
 
-def parts(batch_sizes: Sequence[int], prompts: int) -> Iterator[tuple[slice, int]]:
+def parts(batch_sizes: Sequence[int], prompts: int) -> list[tuple[slice, int]]:
     """Which prompts run together, and the batch size (of those in order) that they are padded to."""
-    for at in range(0, prompts, batch_sizes[-1]):
-        part = slice(at, min(at + batch_sizes[-1], prompts))
-        yield part, next(size for size in batch_sizes if size >= part.stop - part.start)
+    most = batch_sizes[-1]
+    found = [slice(at, min(at + most, prompts)) for at in range(0, prompts, most)]
+    return [(part, min(size for size in batch_sizes if size >= part.stop - part.start)) for part in found]
 
 
 def text_length(tokens: int, longest: int) -> int:

@@ -155,7 +155,7 @@ def run_parts(
         batch_sizes: in order.
         prompts: in each of the groups.
     """
-    parts, results = list(shapes.parts(batch_sizes, prompts)), []
+    parts, results = shapes.parts(batch_sizes, prompts), []
     draws = itertools.tee(noise, len(parts)) if len(parts) > 1 else [noise]  # parts have rows of the same tensors
     for (part, batch), drawn in zip(parts, draws):
         step, taken = begin(part, batch)

@@ -100,9 +100,12 @@ def network_obstacles(net: nn.Module, dropout: bool = False) -> list[str]:
     transformer = snapshot.held(net).causal_transformer
     if type(transformer) is not CausalTransformer:
         return [*found, f"net.causal_transformer is a {type(transformer).__name__}"]
-    found += snapshot.once(transformer, "obstacles", transformer.obstacles)
+    obstacles, drops_out = snapshot.once(
+        transformer, "obstacles", lambda: (transformer.obstacles(), transformer.drops_out())
+    )
+    found += obstacles
     dropping = net.training and any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in net.modules())
-    if not dropout and (dropping or snapshot.once(transformer, "drops_out", transformer.drops_out)):
+    if not dropout and (dropping or drops_out):
         found.append("dropout is active")
     return found
 

@@ -43,9 +43,14 @@ def dtype_of(linear: nn.Module, owner: nn.Module) -> torch.dtype:
     return next((weight.dtype for weight in owner.parameters() if weight.dtype in DTYPES), torch.float32)
 
 
-def projected(linear: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-    """`residual + activation(linear(x))`; whatever stands in the place of a linear (LoRA, 4 bits) is called."""
-    if are_known(linear):
+def projected(
+    linear: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None, known: bool = False
+) -> Tensor:
+    """`residual + activation(linear(x))`; whatever stands in the place of a linear (LoRA, 4 bits) is called.
+
+    `known` says that `are_known` was asked before.
+    """
+    if known or are_known(linear):
         options = dict(scale=scales_of(linear)[0], activation=activation, residual=residual)
         return ops.linear(x, linear.weight, linear.bias, **options)
     y = linear(x)

@@ -269,16 +269,16 @@ class PriorPipeline:
                     self._engine.refresh(prior, partial(self._build, judgement))
 
     def _build(self, judgement: quality.Quality | None = None) -> None:
-        self._look()
         self._quantised, prior = None, snapshot.held(self.prior)
+        self._look(prior)
         if judgement:
             self._quantised, self.quality = quantised(prior, self.quantise), judgement
         elif self.quantise:
             self._quantised, self.quality = judged(self.quantise, prior, self.schedule)
 
-    def _look(self) -> None:
+    def _look(self, prior: PriorTransformer) -> None:
         """Find what in the prior must be called with all tokens, at each step; a warning says so once."""
-        reasons = prefix_obstacles(self.prior, 2 + (self.prior.prd_embedding is not None))
+        reasons = prefix_obstacles(prior, 2 + (prior.prd_embedding is not None))
         if reasons and reasons != self._reasons:
             warnings.warn(f"every step of the prior runs all tokens, which is slow: {'; '.join(reasons)}", stacklevel=5)
         self._reasons = reasons
@@ -294,13 +294,13 @@ class PriorPipeline:
             with engine.lock:
                 engine.clock.wait()
                 engine.clock = Clock(x.device)
-        if engine.replays or self.quantise:
+        if (replays := engine.replays) or self.quantise:
             with engine.lock:
                 engine.refresh(self.prior, self._build)
         else:
-            self._look()
+            self._look(run.prior)
         whole = bool(self._reasons)
-        if engine.replays and not whole:
+        if replays and not whole:
             with engine.lock, engine.clock:
                 sources = run.sources(engine.batch_sizes, x)
                 x, engine.clock.read = run.run(engine, self._quantised or run.prior, x, noise, sources)

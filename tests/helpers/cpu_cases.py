@@ -303,7 +303,7 @@ def mask_of(prompts=2, prefix=6):
 def prior_step(blocks, prefix, x, outputs=1):
     mask = mask_of(*prefix.shape[:2]).to(prefix.dtype)
     dtype = None if blocks[0].norm1.weight.dtype != BF16 else BF16
-    return cached_blocks.step(blocks, x, cached_blocks.prefill(blocks, prefix, mask, dtype=dtype), outputs, dtype)
+    return cached_blocks.step(blocks, x, cached_blocks.prefill(blocks, prefix, mask, dtype=dtype), outputs)
 
 
 def prepare(transformer, heads=3, scale=1.0, **changes):

@@ -31,6 +31,7 @@ class Prefix(NamedTuple):
         positions: (1, suffix, dim) fp32 or wider, added to the tokens of a step; without it each step asks the model.
         samples: how many a row holds.
         bias: (suffix, heads, prefix + suffix) fp32, added to the logits of rows that hold several.
+        dtype: of the weights.
     """
 
     k: Tensor
@@ -41,20 +42,23 @@ class Prefix(NamedTuple):
     positions: Tensor | None = None
     samples: int = 1
     bias: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
 
-def normed(norm: nn.Module, x: Tensor, dtype: torch.dtype, given: torch.dtype | None = None) -> Tensor:
+def normed(
+    norm: nn.Module, x: Tensor, dtype: torch.dtype, given: torch.dtype | None = None, known: bool = False
+) -> Tensor:
     """The norm of x in a dtype; what stands in the place of a LayerNorm is `given` x in that one, or in another."""
-    if type(norm) is nn.LayerNorm and are_called_as_they_are(norm):
+    if known or (type(norm) is nn.LayerNorm and are_called_as_they_are(norm)):
         return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
     return norm(x.to(given or dtype)).to(dtype)
 
 
-def _after_attention(block: nn.Module, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _after_attention(block: nn.Module, out: Tensor, x: Tensor, dtype: torch.dtype, known: bool = False) -> Tensor:
     expand, _, contract = block.ff.net
-    x = projected(block.attn1.to_out[0], out.to(dtype), residual=x)
-    h = projected(expand.proj, normed(block.norm3, x, dtype), activation="gelu")
-    return projected(contract, h, residual=x)
+    x = projected(block.attn1.to_out[0], out.to(dtype), residual=x, known=known)
+    h = projected(expand.proj, normed(block.norm3, x, dtype, known=known), activation="gelu", known=known)
+    return projected(contract, h, residual=x, known=known)
 
 
 def distinct(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -113,10 +117,11 @@ def prefill(
             t = rows
         return t.view(len(mask), longest, blocks[0].attn1.heads, -1)
 
-    cache = []
+    cache, of_steps = [], prepared(blocks) if x.is_cpu else None
+    known = of_steps is not None
     for index, block in enumerate(blocks):
-        attn, h = block.attn1, normed(block.norm1, x, dtype)
-        k, v = spread(projected(attn.to_k, h)), spread(projected(attn.to_v, h))
+        attn, h = block.attn1, normed(block.norm1, x, dtype, known=known)
+        k, v = (spread(projected(linear, h, known=known)) for linear in (attn.to_k, attn.to_v))
         if not cache:
             # the reference computes in fp32 what kernels read as it is
             stored = k.dtype if ops.on_triton(k) else torch.promote_types(k.dtype, torch.float32)
@@ -125,11 +130,11 @@ def prefill(
         for kept, t in zip(cache, (k, v)):
             kept[index] = (t if prompts is None else t[prompts]).transpose(1, 2)
         if index < len(blocks) - 1:
-            q = spread(projected(attn.to_q, h))
+            q = spread(projected(attn.to_q, h, known=known))
             out = ops.attention(q, k, v, scale=attn.scale, causal=True, mask=logits)
-            x = _after_attention(block, out.flatten(0, 1)[slots], x, dtype)
+            x = _after_attention(block, out.flatten(0, 1)[slots], x, dtype, known)
     logits = logits if logits is None or prompts is None else logits[prompts]
-    return Prefix(*cache, logits, prompts, prepared(blocks) if x.is_cpu else None)
+    return Prefix(*cache, logits, prompts, of_steps, dtype=dtype)
 
 
 def share(prefix: Prefix, layout: RowLayout) -> Prefix:
@@ -182,31 +187,30 @@ def step(
     x: Tensor,
     prefix: Prefix,
     outputs: int,
-    dtype: torch.dtype | None = None,
     head: tuple[nn.LayerNorm, nn.Module] | None = None,
 ) -> Tensor:
     """The last `outputs` of the suffix tokens behind a prefix: (rows, outputs, dim), with a head its columns.
 
     Args:
         x: (rows, suffix, dim); rows is a multiple of the prefix's prompts, those of one prompt together.
-        dtype: see `prefill`.
         head: the norm and the linear that outputs pass at last.
     """
-    dtype, out = dtype or x.dtype, None
+    out, dtype = None, prefix.dtype
     if x.is_cpu:
         found = prefix.blocks
         if found is None or found.owner is not blocks:
             found = prepared(blocks)
         k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
         out = ops.run_blocks(x, found, k, v, outputs=outputs, bias=prefix.bias, mask=prefix.mask)
-    out = _step_by_layers(blocks, x, prefix, outputs, dtype) if out is None else out
+    out = _step_by_layers(blocks, x, prefix, outputs) if out is None else out
     if head is None:
         return out
     norm, linear = head
     return projected(linear, normed(norm, out, dtype)).to(out.dtype)
 
 
-def _step_by_layers(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int, dtype: torch.dtype) -> Tensor:
+def _step_by_layers(blocks: Sequence[nn.Module], x: Tensor, prefix: Prefix, outputs: int) -> Tensor:
+    dtype = prefix.dtype
     for index, block in enumerate(blocks):
         attn, h = block.attn1, normed(block.norm1, x, dtype)
         k, v = projected(attn.to_k, h), projected(attn.to_v, h)

@@ -121,7 +121,7 @@ class PriorForward(NoticesForeignStates):
         prefix = self.encode_prefix(proj_embedding, encoder_hidden_states, attention_mask, suffix)
         if prefix is None:
             raise ValueError("attention_mask hides tokens behind the text, or has values beyond 0 and 1; it must not")
-        return PriorTransformerConditioning(prefix, self.time_tokens(times))
+        return PriorTransformerConditioning(prefix, self.time_tokens(times, dtype))
 
     def padded_prefill(
         self,
@@ -147,7 +147,7 @@ class PriorForward(NoticesForeignStates):
         mask = F.pad((1 - attention_mask.float()) * HIDDEN, (0, 1))
         x = self._placed(tokens, of_prefix)
         prefix = cached_blocks.prefill(self.transformer_blocks, x, mask, prompts, dtype, pack=False)
-        return PriorTransformerConditioning(prefix._replace(positions=of_suffix), self.time_tokens(times))
+        return PriorTransformerConditioning(prefix._replace(positions=of_suffix), self.time_tokens(times, dtype))
 
     def prepare(self, cond: PriorTransformerConditioning) -> PriorTransformerConditioning:
         """Make a conditioning that another prior's prefill ran ready for steps of this one."""
@@ -161,7 +161,7 @@ class PriorForward(NoticesForeignStates):
     def step(self, x: Tensor, index: Tensor, cond: PriorTransformerConditioning) -> Tensor:
         """One evaluation behind the cached prefix, (rows, clip_embed_dim): see `DiffusionPriorNetwork.step`."""
         time_tokens = cond.time_tokens.index_select(0, index.reshape(-1))
-        return self.predict_behind(x.to(self._weight_dtype), time_tokens, cond.prefix).flatten(0, -2)
+        return self.predict_behind(x.to(cond.prefix.dtype), time_tokens, cond.prefix).flatten(0, -2)
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
         """Undo the normalisation of CLIP embeddings: `latents * clip_std + clip_mean`; None leaves a part out."""
@@ -317,5 +317,5 @@ class PriorForward(NoticesForeignStates):
         x = self._placed(self._suffix_tokens(hidden_states, time_tokens, prefix.samples), positions)
         outputs = x.shape[1] - 1 if self.prd_embedding is None else prefix.samples
         head = self.norm_out, self.proj_to_clip_embeddings
-        pred = cached_blocks.step(self.transformer_blocks, x, prefix, outputs, self._weight_dtype, head)
+        pred = cached_blocks.step(self.transformer_blocks, x, prefix, outputs, head)
         return pred.flatten(0, 1) if prefix.samples > 1 or self.prd_embedding is not None else pred

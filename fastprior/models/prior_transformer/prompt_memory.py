@@ -46,7 +46,6 @@ def _strangers(module: nn.Module) -> Iterator[nn.Module]:
 
 def prefix_obstacles(model: nn.Module, suffix: int) -> list[str]:
     """Why a prior transformer cannot run as a prefix and `suffix` tokens behind it; empty when it can."""
-    model = snapshot.held(model)
     find, key = partial(_each_obstacle, model, suffix), ("obstacles", suffix, ops.forced())
     return snapshot.once(model.transformer_blocks, key, lambda: list(dict.fromkeys(find())))
 

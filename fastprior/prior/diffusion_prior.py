@@ -23,7 +23,7 @@ from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.weight_lock import reads_weights
 from fastprior.prior import graphs as prior_graphs
-from fastprior.prior.arguments import check_arguments
+from fastprior.prior.arguments import check_arguments, check_models
 from fastprior.prior.loop import sample_loop
 from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden, remember
 from fastprior.prior.text_condition import TextConditioned, check_conditions, check_tensors
@@ -117,19 +117,13 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
             raise ValueError("image_embed_dim=None; it must be given where no clip is")
         self.clip, self.net = clip, net
         self.image_embed_dim = clip.dim_latent if image_embed_dim is None else image_embed_dim
-        if net.dim != self.image_embed_dim:
-            raise ValueError(f"image_embed_dim={self.image_embed_dim}; it must be the network's dim, {net.dim}")
-        own = isinstance(net, DiffusionPriorNetwork)
-        if own and net.text_dim != net.dim and not condition_on_text_encodings:
-            raise ValueError(f"text_dim={net.text_dim}; with condition_on_text_encodings=False no encodings are read")
-        if clip is not None and clip.dim_latent != self.image_embed_dim:
-            raise ValueError(f"image_embed_dim={self.image_embed_dim}; the CLIP given embeds in {clip.dim_latent}")
+        check_models(net, clip, self.image_embed_dim, condition_on_text_encodings)
         self.channels = image_channels
         self.text_cond_drop_prob = cond_drop_prob if text_cond_drop_prob is None else text_cond_drop_prob
         self.image_cond_drop_prob = cond_drop_prob if image_cond_drop_prob is None else image_cond_drop_prob
         self.can_classifier_guidance = self.text_cond_drop_prob > 0 and self.image_cond_drop_prob > 0
         self.condition_on_text_encodings = condition_on_text_encodings
-        self.can_compare_text = not own or net.text_embed_dim == net.dim
+        self.can_compare_text = not isinstance(net, DiffusionPriorNetwork) or net.text_embed_dim == net.dim
         self.predict_x_start, self.predict_v = predict_x_start, predict_v
         if image_embed_scale is None:
             image_embed_scale = 1.0 if hasattr(net, "normalize") else self.image_embed_dim**0.5

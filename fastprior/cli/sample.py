@@ -25,7 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--checkpoint", required=True, metavar="FILE", help="of a prior; old ones: see convert")
     add("--steps", type=int, default=64, help="sampling steps (%(default)s)")
     add("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
-    add("--solver", help="ddpm, ddim, ddim_trailing or dpm++; by default ddpm over all steps, else ddim")
+    add("--solver", help="ddpm, ddim, ddim_trailing, dpm++ or sde-dpm++; by default ddpm over all steps, else ddim")
+    add("--spacing", help="of the last three's steps: trailing, logsnr or karras; by default trailing")
     add(
         "--samples-per-prompt", type=int, default=4, metavar="N",
         help="candidates, of which the most similar to the text is kept (%(default)s)",
@@ -124,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         cond_scale=args.cond_scale,
         timesteps=args.steps,
         solver=args.solver,
+        spacing=args.spacing,
         generator=None if args.seed is None else torch.Generator(prior.device).manual_seed(args.seed),
         progress=sys.stderr.isatty(),
         **text,

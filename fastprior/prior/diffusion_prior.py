@@ -14,7 +14,7 @@ from fastprior.batches import repeat_rows
 from fastprior.checks import check_count, check_number
 from fastprior.clip import as_clip_adapter, freeze_and_eval
 from fastprior.diffusion.schedule import NoiseScheduler
-from fastprior.diffusion.solvers import choose_solver, step_table
+from fastprior.diffusion.solvers import check_spacing, choose_solver, step_table
 from fastprior.draws import randn_like
 from fastprior.engine.steps import Noise
 from fastprior.models import snapshot
@@ -242,27 +242,27 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         solver: str | None = None,
         eta: float | None = None,
         *,
+        spacing: str | None = None,
         rows: int | None = None,
     ) -> SamplingPlan:
         """Say how a run with these arguments goes, and why. Print it, or read its attributes.
 
         Args:
-            timesteps, cond_scale, solver, eta: see `p_sample_loop`.
+            timesteps, cond_scale, solver, eta, spacing: see `p_sample_loop`.
             rows: of embeddings, on which depends whether CUDA graphs are used; by default that of few.
 
         Raises ValueError where the arguments do not fit the prior.
         """
-        total = self.noise_scheduler.num_timesteps
-        timesteps = total if timesteps is None else timesteps
-        solver = choose_solver(None, total, timesteps) if solver is None else solver  # else the table checks it
-        table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta)
+        table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta, spacing)
         self._check_guidance(cond_scale)
         plan = make_plan(self, table, cond_scale, *self._clamp())
         return replace(plan, graph_reasons=prior_graphs.graph_obstacles(self, plan.path, len(table.times), rows))
 
-    def _run(self, shape, text_cond, cond_scale, timesteps, solver, eta=None, generator=None, progress=True) -> Tensor:
+    def _run(
+        self, shape, text_cond, cond_scale, timesteps, solver, *, generator=None, progress=True, **options
+    ) -> Tensor:
         with snapshot.running(self.net) if isinstance(self.net, NoticesForeignStates) else contextlib.nullcontext():
-            plan = self.sampling_plan(timesteps, cond_scale, solver, eta, rows=shape[0])
+            plan = self.sampling_plan(timesteps, cond_scale, solver, rows=shape[0], **options)
             self.check_text_condition(shape, text_cond)
             if self.graphs is False:
                 prior_graphs.forget(self)
@@ -282,7 +282,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
     @reads_weights
     def p_sample_loop_ddim(self, shape, text_cond, *, timesteps, eta=1.0, cond_scale=1.0) -> Tensor:
         """DDIM on DALLE2-pytorch's grid. See `p_sample_loop`; the result is scaled by `image_embed_scale`."""
-        return self._run(shape, text_cond, cond_scale, timesteps, "ddim", eta)
+        return self._run(shape, text_cond, cond_scale, timesteps, "ddim", eta=eta)
 
     @torch.no_grad()
     @reads_weights
@@ -294,6 +294,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         timesteps: int | None = None,
         *,
         solver: str | None = None,
+        spacing: str | None = None,
         generator: torch.Generator | None = None,
         progress: bool = True,
         **kwargs,
@@ -306,7 +307,8 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
                 and `conditions`, a dict of the values of extra conditions, of which any may be left out.
             cond_scale: classifier-free guidance; 1 is none.
             timesteps: number of steps; all of the schedule by default.
-            solver: see `fastprior.diffusion.solvers`; by default "ddpm" over the whole schedule, else "ddim".
+            solver, spacing: see `fastprior.diffusion.solvers.step_table`; the solver is by default "ddpm" over the
+                whole schedule, else "ddim".
             generator: on the prior's device; the global one by default.
             progress: show a bar.
             **kwargs: `eta` for the DDIM solvers; anything else goes to an overridden loop.
@@ -321,13 +323,14 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         loop = {"ddpm": "p_sample_loop_ddpm", "ddim": "p_sample_loop_ddim"}.get(solver)
         if loop and is_overridden(self, loop):
             check_count("timesteps", timesteps, most=total)
+            check_spacing(solver, spacing)
             if generator is not None:
                 kwargs["generator"] = generator
             if solver == "ddim":
                 kwargs["timesteps"] = timesteps
             embeds = getattr(self, loop)(shape, repeat_rows(text_cond, shape[0]), cond_scale=cond_scale, **kwargs)
         else:
-            options = dict(generator=generator, progress=progress, **kwargs)
+            options = dict(spacing=spacing, generator=generator, progress=progress, **kwargs)
             embeds = self._run(shape, text_cond, cond_scale, timesteps, solver, **options)
         return self.denormalize(embeds)
 
@@ -363,7 +366,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
             text_encodings: (prompts, length, dim), with `text_embed`.
             mask: (prompts, length) bool, False where `text_encodings` is padding.
             conditions: see `p_sample_loop`.
-            **kwargs: solver, eta, generator, progress: see `p_sample_loop`.
+            **kwargs: solver, spacing, eta, generator, progress: see `p_sample_loop`.
         Returns:
             (prompts, image_embed_dim).
 

@@ -56,7 +56,8 @@ class SamplingPlan:
         return not self.graph_reasons
 
     def __str__(self) -> str:
-        lines = [f"{self.path} path, {self.table.solver}, {len(self.table)} evaluations, guidance: {self.guidance}"]
+        solver = self.table.solver + (f" at {self.table.spacing} times" if self.table.spacing else "")
+        lines = [f"{self.path} path, {solver}, {len(self.table)} evaluations, guidance: {self.guidance}"]
         if self.path == "cached":
             lines.append(f"prefix of {self.prefix_tokens} tokens once per prompt, {self.suffix_tokens} tokens per step")
         lines += [f"not cached: {reason}" for reason in self.reasons]

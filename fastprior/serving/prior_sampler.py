@@ -44,7 +44,8 @@ class PriorSampler:
         prior: in eval mode, with a network that can be cached (see `prior.sampling_plan`).
         batch_sizes: numbers of prompts to prepare for.
         samples_per_prompt: candidates per prompt, of which the one most similar to the text embedding is returned.
-        timesteps, solver, eta: see `DiffusionPrior.p_sample_loop`; timesteps defaults to `prior.sample_timesteps`.
+        timesteps, solver, spacing, eta: see `DiffusionPrior.p_sample_loop`; timesteps defaults to
+            `prior.sample_timesteps`.
         guidance: prepare for a `cond_scale` other than 1; by default where the prior was trained for it.
         dtype: run the network in this dtype; with another than its own, on a copy. State and schedule stay fp32.
         quantise: "int8" or "float8": every step reads linears of 8 bits, with a scale for each row; the prefill does
@@ -76,6 +77,7 @@ class PriorSampler:
         samples_per_prompt: int = 1,
         timesteps: int | None = None,
         solver: str | None = None,
+        spacing: str | None = None,
         eta: float | None = None,
         guidance: bool | None = None,
         dtype: torch.dtype | None = None,
@@ -96,7 +98,7 @@ class PriorSampler:
         timesteps = prior.sample_timesteps if timesteps is None else timesteps
         self.guidance = prior.can_classifier_guidance if guidance is None else guidance
         # any scale but 1 stands for all of them: the scale is an input of the graph
-        self.plan = prior.sampling_plan(timesteps, 2.0 if self.guidance else 1.0, solver, eta)
+        self.plan = prior.sampling_plan(timesteps, 2.0 if self.guidance else 1.0, solver, eta, spacing=spacing)
         if self.plan.path != "cached":
             raise ValueError(f"this prior cannot be served by PriorSampler: {'; '.join(self.plan.reasons)}")
         self.prior, self.samples_per_prompt = prior, samples_per_prompt
@@ -104,7 +106,8 @@ class PriorSampler:
         check_quantise(quantise)
         self.quantise, self._quality_prompts, self.quality = quantise, quality_prompts, None
         self._modules: list | None = None
-        self._timesteps, self._eta = timesteps, {} if eta is None else dict(eta=eta)
+        steps = dict(timesteps=timesteps, solver=self.plan.table.solver, spacing=spacing, eta=eta)
+        self._run_options = {name: value for name, value in steps.items() if value is not None}
         if quantise:
             with lock_of(prior), self._engine.lock, torch.no_grad(), snapshot.running(prior.net):
                 self._engine.refresh(prior.net, self._build)
@@ -172,9 +175,8 @@ class PriorSampler:
         for scale in (1.0, 3.0)[: 1 + self.guidance]:
             draw, other = (torch.Generator(self.prior.device).manual_seed(0) for _ in range(2))
             got.append(self.prior.denormalize(self._sample(text_cond, scale, draw)))
-            run = shape, text_cond, scale, self._timesteps
-            options = dict(solver=self.plan.table.solver, generator=other, progress=False, **self._eta)
-            wanted.append(self.prior.p_sample_loop(*run, **options))
+            run = shape, text_cond, scale
+            wanted.append(self.prior.p_sample_loop(*run, generator=other, progress=False, **self._run_options))
         return quality.judge(self.quantise, torch.cat(got), torch.cat(wanted))
 
     @torch.no_grad()
@@ -197,10 +199,9 @@ class PriorSampler:
             with lock_of(prior):
                 twin = copy.deepcopy(prior, {id(prior.clip): prior.clip})
             twin.net.load_state_dict(fitting)
-            steps = dict(timesteps=self._timesteps, solver=self.plan.table.solver, **self._eta)
             shapes = dict(batch_sizes=self.batch_sizes, samples_per_prompt=self.samples_per_prompt, dtype=self.dtype)
             judging = dict(quantise=self.quantise, quality_prompts=self._quality_prompts, guidance=self.guidance)
-            judged = PriorSampler(twin, **steps, **shapes, **judging, compile=False, graphs=False).quality
+            judged = PriorSampler(twin, **self._run_options, **shapes, **judging, compile=False, graphs=False).quality
         with weights_locked(prior):
             prior.net.load_state_dict(fitting)
             if judged:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,31 +29,10 @@ from fastprior.models.prior_transformer.prompt_memory import prefix_obstacles
 from fastprior.models.quantise import check as check_quantise
 from fastprior.models.quantise import quantised
 from fastprior.models.weight_lock import lock_of, weights_locked
+from fastprior.pipelines.outputs import ImageEmbeddings, arrays
 from fastprior.pipelines.parts import Encoders, check_prior, first_state, listed, load
 from fastprior.pipelines.runs import PromptRun, judged
 from fastprior.pipelines.text_encoding import TextEncoding
-
-
-class ImageEmbeddings(NamedTuple):
-    """image_embeds (rows, dim), and negative_image_embeds of the same shape, None where nothing says what they are.
-
-    Read as diffusers' outputs are: by attribute, by name, or as a tuple.
-    """
-
-    image_embeds: Tensor | np.ndarray
-    negative_image_embeds: Tensor | np.ndarray | None
-
-    def __getitem__(self, name: str | int | slice) -> Any:
-        return getattr(self, name) if isinstance(name, str) else tuple.__getitem__(self, name)
-
-    def to_tuple(self) -> tuple:
-        return tuple(self)
-
-
-def _arrays(tensors: Iterable[Tensor | None]) -> list[np.ndarray | None]:
-    """NumPy's arrays; fp32 for bf16, which NumPy has not."""
-    tensors = (t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in tensors)
-    return [None if t is None else t.cpu().numpy() for t in tensors]
 
 
 class PriorPipeline:
@@ -381,7 +359,7 @@ class PriorPipeline:
         embeds = self._run(run, x, noise).to(text.embeds.dtype)
         found = embeds.split(wanted) if sample_negatives else (embeds, self._zero_embeds(zero_embed, embeds))
         if output_type == "np":
-            found = _arrays(found)
+            found = arrays(found)
         return ImageEmbeddings(*found) if return_dict else tuple(found)
 
     def _zero_embeds(self, given: Tensor | None, embeds: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastprior.checks import check_choice, check_count, check_number, check_share, is_integer
 from fastprior.diffusion.schedule import BETA_SCHEDULES
-from fastprior.diffusion.solvers import StepTable
+from fastprior.diffusion.solvers import SPACED, StepTable, check_spacing, spaced_rows
 from fastprior.reading import quoted, read_json
 from fastprior.utils import nearest
 
@@ -88,6 +88,15 @@ def _known(kind: str, config: Mapping) -> dict:
     return config
 
 
+def _check_solver(solver: str | None, spacing: str | None) -> None:
+    """Raise ValueError unless a solver, and a spacing of its times, can take the place of a scheduler's."""
+    if solver is not None:
+        check_choice("solver", solver, (None, *SPACED))
+        check_spacing(solver, spacing)
+    elif spacing is not None:
+        raise ValueError(f"spacing={quoted(spacing)}; a scheduler has times of its own, so it goes with a solver")
+
+
 class DiffusersSchedule:
     """A scheduler of diffusers 0.42, by its configuration.
 
@@ -140,46 +149,65 @@ class DiffusersSchedule:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def table(self, steps: int, *, eta: float = 0.0, strength: float = 1.0) -> StepTable:
+    def table(
+        self,
+        steps: int,
+        *,
+        eta: float = 0.0,
+        strength: float = 1.0,
+        solver: str | None = None,
+        spacing: str | None = None,
+    ) -> StepTable:
         """Make the table of a run.
 
         Args:
             steps: `num_inference_steps`; a Heun scheduler evaluates the network 2 * steps - 1 times.
-            eta: noise of the DDIM scheduler, 0 (none) to 1.
+            eta: noise of the DDIM scheduler, or of "ddim_trailing", 0 (none) to 1.
             strength: run only the last part of the steps, from x0 with noise added (`add_noise`).
+            solver: "ddim_trailing", "dpm++" or "sde-dpm++" in place of the scheduler's own, with `steps` evaluations.
+            spacing: of that solver's times, see `fastprior.diffusion.solvers.step_table`.
         Raises:
             ValueError: naming the argument, its value and the rule.
         """
-        least = 2 if self.kind == "UnCLIPScheduler" else 1
+        _check_solver(solver, spacing)
+        kind = solver or self.kind
+        least = 2 if kind == "UnCLIPScheduler" else 1
         if not (is_integer(steps) and least <= steps <= self.timesteps):
             rule = f"for a {self.kind} of {self.timesteps} timesteps it must be {least} to {self.timesteps}"
             raise ValueError(f"num_inference_steps={quoted(steps)}; {rule}")
+        steps = int(steps)
         check_number("eta", eta)
         check_number("strength", strength)
-        if eta and self.kind != "DDIMScheduler":
-            raise ValueError(f"eta={eta}; a {self.kind} has no eta, only a DDIMScheduler has")
+        if eta and kind not in ("DDIMScheduler", "ddim_trailing"):
+            raise ValueError(f"eta={eta}; a {kind} has no eta, only a DDIMScheduler and ddim_trailing have")
         check_share("eta", eta)
         start = steps - min(int(steps * strength), steps)
         if not 0 <= strength <= 1 or start == steps:
             rule = f"it must be at most 1, and at least 1 / num_inference_steps, {1 / steps:.3g}"
             raise ValueError(f"strength={strength}; {rule}")
-        if start and self.kind == "HeunDiscreteScheduler":
+        if start and kind == "HeunDiscreteScheduler":
             raise ValueError(f"strength={strength}; a HeunDiscreteScheduler runs from pure noise, so it must be 1")
-        make = {"DDIMScheduler": self._ddim, "HeunDiscreteScheduler": self._heun}.get(self.kind, self._ancestral)
+        make = {"DDIMScheduler": self._ddim, "HeunDiscreteScheduler": self._heun}.get(kind, self._ancestral)
+        spacing = spacing or (solver and "trailing")
         try:
-            rows = make(steps, eta)[start:]
+            if solver:
+                rows = spaced_rows(self.alphas_cumprod, solver, steps, spacing, eta, start)
+                rows = [(t, self._alpha(t), *row) for t, *row in rows]
+            else:
+                rows = make(steps, eta)[start:]
         except ZeroDivisionError:
             rows = []
         coefficients = [(*self._x0_from_prediction(alpha), *row) for _, alpha, *row, _ in rows]
         if not rows or not all(math.isfinite(number) for row in coefficients for number in row):
             raise ValueError(f"num_inference_steps={steps}; the betas of this schedule give steps that are not finite")
-        heun_from_sigma = self.kind == "HeunDiscreteScheduler" and self.config["timestep_spacing"] != "leading"
+        heun_from_sigma = kind == "HeunDiscreteScheduler" and self.config["timestep_spacing"] != "leading"
         return StepTable(
-            solver=self.kind,
+            solver=kind,
             times=tuple(row[0] for row in rows),
             rows=torch.tensor(coefficients, dtype=torch.float64),
             draws_noise=tuple(row[-1] for row in rows),
-            uses_prediction=self.kind == "DDIMScheduler",
+            spacing=spacing,
+            uses_prediction=kind == "DDIMScheduler",
             noise_scale=float(1 - rows[0][1]) ** 0.5 if heun_from_sigma else 1.0,
         )
 

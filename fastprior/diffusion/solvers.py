@@ -213,9 +213,11 @@ def spaced_rows(alphas: Tensor, solver: str, steps: int, spacing: str, eta: floa
 
 def choose_solver(solver: str | None, timesteps: int, steps: int | None) -> str:
     """The solver named, or else by DALLE2-pytorch's rule: DDPM over the whole schedule, DDIM for fewer steps."""
-    if solver is not None:
+    if solver is None:
+        return "ddpm" if steps in (None, timesteps) else "ddim"
+    if not isinstance(solver, str) or solver not in SOLVERS:
         check_choice("solver", solver, SOLVERS)
-    return solver or ("ddpm" if steps in (None, timesteps) else "ddim")
+    return solver
 
 
 def check_spacing(solver: str, spacing: str | None) -> None:

@@ -208,23 +208,31 @@ class PriorPipeline:
             if tensor.shape != shape or not prompts:
                 raise ValueError(f"{name}.{field} has shape {tuple(tensor.shape)}; for this prior it must be {shape}")
 
-    def _step_table(self, steps: int, eta: float, strength: float) -> StepTable:
+    def _step_table(self, steps: int, **options: Any) -> StepTable:
         """The solver's coefficients: those of the last run, where it asked for the same."""
-        asked, (made_for, table) = (self.schedule, steps, eta, strength), self._table
+        asked, (made_for, table) = (self.schedule, steps, options), self._table
         if made_for != asked:
-            table = self.schedule.table(steps, eta=eta, strength=strength)
+            table = self.schedule.table(steps, **options)
             self._table = asked, table
         return table
 
-    def _noised(self, table: StepTable, drawn: Iterator[Tensor], image: Any, rows: int, repeats: int) -> Tensor:
-        """What a run from images, or their embeddings (images, dim), begins with."""
+    def _first_state(
+        self, table: StepTable, noise: Iterator[Tensor], latents: Tensor | None, image: Any, rows: int, repeats: int
+    ) -> Tensor:
+        """What a run begins with: noise (rows, dim), or images, or their embeddings (images, dim), with noise added."""
+        if image is None:
+            shape = rows, self.prior.config["embedding_dim"]
+            x = next(noise) if latents is None else first_state(latents, shape, self.device)
+            return x * table.noise_scale
+        if latents is not None:
+            raise ValueError("latents and image were both given; a run begins with only one of them")
         embeds = image if torch.is_tensor(image) and image.ndim == 2 else self.encode_image(image)
         embeds = embeds.to(self.device).repeat_interleave(repeats, dim=0)
         if rows % len(embeds):
             images = len(embeds) // repeats
             raise ValueError(f"image has {images} images; the number of prompts must be a multiple of it")
-        noise = next(drawn)
-        return self.schedule.add_noise(embeds.to(noise.dtype).repeat(rows // len(embeds), 1), noise, table.times[0])
+        drawn = next(noise)
+        return self.schedule.add_noise(embeds.to(drawn.dtype).repeat(rows // len(embeds), 1), drawn, table.times[0])
 
     @torch.no_grad()
     def update(self, weights: Weights) -> None:
@@ -304,6 +312,8 @@ class PriorPipeline:
         eta: float = 0.0,
         image: Any = None,
         strength: float = 0.3,
+        solver: str | None = None,
+        spacing: str | None = None,
         zero_embed: Tensor | None = None,
         output_type: str = "pt",
         return_dict: bool = True,
@@ -318,9 +328,10 @@ class PriorPipeline:
             generator: one, or one for each row. A seed means the same as in diffusers' pipelines; as there, sampling
                 for a negative prompt doubles the rows.
             latents: (rows, dim), the initial noise.
-            eta: noise of a DDIM scheduler.
+            eta: noise of a DDIM scheduler, or of `solver="ddim_trailing"`.
             image: begin with noise on images, or on their embeddings (images, dim), instead of pure noise.
             strength: with `image`, the part of the steps that is run.
+            solver, spacing: another way than the scheduler's, see `DiffusersSchedule.table`.
             zero_embed: (1, dim), the `negative_image_embeds`, so that none are computed.
             output_type: "pt" for tensors, "np" for NumPy's arrays, of bf16 as fp32.
             return_dict: return `ImageEmbeddings`, or else a tuple.
@@ -344,15 +355,9 @@ class PriorPipeline:
         conditions = prompts + negatives if sample_negatives else prompts
         wanted, rows = (len(of) * num_images_per_prompt for of in (prompts, conditions))
         strength = 1.0 if image is None else strength
-        table = self._step_table(num_inference_steps, eta, strength)
+        table = self._step_table(num_inference_steps, eta=eta, strength=strength, solver=solver, spacing=spacing)
         noise = self.noise(rows, dim, generator, text.embeds.dtype)
-        if image is None:
-            x = next(noise) if latents is None else first_state(latents, (rows, dim), self.device)
-            x = x * table.noise_scale
-        elif latents is None:
-            x = self._noised(table, noise, image, rows, num_images_per_prompt)
-        else:
-            raise ValueError("latents and image were both given; a run begins with only one of them")
+        x = self._first_state(table, noise, latents, image, rows, num_images_per_prompt)
         prefixes = conditions + (negatives if guidance else [])
         what = self.prior, self.schedule, table, text, prefixes
         run = PromptRun(*what, len(prompts), num_images_per_prompt, guidance, guidance_scale)
@@ -379,6 +384,8 @@ class PriorPipeline:
         generator: Generators = None,
         latents: Tensor | None = None,
         eta: float = 0.0,
+        solver: str | None = None,
+        spacing: str | None = None,
         negative_prior_prompt: str | None = None,
         negative_prompt: str = "",
     ) -> ImageEmbeddings:
@@ -387,8 +394,8 @@ class PriorPipeline:
         Args:
             images_and_prompts: texts, PIL images, or preprocessed pixels (1, 3, height, width).
             weights: one for each.
-            num_images_per_prompt, num_inference_steps, guidance_scale, generator, latents, eta: of each text, see
-                `__call__`. Texts are sampled one after the other, from one generator.
+            num_images_per_prompt, num_inference_steps, guidance_scale, generator, latents, eta, solver, spacing: of
+                each text, see `__call__`. Texts are sampled one after the other, from one generator.
             negative_prior_prompt: the negative prompt of every text.
             negative_prompt: what `negative_image_embeds` are sampled for; as `__call__` says where it is empty.
         Returns:
@@ -399,8 +406,9 @@ class PriorPipeline:
             raise ValueError(f"{sizes}; they must be as many, and at least one")
         for weight in weights:
             check_number("weights", weight)
+        steps = dict(eta=eta, solver=solver, spacing=spacing)
         options = dict(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
-        options |= dict(guidance_scale=guidance_scale, generator=generator, latents=latents, eta=eta)
+        options |= dict(guidance_scale=guidance_scale, generator=generator, latents=latents, **steps)
         embeds = 0.0
         for given, weight in zip(images_and_prompts, weights):
             if isinstance(given, str):
@@ -411,7 +419,7 @@ class PriorPipeline:
         if negative_prompt == "" and negative_prior_prompt is None and self.has("image_encoder"):
             # only the zero image is asked for; but the run that diffusers makes here moves the generator on
             noise = self.noise(num_images_per_prompt, self.prior.config["embedding_dim"], generator, self.dtype)
-            table = self.schedule.table(num_inference_steps, eta=eta)
+            table = self.schedule.table(num_inference_steps, **steps)
             for _ in range(sum(table.draws_noise) + (latents is None)):
                 next(noise)
             return ImageEmbeddings(embeds, self.zero_embed().expand(num_images_per_prompt, -1))

@@ -112,7 +112,7 @@ def _half_log_snr(alphas: Tensor) -> tuple[np.ndarray, float, float]:
     """(timesteps,) fp64, falling, without infinities where ā is 0 or 1; those of a run's first step and of its end."""
     alphas = alphas.double().numpy()
     with np.errstate(divide="ignore"):
-        log_snr = (0.5 * (np.log(alphas) - np.log1p(-alphas))).clip(-20, 20)
+        log_snr = (0.5 * (np.log(alphas) - np.log1p(-alphas))).clip(-9, 9)  # the next ā of fp32 to 1 is below
     return log_snr, max(FIRST_LOG_SNR, log_snr[-1]), log_snr[0]
 
 

@@ -238,8 +238,14 @@ def test_messages_of_calls():
             run(first, [None] * count)
 
 
-@pytest.mark.parametrize("solver, eta", [("ddpm", {}), ("ddim", dict(eta=0.5)), ("ddim", {}), ("dpm++", {})])
-def test_runs_of_a_prior(monkeypatch, solver, eta):
+@pytest.mark.parametrize(
+    "solver, given",
+    [
+        ("ddpm", {}), ("ddim", dict(eta=0.5)), ("ddim", {}), ("dpm++", {}), ("dpm++", dict(spacing="logsnr")),
+        ("sde-dpm++", dict(spacing="logsnr")), ("ddim_trailing", dict(spacing="karras", eta=0.5)),
+    ],
+)  # fmt: skip
+def test_runs_of_a_prior(monkeypatch, solver, given):
     """More steps than a call takes, with noise in the order in which steps one by one draw it."""
     prior, text = make_prior(), make_text(3, 32)
     timesteps = 20 if solver == "ddpm" else 11
@@ -248,10 +254,10 @@ def test_runs_of_a_prior(monkeypatch, solver, eta):
     def runs(**options):
         torch.manual_seed(7)
         found = prior.sample(
-            **text, timesteps=timesteps, solver=solver, cond_scale=2.0, **options, **eta, progress=False
+            **text, timesteps=timesteps, solver=solver, cond_scale=2.0, **options, **given, progress=False
         )
         sampled = PriorSampler(
-            prior, batch_sizes=(2,), timesteps=timesteps, solver=solver, samples_per_prompt=2, compile=False, **eta
+            prior, batch_sizes=(2,), timesteps=timesteps, solver=solver, samples_per_prompt=2, compile=False, **given
         )(**text, cond_scale=2.0)
         return found, sampled, torch.rand(())
 

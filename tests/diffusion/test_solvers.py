@@ -177,7 +177,9 @@ def test_shape_of_the_tables(schedule, fraction):
         for draws, row in zip(table.draws_noise, table.rows):
             assert draws or row[5] == 0
         if evaluations:
-            assert table.rows[-1, 2:].tolist() == pytest.approx([0, 1, 0, 0], abs=1e-6), "the run ends at x0"
+            rounding = 1e-4 if solver == "ddpm" else 1e-6  # of its buffers in fp32, where 1 - ā cancels
+            assert table.rows[-1, 2:].tolist() == pytest.approx([0, 1, 0, 0], abs=rounding), "the run ends at x0"
+            assert solver == "ddpm" or not table.draws_noise[-1]
             assert table.rows[0, 4] == 0, "there is no last x0 at first"
 
 
@@ -228,17 +230,27 @@ def test_times_of_a_cosine_schedule(spacing, steps):
 @pytest.mark.parametrize("spacing", ["logsnr", "karras"])
 def test_times_where_a_schedule_ends_early_or_late(spacing):
     """A schedule that never gets as noisy as a run begins with is visited from its end, one without signal is not."""
-    schedule = make_schedule("cosine", 100)
-    schedule.alphas_cumprod = schedule.alphas_cumprod.clamp(min=0.1)
-    schedule.alphas_cumprod[-1] = 0.09
-    assert step_table(schedule, "dpm++", 5, spacing=spacing).times[0] == 99
-    schedule.alphas_cumprod = torch.linspace(0.5, 1e-12, 100)
-    assert step_table(schedule, "dpm++", 5, spacing=spacing).times[0] < 99
+
+    def times(alphas: torch.Tensor) -> tuple[int, ...]:
+        schedule.alphas_cumprod = alphas
+        return step_table(schedule, "dpm++", 5, spacing=spacing).times
+
     schedule = make_schedule("jsd", 100)
-    assert schedule.alphas_cumprod[-1] == 0
-    assert step_table(schedule, "dpm++", 5, spacing=spacing).times[0] == 98
-    schedule.alphas_cumprod = torch.linspace(1e-4, 1e-9, 100)  # all of it noisier than a run begins with
-    assert step_table(schedule, "dpm++", 5, spacing=spacing).times == (4, 3, 2, 1, 0)
+    assert schedule.alphas_cumprod[-1] == 0 and times(schedule.alphas_cumprod)[0] == 98
+    alphas = torch.linspace(0.99, 0.1, 100)
+    found = times(alphas)
+    assert found[0] == 99
+    levels = 0.5 * torch.logit(alphas[list(found)].double())
+    if spacing == "karras":
+        levels = (-levels / 7).exp()
+    assert levels.diff().abs().max() < 1.1 * levels.diff().abs().min()
+    assert times(torch.linspace(1e-4, 1e-9, 100)) == (4, 3, 2, 1, 0), "all of it is noisier than a run begins with"
+    noiseless = torch.cat((torch.ones(1), make_schedule("cosine", 1000).alphas_cumprod[1:]))
+    schedule = make_schedule("cosine", 1000)
+    found = times(noiseless)
+    assert (
+        found[0] == 980 and found[1] > 700 and step_table(schedule, "dpm++", 5, spacing=spacing).rows.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("solver", SPACED)
@@ -262,6 +274,7 @@ PREDICTIONS = {"x0": "sample", "v": "v_prediction", "noise": "epsilon"}
 @pytest.mark.parametrize("solver", DIFFUSERS)
 def test_runs_equal_diffusers(solver, spacing, prediction):
     """At the same times, with the same noise."""
+    torch.manual_seed(0)
     diffusers = pytest.importorskip("diffusers")
     schedule = make_schedule("linear", 1000)
     theirs = diffusers.DPMSolverMultistepScheduler(
@@ -276,7 +289,8 @@ def test_runs_equal_diffusers(solver, spacing, prediction):
         for t, noise in zip(table.times, noises):
             wanted = theirs.step(network(wanted, t, prediction), t, wanted, variance_noise=noise).prev_sample
         got = run(table, network, x, noises, prediction)
-        assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max(), steps
+        # their coefficients are fp32, in which 1 - ā and steps in log-SNR cancel where there is little noise
+        assert (got - wanted).abs().max() < 3e-3 * wanted.abs().max(), steps
 
 
 def test_default_solver_is_the_peers_rule():

@@ -159,7 +159,7 @@ def shared(monkeypatch) -> list[int]:
     return runs
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++", "sde-dpm++"])
 @pytest.mark.parametrize("self_cond", [False, True], ids=["", "self-cond"])
 def test_runs(solver, self_cond, shared, monkeypatch):
     """Several samples of a prompt: the embeddings of runs where each has its own time tokens, guided ones too."""

@@ -73,11 +73,15 @@ def options(choose: random.Random, net: str) -> dict:
             score=torch.randn(prompts), people=torch.randint(-1, 4, (prompts,)), style=torch.randn(prompts, 3)
         )
         text["conditions"] = {name: values[name] for name in choose.sample(sorted(values), choose.randint(0, 3))}
-    solver, steps = choose.choice((("ddpm", 20), ("ddim", 9), ("ddim", 5), ("ddim_trailing", 7), ("dpm++", 8)))
+    solver, steps = choose.choice(
+        (("ddpm", 20), ("ddim", 9), ("ddim", 5), ("ddim_trailing", 7), ("dpm++", 8), ("sde-dpm++", 7))
+    )
     kwargs = dict(text=text, solver=solver, timesteps=steps, seed=choose.randrange(99), repeats=choose.randint(1, 3))
     kwargs["cond_scale"] = choose.choice((1.0, 1.0, 2.5))
     if solver.startswith("ddim"):
         kwargs["eta"] = choose.choice((0.0, 0.4, 1.0))
+    if solver in SPACED:
+        kwargs["spacing"] = choose.choice((None, *SPACINGS))
     return kwargs
 
 
@@ -136,7 +140,10 @@ def test_other_methods_and_results_that_stay(captured):
 @pytest.mark.slow
 def test_a_graph_serves_all_solvers_and_steps(captured):
     ours, text = with_graphs(make_prior(timesteps=200)), make_text(2, 32)
-    for kwargs in (dict(timesteps=64), dict(solver="dpm++"), dict(cond_scale=3.0), dict(eta=0.2), dict(seed=2)):
+    for kwargs in (
+        dict(timesteps=64), dict(solver="dpm++"), dict(solver="sde-dpm++", spacing="logsnr"), dict(cond_scale=3.0),
+        dict(eta=0.2), dict(seed=2),
+    ):  # fmt: skip
         sample(ours, text, **kwargs)
         assert len(captured) == 2
     for kwargs in (

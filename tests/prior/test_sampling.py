@@ -31,6 +31,9 @@ RUNS = {
     "ddim_eta": dict(timesteps=9, eta=0.3),
     "trailing": dict(timesteps=9, solver="ddim_trailing"),
     "dpm++": dict(timesteps=9, solver="dpm++"),
+    "logsnr": dict(timesteps=9, solver="dpm++", spacing="logsnr"),
+    "sde": dict(timesteps=9, solver="sde-dpm++", spacing="logsnr"),
+    "karras": dict(timesteps=9, solver="ddim_trailing", spacing="karras", eta=0.3),
 }
 
 
@@ -44,7 +47,7 @@ def test_cached_equals_plain(net, run, cond_scale, prediction):
     other = plain(prior)
     with torch.no_grad():
         got, wanted = sample(prior, text, **kwargs), sample(other, text, **kwargs)
-    plan = prior.sampling_plan(kwargs.get("timesteps"), cond_scale, kwargs.get("solver"), kwargs.get("eta"))
+    plan = prior.sampling_plan(**dict(dict(timesteps=None), **kwargs))
     assert plan.path == "cached" and not plan.reasons
     assert other.net.calls == len(plan.table)
     assert relative_error(got, wanted) < TOLERANCE
@@ -71,6 +74,9 @@ def test_plan_says_what_happens():
         "prefix of 8 tokens once per prompt, 3 tokens per step\n"
         "no CUDA graphs: the prior is on cpu"
     )
+    spaced = prior.sampling_plan(8, solver="dpm++", spacing="logsnr")
+    assert str(spaced).startswith("cached path, dpm++ at logsnr times, 8 evaluations, guidance: none\n")
+    assert str(prior.sampling_plan(8, solver="dpm++")).startswith("cached path, dpm++ at trailing times, 8 evaluations")
     assert make_prior(dict(self_cond=True)).sampling_plan(8, 2.0).guidance == "second branch"
     foreign = plain(prior).sampling_plan(8, 2.0)
     assert (foreign.path, foreign.guidance, foreign.prefix_tokens) == ("plain", "two passes", None)
@@ -317,6 +323,8 @@ BAD_CALLS = [
     (dict(timesteps=21), {}, "timesteps=21; the schedule has 20, so it must be 1 to 20"),
     (dict(solver="euler"), {}, "solver='euler'; it must be one of"),
     (dict(solver="dpm++", timesteps=5, eta=0.1), {}, "eta=0.1; the dpm"),
+    (dict(solver="dpm++", timesteps=5, spacing="even"), {}, "spacing='even'; it must be one of 'trailing', 'logsnr'"),
+    (dict(timesteps=5, spacing="logsnr"), {}, "spacing='logsnr'; the ddim solver has times of its own, so it must be"),
     (dict(text=dict(text_embed=TEXT["text_embed"][:, :16])), {}, r"text_embed has shape \(2, 16\); it must be"),
     (dict(text=dict(TEXT, text_encodings=torch.zeros(2, 5, 8))), {}, r"text_encodings has shape \(2, 5, 8\); it"),
     (dict(text=dict(TEXT, text_encodings=torch.zeros(1, 5, 32))), {}, "has 1 rows and text_embed 2; they must agree"),

@@ -31,16 +31,22 @@ def call(sampler, text, rows=slice(None), seed=1, **kwargs):
 
 
 @pytest.mark.parametrize("self_cond", [False, True])
-@pytest.mark.parametrize("solver, steps", [("ddpm", None), ("ddim", 9), ("dpm++", 9)])
-def test_results_do_not_depend_on_batch_sizes(self_cond, solver, steps):
+@pytest.mark.parametrize(
+    "solver, steps, spaced",
+    [
+        ("ddpm", None, {}), ("ddim", 9, {}), ("dpm++", 9, {}), ("dpm++", 9, dict(spacing="logsnr")),
+        ("sde-dpm++", 9, dict(spacing="logsnr")),
+    ],
+)  # fmt: skip
+def test_results_do_not_depend_on_batch_sizes(self_cond, solver, steps, spaced):
     prior, text = make_prior(dict(self_cond=self_cond)), make_text(11, 32)
-    sampler = PriorSampler(prior, batch_sizes=(2, 4), timesteps=steps, solver=solver, compile=False)
+    sampler = PriorSampler(prior, batch_sizes=(2, 4), timesteps=steps, solver=solver, compile=False, **spaced)
     for prompts in (1, 2, 3, 11):
         rows = slice(prompts)
         given = {name: t[rows] for name, t in text.items()}
         for cond_scale in (1.0, 3.0):
             generator = torch.Generator().manual_seed(1)
-            kwargs = dict(cond_scale=cond_scale, timesteps=steps, solver=solver, generator=generator)
+            kwargs = dict(cond_scale=cond_scale, timesteps=steps, solver=solver, generator=generator, **spaced)
             wanted = sample(prior, given, **kwargs)
             assert relative_error(call(sampler, text, rows, cond_scale=cond_scale), wanted) < TOLERANCE
 

@@ -43,7 +43,10 @@ def test_forward_equals_the_cpu(net):
 
 
 @pytest.mark.parametrize("cond_scale", [1.0, 3.0])
-@pytest.mark.parametrize("run", [{}, dict(timesteps=9), dict(timesteps=9, solver="dpm++")])
+@pytest.mark.parametrize(
+    "run",
+    [{}, dict(timesteps=9), dict(timesteps=9, solver="dpm++"), dict(timesteps=9, solver="sde-dpm++", spacing="logsnr")],
+)
 def test_cached_equals_plain(run, cond_scale):
     prior, text = make_prior().to(DEVICE), on_device(make_text(3, 32))
     got, wanted = (sample(p, text, cond_scale=cond_scale, **run) for p in (prior, plain(prior)))

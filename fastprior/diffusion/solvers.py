@@ -242,8 +242,8 @@ def step_table(
     Args:
         schedule: whose buffers the coefficients are read from.
         solver: "ddpm" (all timesteps), "ddim" (DALLE2-pytorch's grid and its steps - 1 evaluations), "ddim_trailing"
-            (as published), "dpm++" (DPM-Solver++(2M)) or "sde-dpm++" (the same of the SDE, with DDPM's noise); None as
-            `choose_solver` says.
+            (as published, at any spacing), "dpm++" (DPM-Solver++(2M)) or "sde-dpm++" (the same of the SDE, with DDPM's
+            noise); None as `choose_solver` says.
         steps: 1 up to the schedule's timesteps; None for all.
         prediction: what the network predicts: "x0", "v" or "noise".
         eta: noise of the DDIM solvers, 0 (none) to 1 (ancestral, the default).

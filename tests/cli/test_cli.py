@@ -125,7 +125,8 @@ def test_sample_draws_and_writes_digits(capsys, tmp_path, files):
     captions = ["a handwritten three", "the digit 8, written by hand"]
     status, out, err = run(
         capsys, "sample", "--checkpoint", files / "digits.safetensors", *captions, "--out", out_file, "--seed", 5,
-        "--steps", 4, "--samples-per-prompt", 3, "--cond-scale", 1.5, "--solver", "dpm++", "--device", "cpu",
+        "--steps", 4, "--samples-per-prompt", 3, "--cond-scale", 1.5, "--solver", "dpm++", "--spacing", "logsnr",
+        "--device", "cpu",
     )  # fmt: skip
     assert (status, err) == (0, "")
     embeds = np.load(out_file)
@@ -133,7 +134,14 @@ def test_sample_draws_and_writes_digits(capsys, tmp_path, files):
     prior = fastprior.load(files / "digits.safetensors")
     prior.clip = digits.DigitsClip()
     expected = prior.sample(
-        captions, 3, 1.5, 4, solver="dpm++", generator=torch.Generator().manual_seed(5), progress=False
+        captions,
+        3,
+        1.5,
+        4,
+        solver="dpm++",
+        spacing="logsnr",
+        generator=torch.Generator().manual_seed(5),
+        progress=False,
     )
     np.testing.assert_allclose(embeds, expected.numpy(), rtol=0, atol=1e-6)
     for caption, embed in zip(captions, expected):
@@ -234,6 +242,8 @@ def test_sample_encodes_captions_with_the_given_clip(capsys, tmp_path, files, mo
         ("--checkpoint {0}/digits.safetensors a --out {0}/no/o.npy", "its folder does not exist"),
         ("--checkpoint {0}/digits.safetensors a --out {0}", "is a folder"),
         ("--checkpoint {0}/digits.safetensors three --solver euler", "solver='euler'; it must be one of"),
+        ("--checkpoint {0}/digits.safetensors three --solver dpm++ --spacing even", "spacing='even'; it must be one"),
+        ("--checkpoint {0}/digits.safetensors three --spacing logsnr", "spacing='logsnr'; the ddim solver has times"),
         ("--checkpoint {0}/digits.safetensors three --steps 21", "timesteps=21; the schedule has 20"),
         ("--checkpoint {0}/digits.safetensors three --samples-per-prompt 0", "--samples-per-prompt 0: it must be at"),
         ("--checkpoint {0}/no.safetensors three --steps -1", "--steps -1: it must be at least 1"),

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from fastprior.diffusion.diffusers_schedules import DEFAULTS, DiffusersSchedule
+from fastprior.diffusion.schedule import NoiseScheduler
+from fastprior.diffusion.solvers import SPACED, SPACINGS, step_table
 from fastprior.kernels import reference
 from helpers.priors import relative_error
 
@@ -116,6 +119,33 @@ def test_reads_the_files_that_diffusers_writes(kind, config, steps, tmp_path):
         read = DiffusersSchedule.from_pretrained(path)
         assert read.kind == kind and (read.clamp, read.radius) == (ours.clamp, ours.radius)
         assert read.table(steps).rows.equal(ours.table(steps).rows)
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("solver, spacing", [(s, spacing) for s in SPACED for spacing in (None, *SPACINGS)])
+def test_solvers_in_place_of_a_schedulers_own(kind, solver, spacing):
+    """The tables of a prior with the same betas, whatever the scheduler."""
+    wanted = NoiseScheduler(beta_schedule="cosine", timesteps=100, loss_type="l2")
+    ours = DiffusersSchedule(kind, trained_betas=wanted.betas.tolist(), num_train_timesteps=100)
+    eta = dict(eta=0.5) if solver == "ddim_trailing" else {}
+    for steps in (1, 2, 9, 100):
+        table = ours.table(steps, solver=solver, spacing=spacing, **eta)
+        other = step_table(wanted, solver, steps, "noise", spacing=spacing, **eta)
+        assert (table.times, table.draws_noise, table.spacing) == (other.times, other.draws_noise, other.spacing)
+        assert torch.allclose(table.rows, other.rows, rtol=1e-3, atol=1e-5)
+        assert table.solver == solver and not table.uses_prediction and table.noise_scale == 1
+    part = ours.table(8, solver=solver, spacing=spacing, strength=0.5, **eta)
+    whole = ours.table(8, solver=solver, spacing=spacing, **eta)
+    assert part.times == whole.times[4:] and part.rows[0, 4] == 0, "there is no last x0 at first"
+    assert part.rows[2:].equal(whole.rows[6:])
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("number", [torch.tensor, np.int64], ids=["torch", "numpy"])
+def test_numbers_of_other_libraries(kind, number):
+    ours = DiffusersSchedule(kind)
+    got, wanted = ours.table(number(5)), ours.table(5)
+    assert got.times == wanted.times and got.rows.equal(wanted.rows)
 
 
 def test_a_configuration_taken_over_from_another_scheduler():

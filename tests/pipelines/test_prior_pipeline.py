@@ -248,6 +248,49 @@ def test_prior_stage_of_pipelines_that_go_on(kind, parts, tmp_path):
     assert got.negative_image_embeds is None
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [
+        dict(solver="ddim_trailing", eta=0.5), dict(solver="dpm++", spacing="logsnr"), dict(solver="sde-dpm++"),
+        dict(solver="sde-dpm++", spacing="karras", num_inference_steps=1),
+    ],
+)  # fmt: skip
+def test_solvers_in_place_of_the_schedulers(steps, ours):
+    """The solver's own recursion, with every step's prediction by the whole prior."""
+    steps = dict(num_inference_steps=STEPS) | steps
+    text, empty, scale = ours.encode_text(["red fox", "cat"]), ours.encode_text(""), 3.0
+    options = dict(num_images_per_prompt=2, guidance_scale=scale, zero_embed=ours.zero_embed(), **steps)
+    generator, other = seeded(), seeded()
+    got = ours(text, generator=generator, **options).image_embeds
+    table = ours.schedule.table(steps.pop("num_inference_steps"), **steps)
+    prior, alphas, last = ours.prior, ours.schedule.alphas_cumprod, torch.zeros(4, DIM)
+    x = torch.randn(4, DIM, generator=other)
+    conditions = [
+        TextEncoding(*(t.repeat_interleave(4 // len(t), dim=0) for t in encoding)) for encoding in (text, empty)
+    ]
+    with torch.no_grad():
+        for t, (p, q, a, b, c, s), draws in zip(table.times, table.rows.float(), table.draws_noise):
+            assert (p, q) == (0, 1) and 0 < alphas[t] < 1
+            cond, null = (prior(x, t, *condition).predicted_image_embedding for condition in conditions)
+            x0 = (null + scale * (cond - null)).clamp(-ours.schedule.radius, ours.schedule.radius)
+            noise = torch.randn(4, DIM, generator=other) if draws else 0.0
+            x, last = a * x + b * x0 + c * last + s * noise, x0
+    assert relative_error(got, prior.post_process_latents(x)) < TOLERANCE
+    assert generator.get_state().equal(other.get_state())
+
+
+def test_interpolation_by_another_solver(ours):
+    """The generator goes on as if the zero image's embedding had been sampled, by the same solver."""
+    steps = dict(num_inference_steps=4, solver="sde-dpm++", spacing="logsnr", guidance_scale=2.0)
+    mine, other = seeded(), seeded()
+    got = ours.interpolate(["red fox", "cat"], [0.5, 0.5], generator=mine, **steps).image_embeds
+    wanted = sum(0.5 * ours(text, generator=other, **steps).image_embeds for text in ("red fox", "cat"))
+    assert relative_error(got, wanted) < TOLERANCE
+    for _ in range(4):  # the start, and all steps but the last
+        torch.randn(1, DIM, generator=other)
+    assert mine.get_state().equal(other.get_state())
+
+
 def test_ready_embeddings(ours, folder):
     """Encoded texts need no encoder, and mean the same as the texts."""
     kwargs = dict(num_inference_steps=STEPS, num_images_per_prompt=2)
@@ -531,6 +574,10 @@ def test_long_texts_are_cut_with_a_warning(ours, parts):
         (["a"], dict(zero_embed=torch.zeros(2, DIM)), r"zero_embed has shape \(2, 16\); it must be \(1, 16\)"),
         (["a"], dict(output_type="pil"), "output_type='pil'; it must be 'pt' or 'np'"),
         (["a"], dict(eta=0.5), "eta=0.5; a UnCLIPScheduler has no eta"),
+        (["a"], dict(solver="dpm++", eta=0.5), r"eta=0.5; a dpm\+\+ has no eta"),
+        (["a"], dict(solver="ddpm"), "solver='ddpm'; it must be one of None, 'ddim_trailing', 'dpm\\+\\+'"),
+        (["a"], dict(solver="dpm++", spacing="even"), "spacing='even'; it must be one of 'trailing', 'logsnr'"),
+        (["a"], dict(spacing="logsnr"), "spacing='logsnr'; a scheduler has times of its own, so it goes with a solver"),
     ],
 )
 def test_arguments_that_are_refused(args, kwargs, message, ours):

@@ -109,6 +109,8 @@ def options(choose: random.Random, schedule: str) -> tuple[tuple, dict]:
         kwargs |= dict(image=torch.randn(1, DIM, generator=seeded(5), dtype=torch.float64), strength=0.7)
     if schedule == "ddim":
         kwargs["eta"] = choose.choice((0.0, 0.6))
+    elif choose.random() < 0.3:
+        kwargs |= dict(solver=choose.choice(("dpm++", "sde-dpm++")), spacing=choose.choice((None, "logsnr", "karras")))
     kwargs["generator"] = choose.choice((7, list(range(rows))))
     return (given, negatives), kwargs
 
@@ -188,6 +190,7 @@ def test_a_graph_serves_all_solvers_and_steps(captured):
         (
             dict(num_inference_steps=25), dict(num_inference_steps=7, guidance_scale=2.0), dict(num_inference_steps=64),
             dict(image=torch.zeros(1, DIM), strength=0.5), dict(latents=torch.ones(1, DIM)),
+            dict(num_inference_steps=8, solver="sde-dpm++", spacing="logsnr"),
         )
     ):  # fmt: skip
         ours.schedule = (SCHEDULES["unclip"], copy.deepcopy(SCHEDULES["unclip"]))[number % 2]

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprior
+from fastprior.diffusion.solvers import SPACED, SPACINGS
 from fastprior.engine import graphs
 from fastprior.kernels import ops
 from fastprior.prior import graphs as prior_graphs

@@ -317,6 +317,17 @@ def test_clamps():
     assert make_prior(sampling_clamp_l2norm=True).sampling_plan(6).clamp == "l2"
 
 
+@pytest.mark.parametrize("name, steps", [("p_sample_loop_ddim", 5), ("p_sample_loop_ddpm", None)])
+def test_an_overridden_loop_is_given_no_spacing(name, steps):
+    prior = make_prior()
+    calls = counting(prior, name)
+    with pytest.raises(ValueError, match="spacing='logsnr'; the dd.m solver has times of its own"):
+        sample(prior, TEXT, timesteps=steps, spacing="logsnr")
+    assert not calls
+    sample(prior, TEXT, timesteps=steps, spacing=None)
+    assert calls == [name]
+
+
 TEXT = make_text(2, 32)
 BAD_CALLS = [
     (dict(cond_scale=2.0), dict(cond_drop_prob=0.0), "cond_scale=2.0; this prior was built without conditional"),

@@ -238,11 +238,17 @@ def with_graphs(prior, **kwargs) -> PriorSampler:
     return sampler
 
 
-@pytest.mark.parametrize("options", [{}, dict(self_cond=True), dict(max_text_len=3)])
-def test_graphs_give_the_same_bits(captured, options):
+@pytest.mark.parametrize(
+    "options, solver",
+    [
+        ({}, dict(solver="dpm++")), (dict(self_cond=True), dict(solver="dpm++")),
+        (dict(max_text_len=3), dict(solver="sde-dpm++", spacing="logsnr")),
+    ],
+)  # fmt: skip
+def test_graphs_give_the_same_bits(captured, options, solver):
     """Whatever was in the buffers before: other prompts, lengths, scales, seeds, and batches in parts."""
     prior, text = make_prior(options), make_text(11, 32)
-    kwargs = dict(batch_sizes=(2, 4), timesteps=6, solver="dpm++", compile=False)
+    kwargs = dict(batch_sizes=(2, 4), timesteps=6, compile=False, **solver)
     plain, ours = PriorSampler(prior, **kwargs), with_graphs(prior, **kwargs)
     for prompts, scale, seed in ((1, 1.0, 1), (4, 3.0, 2), (11, 1.5, 3), (2, 3.0, 4), (1, 1.0, 1)):
         rows, length = slice(11 - prompts, 11), 5 - seed

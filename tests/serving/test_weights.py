@@ -15,6 +15,7 @@ from fastprior.models.prior_transformer.forward import PriorForward
 from fastprior.models.weight_lock import weights_locked
 from fastprior.pipelines.prior_pipeline import PriorPipeline
 from fastprior.pipelines.shap_e import ShapEPrior
+from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.loop import CachedSteps
 from fastprior.serving.prior_sampler import PriorSampler
 from helpers.priors import NETWORK, WordClip, make_prior, make_text, plain
@@ -235,6 +236,22 @@ def test_quantised_weights_are_judged_before_they_serve():
     with pytest.raises(ValueError, match="loses too much"):
         sampler.update(bad)
     assert sampler.quality == fresh.quality and torch.equal(answer(sampler), answer(fresh))
+
+
+def test_quantised_weights_are_judged_by_the_steps_that_they_serve(monkeypatch):
+    """Of the same solver and spacing, when they are built and when others come."""
+    plan, seen, steps = DiffusionPrior.sampling_plan, [], dict(timesteps=3, solver="sde-dpm++", spacing="logsnr")
+
+    def noted(self, *args, **kwargs):
+        made = plan(self, *args, **kwargs)
+        seen.append((len(made.table), made.table.solver, made.table.spacing))
+        return made
+
+    monkeypatch.setattr(DiffusionPrior, "sampling_plan", noted)
+    sampler = PriorSampler(make_prior(), batch_sizes=(2,), quantise="int8", **steps)
+    built = len(seen)
+    sampler.update(make_prior(seed=1))
+    assert 1 < built < len(seen) and set(seen) == {tuple(steps.values())}
 
 
 def pipeline_answer(pipeline):

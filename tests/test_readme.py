@@ -46,13 +46,14 @@ def test_snippets(
     config = {"net": net, "image_embed_dim": 32, "timesteps": 100, "cond_drop_prob": 0.1}
     Path("prior_config.json").write_text(json.dumps({"prior": config}))
     monkeypatch.setattr(fastprior, "OpenAIClipAdapter", lambda name: WordClip())
-    assert len(SNIPPETS) == 8
+    assert len(SNIPPETS) == 9
     space = {"pipe": pipe}
     for snippet in SNIPPETS:
         exec(snippet, space)
     printed = capsys.readouterr().out
     assert printed.count("(4, 64)") == 0 and printed.count("torch.Size([4, 64])") == 2
     assert "cached path, ddim, 15 evaluations, guidance: null table" in printed
+    assert "path, sde-dpm++ at logsnr times, 8 evaluations, guidance: none" in printed
     assert space["image_embed"].shape == (1, 32) and space["image_embed"].norm() > 0.01
     assert Path("prior.safetensors").exists()
     assert isinstance(pipe.prior, fastprior.PriorTransformer) and len(space["image_embeds"]) == 4

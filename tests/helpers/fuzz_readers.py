@@ -633,9 +633,9 @@ def _make_array(root):
 
 
 def _read_array(folder):
-    from fastprior.cli.sample import _load_array
+    from fastprior.cli.prompts import load_array
 
-    _load_array(str(folder / "array.npy"), "--text-embed", 2, torch.device("cpu"))
+    load_array(str(folder / "array.npy"), "--text-embed", 2, torch.device("cpu"))
 
 
 READERS = {

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from fastprior.pipelines.shap_e import ShapEPrior
     from fastprior.prior.diffusion_prior import DiffusionPrior
     from fastprior.prior.plan import SamplingPlan
+    from fastprior.prior.sampling_quality import sampling_quality
     from fastprior.serving import PriorSampler
 
 __all__ = [
     "DiffusionPrior", "DiffusionPriorNetwork", "NoiseScheduler", "SamplingPlan",
     "BaseClipAdapter", "CoCaAdapter", "OpenAIClipAdapter", "OpenClipAdapter", "XClipAdapter",
-    "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "save", "weights_locked",
-    "__version__",
+    "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "sampling_quality", "save",
+    "weights_locked", "__version__",
 ]  # fmt: skip
 
 _MODULES = {  # that names come from, imported when the first of them is asked for: torch alone takes seconds
@@ -38,6 +39,7 @@ _MODULES = {  # that names come from, imported when the first of them is asked f
     "pipelines.shap_e": ("ShapEPrior",),
     "prior.diffusion_prior": ("DiffusionPrior",),
     "prior.plan": ("SamplingPlan",),
+    "prior.sampling_quality": ("sampling_quality",),
     "serving": ("PriorSampler",),
     "trainer": ("DiffusionPriorTrainer",),
 }

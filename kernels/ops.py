@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ from .cpu import huge_pages
 from .cpu import library as cpu_library
 from .cpu import linear as cpu_linear
 from .cpu import run as cpu_run
+from .cpu import sums as cpu_sums
 from .gpu import workspace
 from .reference import AttentionArgs, NormArgs, Rotary, StepArgs
 
@@ -307,6 +308,19 @@ def diffusion_step(
 
 
 Workspace, sharing = workspace.Workspace, workspace.sharing
+
+
+def sum_rows(parts: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
+    """Sums of rows of 512 bytes, and whether all numbers are finite, of each tensor: both in one reading of memory.
+
+    Args:
+        parts: (n,) each, contiguous, whose bytes fill rows. Only floats may be not finite.
+    Returns:
+        (rows,) int64, each row summed as 64 integers of 64 bits modulo 2**64; and False where there is NaN or infinity.
+    """
+    found = cpu_sums.sum_rows_where_taken(parts)
+    return reference.sum_rows(parts) if found is None else found
+
 
 # of the CPU alone: whole blocks, and whole steps, in one call
 Block, Blocks, Run, one_thread = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run, cpu_library.one_thread

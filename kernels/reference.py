@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from .arguments import LinearArgs
 
 Rotary = tuple[Tensor, Tensor]
+ROW = 512  # bytes of `ops.sum_rows`
 
 
 class NormArgs(NamedTuple):
@@ -375,3 +377,14 @@ def dropout_mask(seed: Tensor, dropout: float, batch: int, heads: int, seq: int,
     c0 = torch.arange(seq * columns, device=device).view(1, 1, seq, columns)
     c1 = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
     return philox_uniform(seed, c0, c1) >= dropout
+
+
+def sum_rows(parts: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
+    """`ops.sum_rows` in plain PyTorch."""
+
+    def is_finite(values: Tensor) -> bool:
+        if not values.is_floating_point() or not values.numel():
+            return True
+        return all(bool(end.isfinite()) for end in torch.aminmax(values.float() if values.itemsize == 1 else values))
+
+    return [(t.view(torch.int64).view(-1, ROW // 8).sum(dim=1), is_finite(t)) for t in parts]

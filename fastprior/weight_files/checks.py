@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-PART = 2**21  # bytes that are looked at in a row: what lies in a cache then
-ROW = 512  # bytes that are summed: a sector, so that one that is lost, or lies elsewhere, is seen
+from fastprior.kernels import ops
+from fastprior.kernels.reference import ROW  # a sector, so that one that is lost, or lies elsewhere, is seen
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -24,26 +24,26 @@ def checksum(tensor: Tensor) -> str:
     as 64 integers of 64 bits modulo 2**64. The checksum is the CRC-32 of those sums, 8 bytes each, followed by the
     bytes that fill no row. It runs as fast as memory is read.
     """
-    return _look(tensor, lambda part: True)[1]
+    ((check, _),) = _looks([tensor])
+    return check
 
 
-def _look(tensor: Tensor, is_good: Callable[[Tensor], bool]) -> tuple[bool, str]:
-    """Whether all parts of a tensor are good, and its checksum: each part is looked at while it lies in a cache."""
-    values = tensor.detach().cpu().contiguous().flatten()
-    if values.data_ptr() % 8:
-        values = values.clone()
-    good, check = True, 0
-    for part in values.split(PART // values.itemsize):
-        data = part.view(torch.uint8)
-        full = len(data) // ROW * ROW
-        sums = data[:full].view(torch.int64).view(-1, ROW // 8).sum(dim=1)
-        check = zlib.crc32(memoryview(data[full:].numpy()), zlib.crc32(memoryview(sums.numpy()), check))
-        good = good and is_good(part)
-    return good, f"{str(tensor.dtype).removeprefix('torch.')} {check:08x}"
+def _looks(tensors: Sequence[Tensor]) -> list[tuple[str, bool]]:
+    """The checksum of each, and whether all its numbers are finite."""
+    values = [tensor.detach().cpu().contiguous().flatten() for tensor in tensors]
+    values = [t.clone() if t.data_ptr() % 8 else t for t in values]
+    rows = [t[: t.nbytes // ROW * ROW // t.itemsize] for t in values]
+    found = []
+    for t, row, (sums, finite) in zip(values, rows, ops.sum_rows(rows)):
+        rest = t[len(row) :]
+        check = zlib.crc32(memoryview(rest.view(torch.uint8).numpy()), zlib.crc32(memoryview(sums.numpy())))
+        finite = finite and (not rest.is_floating_point() or is_finite(rest))
+        found.append((f"{str(t.dtype).removeprefix('torch.')} {check:08x}", finite))
+    return found
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {key: checksum(value) for key, value in tensors.items()}
+    return {key: check for key, (check, _) in zip(tensors, _looks(list(tensors.values())))}
 
 
 def compare(
@@ -54,16 +54,9 @@ def compare(
     written: `checksums` of that time; tensors that it lacks are not compared.
     floats: the names of those whose numbers must be finite.
     """
-    differing, converted, infinite = [], [], []
-    for key, tensor in tensors.items():
-        if key in written:
-            finite, found = _look(tensor, is_finite if key in floats else lambda part: True)
-            if found.partition(" ")[0] != written[key].partition(" ")[0]:
-                converted.append(key)
-            elif found != written[key]:
-                differing.append(key)
-        else:
-            finite = key not in floats or is_finite(tensor)
-        if not finite:
-            infinite.append(key)
-    return differing, converted, infinite
+    known = [key for key in tensors if key in written]
+    looks = dict(zip(known, _looks([tensors[key] for key in known])))
+    changed = [key for key, (check, _) in looks.items() if check != written[key]]
+    converted = [key for key in changed if looks[key][0].partition(" ")[0] != written[key].partition(" ")[0]]
+    finite = {key: looks[key][1] if key in looks else is_finite(tensors[key]) for key in tensors if key in floats}
+    return [k for k in changed if k not in converted], converted, [k for k, is_good in finite.items() if not is_good]

@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from ctypes import POINTER, c_long, c_void_p
+from ctypes import POINTER, c_long, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -136,6 +136,8 @@ def _load() -> None:
         _loaded.run_steps.argtypes = POINTER(structs.Run), POINTER(c_void_p), c_long, c_long, c_long
         _loaded.most_rows.restype = c_long
         _loaded.set_threads.argtypes = (c_long,)
+        _loaded.sum_rows.argtypes = c_void_p, c_long, c_uint64, c_uint64, c_void_p
+        _loaded.sum_rows.restype = c_long
         # a forked child has no threads of a team, and would wait for them: the next call of either starts new ones
         os.register_at_fork(before=functools.partial(_loaded.omp_pause_resource_all, OMP_PAUSE_SOFT))
         _most_rows.update((dtype, _loaded.most_rows(kind)) for dtype, kind in KINDS.items())
@@ -149,6 +151,11 @@ def unavailable() -> str | None:
     if _loaded is None:
         _load()
     return _loaded if isinstance(_loaded, str) else None
+
+
+def is_at_hand() -> bool:
+    """Whether the library is there, or can be made; not made for a program that may run on a GPU alone."""
+    return isinstance(_loaded, ctypes.CDLL) or (not torch.cuda.is_available() and unavailable() is None)
 
 
 def library() -> ctypes.CDLL:

@@ -27,6 +27,7 @@ from fastprior.kernels.cpu import attention as cpu_attention
 from fastprior.kernels.cpu import blocks as cpu_blocks
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.kernels.cpu import linear as cpu_linear
+from fastprior.kernels.cpu import sums as cpu_sums
 from helpers.cpu_cases import BF16, EPS, FP32, ROUNDED, cast, error, form
 
 PAGE = mmap.PAGESIZE
@@ -450,7 +451,19 @@ def call_run(draw: Draw) -> tuple[str, float]:
     return f"run {str(blocks[0].q.dtype).removeprefix('torch.')}", error(run.x, exact) / allowed
 
 
-CALLS = (call_linear,) * 6 + (call_decode,) * 3 + (call_blocks,) * 2 + (call_run,)
+def call_sums(draw: Draw) -> tuple[str, float]:
+    dtype = draw.choose.choice((FP32, BF16, torch.float64, torch.int8))
+    numbers = reference.ROW // torch.empty((), dtype=dtype).itemsize
+    values = draw.tensor(draw.size(40) * numbers, dtype=dtype)
+    if dtype != torch.int8 and draw.chance():
+        values[draw.choose.randrange(len(values))] = draw.choose.choice((math.inf, -math.inf, math.nan))
+    (got, finite), ((plain, is_finite),) = cpu_sums.sum_rows(values), reference.sum_rows([values])
+    return f"sums {str(dtype).removeprefix('torch.')}", 0.0 if torch.equal(
+        got, plain
+    ) and finite == is_finite else math.inf
+
+
+CALLS = (call_linear,) * 6 + (call_decode,) * 3 + (call_blocks,) * 2 + (call_run, call_sums)
 
 
 @contextlib.contextmanager

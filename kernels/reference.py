@@ -16,7 +16,7 @@ from torch import Tensor
 from .arguments import LinearArgs
 
 Rotary = tuple[Tensor, Tensor]
-ROW = 512  # bytes of `ops.sum_rows`
+ROW = 512  # bytes of `ops.sum_rows`: a sector, so that one that is lost, or lies elsewhere, is seen
 
 
 class NormArgs(NamedTuple):
@@ -379,12 +379,13 @@ def dropout_mask(seed: Tensor, dropout: float, batch: int, heads: int, seq: int,
     return philox_uniform(seed, c0, c1) >= dropout
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether dense numbers have neither NaN nor infinity; no memory is taken, but for floats of 8 bits."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    return all(bool(end.isfinite()) for end in torch.aminmax(values.float() if values.itemsize == 1 else values))
+
+
 def sum_rows(parts: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
     """`ops.sum_rows` in plain PyTorch."""
-
-    def is_finite(values: Tensor) -> bool:
-        if not values.is_floating_point() or not values.numel():
-            return True
-        return all(bool(end.isfinite()) for end in torch.aminmax(values.float() if values.itemsize == 1 else values))
-
     return [(t.view(torch.int64).view(-1, ROW // 8).sum(dim=1), is_finite(t)) for t in parts]

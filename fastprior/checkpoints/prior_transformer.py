@@ -22,11 +22,11 @@ from fastprior.checkpoints.contents import (
     widened,
 )
 from fastprior.checkpoints.limits import check_counts
+from fastprior.kernels.reference import is_finite
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.reading import quoted, read_json
 from fastprior.utils import first_few
 from fastprior.weight_files import diffusers_folder
-from fastprior.weight_files.checks import is_finite
 from fastprior.weight_files.diffusers_folder import CONFIG
 from fastprior.weight_files.model_files import MODEL_NAMES, ModelFile, read_model
 from fastprior.weight_files.safe import HEADER, read_any_file

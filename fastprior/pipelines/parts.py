@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fastprior.checks import MOST, is_integer
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
+from fastprior.kernels.reference import is_finite
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.reading import quoted, read_json
-from fastprior.weight_files.checks import is_finite
 from fastprior.weight_files.weights import check_weights
 
 ENCODERS = {  # classes of transformers

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprior.kernels.reference import is_finite
 from fastprior.utils import first_few
-from fastprior.weight_files.checks import is_finite
 from fastprior.weight_files.tensors import SMALL_VIEW, Unreadable
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -47,5 +47,5 @@ def check_weights(tensors: Mapping[str, Any], where: str, *, integers: bool = Fa
         if dtype not in FLOATS and (not integers or dtype.is_floating_point or dtype.is_complex):
             rule = "it must be floating point of 16 bits or more"
             raise ValueError(f"{where}: {first_few([key])} has dtype {dtype}; {rule}")
-    if bad := [key for key, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]:
+    if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
         raise ValueError(f"{where} holds NaN or infinity in {first_few(bad)}")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastprior.kernels import ops
-from fastprior.weight_files.checks import checksum, checksums, compare, is_finite
+from fastprior.kernels.reference import is_finite
+from fastprior.weight_files.checks import checksum, checksums, compare
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers import fuzzing
-from helpers.fuzz_readers import Reader, Wrong
+from helpers.fuzz_reader import Reader, Wrong
 from helpers.mutations import mutate
 
 

@@ -1,4 +1,4 @@
-"""The operations that models call: Triton kernels on CUDA; on the CPU linears of few rows in C, else the reference.
+"""The operations that models call: Triton kernels on CUDA; on the CPU linears and attention in C, else the reference.
 
 `FASTPRIOR_KERNELS=reference` or `triton`, read when this is imported, forces one; on the CPU Triton's kernels run only
 in its interpreter (`TRITON_INTERPRET=1`). fp64 always takes the reference. Options that a call does not use cost

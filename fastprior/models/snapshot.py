@@ -115,7 +115,7 @@ class State:
     Attributes:
         snapshot: these; None where they were forgotten.
         made: what was made of them and depends on no number, see `once`.
-        tables: what does.
+        tables: what does, see `of_numbers`.
         parts: ids of the modules within the model.
         twins: see `add_twin`; `twin` is the one of `twin_of`.
         runs: how many began with it.
@@ -128,7 +128,7 @@ class State:
         self.twins: list[nn.Module] = []
         self.twin: nn.Module | None = None
         self.made: dict[Hashable, Any] = {}
-        self.tables: dict[Hashable, Tensor] = {}
+        self.tables: dict[Hashable, Any] = {}
         self.runs, self.settled = 0, False
 
     def edited(self, then: Snapshot) -> State:
@@ -188,6 +188,7 @@ class _Running(threading.local):
 
 
 _running = _Running()
+_WITH_TABLES: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
 _KEPT: weakref.WeakKeyDictionary[nn.Module, State | None] = weakref.WeakKeyDictionary()
 
 
@@ -240,19 +241,38 @@ def held(model: nn.Module) -> nn.Module:
     return _running.twin if then and then.model() is model else model
 
 
-def once(part: nn.Module, key: Hashable, make: Callable[[], Any]) -> Any:
+def once(part: nn.Module, key: Hashable, make: Callable[[], Any], *, of_numbers: bool = False) -> Any:
     """What `make` gives of a part of a model or its twin, made once for each state of the model that runs.
 
-    None is not kept: what cannot be made now may be later.
+    None is not kept: what cannot be made now may be later. What is made `of_numbers` of weights, not of where they lie,
+    is made again after edits in place.
     """
     found = _running.state
     if found is None or found.snapshot is None or id(part) not in found.parts:
         return make()
-    key = id(part), key
-    made = found.made.get(key)
+    key, kept = (id(part), key), found.made
+    if of_numbers:
+        key, kept = (*key, _autocast()), found.tables
+    made = kept.get(key)
     if made is None:
-        made = found.made[key] = make()
+        made = kept[key] = make()
     return made
+
+
+def of_numbers(model: nn.Module, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` gives of a model's numbers, remembered for as long as the model lives and its weights stay."""
+    found = state(model)
+    if found.twin is not model:  # whose state keeps it alive, and is kept
+        _WITH_TABLES[model] = found
+    key = key, _autocast()
+    if key not in found.tables:
+        found.tables[key] = make()
+    return found.tables[key]
+
+
+def _autocast() -> tuple:
+    """How autocast rounds here what is made of numbers."""
+    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
 
 
 CONTENTS = "_parameters", "_buffers", "_modules"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -18,18 +17,11 @@ from fastprior.models.dalle2.layers import l2norm
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.prior.plan import SamplingPlan
 
-_STATES: weakref.WeakKeyDictionary[nn.Module, snapshot.State] = weakref.WeakKeyDictionary()  # with null tables
-
 
 def null_table(net: DiffusionPriorNetwork, times: tuple[int, ...]) -> Tensor:
     """`net.null_table(times)`, remembered for as long as the network lives and its weights stay."""
-    state = snapshot.state(net)
-    tables = state.tables
-    if state.twin is not net:  # whose state keeps it alive, and is kept
-        _STATES[net] = state
-    if times not in tables:
-        tables[times] = net.null_table(torch.tensor(times, device=net.learned_query.device))
-    return tables[times]
+    device = net.learned_query.device
+    return snapshot.of_numbers(net, times, lambda: net.null_table(torch.tensor(times, device=device)))
 
 
 def network_reads(net: DiffusionPriorNetwork, inputs: StepInputs) -> StepReads:

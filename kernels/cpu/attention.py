@@ -36,14 +36,14 @@ def _heads(t: Tensor) -> Tensor:
 
 def attention_of(
     kept, prefix_k, prefix_v, rows, heads, kv_heads, seq, suffix, dim_head, scale, cos, sin, cosine, bias, mask,
-    depth=(), **tokens,
+    depth=(), **others,
 ) -> tuple[structs.Decode, int]:  # fmt: skip
     """Attention behind a prefix as C reads it, of several layers that of the first, and how far these are apart.
 
     Args:
         kept: is given what has to be copied.
         prefix_k, prefix_v: (*depth, prompts, prefix, kv_heads, dim_head), depth being () for one layer.
-        tokens: the fields of queries, keys and values, where the caller has them.
+        others: the fields of queries, keys and values, and of `starts`, where the caller has them.
     Raises:
         ValueError: shapes that do not fit each other.
     """
@@ -75,7 +75,7 @@ def attention_of(
         prefix_prompt=prefix_prompt, prefix_token=prefix_token, prefix_head=prefix_head,
         bias=bias, mask=mask, cos=cos, sin=sin,
         rows=rows, seq=seq, suffix=suffix, heads=heads, kv_heads=kv_heads, dim_head=dim_head, prompts=prompts,
-        prefix=prefix, rotated=rotated, cosine=cosine, scale=scale, **tokens,
+        prefix=prefix, rotated=rotated, cosine=cosine, scale=scale, **others,
     )  # fmt: skip
     return call, strides[0]
 

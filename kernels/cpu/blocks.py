@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
+from ctypes import addressof, c_long
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .library import KINDS, most_rows
 
 def most_tokens(dtype: torch.dtype) -> int:
     """The most tokens that `run_blocks` takes with weights of this dtype: what it saves between linears counts, too."""
-    return max(most_rows(dtype), min(128, most_rows(torch.float32)))
+    return max(min(most_rows(dtype), 1024), min(128, most_rows(torch.float32)))
 
 
 MATRICES, BIASES, NORMS = structs.Block.MATRICES, structs.Block.BIASES, structs.Block.NORMS
@@ -135,16 +136,16 @@ def _struct_of(block: Block, vectors: Iterator[tuple[int, int]]) -> structs.Bloc
     return structs.Block(**fields)
 
 
-def takes_blocks(blocks: Blocks, rows: int, suffix: int, numbers: Sequence[Tensor]) -> bool:
+def takes_blocks(blocks: Blocks, tokens: int, suffix: int, numbers: Sequence[Tensor]) -> bool:
     """Whether C runs blocks: rows of few tokens, in fp32, without gradient.
 
     Args:
-        rows, suffix: how many rows of how many tokens.
+        tokens, suffix: how many there are in all, and at most in a row.
         numbers: keys and values of the prefix, and others that must be fp32.
     """
     if torch.is_autocast_enabled("cpu") or (blocks.requires_grad and torch.is_grad_enabled()):
         return False
-    return 0 < rows * suffix <= blocks.most_tokens and _takes_numbers(suffix, numbers)
+    return 0 < tokens <= blocks.most_tokens and _takes_numbers(suffix, numbers)
 
 
 def _takes_numbers(suffix: int, numbers: Sequence[Tensor]) -> bool:
@@ -152,6 +153,14 @@ def _takes_numbers(suffix: int, numbers: Sequence[Tensor]) -> bool:
     if any(t.dtype != torch.float32 for t in numbers):
         return False
     return dim_head <= MAX_DIM_HEAD and prefix + suffix <= MAX_KEYS and suffix * dim_head <= MAX_SUFFIX_NUMBERS
+
+
+def _longest(starts: Sequence[int], tokens: int) -> int:
+    """The most tokens of one text, of those that begin there. Raises ValueError unless together they are all tokens."""
+    lengths = [end - begin for begin, end in itertools.pairwise(starts)]
+    if not lengths or min(lengths) < 0 or starts[0] != 0 or starts[-1] != tokens:
+        raise ValueError(f"starts={starts}; they must rise from 0 to the {tokens} tokens of x")
+    return max(lengths)
 
 
 def _fake_blocks(x, table, prefix_k, prefix_v, outputs, shape, *_) -> Tensor:
@@ -171,7 +180,8 @@ def _run_blocks(x, *args) -> Tensor:
 
 
 def blocks_of(
-    kept, rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps
+    kept, rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps,
+    starts=None,
 ) -> structs.Blocks:  # fmt: skip
     """Everything but x and out, which the caller sets; what has to be copied is kept.
 
@@ -179,9 +189,16 @@ def blocks_of(
         ValueError: shapes that do not fit each other.
     """
     depth, dim, inner, heads, kv_heads, dim_head, head, columns = shape
+    others = {}
+    if starts is not None:
+        if rows != 1 or outputs or bias is not None or cos is not None:
+            raise ValueError("starts are of one row, of which keys and values are wanted, without bias and rotary")
+        rows, suffix = len(starts) - 1, _longest(starts, suffix)
+        kept.append((c_long * len(starts))(*starts))
+        others["starts"] = addressof(kept[-1])
     attention, prefix_layer = attention_of(
         kept, prefix_k, prefix_v, rows, heads, kv_heads, outputs or suffix, suffix, dim_head, scale, cos, sin, cosine,
-        bias, mask, depth=(depth,),
+        bias, mask, depth=(depth,), **others,
     )  # fmt: skip
     return structs.Blocks(
         blocks=table.data_ptr(), depth=depth, dim=dim, inner=inner, outputs=outputs, head=head, columns=columns,
@@ -195,7 +212,8 @@ def _takes_operation(x, table, prefix_k, prefix_v, *_) -> bool:
 
 calls.define_operation(
     "cpu_blocks(Tensor x, Tensor table, Tensor prefix_k, Tensor prefix_v, int outputs, int[] shape, float scale, "
-    "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps) -> Tensor",
+    "Tensor? cos, Tensor? sin, bool cosine, Tensor? bias, Tensor? mask, str activation, float eps, "
+    "int[]? starts=None) -> Tensor",
     _run_blocks,
     _takes_operation,
     _fake_blocks,
@@ -212,6 +230,7 @@ def run_blocks_where_taken(
     rotary: Rotary | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    starts: Sequence[int] | None = None,
 ) -> Tensor | None:
     """All blocks of a step, in one call and in fp32; None for what it does not take, and without blocks.
 
@@ -222,6 +241,8 @@ def run_blocks_where_taken(
         outputs: of how many of the last tokens the result is wanted, that of the head where there is one. 0 asks for
             keys and values instead.
         rotary, bias, mask: see `decode_attention`.
+        starts: where texts of several lengths begin, from 0 to their end: x is one row of the tokens of all of them,
+            each behind its own prompt's prefix, and keys and values are asked for, without rotary and bias.
     Returns:
         (rows, outputs, dim) fp32, with a head its columns; without outputs keys and values of all tokens and blocks,
         neither rotated nor normalised: (depth, rows, suffix, 2, kv_heads, dim_head) fp32.
@@ -229,18 +250,22 @@ def run_blocks_where_taken(
     if blocks is None or (found := library.take((prefix_k, prefix_v, x, bias, mask, *(rotary or ())))) is None:
         return None
     prefix_k, prefix_v, x, bias, mask, *rotary = found
-    if not takes_blocks(blocks, *x.shape[:2], found[:3]):
+    rows, tokens, _ = x.shape
+    if not takes_blocks(blocks, rows * tokens, tokens if starts is None else _longest(starts, tokens), found[:3]):
         return None
-    return run_blocks(x, blocks, prefix_k, prefix_v, outputs=outputs, rotary=rotary, bias=bias, mask=mask)
+    return run_blocks(
+        x, blocks, prefix_k, prefix_v, outputs=outputs, rotary=rotary, bias=bias, mask=mask, starts=starts
+    )
 
 
 def run_blocks(
-    x: Tensor, blocks: Blocks, prefix_k: Tensor, prefix_v: Tensor, *, outputs: int, rotary=None, bias=None, mask=None
-) -> Tensor:
+    x: Tensor, blocks: Blocks, prefix_k: Tensor, prefix_v: Tensor, *, outputs: int, rotary=None, bias=None, mask=None,
+    starts=None,
+) -> Tensor:  # fmt: skip
     """`run_blocks_where_taken` of what `takes_blocks` says."""
     run = torch.ops.fastprior.cpu_blocks.default if torch.compiler.is_compiling() else _run_blocks
     cos, sin = rotary or (None, None)
     return run(
         x, blocks.table, prefix_k, prefix_v, outputs, blocks.shape, blocks.scale, cos, sin, blocks.cosine, bias, mask,
-        blocks.activation, blocks.eps,
+        blocks.activation, blocks.eps, starts,
     )  # fmt: skip

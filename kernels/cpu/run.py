@@ -87,7 +87,7 @@ def prepare_run(
     suffix = times + 2 * samples
     tensors = prefix_k, prefix_v, time_tokens, coefficients, null_table, query, bias, *(rotary or (None, None))
     found = library.take(tensors)
-    if found is None or not takes_blocks(blocks, rows, suffix, found[:5]):
+    if found is None or not takes_blocks(blocks, rows * suffix, suffix, found[:5]):
         return None
     prefix_k, prefix_v, time_tokens, coefficients, null_table, query, bias, cos, sin = found
     x = torch.empty(rows * samples, dim, dtype=torch.float32, device="cpu")

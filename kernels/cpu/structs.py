@@ -58,7 +58,7 @@ class Decode(Structure):
         *_each(c_long, "prefix_prompt", "prefix_token", "prefix_head"),
         *_each(c_void_p, "bias", "mask", "cos", "sin"),
         *_each(c_long, "rows", "seq", "suffix", "heads", "kv_heads", "dim_head"),
-        *_each(c_long, "prompts", "prefix", "rotated", "cosine"), ("scale", c_double),
+        *_each(c_long, "prompts", "prefix", "rotated", "cosine"), ("starts", c_void_p), ("scale", c_double),
     )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ def run_wide_prefill(tokens):
     return make_transformer(dim_head=256, heads=1, depth=1).prefill(random(1, tokens, 40), 3).k
 
 
-INT8 = random(5, 8).to(torch.int8)
+INT8, MOST = random(5, 8).to(torch.int8), cpu_blocks.most_tokens(FP32)
 
 
 LEFT = {  # to PyTorch: which kernel, and a call
@@ -172,7 +172,7 @@ LEFT = {  # to PyTorch: which kernel, and a call
     "gradient-of-a-step": ("run_blocks", lambda: run_step(grad=True)),
     "gradient-of-the-bias": ("run_blocks", lambda: run_step(grad=True, frozen=True)),
     "step-in-training": ("run_blocks", lambda: run_step(training=True)),
-    "step-of-many-rows": ("run_blocks", lambda: run_step(samples=cpu_blocks.most_tokens(FP32) // 6 + 1, prefix=600)),
+    "step-of-many-rows": ("run_blocks", lambda: run_step(samples=MOST // 6 + 1, prefix=MOST + 1)),
     "step-of-many-own-keys": ("run_blocks", lambda: run_wide_prefill(257)),
     "step-in-fp64": ("run_blocks", lambda: run_step(torch.float64)),
 }  # fmt: skip
@@ -340,7 +340,7 @@ def test_op_blocks():
         (dict(residual=random(2, 6), activation="swiglu"), "residual has shape (2, 6); it must be (2, 3)"),
         (dict(weight=random(5, 8), activation="swiglu"), "'swiglu' needs one weight"),
         (dict(beside=random(2, 8), activation="swiglu"), "'swiglu' needs one weight"),
-        (dict(x=random(600, 8)), "x has 600 rows; they must be 1 to"),
+        (dict(x=random(70000, 8)), "x has 70000 rows; they must be 1 to"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -384,7 +384,7 @@ def test_messages_of_decode(change, message):
         (dict(outputs=-1), {}, "-1 tokens of queries; they must be 1 to 3"),
         (dict(x=random(4, 3, 39)), {}, "x has shape (4, 3, 39); it must be (4, 3, 40)"),
         (dict(x=random(3, 3, 40)), {}, "3 rows of 3 heads"),
-        (dict(x=random(204, 3, 40)), {}, "x has 612 rows; they must be 1 to"),
+        (dict(x=random(24000, 3, 40)), {}, "x has 72000 rows; they must be 1 to"),
         (dict(x=random(4, 2, 40)), {}, "bias has shape (3, 3, 10); it must be (2, 3, 9)"),
         (dict(prefix_k=random(1, 2, 7, 1, 12)), {}, "prefix_k has shape (1, 2, 7, 1, 12); it must be (2, 2, 7, 1, 12)"),
         (dict(prefix_v=random(1, 2, 7, 1, 12)), {}, "prefix_v has shape (1, 2, 7, 1, 12)"),

@@ -276,13 +276,18 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
         keep = torch.ones(len(text_embed), 1, 1, dtype=torch.bool, device=text_embed.device)
         transformer, nulls = self.causal_transformer, self.null_text_encodings.expand(len(text_embed), -1, -1)
         with ops.one_thread(nulls if text_encodings is None else max(nulls, text_encodings, key=Tensor.numel)):
-            prefix = self._prefix(text_embed, text_encodings, conditions, keep)
-            cache = transformer.prefill_by_blocks(prefix, self.suffix_tokens)
+            prefix, shared = self._prefix(text_embed, text_encodings, conditions, keep), None
+            if text_encodings is None and self.conditions is None:  # then all prompts begin with the same tokens
+                shared = snapshot.once(transformer, "no text", self._no_text, of_numbers=True)
+            own = prefix if shared is None else prefix[:, self.max_text_len :]
+            cache = transformer.prefill_by_blocks(own, self.suffix_tokens, shared)
         if cache is None:
             cache = transformer.prefill_by_layers(prefix, self.suffix_tokens)
         if null_rows:
-            null = self._null_cache(text_embed.device)
-            k, v = (t.expand(-1, null_rows, -1, -1, -1) for t in (null.k, null.v))
+            k, v = snapshot.once(
+                transformer, "unconditional", lambda: self._null_cache(text_embed.device)[:2], of_numbers=True
+            )
+            k, v = (t.expand(-1, null_rows, -1, -1, -1) for t in (k, v))
             cache = cache._replace(k=torch.cat((cache.k, k), dim=1), v=torch.cat((cache.v, v), dim=1))
         return NetworkConditioning(cache, times if times.ndim == 3 else self.time_tokens(times), null_rows)
 
@@ -297,6 +302,13 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
     def prepare(self, cond: NetworkConditioning) -> NetworkConditioning:
         """Make a conditioning that another network's prefill ran ready for steps of this one."""
         return cond._replace(cache=cond.cache._replace(blocks=self.causal_transformer.prepared()))
+
+    def _no_text(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the encodings of no text, where they can be computed apart from what follows."""
+        nulls, cache = self.null_text_encodings.to(self.stream_dtype), None
+        if self.max_text_len:
+            cache = self.causal_transformer.prefill_by_blocks(nulls, self.suffix_tokens)
+        return None if cache is None else (cache.k, cache.v)
 
     def _null_cache(self, device) -> KVCache:
         """The prefix of the unconditional branch, as one prompt; without gradient to the (unused) text projection."""

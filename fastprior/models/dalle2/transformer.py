@@ -234,20 +234,26 @@ class CausalTransformer(nn.Module):
         blocks = self.prepared() if x.is_cpu else None
         return self._cache(self._keys_values(x, _rows(rotary, slice(seq))), null, rotary, bias, blocks)
 
-    def prefill_by_blocks(self, x: Tensor, suffix: int) -> KVCache | None:
-        """`prefill` by `ops.run_blocks`, whose prefix the null keys are; None where it does not compute this."""
+    def prefill_by_blocks(self, x: Tensor, suffix: int, behind: tuple[Tensor, Tensor] | None = None) -> KVCache | None:
+        """`prefill` by `ops.run_blocks`, whose prefix the null keys are; None where it does not compute this.
+
+        Behind are keys and values of one prompt: of what all begin with, before x.
+        """
         blocks = self.prepared() if x.is_cpu else None
         if blocks is None:
             return None
-        seq, x = x.shape[1], self._normed(self.init_norm, x)
-        rotary, null, bias = self._rotary(seq + suffix), self._null(), self._bias(0, seq + suffix)
-        of_prefix, parts = dict(rotary=_rows(rotary, slice(seq)), bias=bias[:seq, :, : seq + 1].contiguous()), []
-        for part in x.split(max(1, blocks.most_tokens // seq)):
-            k, v = (t.expand(-1, len(part), -1, -1, -1) for t in null)
+        before = self._null() if behind is None else behind
+        first, x = before[0].shape[2] - 1, self._normed(self.init_norm, x)
+        count, parts = x.shape[1], []
+        rotary, bias = self._rotary(first + count + suffix), self._bias(first, first + count + suffix)
+        of_prefix = dict(bias=bias[:count, :, : first + count + 1].contiguous())
+        of_prefix["rotary"] = _rows(rotary, slice(first, first + count))
+        for part in x.split(max(1, blocks.most_tokens // count)):
+            k, v = (t.expand(-1, len(part), -1, -1, -1) for t in before)
             parts.append(ops.run_blocks(part, blocks, k, v, outputs=0, **of_prefix))
             if parts[-1] is None:
                 return None
-        return self._cache(torch.cat(parts, dim=1), null, rotary, bias[seq:], blocks)
+        return self._cache(torch.cat(parts, dim=1), before, rotary, bias[count:], blocks)
 
     def _null(self) -> tuple[Tensor, Tensor]:
         """The null keys, normalised, and values, (depth, 1, 1, 1, dim_head) each, at least fp32."""
@@ -256,14 +262,17 @@ class CausalTransformer(nn.Module):
         return F.normalize(k, dim=-1) if self.layers[0][0].cosine_sim else k, v
 
     def _cache(
-        self, kv: Tensor, null: tuple[Tensor, Tensor], rotary: Rotary | None, bias: Tensor, blocks: ops.Blocks | None
+        self, kv: Tensor, before: tuple[Tensor, Tensor], rotary: Rotary | None, bias: Tensor, blocks: ops.Blocks | None
     ) -> KVCache:
-        """The cache of what `_keys_values` gives, with the table of all tokens and the bias of the suffix."""
+        """The cache of what `_keys_values` gives behind others, with the table of all tokens, the bias of the suffix.
+
+        What stands before is of one prompt, the null key and perhaps tokens behind it.
+        """
         k, v = kv.unbind(3)
-        (prompts, seq), cosine = k.shape[1:3], self.layers[0][0].cosine_sim
-        k = reference.prepare_heads(k, _rows(rotary, slice(seq)), cosine)
-        k, v = (torch.cat((t.expand(-1, prompts, -1, -1, -1), of), dim=2) for t, of in zip(null, (k, v)))
-        return KVCache(k, v, bias.to(k.dtype), _rows(rotary, slice(seq, None)), blocks)
+        (prompts, seq), cosine, first = k.shape[1:3], self.layers[0][0].cosine_sim, before[0].shape[2] - 1
+        k = reference.prepare_heads(k, _rows(rotary, slice(first, first + seq)), cosine)
+        k, v = (torch.cat((t.expand(-1, prompts, -1, -1, -1), of), dim=2) for t, of in zip(before, (k, v)))
+        return KVCache(k, v, bias.to(k.dtype), _rows(rotary, slice(first + seq, None)), blocks)
 
     def _keys_values(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         """Keys and values of all layers for a prefix, (depth, prompts, seq, 2, 1, dim_head), at least fp32."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -96,7 +98,7 @@ def prefill(
         dtype: of the weights, by default that of `x`.
         pack: off, hidden tokens run too, and shapes alone say what is computed.
     """
-    dtype = dtype or x.dtype
+    dtype, of_steps = dtype or x.dtype, prepared(blocks) if x.is_cpu else None
     if pack:
         keep = mask > HIDDEN
         rank = keep.cumsum(dim=1)
@@ -106,6 +108,10 @@ def prefill(
         logits[slots] = mask[keep]
         logits = logits.view(len(x), longest) if (logits != 0).any() else None
         x = x[keep]
+        found = None if mask[keep].any() else _keys_values(of_steps, x, rank[:, -1].tolist())
+        if found is not None:
+            cache = _spread(found, slots, len(mask), longest, prompts)
+            return Prefix(*cache, _of_prompts(logits, prompts), prompts, of_steps, dtype=dtype)
     else:
         longest, slots, logits, x = mask.shape[1], slice(None), mask, x.flatten(0, 1)
 
@@ -117,8 +123,7 @@ def prefill(
             t = rows
         return t.view(len(mask), longest, blocks[0].attn1.heads, -1)
 
-    cache, of_steps = [], prepared(blocks) if x.is_cpu else None
-    known = of_steps is not None
+    cache, known = [], of_steps is not None
     for index, block in enumerate(blocks):
         attn, h = block.attn1, normed(block.norm1, x, dtype, known=known)
         k, v = (spread(projected(linear, h, known=known)) for linear in (attn.to_k, attn.to_v))
@@ -133,8 +138,50 @@ def prefill(
             q = spread(projected(attn.to_q, h, known=known))
             out = ops.attention(q, k, v, scale=attn.scale, causal=True, mask=logits)
             x = _after_attention(block, out.flatten(0, 1)[slots], x, dtype, known)
-    logits = logits if logits is None or prompts is None else logits[prompts]
-    return Prefix(*cache, logits, prompts, of_steps, dtype=dtype)
+    return Prefix(*cache, _of_prompts(logits, prompts), prompts, of_steps, dtype=dtype)
+
+
+def _of_prompts(t: Tensor | None, prompts: Tensor | None) -> Tensor | None:
+    return t if t is None or prompts is None else t[prompts]
+
+
+def _keys_values(blocks: ops.Blocks | None, x: Tensor, lengths: list[int]) -> Tensor | None:
+    """Keys and values of packed texts by `ops.run_blocks`; None where it does not compute them.
+
+    Args:
+        x: (tokens, dim), those of each text side by side.
+        lengths: of the texts.
+    Returns:
+        (depth, tokens, 2, heads, dim_head).
+    """
+    if blocks is None:
+        return None
+    depth, _, _, _, *heads, _, _ = blocks.shape
+    parts = []
+    while lengths:
+        ends = list(itertools.accumulate(lengths))
+        taken = max(1, bisect.bisect_right(ends, blocks.most_tokens))
+        none = x.new_empty(depth, taken, 0, *heads)
+        starts = [0, *ends[:taken]]
+        parts.append(ops.run_blocks(x[None, : starts[-1]], blocks, none, none, outputs=0, starts=starts))
+        if parts[-1] is None:
+            return None
+        x, lengths = x[starts[-1] :], lengths[taken:]
+    return torch.cat(parts, dim=2).squeeze(1)
+
+
+def _spread(kv: Tensor, slots: Tensor, texts: int, longest: int, prompts: Tensor | None) -> Tensor:
+    """Keys and values of packed texts as a `Prefix` has them: both, (2, depth, prompts, heads, longest, dim_head).
+
+    Zeros where a text has fewer tokens.
+    """
+    depth, tokens, *rest = kv.shape
+    if tokens < texts * longest:
+        rows = kv.new_zeros(depth, texts * longest, *rest)
+        rows[:, slots] = kv
+        kv = rows
+    kv = kv.view(depth, texts, longest, *rest)
+    return _of_prompts(kv.transpose(0, 1), prompts).permute(3, 1, 0, 4, 2, 5).contiguous()
 
 
 def share(prefix: Prefix, layout: RowLayout) -> Prefix:

@@ -11,9 +11,25 @@ struct decode {
     long prefix_prompt, prefix_token, prefix_head; /* strides of both */
     const float *bias, *mask, *cos, *sin; /* (suffix, heads, prefix + suffix), (prompts, prefix), (suffix, rotated) twice */
     long rows, seq, suffix, heads, kv_heads, dim_head, prompts, prefix, rotated, cosine;
+    const long *starts; /* (rows + 1), where the tokens of each row begin, which all are queries; NULL: `suffix` each */
     double scale;
 };
-MIRRORED(decode, 29);
+MIRRORED(decode, 30);
+
+/* The attention of a row alone. */
+static struct decode row_of(const struct decode *a, long row) {
+    struct decode one = *a;
+    const long prompt = row / (a->rows / a->prompts), bytes = BYTES[a->kind], first = a->starts ? a->starts[row] : 0;
+    if (a->starts) one.seq = one.suffix = a->starts[row + 1] - first;
+    one.q += (a->starts ? first * a->q_token : row * a->q_row) * bytes;
+    one.k += (a->starts ? first * a->kv_token : row * a->kv_row) * bytes;
+    one.v += (a->starts ? first * a->kv_token : row * a->kv_row) * bytes;
+    one.out += (a->starts ? first : row * a->seq) * a->heads * a->dim_head * bytes;
+    one.prefix_k += prompt * a->prefix_prompt;
+    one.prefix_v += prompt * a->prefix_prompt;
+    if (a->mask) one.mask += prompt * a->prefix;
+    return one;
+}
 
 /* A head of a suffix token from element `first` on, rotated, then of length 1 with `cosine`, then times `scale`:
    (dim_head,). */
@@ -37,14 +53,14 @@ static void prepare(const struct decode *a, const char *tokens, long first, long
     for (long d = 0; d < dim; d++) head[d] *= scale;
 }
 
-/* Up to LANES queries that share their keys, a lane for each: of a row and a kv_head, by tokens, then by heads. */
+/* Up to LANES queries of a row that share their keys, a lane for each: of a kv_head, by tokens, then by heads. */
 struct queries {
-    long row, kv_head, count, token[LANES], head[LANES]; /* tokens count from the first query */
+    long kv_head, count, token[LANES], head[LANES]; /* tokens count from the first query */
 };
 
-static struct queries queries_of(const struct decode *a, long row, long kv_head, long first) {
+static struct queries queries_of(const struct decode *a, long kv_head, long first) {
     const long group = a->heads / a->kv_heads; /* heads that share a kv_head */
-    struct queries q = {.row = row, .kv_head = kv_head, .count = least(group * a->seq - first, LANES)};
+    struct queries q = {.kv_head = kv_head, .count = least(group * a->seq - first, LANES)};
     for (long lane = 0; lane < q.count; lane++) {
         q.token[lane] = (first + lane) / group;
         q.head[lane] = kv_head * group + (first + lane) % group;
@@ -60,7 +76,7 @@ INLINE void lay_queries(const struct decode *a, const struct queries *q, vec *qu
     memset(logits, 0, (keys + 3) * sizeof *logits);
     for (long lane = 0; lane < q->count; lane++) {
         const long token = a->suffix - a->seq + q->token[lane];
-        const long first = q->row * a->q_row + q->token[lane] * a->q_token + q->head[lane] * dim;
+        const long first = q->token[lane] * a->q_token + q->head[lane] * dim;
         prepare(a, a->q, first, token, a->scale, head);
         for (long d = 0; d < dim; d++) query[d][lane] = head[d];
         const float *bias = a->bias + (token * a->heads + q->head[lane]) * keys;
@@ -78,6 +94,14 @@ INLINE vec softmax(const float *mask, long prefix, long keys, vec *logits) {
     }
     for (long j = 0; j < keys; j++) total += logits[j] = exponential(logits[j] - most);
     return total;
+}
+
+/* How many keys some query sees, up to the last of them: behind it the logits of all are -infinity. */
+INLINE long keys_seen(const struct queries *q, long keys, const vec *logits) {
+    for (; keys > 1; keys--)
+        for (long lane = 0; lane < q->count; lane++)
+            if (logits[keys - 1][lane] != -INFINITY) return keys;
+    return keys;
 }
 
 enum { ON_STACK = 16 << 10 /* bytes: a program may give its threads little more */ };
@@ -112,16 +136,17 @@ static struct attention_room attention_room(const struct decode *a, char *room) 
     return r;
 }
 
-/* Attention of queries; those of the suffix among their keys and values are prepared. Its loops are slower in the
-   function that calls it. */
+/* Attention of queries of a row alone; those of the suffix among their keys and values are prepared. Its loops are slower
+   in the function that calls it. */
 static __attribute__((noinline)) void attend(const struct decode *a, const struct queries *q, struct attention_room room) {
-    const long dim = a->dim_head, prefix = a->prefix, keys = prefix + a->suffix, prompt = q->row / (a->rows / a->prompts);
+    const long dim = a->dim_head, prefix = a->prefix;
     const float **key = room.key, **value = room.value;
     vec *query = room.query, *weight = room.weight;
 
     lay_queries(a, q, query, weight);
+    const long keys = keys_seen(q, prefix + a->suffix, weight);
     for (long j = 0; j < prefix; j++) {
-        const long place = prompt * a->prefix_prompt + j * a->prefix_token + q->kv_head * a->prefix_head;
+        const long place = j * a->prefix_token + q->kv_head * a->prefix_head;
         key[j] = a->prefix_k + place, value[j] = a->prefix_v + place;
     }
     for (long j = prefix; j < keys; j++)
@@ -132,7 +157,7 @@ static __attribute__((noinline)) void attend(const struct decode *a, const struc
         for (long d = 0; d < dim; d++) UNROLLED for (int i = 0; i < 4; i++) sums[i] += key[j + i][d] * query[d];
         UNROLLED for (int i = 0; i < 4; i++) weight[j + i] += sums[i];
     }
-    const vec total = 1 / softmax(a->mask ? a->mask + prompt * prefix : NULL, prefix, keys, weight);
+    const vec total = 1 / softmax(a->mask, prefix, keys, weight);
     for (long d = 0; d < dim; d += 8) { /* values, mixed: (dim_head, lanes), in place of the queries */
         vec sums[8] = {{0}};
         const long here = least(dim - d, 8);
@@ -145,25 +170,31 @@ static __attribute__((noinline)) void attend(const struct decode *a, const struc
     const struct matrix out = {a->out, a->kind, a->heads * dim};
     for (long lane = 0; lane < q->count; lane++)
         for (long d = 0; d < dim; d++)
-            store(out, q->row * a->seq + q->token[lane], q->head[lane] * dim + d, query[d][lane]);
+            store(out, q->token[lane], q->head[lane] * dim + d, query[d][lane]);
 }
 
 /* Attention of suffix tokens over a prefix and themselves, by all threads of a team; room: of `bytes_of_attentions`. */
 static void decode_of_team(const struct decode *a, char *room, const struct member *me) {
-    const long parts = (a->heads / a->kv_heads * a->seq + LANES - 1) / LANES, all = a->rows * a->kv_heads * parts;
-    const long dim = a->dim_head, bytes = bytes_of_attention(a);
+    const long most = a->starts ? a->suffix : a->seq, group = a->heads / a->kv_heads, dim = a->dim_head;
+    const long parts = (group * most + LANES - 1) / LANES, all = a->rows * a->kv_heads * parts;
+    const long bytes = bytes_of_attention(a);
     char own[bytes > ON_STACK ? 64 : bytes] __attribute__((aligned(64)));
     const struct attention_room mine = attention_room(a, bytes > ON_STACK ? room + me->thread * bytes : own);
+    struct decode one = {0};
     for (long i = begin_of(me, all), known = -1; i < end_of(me, all); i++) {
-        const long row = i / parts / a->kv_heads, kv_head = i / parts % a->kv_heads;
-        for (long j = 0; j < a->suffix && known != i / parts; j++) {
-            const long first = row * a->kv_row + j * a->kv_token + kv_head * dim;
-            prepare(a, a->k, first, j, 1, mine.keys + j * dim);
-            for (long d = 0; d < dim; d++) mine.values[j * dim + d] = number((struct vector){a->v, a->kind}, first + d);
+        const long kv_head = i / parts % a->kv_heads, first = i % parts * LANES;
+        if (known != i / parts) {
+            known = i / parts;
+            one = row_of(a, known / a->kv_heads);
+            for (long j = 0; j < one.suffix; j++) {
+                const long place = j * a->kv_token + kv_head * dim;
+                prepare(a, one.k, place, j, 1, mine.keys + j * dim);
+                for (long d = 0; d < dim; d++) mine.values[j * dim + d] = number((struct vector){one.v, a->kind}, place + d);
+            }
         }
-        known = i / parts;
-        const struct queries queries = queries_of(a, row, kv_head, i % parts * LANES);
-        attend(a, &queries, mine);
+        if (first >= group * one.seq) continue; /* of a row with fewer tokens */
+        const struct queries queries = queries_of(&one, kv_head, first);
+        attend(&one, &queries, mine);
     }
     meet(me);
 }

@@ -11,14 +11,14 @@ struct block {
 MIRRORED(block, 54);
 
 struct blocks {
-    const float *x; /* (rows * suffix, dim) */
-    float *out; /* (rows * outputs, columns), or without outputs raw keys and values: (depth, rows * suffix, 2 * of_kv) */
+    const float *x; /* (tokens, dim), rows * suffix or as `attention.starts` has it */
+    float *out; /* (rows * outputs, columns), or without outputs raw keys and values: (depth, tokens, 2 * of_kv) */
     const struct block *blocks; /* and where there is a head one more: q, of a norm of rows divided by their maximum */
     long depth, dim, inner, outputs, head, columns, activation, prefix_layer; /* the caches' stride from layer to layer */
     struct decode attention; /* of layer 0, without q, k, v, out */
     double eps;
 };
-MIRRORED(blocks, 41);
+MIRRORED(blocks, 42);
 
 /* Memory for what blocks give each other, and its widths. */
 struct scratch {
@@ -35,7 +35,7 @@ static long larger(long a, long b) { return a > b ? a : b; }
 /* False where there is none; else `room` is to be freed. */
 static int get_scratch(const struct blocks *a, long threads, struct scratch *s) {
     const struct decode *decode = &a->attention;
-    s->tokens = decode->rows * decode->suffix;
+    s->tokens = decode->starts ? decode->starts[decode->rows] : decode->rows * decode->suffix;
     s->of_q = decode->heads * decode->dim_head;
     s->of_kv = decode->kv_heads * decode->dim_head;
     s->width = s->of_q + 2 * s->of_kv;
@@ -56,13 +56,15 @@ static int get_scratch(const struct blocks *a, long threads, struct scratch *s) 
 
 INLINE struct matrix floats(const float *data, long stride) { return (struct matrix){(const char *)data, FLOAT32, stride}; }
 
-/* Queries, keys and values of all tokens: stream (tokens, dim) -> projected (tokens, width). */
-static void project(const struct blocks *a, const struct block *b, const struct scratch *s, const struct member *me) {
+/* Queries of all tokens, if any, keys and values: stream (tokens, dim) -> projected (tokens, width). */
+static void project(const struct blocks *a, const struct block *b, int asks, const struct scratch *s,
+                    const struct member *me) {
     const int has_v = b->v.matrix.data != NULL;
+    const long of_q = asks ? s->of_q : 0;
     const struct linear linear = {
-        .x = floats(s->stream, a->dim), .out = floats(s->projected, s->width), .rows = s->tokens, .dim = a->dim,
-        .eps = a->eps, .weight = {b->q, b->k, b->v}, .bias = {b->q_bias, b->k_bias, b->v_bias},
-        .columns = {s->of_q, has_v ? s->of_kv : 2 * s->of_kv, has_v ? s->of_kv : 0},
+        .x = floats(s->stream, a->dim), .out = floats(s->projected + s->of_q - of_q, s->width), .rows = s->tokens,
+        .dim = a->dim, .eps = a->eps, .weight = {b->q, b->k, b->v}, .bias = {b->q_bias, b->k_bias, b->v_bias},
+        .columns = {of_q, has_v ? s->of_kv : 2 * s->of_kv, has_v ? s->of_kv : 0},
         .norm_gain = b->norm_gain, .norm_bias = b->norm_bias};
     linear_of_team(&linear, s->room, me);
 }
@@ -136,13 +138,13 @@ static void blocks_of_team(const struct blocks *a, const struct scratch *s, cons
     for (long layer = 0; layer < a->depth; layer++) {
         const int last = layer == a->depth - 1;
         const long seq = last ? outputs : suffix;
-        project(a, a->blocks + layer, s, me);
+        project(a, a->blocks + layer, seq > 0, s, me);
         if (!outputs) keep_keys(a, layer, s, me);
         if (!seq) break;
         for (long r = 0; r < rows && seq < suffix && !me->thread; r++) /* read when all have met behind attention */
             memmove(stream + r * seq * dim, stream + ((r + 1) * suffix - seq) * dim, seq * dim * sizeof *stream);
         mix(a, layer, seq, s, me);
-        feed_forward(a, a->blocks + layer, rows * seq, last && !a->head ? a->out : stream, s, me);
+        feed_forward(a, a->blocks + layer, seq == suffix ? s->tokens : rows * seq, last && !a->head ? a->out : stream, s, me);
     }
     if (outputs && a->head) project_out(a, a->blocks + a->depth, rows * outputs, s, me);
 }

@@ -6,7 +6,7 @@
 #if LANES == 16 /* the results of a row stand together; else, as in the other forms, those of a column */
 enum { ROW_STEP = 32, COLUMN_STEP = 1 };
 #else
-enum { ROW_STEP = 1, COLUMN_STEP = 64 };
+enum { ROW_STEP = 1, COLUMN_STEP = WIDTH };
 #endif
 enum { BETWEEN = 5 * LANES /* numbers between rows of x, which a cache keeps in different places then */ };
 #if defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)

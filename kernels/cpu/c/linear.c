@@ -1,10 +1,10 @@
-/* Linear layers of few rows on the CPU, as fast as memory gives the weights.
+/* Linear layers on the CPU: of few rows as fast as memory gives the weights, of many as fast as products can be added.
 
-   A linear lays its rows out once, normalised and in fp32. Then each thread computes columns of the result, some columns
-   and all rows at a time, in one of three forms. "dot": vectors run along the dimension that is summed, for a few rows at
-   once. "outer", for more rows where there are few registers: vectors run along the rows, and each is multiplied with one
-   number of the weights. "amx", for more rows where the processor multiplies tiles of bf16: numbers of fp32 are sums of
-   three of bf16. */
+   A linear lays its rows out once, normalised and in fp32, up to WIDTH at a time. Then each thread computes columns of the
+   result, some columns and all rows at a time, in one of three forms. "dot": vectors run along the dimension that is
+   summed, for a few rows at once. "outer", for more rows where there are few registers: vectors run along the rows, and
+   each is multiplied with one number of the weights. "amx", for more rows where the processor multiplies tiles of bf16:
+   numbers of fp32 are sums of three of bf16. */
 
 #include "amx.h"
 #include "dot.h"
@@ -37,6 +37,7 @@ long form(long kind, long rows) {
 
 /* The most rows that a linear has here; beyond them PyTorch is as fast. */
 long most_rows(long kind) {
+    if (LANES == 8) return 1 << 16;
     if (LANES != 16) return 4 * LANES;
     return kind == FLOAT32 ? 8 * WIDTH : form(kind, WIDTH) == IS_AMX ? WIDTH : 4 * WIDTH;
 }
@@ -45,9 +46,12 @@ long most_rows(long kind) {
 struct layout {
     long form, kind, span, rows, dim;
     long block, padded, stride; /* numbers that are read at once; numbers of a row in whole blocks, and from row to row */
+    long x_stride; /* of the rows in fp32 */
     int is_dot, has_words; /* "dot", rounded or not; of 16 bits */
+    int is_there; /* x is what it is to be in fp32 */
     int alone; /* each thread lays all rows out for itself, without a meeting */
     float *x, *laid; /* (rows, stride); for "dot" the same, or (rows, padded) words behind their scales; else by columns */
+    float *tiles; /* of this thread */
 };
 
 /* Of `rows` rows, how many are computed at a time. */
@@ -59,6 +63,9 @@ static long rows_at_once(long rows) {
 /* Parts of the dimension that is summed, of each of which all tiles of x stay in a cache. */
 static long parts_of_sum(long rows, long padded) { return ((rows + 15) / 16 * 16 * padded * 6 - 1) / CACHED + 1; }
 
+/* Numbers of a tile of the results of one matrix, and what a thread keeps its columns in: two of them, and copies. */
+enum { TILE = (LANES == 16 ? 32 : MOST_OUTER) * WIDTH, TILES = 2 * TILE + (LANES == 16 ? 0 : COPIES * APART_OUTER) };
+
 /* Numbers of room that a linear needs. */
 static long room_of_thread(long rows, long dim) { return 2 * rows * (dim + 4 * LANES + BETWEEN) + WIDTH; }
 static long room(long rows, long dim, long columns, long threads) {
@@ -66,10 +73,11 @@ static long room(long rows, long dim, long columns, long threads) {
     const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
     const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 32 * threads) * 2 * WIDTH : 0;
     const long shared = amx ? once * (padded + BETWEEN + 3 * padded / 2) + sums : room_of_thread(once, dim);
-    return shared > alone ? shared : alone;
+    return threads * TILES + (shared > alone ? shared : alone);
 }
 
 static struct layout layout_of(const struct linear *a, float *room, const struct member *me) {
+    float *const rows = room + me->threads * TILES;
     struct layout l = {.kind = a->weight[0].matrix.kind, .rows = a->rows, .dim = a->dim};
     l.form = form(l.kind, l.rows);
     l.span = SPAN(l.kind);
@@ -79,8 +87,12 @@ static struct layout layout_of(const struct linear *a, float *room, const struct
     l.block = l.form == IS_AMX ? DEPTH : LANES * l.span;
     l.padded = (l.dim + l.block - 1) / l.block * l.block;
     l.stride = l.padded + BETWEEN;
-    l.x = l.alone ? room + me->thread * room_of_thread(l.rows, l.dim) : room;
+    l.tiles = room + me->thread * TILES;
+    l.x = l.alone ? rows + me->thread * room_of_thread(l.rows, l.dim) : rows;
     l.laid = l.is_dot && (l.span == 1 || l.form == IS_ROUNDED_DOT) ? l.x : l.x + l.rows * l.stride;
+    l.is_there = l.form == IS_OUTER && a->x.kind == FLOAT32 && !a->stream && !a->norm_gain.data && l.dim == l.padded;
+    l.x_stride = l.is_there ? a->x.stride : l.stride;
+    if (l.is_there) l.x = (float *)a->x.data;
     return l;
 }
 
@@ -132,19 +144,35 @@ static void lay_rows(const struct linear *a, const struct layout *l, const struc
     }
 }
 
-/* Numbers k to k + block of all rows for "outer": passes of rows_of_outer, each (padded, rows to a whole vector), but
+/* Where number i of the block at k lies, see SPAN. */
+INLINE long place_of(const struct layout *l, long k, long i) { return k + i % l->span * LANES + i / l->span; }
+
+/* Numbers k to k + block of all rows for "outer": panels of rows_of_outer, each (padded, rows to a whole vector), but
    (rows, stride) as for "dot" where they are few. */
 static void lay_outer(const struct layout *l, long k) {
     for (long m = 0, rows; m < l->rows; m += rows) {
         rows = rows_of_outer(l->rows - m);
         const int is_dot = rows <= BESIDE;
         const long width = is_dot ? rows : rows <= LANES ? LANES : 2 * LANES;
-        for (long n = 0; n < width; n++)
-            for (long i = 0; i < l->block; i++) {
-                const long place = k + i % l->span * LANES + i / l->span; /* see SPAN */
-                l->laid[m * l->padded + (is_dot ? n * l->stride + place : place * width + n)] =
-                    n < rows ? l->x[(m + n) * l->stride + k + i] : 0;
+#if LANES == 8
+        for (long n = 0; n < width && !is_dot; n += 8)
+            for (long i = 0; i < l->block; i += 8) {
+                vec numbers[8];
+                UNROLLED for (int j = 0; j < 8; j++)
+                    numbers[j] = n + j < rows ? *(const vec *)(l->x + (m + n + j) * l->x_stride + k + i) : (vec){0};
+                transpose(numbers);
+                UNROLLED for (int j = 0; j < 8; j++)
+                    *(vec *)(l->laid + m * l->padded + place_of(l, k, i + j) * width + n) = numbers[j];
             }
+        if (!is_dot) continue;
+#endif
+        for (long i = 0; i < l->block; i++) {
+            const long place = place_of(l, k, i);
+            const float *x = l->x + m * l->x_stride + k + i;
+            float *laid = l->laid + m * l->padded + (is_dot ? place : place * width);
+            for (long n = 0; n < rows; n++) laid[is_dot ? n * l->stride : n] = x[n * l->x_stride];
+            for (long n = rows; n < width; n++) laid[n] = 0;
+        }
     }
 }
 
@@ -178,15 +206,11 @@ static void product_dot(const struct layout *l, const struct columns *c, long af
 }
 
 static void product_outer(const struct layout *l, const struct columns *c, long after, float *tile) {
-    const long kind = l->kind;
-    const float *x = l->laid;
-    for (long left = l->rows, rows; left; left -= rows, x += rows * l->padded, tile += rows) {
-        rows = rows_of_outer(left);
-        if (rows > BESIDE)
-            (kind == FLOAT32 ? outer_float32 : kind == BFLOAT16 ? outer_bfloat16 : outer_int8)(rows, x, c, tile);
-        else
-            (kind == FLOAT32 ? pass_float32 : kind == BFLOAT16 ? pass_bfloat16 : pass_int8)(rows, x, c, after, tile);
-    }
+    const long kind = l->kind, few = l->rows % LANES, m = l->rows - few;
+    outer(kind, l->rows, l->laid, l->padded, c, after, l->tiles + 2 * TILE, tile);
+    if (few && few <= BESIDE)
+        (kind == FLOAT32 ? pass_float32 : kind == BFLOAT16 ? pass_bfloat16 : pass_int8)(
+            few, l->laid + m * l->padded, c, after, tile + m);
 }
 
 /* A tile of x @ weight.T, of all rows and few columns; "amx" may have numbers `begin` to `end` of the sums alone. */
@@ -261,7 +285,25 @@ static void finish(const struct linear *a, int matrix, long column, long n, long
             }
             *(vec *)(tile + m) = activated(a->activation, y, gating);
         }
-    for (long m = 0; m < a->rows; m++) {
+    long m = 0;
+#if LANES == 8
+    for (; m + 8 <= a->rows; m += 8) {
+        long i = 0;
+        for (; i + 8 <= count; i += 8) {
+            vec block[8];
+            UNROLLED for (int j = 0; j < 8; j++) block[j] = *(const vec *)(tile + (i + j) * WIDTH + m);
+            transpose(block);
+            for (long j = 0; j < 8; j++) {
+                if (a->residual) block[j] += *(const vec *)(a->residual + (m + j) * all + column + i);
+                store_vector(a->out, m + j, column + i, block[j]);
+            }
+        }
+        for (; i < count; i++)
+            for (long j = m; j < m + 8; j++)
+                store(a->out, j, column + i, tile[i * WIDTH + j] + (a->residual ? a->residual[j * all + column + i] : 0));
+    }
+#endif
+    for (; m < a->rows; m++) {
         long i = 0;
 #if LANES == 16
         const ivec places = (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * WIDTH;
@@ -282,13 +324,15 @@ static long columns_at_once(const struct layout *l, long columns, long threads) 
     const int are_many = columns >= 8 * GROUP * threads && (rows > 4 || l->has_words); /* `finish` costs less of more */
     if (l->form == IS_AMX) return TILE_COLUMNS(l->kind);
     if (l->alone && !are_many) return DOT_COLUMNS(rows);
-    if (l->is_dot || rows > 2 * LANES) return GROUP;
-    return rows > LANES + BESIDE ? SUMS / 2 : SUMS;
+    if (l->is_dot) return GROUP;
+    const long most = least(MOST_OUTER, ((rows - 1) / (2 * LANES) + 1) * COPIES);
+    const long parts = (columns - 1) / (threads * most) + 1; /* of each thread */
+    return ((columns - 1) / (threads * parts * COPIES) + 1) * COPIES;
 }
 
-/* A member's columns of the results of one matrix, which stand in `out` from a column on; tiles: products, then gates. */
+/* A member's columns of the results of one matrix, which stand in `out` from a column on. */
 static void matrix_of_team(const struct linear *a, const struct layout *l, int matrix, long column,
-                           float (*tiles)[32 * WIDTH], const struct member *me) {
+                           const struct member *me) {
     const struct matrix *w = &a->weight[matrix].matrix;
     const long all = a->columns[matrix], unit = columns_at_once(l, all, me->threads), units = (all + unit - 1) / unit;
     const long first = begin_of(me, units) * unit, last = least(all, end_of(me, units) * unit);
@@ -301,8 +345,8 @@ static void matrix_of_team(const struct linear *a, const struct layout *l, int m
         for (long n = first; n < last; n += unit) {
             const long end = least(begin + part, l->padded);
             struct columns c = {w->data + n * bytes, w->stride, least(last - n, unit), l->dim};
-            float *sums = parts > 1 ? kept + 2 * (n - first) * WIDTH : tiles[0];
-            float *gates = parts > 1 ? sums + unit * WIDTH : tiles[1];
+            float *sums = parts > 1 ? kept + 2 * (n - first) * WIDTH : l->tiles;
+            float *gates = parts > 1 ? sums + unit * WIDTH : l->tiles + TILE;
             for (int gating = 0; gating <= (a->activation == SWIGLU); gating++, c.weight += all * bytes)
                 product(l, &c, begin, end, after, gating ? gates : sums);
             if (end == l->padded) (l->is_dot ? finish_rows : finish)(a, matrix, column + n, n, c.count, sums, gates);
@@ -312,16 +356,19 @@ static void matrix_of_team(const struct linear *a, const struct layout *l, int m
 /* A linear of up to WIDTH rows by all threads of a team, in the room that it needs. */
 static void rows_of_team(const struct linear *a, float *room, const struct member *me) {
     const struct layout layout = layout_of(a, room, me);
-    lay_rows(a, &layout, me);
-    if (!layout.alone) meet(me);
+    if (!layout.is_there) {
+        lay_rows(a, &layout, me);
+        if (!layout.alone) meet(me);
+    }
     if (!layout.is_dot) {
         lay_columns(&layout, me);
         meet(me);
     }
-    float tiles[2][32 * WIDTH] __attribute__((aligned(64))) = {{0}}; /* lanes without a row stay zero */
+    for (long n = 0; n < 2 * TILE / WIDTH; n++) /* lanes without a row stay zero */
+        memset(layout.tiles + n * WIDTH, 0, least((layout.rows + LANES - 1) / LANES * LANES, WIDTH) * sizeof(float));
     if (layout.form == IS_AMX) begin_amx();
     for (long matrix = 0, column = 0; matrix < MATRICES; column += a->columns[matrix++])
-        matrix_of_team(a, &layout, matrix, column, tiles, me);
+        matrix_of_team(a, &layout, matrix, column, me);
     if (layout.form == IS_AMX) end_amx();
     meet(me);
 }

@@ -36,7 +36,7 @@
 #endif
 
 enum { FLOAT32, BFLOAT16, INT8 }; /* kinds of numbers */
-enum { WIDTH = 64 /* rows of a tile */ };
+enum { WIDTH = LANES == 8 ? 128 : 64 /* rows of a tile */ };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -112,6 +112,15 @@ static inline void store(struct matrix t, long row, long column, float value) {
     else ((uint16_t *)t.data)[i] = value != value ? 0x7fc0 : (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16; /* nearest */
 }
 
+typedef uint16_t half_vec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+INLINE void store_vector(struct matrix t, long row, long column, vec v) {
+    const long i = row * t.stride + column;
+    const ivec bits = (ivec)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    if (t.kind == FLOAT32) *(vec *)((float *)t.data + i) = v;
+    else *(half_vec *)((uint16_t *)t.data + i) = __builtin_convertvector(((v != v) & 0x7fc0) | ((v == v) & rounded), half_vec);
+}
+
 INLINE float sum(vec v) {
     float lanes[LANES];
     memcpy(lanes, &v, sizeof v);
@@ -119,6 +128,26 @@ INLINE float sum(vec v) {
         for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
     return lanes[0];
 }
+
+#if LANES == 8
+/* Rows and columns of 8 vectors change places. */
+INLINE void transpose(vec *v) {
+    __m256 pairs[8], fours[8];
+    UNROLLED for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+    }
+    UNROLLED for (int i = 0; i < 8; i += 4)
+        UNROLLED for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+        }
+    UNROLLED for (int i = 0; i < 4; i++) {
+        v[i] = (vec)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+        v[i + 4] = (vec)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+}
+#endif
 
 INLINE vec choose(ivec condition, vec yes, vec no) { return (vec)((condition & (ivec)yes) | (~condition & (ivec)no)); }
 

@@ -12,7 +12,7 @@ struct run {
     long clamp;
     double cond_scale, radius;
 };
-MIRRORED(run, 51);
+MIRRORED(run, 52);
 
 /* Products and sums apart, as PyTorch rounds them. */
 #ifdef __clang__

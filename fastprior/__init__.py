@@ -13,18 +13,20 @@ if TYPE_CHECKING:
     from fastprior.diffusion.schedule import NoiseScheduler
     from fastprior.models.dalle2.network import DiffusionPriorNetwork
     from fastprior.models.weight_lock import weights_locked
+    from fastprior.pipelines.pipeline_quality import pipeline_quality
     from fastprior.pipelines.prior_pipeline import PriorPipeline
     from fastprior.pipelines.shap_e import ShapEPrior
     from fastprior.prior.diffusion_prior import DiffusionPrior
     from fastprior.prior.plan import SamplingPlan
     from fastprior.prior.sampling_quality import sampling_quality
+    from fastprior.prior.tuning import tune
     from fastprior.serving import PriorSampler
 
 __all__ = [
     "DiffusionPrior", "DiffusionPriorNetwork", "NoiseScheduler", "SamplingPlan",
     "BaseClipAdapter", "CoCaAdapter", "OpenAIClipAdapter", "OpenClipAdapter", "XClipAdapter",
-    "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "sampling_quality", "save",
-    "weights_locked", "__version__",
+    "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "pipeline_quality", "sampling_quality", "save",
+    "tune", "weights_locked", "__version__",
 ]  # fmt: skip
 
 _MODULES = {  # that names come from, imported when the first of them is asked for: torch alone takes seconds
@@ -35,11 +37,13 @@ _MODULES = {  # that names come from, imported when the first of them is asked f
     "models.weight_lock": ("weights_locked",),
     # `ModelMixin` is how diffusers knows that its pipelines can save and load our prior
     "models.prior_transformer.in_diffusers": ("ModelMixin", "PriorTransformer", "accelerate_prior"),
+    "pipelines.pipeline_quality": ("pipeline_quality",),
     "pipelines.prior_pipeline": ("PriorPipeline",),
     "pipelines.shap_e": ("ShapEPrior",),
     "prior.diffusion_prior": ("DiffusionPrior",),
     "prior.plan": ("SamplingPlan",),
     "prior.sampling_quality": ("sampling_quality",),
+    "prior.tuning": ("tune",),
     "serving": ("PriorSampler",),
     "trainer": ("DiffusionPriorTrainer",),
 }

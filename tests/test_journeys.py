@@ -39,7 +39,7 @@ def a_call_of_the_pipeline():
     return lambda: pipeline(*given, zero_embed=torch.zeros(1, 32), num_inference_steps=STEPS)
 
 
-@pytest.mark.parametrize("journey, most", [(a_sample, 92), (a_call_of_the_sampler, 98), (a_call_of_the_pipeline, 198)])
+@pytest.mark.parametrize("journey, most", [(a_sample, 92), (a_call_of_the_sampler, 98), (a_call_of_the_pipeline, 173)])
 def test_few_crossings_between_files(journey, most):
     run = journey()
     run()

@@ -56,4 +56,6 @@ def convert(
         dalle2.save(prior, path, metadata=prior.load_report.metadata)
     else:
         dalle2.save_peer(prior, path)
+        if prior.learned_tables:
+            prior.load_report.notes.append("its learned tables were left out: dalle2-pytorch has none")
     return prior.load_report

@@ -35,9 +35,10 @@ from fastprior.checkpoints.contents import (
 )
 from fastprior.checkpoints.eras import contradictions, find_config, overridden, read_config, translate
 from fastprior.checkpoints.limits import check_counts, check_memory, is_plain
+from fastprior.diffusion.learned_tables import read_tables
 from fastprior.peer import check_fits_peer
 from fastprior.prior.diffusion_prior import DiffusionPrior
-from fastprior.prior.record import FORMAT, make_net, record, unlike_config
+from fastprior.prior.record import FORMAT, TABLES, make_net, record, unlike_config
 from fastprior.reading import quoted
 from fastprior.utils import atomic, first_few
 from fastprior.weight_files.checks import checksums, compare
@@ -273,10 +274,14 @@ def _make(
             state = contents.tensors
             net_config, prior_config = _recorded(header, config, report)
             written = {key: value for key, value in header.get("checksums", {}).items() if key in state}
+    tables = (header or {}).get(TABLES, [])
     shown = dict(state)  # before constants are derived, of layers that the config alone may have
     try:
         with one_error(report.path):
-            return _build(state, written, net_config, prior_config, clip, dtype, report, strict)
+            prior = _build(state, written, net_config, prior_config, clip, dtype, report, strict)
+            prior.learned_tables = read_tables(tables, prior.noise_scheduler.num_timesteps)
+            report.notes += [f"learned table: {table}" for table in prior.learned_tables.values()]
+            return prior
     except ValueError as error:
         if not (differing := contradictions(shown, net_config, prior_config)):
             raise
@@ -328,7 +333,8 @@ def _contents(prior: DiffusionPrior, metadata: Mapping | None = None) -> tuple[d
 def save(prior: DiffusionPrior, path: str | os.PathLike, *, metadata: Mapping | None = None) -> None:
     """Save a prior, without its CLIP, as one safetensors file that records how to build it. Atomic.
 
-    The record has a checksum of each tensor, which `load` compares: see `weight_files.checks.checksum`.
+    The record has the learned step tables, and a checksum of each tensor, which `load` compares: see
+    `weight_files.checks.checksum`.
 
     Args:
         path: ends in .safetensors; an existing file is replaced.
@@ -349,7 +355,7 @@ def save_peer(prior: DiffusionPrior, path: str | os.PathLike) -> None:
     """Save the state dict that a `dalle2_pytorch.DiffusionPrior` of the same arguments loads strictly. Atomic.
 
     Raises ValueError for a suffix other than .pt and .pth, and for what dalle2-pytorch has not: dot-product attention,
-    text of another width, conditions.
+    text of another width, conditions. Learned step tables, which it has not either, are left out.
     """
     if Path(path).suffix not in (".pt", ".pth"):
         raise ValueError(f"path={os.fspath(path)!r}; it must end in .pt or .pth")

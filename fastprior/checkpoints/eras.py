@@ -21,7 +21,7 @@ from fastprior.models.dalle2.network import DiffusionPriorNetwork
 from fastprior.models.dalle2.transformer import CausalTransformer
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.prior.diffusion_prior import DiffusionPrior
-from fastprior.prior.record import MADE_BEFORE, TRAINED
+from fastprior.prior.record import MADE_BEFORE, TABLES, TRAINED
 from fastprior.reading import quoted, read_json
 
 # The one map of renames, applied in order to the keys of a prior (`net.…`); None drops the key.
@@ -90,7 +90,7 @@ def read_config(config: Mapping | str | os.PathLike | None, report: LoadReport) 
             report.metadata["text_encoder"] = config["clip"]
             report.notes.append("the config's CLIP was not made; that needs clip=")
     else:
-        _checked("config", config, {"format", "version", "net", "prior", "metadata", "checksums"})
+        _checked("config", config, {"format", "version", "net", "prior", "metadata", "checksums", TABLES})
     net = config.get("net", {})
     is_dalle2 = not isinstance(net, Mapping) or net.get("make") != "prior_transformer"
     net = _checked("config 'net'", net, NET_KEYS if is_dalle2 else {"make", *_parameters(PriorTransformer)})

@@ -19,6 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
     add("--timesteps", type=int, help="(64; of diffusers 25)")
     add("--cond-scale", type=float, help="guidance; 1 is none (1; of diffusers 4)")
+    add("--solver", help="of a prior, and its spacing if it has one, such as dpm++:logsnr or learned (ddim)")
     add("--dtype", choices=DTYPES, default="float32", help="of our run; the peer's is fp32 (%(default)s)")
     add("--quantise", choices=QUANTISED, help="weights of 8 bits that our steps read")
     add("--runs", type=int, default=10, help="that are timed, after one that is not (%(default)s)")

@@ -24,6 +24,7 @@ from fastprior.peer import check_fits_peer
 from fastprior.pipelines.prior_pipeline import PriorPipeline
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.sampling_quality import Way
 from fastprior.serving.measure import read_bandwidth, seconds
 from fastprior.serving.prior_sampler import PriorSampler
 from fastprior.weight_files.model_files import MODEL_NAMES
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if name == "diffusers":
         if args.config:
             raise ValueError(f"--config {args.config}: a folder of diffusers holds its own; it must not be given")
+        if args.solver:
+            raise ValueError(f"--solver {args.solver}: it is for priors; a folder of diffusers runs its own scheduler")
         pipeline, peer = _pipeline(args, device)
         make = partial(_pipeline_runs, pipeline, peer, args)
     else:
@@ -94,8 +97,9 @@ def _peer(prior: DiffusionPrior, device: torch.device):
 
 def _sampler_runs(prior: DiffusionPrior, peer, args: argparse.Namespace, batch: int) -> Runs:
     """Runs of a PriorSampler on random captions of full length."""
+    way = Way.parse(args.solver)._asdict() if args.solver else {}
     sampler = PriorSampler(
-        prior, batch_sizes=(batch,), timesteps=args.timesteps, dtype=getattr(torch, args.dtype),
+        prior, batch_sizes=(batch,), timesteps=args.timesteps, dtype=getattr(torch, args.dtype), **way,
         guidance=args.cond_scale != 1, compile=not args.eager and can_compile(prior.device), quantise=args.quantise,
     )  # fmt: skip
     sampler.warmup()

@@ -16,6 +16,8 @@ from fastprior.utils import atomic
 from fastprior.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from fastprior.prior.sampling_quality import Measured
 
 PICTURES = ".png", ".svg", ".pdf"
@@ -25,12 +27,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "measure what fewer evaluations cost a checkpoint, by solver, and how long they take here"
     parser = common.add_command(subparsers, "quality", run, summary)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="of a prior")
+    add("--checkpoint", required=True, metavar="PATH", help="a prior's file, or the folder of a diffusers pipeline")
     prompts.add_options(parser)
     add("--image-embed", metavar="FILE.npy", help="images of the prompts (prompts, dim), to compare samples with")
     add(
         "--solvers", nargs="+", metavar="WAY",
-        help="SOLVER, SOLVER:SPACING or SOLVER:SPACING:eta=NUMBER (ddim dpm++:trailing dpm++:logsnr sde-dpm++:logsnr)",
+        help="SOLVER, SOLVER:SPACING or SOLVER:SPACING:eta=NUMBER (ddim, or of a pipeline its scheduler, "
+        "dpm++:trailing dpm++:logsnr sde-dpm++:logsnr)",
     )  # fmt: skip
     add("--evaluations", type=int, nargs="+", metavar="N", help="of the network (4 6 8 12 16 25 64)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="S", help="guidance; 1 is none (1)")
@@ -53,18 +56,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    from fastprior.prior.sampling_quality import WAYS, Way, sampling_quality
-
-    ways = WAYS if args.solvers is None else tuple(map(Way.parse, args.solvers))
-    prior = common.load_prior(args)
-    given = dict.fromkeys(("text", "text_embed", "text_encodings")) | prompts.load(args, prior)
-    text_cond, images = prior.text_condition(**given), None
-    if args.image_embed:
-        images = prompts.load_array(args.image_embed, "--image-embed", 2, prior.device)
-    rows = sampling_quality(
-        prior, text_cond, ways=ways, evaluations=args.evaluations, cond_scales=args.scales,
-        samples=args.samples, image_embed=images, seed=args.seed, progress=sys.stderr.isatty(),
-    )  # fmt: skip
+    rows = _of_pipeline(args) if (Path(args.checkpoint) / "prior").is_dir() else _of_prior(args)
     print(table(rows))
     if args.out and Path(args.out).suffix == ".json":
         report = dict(fastprior=__version__, checkpoint=str(args.checkpoint), samples=args.samples, seed=args.seed)
@@ -76,6 +68,39 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         print(f"wrote {args.out}")
     return 0
+
+
+def _options(args: argparse.Namespace, device: torch.device) -> dict:
+    """Arguments that both families take."""
+    options = dict(evaluations=args.evaluations, samples=args.samples, seed=args.seed, progress=sys.stderr.isatty())
+    if args.solvers is not None:
+        options["ways"] = args.solvers
+    if args.image_embed:
+        options["image_embed"] = prompts.load_array(args.image_embed, "--image-embed", 2, device)
+    return options
+
+
+def _of_prior(args: argparse.Namespace) -> list[Measured]:
+    from fastprior.prior.sampling_quality import sampling_quality
+
+    prior = common.load_prior(args)
+    given = dict.fromkeys(("text", "text_embed", "text_encodings")) | prompts.load(args, prior)
+    return sampling_quality(
+        prior, prior.text_condition(**given), cond_scales=args.scales, **_options(args, prior.device)
+    )
+
+
+def _of_pipeline(args: argparse.Namespace) -> list[Measured]:
+    """Measure the prior in a diffusers folder, whose encoders take the captions."""
+    for name in ("text_embed", "text_encodings", "config", "clip_model"):
+        if value := getattr(args, name):
+            option = f"--{name.replace('_', '-')} {value}"
+            raise ValueError(f"{option}: a pipeline's folder holds what encodes captions; it must not be given")
+    from fastprior.pipelines.pipeline_quality import pipeline_quality
+    from fastprior.pipelines.prior_pipeline import PriorPipeline
+
+    pipeline = PriorPipeline.from_pretrained(args.checkpoint, device=common.device_of(args))
+    return pipeline_quality(pipeline, args.captions, guidance_scales=args.scales, **_options(args, pipeline.device))
 
 
 def table(rows: Iterable[Measured]) -> str:

@@ -22,8 +22,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--checkpoint", required=True, metavar="FILE", help="of a prior; old ones: see convert")
     add("--steps", type=int, default=64, help="sampling steps (%(default)s)")
     add("--cond-scale", type=float, default=1.0, help="guidance; 1 is none (%(default)s)")
-    add("--solver", help="ddpm, ddim, ddim_trailing, dpm++ or sde-dpm++; by default ddpm over all steps, else ddim")
-    add("--spacing", help="of the last three's steps: trailing, logsnr or karras; by default trailing")
+    add(
+        "--solver",
+        help="ddpm, ddim, ddim_trailing, dpm++, sde-dpm++ or learned; by default ddpm over all steps, else ddim",
+    )
+    add("--spacing", help="of ddim_trailing, dpm++ and sde-dpm++: trailing, logsnr or karras; by default trailing")
     add(
         "--samples-per-prompt", type=int, default=4, metavar="N",
         help="candidates, of which the most similar to the text is kept (%(default)s)",

@@ -195,6 +195,7 @@ def _sde_dpm_solver_pp(pairs: list[Pair], eta: float) -> list[tuple]:
 PEERS = {"ddpm": _ddpm, "ddim": _ddim}  # whose times are part of what a seed means
 SPACED = {"ddim_trailing": _ddim_trailing, "dpm++": _dpm_solver_pp, "sde-dpm++": _sde_dpm_solver_pp}
 SOLVERS = PEERS | SPACED
+LEARNED = "learned"  # a table of a checkpoint, see `learned_tables`
 STOCHASTIC = ("ddim", "ddim_trailing")  # the solvers that `eta` means something to
 
 
@@ -206,7 +207,10 @@ def spaced_rows(alphas: Tensor, solver: str, steps: int, spacing: str, eta: floa
         spacing: one of SPACINGS.
         first: the step that a run begins with, of `steps`.
     """
-    times = SPACINGS[spacing](alphas, steps)[first:]
+    return _rows_at(alphas, solver, SPACINGS[spacing](alphas, steps)[first:], eta)
+
+
+def _rows_at(alphas: Tensor, solver: str, times: list[int], eta: float) -> list[tuple]:
     bars = [alphas[t].item() for t in times] + [1.0]
     return SPACED[solver](list(zip(times, bars[:-1], bars[1:])), eta)
 
@@ -216,7 +220,7 @@ def choose_solver(solver: str | None, timesteps: int, steps: int | None) -> str:
     if solver is None:
         return "ddpm" if steps in (None, timesteps) else "ddim"
     if not isinstance(solver, str) or solver not in SOLVERS:
-        check_choice("solver", solver, SOLVERS)
+        check_choice("solver", solver, (*SOLVERS, LEARNED))
     return solver
 
 
@@ -259,6 +263,8 @@ def step_table(
     if not (is_integer(steps) and 1 <= steps <= timesteps):
         raise ValueError(f"timesteps={quoted(steps)}; the schedule has {timesteps}, so it must be 1 to {timesteps}")
     steps = int(steps)
+    if solver == LEARNED:
+        raise ValueError(f"solver={solver!r}; its tables belong to the weights of a prior, which must be called itself")
     if solver == "ddpm" and steps != timesteps:
         raise ValueError(f"timesteps={steps}; the ddpm solver visits all {timesteps} of the schedule")
     if eta is not None and solver not in STOCHASTIC:
@@ -272,6 +278,25 @@ def step_table(
         rows = spaced_rows(host.alphas_cumprod, solver, steps, spacing, eta)
     else:
         rows = PEERS[solver](host, steps, eta)
+    return _table(host, solver, steps, rows, prediction, spacing)
+
+
+def ode_table(schedule: NoiseScheduler, prediction: str, evaluations: int) -> StepTable:
+    """Make the table of a run that comes near the solution of the probability flow ODE: "dpm++" with many evaluations.
+
+    Their times are spaced evenly in half log-SNR over the whole schedule, also where a sample is as good as noise.
+    """
+    host = _OnHost(schedule)
+    log_snr, _, end = _half_log_snr(host.alphas_cumprod)
+    times = _times_at(log_snr, np.linspace(log_snr[-1], end, evaluations + 1)[:-1])
+    rows = _rows_at(host.alphas_cumprod, "dpm++", times, 0.0)
+    return _table(host, "dpm++", evaluations, rows, prediction, None)
+
+
+def _table(
+    host: NoiseScheduler, solver: str, steps: int, rows: list[tuple], prediction: str, spacing: str | None
+) -> StepTable:
+    """The table of rows as `SOLVERS` give them."""
     coefficients = [(*_x0_from_prediction(host, prediction, t), *row) for t, *row, _ in rows]
     if any(math.isinf(row[0]) for row in coefficients):
         rule = f"it ends without signal, and {solver} would read x0 off a prediction of {prediction} there"

@@ -14,9 +14,9 @@ from fastprior.diffusion.solvers import StepTable
 from fastprior.engine import shapes
 from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph, padded_table
-from fastprior.engine.step_cost import step_reads
+from fastprior.engine.step_cost import StepReads, step_reads
 from fastprior.engine.steps import Noise, Step, StepInputs, bind, run_parts, run_table, solver_step, with_unconditional
-from fastprior.models import quality
+from fastprior.models import quality, snapshot
 from fastprior.models.prior_transformer.cached_blocks import HIDDEN, Prefix
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.models.quantise import quantised
@@ -176,7 +176,10 @@ class PromptRun:
         prefix, suffix = inputs.cond.prefix, 2 + (net.prd_embedding is not None)
         modules = net.transformer_blocks, net.proj_in, net.norm_in, net.norm_out, net.proj_to_clip_embeddings
         tables = net.positional_embedding[:, -suffix:], net.prd_embedding, inputs.cond.time_tokens[:1]
-        reads = step_reads(filter(None, modules), (prefix.k, prefix.v), (*tables, self.table.rows[:1]))
+        # weights are many to walk through
+        weights, _, vectors = snapshot.once(modules[0], "reads", lambda: step_reads(filter(None, modules), (), ()))
+        _, of_prefix, of_tables = step_reads((), (prefix.k, prefix.v), (*tables, self.table.rows[:1]))
+        reads = StepReads(weights, of_prefix, vectors + of_tables)
         return engine.note(0, reads, step, inputs, (self.rows, net.config["embedding_dim"]))
 
 

@@ -14,7 +14,7 @@ from fastprior.batches import repeat_rows
 from fastprior.checks import check_count, check_number
 from fastprior.clip import as_clip_adapter, freeze_and_eval
 from fastprior.diffusion.schedule import NoiseScheduler
-from fastprior.diffusion.solvers import check_spacing, choose_solver, step_table
+from fastprior.diffusion.solvers import LEARNED, check_spacing, choose_solver, step_table
 from fastprior.draws import randn_like
 from fastprior.engine.steps import Noise
 from fastprior.models import snapshot
@@ -24,6 +24,7 @@ from fastprior.models.loading import NoticesForeignStates
 from fastprior.models.weight_lock import reads_weights
 from fastprior.prior import graphs as prior_graphs
 from fastprior.prior.arguments import check_arguments, check_models
+from fastprior.prior.learned import NO_TABLES, find_table
 from fastprior.prior.loop import sample_loop
 from fastprior.prior.plan import SamplingPlan, is_overridden, make_plan, network_obstacles, overridden, remember
 from fastprior.prior.text_condition import TextConditioned, check_conditions, check_tensors
@@ -71,6 +72,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
             warning says why, and runs go on without. See `sampling_plan`, and `sample` for threads.
         graph_memory: bytes that these graphs may hold; those of shapes that were not used for longest go. By default
             1 GiB, by an estimate ten shapes of few prompts or one of 64; None for no limit.
+        learned_tables: of `solver="learned"` by evaluations, as `fastprior.tune` makes and `fastprior.save` keeps them.
         can_compare_text: whether text embeddings lie in the space of the image embeddings, as a CLIP's do.
         config: the constructor's arguments without `net` and `clip`, for saving.
     """
@@ -78,6 +80,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
     # of the class, so that neither constructors nor what was pickled before must know of them
     graphs: bool | None = None
     graph_memory: int | None = 2**30
+    learned_tables = NO_TABLES
 
     def __init__(
         self,
@@ -174,7 +177,8 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
 
     # one step, method by method: what subclasses override and call
 
-    def _clamp(self) -> tuple[str | None, float]:
+    def sampling_clamp(self) -> tuple[str | None, float]:
+        """How a predicted x0 is clamped in sampling, see `SamplingPlan`."""
         clamp = self.clamp
         if clamp == "default":
             clamp = 1.0 if not self.predict_x_start else "l2" if self.sampling_clamp_l2norm else None
@@ -189,7 +193,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
             x_start = self.noise_scheduler.predict_start_from_v(x, t=t, v=pred)
         elif not self.predict_x_start:
             x_start = self.noise_scheduler.predict_start_from_noise(x, t=t, noise=pred)
-        clamp, radius = self._clamp()
+        clamp, radius = self.sampling_clamp()
         if clamp == "l2":
             return self.l2norm_clamp_embed(x_start)
         return x_start.clamp(-radius, radius) if clamp == "range" and clip_denoised else x_start
@@ -245,17 +249,16 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
         spacing: str | None = None,
         rows: int | None = None,
     ) -> SamplingPlan:
-        """Say how a run with these arguments goes, and why. Print it, or read its attributes.
+        """Say how a run with these arguments goes, and why: print it. ValueError where they do not fit the prior.
 
         Args:
             timesteps, cond_scale, solver, eta, spacing: see `p_sample_loop`.
             rows: of embeddings, on which depends whether CUDA graphs are used; by default that of few.
-
-        Raises ValueError where the arguments do not fit the prior.
         """
-        table = step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta, spacing)
+        learned = find_table(self, timesteps, eta, spacing, cond_scale) if solver == LEARNED else None
+        table = learned or step_table(self.noise_scheduler, solver, timesteps, self.prediction, eta, spacing)
         self._check_guidance(cond_scale)
-        plan = make_plan(self, table, cond_scale, *self._clamp())
+        plan = make_plan(self, table, cond_scale, *self.sampling_clamp())
         return replace(plan, graph_reasons=prior_graphs.graph_obstacles(self, plan.path, len(table.times), rows))
 
     def _run(
@@ -308,7 +311,7 @@ class DiffusionPrior(TextConditioned, NoticesForeignStates, nn.Module):
             cond_scale: classifier-free guidance; 1 is none.
             timesteps: number of steps; all of the schedule by default.
             solver, spacing: see `fastprior.diffusion.solvers.step_table`; the solver is by default "ddpm" over the
-                whole schedule, else "ddim".
+                whole schedule, else "ddim". "learned" takes a table of `learned_tables`.
             generator: on the prior's device; the global one by default.
             progress: show a bar.
             **kwargs: `eta` for the DDIM solvers; anything else goes to an overridden loop.

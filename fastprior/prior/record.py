@@ -19,6 +19,7 @@ from fastprior.weight_files.safe import HEADER
 FORMAT = 1
 # arguments that weights do not show, and without which what was trained means something else
 TRAINED = "predict_x_start", "predict_v", "image_embed_scale", "condition_on_text_encodings", "self_cond"
+TABLES = "learned_tables"  # the entry that keeps those
 MADE_BEFORE = {"make": "embeddings"}  # in place of a CLIP's description: the text was embedded before the training
 
 
@@ -49,6 +50,8 @@ def text_encoder(prior: nn.Module) -> Any:
 def record(prior: nn.Module, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The configuration of a prior in JSON values: format, version, net, prior, and metadata with its text encoder.
 
+    Where it has learned tables, they are an entry, too.
+
     Raises ValueError for a network or a prior without a `config` dict, TypeError for what is not JSON.
     """
     config = {"net": getattr(prior.net, "config", None), "prior": getattr(prior, "config", None)}
@@ -62,7 +65,9 @@ def record(prior: nn.Module, metadata: Mapping[str, Any] | None = None) -> dict[
         plain = json.dumps({**config, "metadata": metadata}, default=_number)
     except TypeError as error:
         raise TypeError(f"metadata and configuration must be JSON values ({error})") from error
-    return {"format": FORMAT, "version": __version__, **json.loads(plain)}
+    tables = [table.to_json() for table in getattr(prior, "learned_tables", {}).values()]
+    learned = {TABLES: tables} if tables else {}
+    return {"format": FORMAT, "version": __version__, **json.loads(plain), **learned}
 
 
 def entry(prior: nn.Module) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
@@ -19,17 +20,21 @@ from tqdm.auto import tqdm
 
 from fastprior.batches import map_rows
 from fastprior.checks import check_choice, check_count, check_number
-from fastprior.diffusion.solvers import SOLVERS, STOCHASTIC
+from fastprior.diffusion.solvers import LEARNED, SOLVERS, STOCHASTIC
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.evaluate import retrieval_ranks
 
 EVALUATIONS = 4, 6, 8, 12, 16, 25, 64
 ROWS = 4096  # embeddings of a run: more would only take memory
+SCHEDULER = "scheduler"
 TIMED = 5  # runs of one prompt
 
 
 class Way(NamedTuple):
-    """A solver, the spacing of its times, and the noise of DDIM: "dpm++:logsnr", "ddim_trailing:karras:eta=0"."""
+    """A solver, the spacing of its times, and the noise of DDIM: "dpm++:logsnr", "ddim_trailing:karras:eta=0".
+
+    Of a pipeline "scheduler" is its own.
+    """
 
     solver: str
     spacing: str | None = None
@@ -39,7 +44,7 @@ class Way(NamedTuple):
     def parse(cls, text: str) -> Way:
         """Read one as it is printed. Raises ValueError for an unknown solver, or a part that is none."""
         solver, *rest = text.split(":")
-        check_choice("solver", solver, SOLVERS)
+        check_choice("solver", solver, (*SOLVERS, LEARNED, SCHEDULER))
         etas = [part.removeprefix("eta=") for part in rest if part.startswith("eta=")]
         spacings = [part for part in rest if not part.startswith("eta=")]
         try:
@@ -61,9 +66,10 @@ class Way(NamedTuple):
 
     @property
     def is_deterministic(self) -> bool:
-        return self.solver == "dpm++" or (self.solver in STOCHASTIC and self.eta == 0)
+        return self.solver in ("dpm++", LEARNED) or (self.solver in STOCHASTIC and self.eta == 0)
 
 
+EXACT = Way("dpm++", "trailing")  # over all the schedule: the solution of the ODE
 WAYS = tuple(map(Way.parse, ("ddim", "dpm++:trailing", "dpm++:logsnr", "sde-dpm++:logsnr")))
 
 
@@ -126,43 +132,103 @@ def _distances(one: Tensor, other: Tensor) -> Tensor:
     return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-class _Runs:
-    """Runs of a prior for the same prompts, `samples` of each."""
+class Runs(ABC):
+    """Runs for the same prompts, `samples` of each, at one scale of guidance; a family of priors says how it runs.
 
-    def __init__(self, prior: DiffusionPrior, text_cond: dict, samples: int, cond_scale: float, seed: int):
-        self.prior, self.text_cond, self.samples = prior, text_cond, samples
-        self.cond_scale, self.seed = cond_scale, seed
-        self.prompts, self.chunk = len(text_cond["text_embed"]), max(1, ROWS // samples)
+    Attributes:
+        long: the way of the runs over all the schedule that others are held against.
+        timesteps: of the schedule.
+    """
+
+    long: Way
+    timesteps: int
+
+    def __init__(self, prompts: int, samples: int, cond_scale: float, seed: int):
+        self.prompts, self.samples, self.cond_scale, self.seed = prompts, samples, cond_scale, seed
+        self.chunk = max(1, ROWS // samples)
+
+    @abstractmethod
+    def run(self, part: slice, samples: int, way: Way, evaluations: int, seed: int) -> Tensor:
+        """Embeddings (prompts * samples, dim) for a part of the prompts, those of a prompt together."""
 
     def sample(self, way: Way, evaluations: int, stream: int = 0) -> Tensor:
         """Embeddings of length 1, (prompts, samples, dim) fp32; another stream has other noise, all ways the same."""
         parts = []
         for start in range(0, self.prompts, self.chunk):
-            text = map_rows(self.text_cond, itemgetter(slice(start, start + self.chunk)))
-            parts.append(self._run(text, self.samples, way, evaluations, self.seed_of(stream, start)))
+            part, seed = slice(start, start + self.chunk), self.seed_of(stream, start)
+            parts.append(self.run(part, self.samples, way, evaluations, seed))
         return F.normalize(torch.cat(parts).float(), dim=-1).view(self.prompts, self.samples, -1)
 
     def seed_of(self, stream: int, start: int) -> int:
         """The seed of the noise of prompts from `start` on."""
         return int(np.random.SeedSequence((self.seed, stream, start)).generate_state(1, np.uint64)[0] >> 1)
 
-    def _run(self, text: dict, samples: int, way: Way, evaluations: int, seed: int) -> Tensor:
+    def time(self, rows: Sequence[Measured]) -> None:
+        """Time a run of each for one prompt, prefill included, and mark the frontier.
+
+        The times are medians of runs in turns, after one that is not timed.
+        """
+        taken: list[list[float]] = [[] for _ in rows]
+        for _ in range(1 + TIMED):
+            for row, seconds in zip(rows, taken):
+                begin = time.perf_counter()
+                self.run(slice(1), 1, row.way, row.evaluations, self.seed).cpu()
+                seconds.append(time.perf_counter() - begin)
+        for row, (_, *seconds) in zip(rows, taken):
+            row.milliseconds = 1e3 * statistics.median(seconds)
+        for row in rows:
+            nearer = (other for other in rows if other.distance <= row.distance and other is not row)
+            row.is_frontier = not any(other.milliseconds <= row.milliseconds for other in nearer)
+
+
+class PriorRuns(Runs):
+    """Runs of a `DiffusionPrior`, as `sampling_quality` takes it."""
+
+    long = Way("ddpm")
+
+    def __init__(self, prior: DiffusionPrior, text_cond: dict, samples: int, cond_scale: float, seed: int):
+        super().__init__(len(text_cond["text_embed"]), samples, cond_scale, seed)
+        self.prior, self.text_cond, self.timesteps = prior, text_cond, prior.noise_scheduler.num_timesteps
+
+    def run(self, part: slice, samples: int, way: Way, evaluations: int, seed: int) -> Tensor:
+        text = map_rows(self.text_cond, itemgetter(part))
         shape = len(text["text_embed"]) * samples, self.prior.image_embed_dim
         options = {name: value for name, value in way._asdict().items() if value is not None}
         generator = torch.Generator(self.prior.device).manual_seed(seed)
         options |= dict(timesteps=way.steps(evaluations), generator=generator, progress=False)
         return self.prior.p_sample_loop(shape, text, cond_scale=self.cond_scale, **options)
 
-    def milliseconds(self, rows: Sequence[Measured]) -> None:
-        """Time a run of each for one prompt, prefill included: the medians of runs in turns, after one not timed."""
-        first, taken = map_rows(self.text_cond, itemgetter(slice(1))), [[] for _ in rows]
-        for _ in range(1 + TIMED):
-            for row, seconds in zip(rows, taken):
-                begin = time.perf_counter()
-                self._run(first, 1, row.way, row.evaluations, self.seed).cpu()
-                seconds.append(time.perf_counter() - begin)
-        for row, (_, *seconds) in zip(rows, taken):
-            row.milliseconds = 1e3 * statistics.median(seconds)
+
+def measure(
+    runs_at: Callable[[float], Runs],
+    wanted: Sequence[tuple[Way, int]],
+    cond_scales: Sequence[float],
+    image_embed: Tensor | None = None,
+    progress: bool = True,
+) -> list[Measured]:
+    """What `sampling_quality` returns, of the runs of a family at each scale: ways, and how often each evaluates."""
+    found: list[Measured] = []
+    with tqdm(unit="evaluation", disable=not progress) as bar:
+
+        def sample(runs: Runs, way: Way, count: int, stream: int = 0) -> Tensor:
+            bar.set_description(f"{way} {count}")
+            embeds = runs.sample(way, count, stream)
+            bar.update(count)
+            return embeds
+
+        for scale in cond_scales:
+            runs = runs_at(scale)
+            long, total = runs.long, runs.timesteps
+            bar.total = len(cond_scales) * (3 * total + sum(count for _, count in wanted))
+            one, other = (sample(runs, long, total, stream) for stream in (1, 2))
+            both, solution = torch.cat((one, other), dim=1), sample(runs, EXACT, total)
+            rows = [_measured(scale, long, total, one, other, None, image_embed)]
+            for way, count in wanted:
+                near = solution if way.is_deterministic else None
+                rows.append(_measured(scale, way, count, sample(runs, way, count), both, near, image_embed))
+            runs.time(rows)
+            found += rows
+    return found
 
 
 def sampling_quality(
@@ -180,7 +246,7 @@ def sampling_quality(
     """Measure how near to DDPM's own distribution a prior samples, by solver and number of evaluations.
 
     All are held against two long runs, DDPM over the whole schedule; what lies between these two is what chance alone
-    gives. Embeddings are compared by direction, as CLIP's are.
+    gives. Embeddings are compared by direction, as CLIP's are. See `pipeline_quality` for a `PriorPipeline`.
 
     Args:
         prior: in eval mode.
@@ -198,34 +264,49 @@ def sampling_quality(
     Raises:
         ValueError: naming the argument, its value and the rule.
     """
-    ways, total = [way if isinstance(way, Way) else Way.parse(way) for way in ways], prior.noise_scheduler.num_timesteps
-    evaluations = [count for count in EVALUATIONS if count < total] if evaluations is None else evaluations
-    _check(prior, text_cond, ways, evaluations, cond_scales, samples, image_embed)
-    long, exact = Way("ddpm"), Way("dpm++", "trailing")
-    runs = 3 * total + len(ways) * sum(evaluations)
-    found: list[Measured] = []
-    with tqdm(total=len(cond_scales) * runs, unit="evaluation", disable=not progress) as bar:
+    total = prior.noise_scheduler.num_timesteps
+    ways, evaluations = chosen(ways, evaluations, total)
+    if prior.training:
+        raise ValueError("prior.training=True; it must be in eval mode: call prior.eval()")
+    prompts = len(text_cond["text_embed"])
+    check(ways, evaluations, cond_scales, samples, image_embed, (prompts, prior.image_embed_dim))
+    prior.check_text_condition((prompts * samples, prior.image_embed_dim), text_cond)
+    for way, count, scale in itertools.product(ways, evaluations, cond_scales):
+        check_count("evaluations", count, most=total - way.steps(0))
+        prior.sampling_plan(way.steps(count), scale, way.solver, way.eta, spacing=way.spacing)
+    wanted = list(itertools.product(ways, evaluations))
+    return measure(
+        lambda scale: PriorRuns(prior, text_cond, samples, scale, seed), wanted, cond_scales, image_embed, progress
+    )
 
-        def sample(of: _Runs, way: Way, count: int, stream: int = 0) -> Tensor:
-            bar.set_description(f"{way} {count}")
-            embeds = of.sample(way, count, stream)
-            bar.update(count)
-            return embeds
 
-        for scale in cond_scales:
-            of = _Runs(prior, text_cond, samples, scale, seed)
-            one, other = (sample(of, long, total, stream) for stream in (1, 2))
-            both, solution = torch.cat((one, other), dim=1), sample(of, exact, total)
-            rows = [_measured(scale, long, total, one, other, None, image_embed)]
-            for way, count in itertools.product(ways, evaluations):
-                near = solution if way.is_deterministic else None
-                rows.append(_measured(scale, way, count, sample(of, way, count), both, near, image_embed))
-            of.milliseconds(rows)
-            for row in rows:
-                nearer = (other for other in rows if other.distance <= row.distance and other is not row)
-                row.is_frontier = not any(other.milliseconds <= row.milliseconds for other in nearer)
-            found += rows
-    return found
+def chosen(
+    ways: Sequence[Way | str], evaluations: Sequence[int] | None, timesteps: int
+) -> tuple[list[Way], Sequence[int]]:
+    """Ways as such, and numbers of evaluations, by default those of EVALUATIONS below the schedule's timesteps."""
+    ways = [way if isinstance(way, Way) else Way.parse(way) for way in ways]
+    return ways, [count for count in EVALUATIONS if count < timesteps] if evaluations is None else evaluations
+
+
+def check(
+    ways: Sequence[Way],
+    evaluations: Sequence[int],
+    cond_scales: Sequence[float],
+    samples: int,
+    image_embed: Tensor | None,
+    images: tuple[int, int],
+) -> None:
+    """Raise ValueError for what no family can measure; `images` is the shape of the images of all prompts."""
+    check_count("samples", samples, least=2)
+    for name, values in (("ways", ways), ("evaluations", evaluations), ("cond_scales", cond_scales)):
+        if not len(values):
+            raise ValueError(f"{name}={values!r}; it must not be empty")
+    for scale in cond_scales:
+        check_number("cond_scales", scale)
+    if image_embed is not None and image_embed.shape != images:
+        raise ValueError(
+            f"image_embed has shape {tuple(image_embed.shape)}; it must be {images}, an image of each prompt"
+        )
 
 
 def _measured(
@@ -248,22 +329,3 @@ def _measured(
         row.similarity = (embeds * image[:, None]).sum(dim=-1).mean().item()
         row.median_rank = retrieval_ranks(embeds[:, 0], image).median().item()
     return row
-
-
-def _check(prior, text_cond, ways, evaluations, cond_scales, samples, image_embed) -> None:
-    if prior.training:
-        raise ValueError("prior.training=True; it must be in eval mode: call prior.eval()")
-    check_count("samples", samples, least=2)
-    for name, values in (("ways", ways), ("evaluations", evaluations), ("cond_scales", cond_scales)):
-        if not len(values):
-            raise ValueError(f"{name}={values!r}; it must not be empty")
-    for scale in cond_scales:
-        check_number("cond_scales", scale)
-    prompts = len(text_cond["text_embed"])
-    prior.check_text_condition((prompts * samples, prior.image_embed_dim), text_cond)
-    for way, count, scale in itertools.product(ways, evaluations, cond_scales):
-        check_count("evaluations", count, most=prior.noise_scheduler.num_timesteps - way.steps(0))
-        prior.sampling_plan(way.steps(count), scale, way.solver, way.eta, spacing=way.spacing)
-    if image_embed is not None and image_embed.shape != (prompts, prior.image_embed_dim):
-        wanted = f"it must be {(prompts, prior.image_embed_dim)}, an image of each prompt"
-        raise ValueError(f"image_embed has shape {tuple(image_embed.shape)}; {wanted}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastprior.batches import map_rows
 from fastprior.checkpoints.for_serving import Weights, of_prior
 from fastprior.checks import check_number
+from fastprior.diffusion.learned_tables import LearnedTable
 from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph
 from fastprior.engine.shapes import BATCH_SIZES
@@ -25,8 +26,11 @@ from fastprior.models.quantise import check as check_quantise
 from fastprior.models.quantise import quantised, update
 from fastprior.models.weight_lock import lock_of, weights_locked
 from fastprior.prior.diffusion_prior import DiffusionPrior
+from fastprior.prior.learned import check_weights, scales_of
 from fastprior.prior.loop import CachedSteps, network_reads, run_prior
 from fastprior.prior.plan import network_obstacles
+
+EVALUATIONS = 16  # by default: the fewest that cost nothing beside 64-step DDIM, see docs/fewer-evaluations.md
 
 
 class PriorSampler:
@@ -44,8 +48,9 @@ class PriorSampler:
         prior: in eval mode, with a network that can be cached (see `prior.sampling_plan`).
         batch_sizes: numbers of prompts to prepare for.
         samples_per_prompt: candidates per prompt, of which the one most similar to the text embedding is returned.
-        timesteps, solver, spacing, eta: see `DiffusionPrior.p_sample_loop`; timesteps defaults to
-            `prior.sample_timesteps`.
+        timesteps, solver, spacing, eta: see `DiffusionPrior.p_sample_loop`. Where none is given, EVALUATIONS steps (or
+            all that the schedule has) of "sde-dpm++" at "logsnr" times. Where one is, the others default as they do
+            there, and timesteps to `prior.sample_timesteps`: `timesteps` alone is DDIM, or DDPM where it is all.
         guidance: prepare for a `cond_scale` other than 1; by default where the prior was trained for it.
         dtype: run the network in this dtype; with another than its own, on a copy. State and schedule stay fp32.
         quantise: "int8" or "float8": every step reads linears of 8 bits, with a scale for each row; the prefill does
@@ -95,10 +100,16 @@ class PriorSampler:
         if not isinstance(prior.net, DiffusionPriorNetwork):
             kind = type(prior.net).__name__
             raise ValueError(f"this prior cannot be served by PriorSampler: net is a {kind}, no DiffusionPriorNetwork")
+        if timesteps is solver is spacing is eta is None:
+            timesteps, solver, spacing = min(EVALUATIONS, prior.noise_scheduler.num_timesteps), "sde-dpm++", "logsnr"
         timesteps = prior.sample_timesteps if timesteps is None else timesteps
-        self.guidance = prior.can_classifier_guidance if guidance is None else guidance
+        scales = scales_of(prior, solver, timesteps)
+        guided = [scale for scale in scales if scale != 1]
+        self.guidance = prior.can_classifier_guidance and bool(guided) if guidance is None else guidance
         # any scale but 1 stands for all of them: the scale is an input of the graph
-        self.plan = prior.sampling_plan(timesteps, 2.0 if self.guidance else 1.0, solver, eta, spacing=spacing)
+        self._scales = scales if self.guidance else (1.0,)
+        scale = (*guided, 2.0)[0] if self.guidance else 1.0
+        self.plan = prior.sampling_plan(timesteps, scale, solver, eta, spacing=spacing)
         if self.plan.path != "cached":
             raise ValueError(f"this prior cannot be served by PriorSampler: {'; '.join(self.plan.reasons)}")
         self.prior, self.samples_per_prompt = prior, samples_per_prompt
@@ -135,6 +146,7 @@ class PriorSampler:
 
         Quantised weights are judged, unless they were.
         """
+        check_weights(self.prior, self.plan.table)
         given, own = self.prior.net, snapshot.held(self.prior.net)
         modules: list = [
             (id(m), type(m), type(m).forward, "forward" in vars(m), len(m._forward_hooks), len(m._forward_pre_hooks))
@@ -158,7 +170,8 @@ class PriorSampler:
         state.settled = True  # below
         for twin in {self._net, self._step_net} - {own}:
             state.add_twin(twin)
-        self._steps = CachedSteps(self._net, self.plan, self._step_net)
+        with torch.autocast(self.prior.device.type, enabled=False):  # that of the call that builds is not every call's
+            self._steps = CachedSteps(self._net, self.plan, self._step_net)
         if self.quantise:
             update(self._step_net)
             self.quality = judged or self._judge()
@@ -172,7 +185,7 @@ class PriorSampler:
         shape = len(text_cond["text_embed"]) * self.samples_per_prompt, self.prior.image_embed_dim
         self.prior.check_text_condition(shape, text_cond)
         got, wanted = [], []
-        for scale in (1.0, 3.0)[: 1 + self.guidance]:
+        for scale in self._scales:
             draw, other = (torch.Generator(self.prior.device).manual_seed(0) for _ in range(2))
             got.append(self.prior.denormalize(self._sample(text_cond, scale, draw)))
             run = shape, text_cond, scale
@@ -190,11 +203,13 @@ class PriorSampler:
             weights: a state dict of the prior or of its network; a prior that was built as this one; or the path of
                 one, see `fastprior.load`. Weights of a CLIP are left out.
         Raises:
-            ValueError: they do not fit, are not finite, or lose too much when quantised. Nothing has changed then.
+            ValueError: they do not fit, are not finite, lose too much when quantised, or are others than those that the
+                table of solver="learned" was learned for. Nothing has changed then.
             FileNotFoundError: there is no such file.
         """
         prior, judged = self.prior, None
         fitting = of_prior(prior, weights)
+        check_weights(prior, self.plan.table, fitting)
         if self.quantise:
             with lock_of(prior):
                 twin = copy.deepcopy(prior, {id(prior.clip): prior.clip})
@@ -266,7 +281,7 @@ class PriorSampler:
             encodings = torch.ones(batch, 1, net.text_dim, **like) if self.prior.condition_on_text_encodings else None
             # a generator of its own: warming up must not move the global one
             generator = torch.Generator(self.prior.device).manual_seed(0)
-            self._call(text, encodings, None, 1.0, generator, counts=False)
+            self._call(text, encodings, None, self._scales[0], generator, counts=False)
             seconds[batch] = time.perf_counter() - start
         return seconds
 
@@ -286,7 +301,8 @@ class PriorSampler:
             text_encodings: (prompts, length, dim), all-zero rows are padding; required by priors conditioned on it.
             conditions: values of the extra conditions, (prompts,) or (prompts, size); those left out are missing.
             cond_scale: classifier-free guidance; other than 1 needs a sampler built with `guidance`.
-            generator: on the prior's device; the global one by default. A seed means the same as in `prior.sample`.
+            generator: on the prior's device; the global one by default. A seed means the same as in `prior.sample` with
+                the same timesteps, solver, spacing and eta.
         Returns:
             (prompts, dim), not scaled.
         """
@@ -306,6 +322,8 @@ class PriorSampler:
         check_number("cond_scale", cond_scale)
         if cond_scale != 1 and not self.guidance:
             raise ValueError(f"cond_scale={cond_scale}; this sampler was built with guidance=False, so it must be 1")
+        if isinstance(self.plan.table, LearnedTable):
+            self.plan.table.check_scale(cond_scale)
         text_cond = self.prior.text_condition(None, text_embed, text_encodings, conditions=conditions)
         prompts, repeats, engine = len(text_embed), self.samples_per_prompt, self._engine
         self.prior.check_text_condition((prompts * repeats, self.prior.image_embed_dim), text_cond)

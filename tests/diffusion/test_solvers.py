@@ -185,6 +185,27 @@ def test_shape_of_the_tables(schedule, fraction):
             assert table.rows[0, 4] == 0, "there is no last x0 at first"
 
 
+@pytest.mark.parametrize("prediction", ["x0", "v", "noise"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", SPACED)
+def test_one_step_and_all_steps(solver, spacing, prediction):
+    """One step gives the x0 of its time, whatever the prediction; over all times every spacing is the same."""
+    schedule, x, noise = make_schedule("cosine", 40), torch.randn(3, 4, dtype=torch.float64), torch.zeros(40, 3, 4)
+    network = Network(schedule)
+    one = step_table(schedule, solver, 1, prediction, spacing=spacing)
+    x0 = network.x0(x, one.times[0])
+    tolerance = 1e-6 / schedule.alphas_cumprod[one.times[0]].sqrt().item()  # ā is fp32, and x0 read off by its root
+    assert (run(one, network, x, noise, prediction) - x0).abs().max() < (1e-6 if prediction == "x0" else tolerance)
+    every, other = (step_table(schedule, solver, 40, prediction, spacing=s) for s in (spacing, "trailing"))
+    assert every.times == other.times and torch.equal(every.rows, other.rows)
+
+
+def test_ancestral_ddim_over_all_times_is_ddpm():
+    schedule = make_schedule("cosine", 40)
+    got, wanted = (step_table(schedule, *solver).rows for solver in (("ddim_trailing", 40), ("ddpm", None)))
+    assert torch.allclose(got, wanted, atol=1e-5), (got - wanted).abs().max()
+
+
 def test_deterministic_solvers_converge_to_the_exact_solution():
     """For normal data of deviation c the best denoiser and the probability flow ODE's solution have closed forms."""
     schedule = NoiseScheduler(beta_schedule="linear", timesteps=1000, loss_type="l2")

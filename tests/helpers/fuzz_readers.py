@@ -14,6 +14,7 @@ import torch
 import fastprior
 from helpers import fuzz_data_readers
 from helpers.fuzz_reader import Reader, Wrong, check_finite
+from helpers.learned import with_table
 
 NET = dict(dim=16, depth=1, dim_head=8, heads=2, num_timesteps=10, max_text_len=3)
 
@@ -94,7 +95,7 @@ def _make_safetensors(root):
         folders.append(root / name)
         folders[-1].mkdir()
         if name == "ours":
-            fastprior.save(prior, folders[-1] / "prior.safetensors")
+            fastprior.save(with_table(prior, 3), folders[-1] / "prior.safetensors")
             continue
         state = prior.state_dict() if name == "bare" else prior.net.state_dict()
         save_file({key: value.clone() for key, value in state.items()}, folders[-1] / "prior.safetensors", metadata)

@@ -22,6 +22,7 @@ import torch
 import fastprior
 from fastprior.checkpoints import prior_transformer
 from helpers.checkpoint_cases import DIM, make_prior, network_of
+from helpers.learned import with_table
 from helpers.pickles_by_hand import archive, call, entries, name_of, plain, tensor
 
 Maker = Callable[[Path], tuple[Path, dict]]
@@ -215,7 +216,7 @@ def own_parts() -> tuple[str, bytes]:
     """The header, as JSON, and the bytes of a file of fastprior.save."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.safetensors"
-        fastprior.save(prior(), path, metadata={"a": 1})
+        fastprior.save(with_table(prior(), 3), path, metadata={"a": 1})
         with safetensors.safe_open(path, "pt") as file:
             return file.metadata()["fastprior"], path.read_bytes()
 
@@ -240,9 +241,14 @@ def headers() -> Iterator[tuple[str, Maker]]:
     for name, value in JUNK.items():
         if name == "surrogate":
             continue  # no JSON that safetensors takes
-        for key in ("format", "version", "net", "prior", "metadata", "checksums", "more"):
+        for key in ("format", "version", "net", "prior", "metadata", "checksums", "learned_tables", "more"):
             yield f"header {key} {name}", own_file(lambda header, k=key, v=value: header.update({k: v}))
         yield f"header {name}", own_file(lambda header, v=value: v)
+        for key in ("evaluations", "times", "rows", "scales", "digests", "held_out"):
+            yield (
+                f"header learned_tables {key} {name}",
+                own_file(lambda header, k=key, v=value: header["learned_tables"][0].update({k: v})),
+            )
         for key in ("dim", "depth", "dim_head", "heads", "ff_mult", "num_timesteps", "max_text_len", "num_time_embeds",
                     "num_text_embeds", "text_dim", "conditions", "dot_scale", "rotary_emb", "make"):  # fmt: skip
             yield f"header net {key} {name}", own_file(lambda header, k=key, v=value: header["net"].update({k: v}))

@@ -1,5 +1,6 @@
 """Which path a run takes, that every path gives the same result, and that nothing a user overrides is skipped."""
 
+import copy
 import warnings
 from functools import partial
 
@@ -428,3 +429,21 @@ def test_one_step_of_the_peers_ddim_is_noise_and_says_so():
     with pytest.warns(UserWarning, match="timesteps=1: the ddim solver makes no evaluation, the result is noise"):
         sample(make_prior(), TEXT, timesteps=1)
     assert relative_error(sample(make_prior(), TEXT, timesteps=1, solver="ddim_trailing"), torch.zeros(2, 32)) != 0
+
+
+@pytest.mark.parametrize("net", [{}, dict(self_cond=True)], ids=["null table", "second branch"])
+@pytest.mark.parametrize("reads", [True, False], ids=["text", "no text"])
+def test_what_autocast_rounds_is_of_its_runs_alone(net, reads):
+    """Tables and prefixes that are kept for the next runs."""
+    prior, text = make_prior(net), make_text(2, 32)
+    prior.condition_on_text_encodings = reads
+    text = text if reads else dict(text_embed=text["text_embed"])
+
+    def run(prior, **autocast):
+        with torch.autocast("cpu", torch.bfloat16, **autocast):
+            return sample(prior, text, cond_scale=2.0, timesteps=4)
+
+    plain, rounded = (run(copy.deepcopy(prior), enabled=enabled) for enabled in (False, True))
+    assert not torch.equal(plain, rounded)
+    for enabled, expected in (True, rounded), (False, plain), (True, rounded):
+        assert torch.equal(run(prior, enabled=enabled), expected)

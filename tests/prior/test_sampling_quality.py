@@ -103,18 +103,18 @@ def test_all_evaluations_of_the_ode_are_its_solution_and_all_of_ddpm_are_like_it
 def test_parts_of_prompts_keep_their_texts(monkeypatch):
     """Prompts are sampled in parts where they are many: each part with its own texts and with noise of its own."""
     prior, text = small_prior()
-    of = quality._Runs(prior, text, 3, 1.0, 0)
+    of = quality.PriorRuns(prior, text, 3, 1.0, 0)
     whole = of.sample(Way("dpm++"), 4)
     monkeypatch.setattr(quality, "ROWS", 6)
-    parts = quality._Runs(prior, text, 3, 1.0, 0)
+    parts = quality.PriorRuns(prior, text, 3, 1.0, 0)
     assert parts.chunk == 2
     split = parts.sample(Way("dpm++"), 4)
     assert whole.shape == split.shape == (5, 3, 16)
     for start in (0, 2, 4):
         part = {name: t[start : start + 2] for name, t in text.items()}
-        alone = quality._Runs(prior, part, 3, 1.0, 0)
+        alone = quality.PriorRuns(prior, part, 3, 1.0, 0)
         seed = parts.seed_of(0, start)
-        want = alone._run(part, 3, Way("dpm++"), 4, seed)
+        want = alone.run(slice(None), 3, Way("dpm++"), 4, seed)
         assert torch.equal(split[start : start + 2].flatten(0, 1), torch.nn.functional.normalize(want, dim=-1))
     assert not torch.equal(split[0], split[2]) and torch.equal(split, parts.sample(Way("dpm++"), 4))
     assert not torch.equal(split, parts.sample(Way("dpm++"), 4, stream=1))

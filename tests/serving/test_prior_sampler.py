@@ -11,7 +11,7 @@ from fastprior.engine import clock, graphs
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.serving import prior_sampler as serving
-from fastprior.serving.prior_sampler import PriorSampler
+from fastprior.serving.prior_sampler import EVALUATIONS, PriorSampler
 from helpers import captures
 from helpers.at_once import at_once
 from helpers.pairwise import pairwise
@@ -49,6 +49,33 @@ def test_results_do_not_depend_on_batch_sizes(self_cond, solver, steps, spaced):
             kwargs = dict(cond_scale=cond_scale, timesteps=steps, solver=solver, generator=generator, **spaced)
             wanted = sample(prior, given, **kwargs)
             assert relative_error(call(sampler, text, rows, cond_scale=cond_scale), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("timesteps, sample_timesteps", [(20, None), (20, 9), (5, None)])
+def test_the_default_run_is_of_the_sde_with_few_evaluations(timesteps, sample_timesteps):
+    prior, text = make_prior(timesteps=timesteps, sample_timesteps=sample_timesteps), make_text(2, 32)
+    sampler = PriorSampler(prior, batch_sizes=(2,), compile=False)
+    table, run = sampler.plan.table, dict(timesteps=min(EVALUATIONS, timesteps), solver="sde-dpm++", spacing="logsnr")
+    assert (len(table), table.solver, table.spacing) == tuple(run.values())
+    wanted = sample(prior, text, cond_scale=3.0, generator=torch.Generator().manual_seed(1), **run)
+    assert relative_error(call(sampler, text, cond_scale=3.0), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("given, evaluations, solver, spacing", [
+    (dict(timesteps=4), 3, "ddim", None), (dict(timesteps=20), 20, "ddpm", None),
+    (dict(solver="dpm++"), 9, "dpm++", "trailing"), (dict(solver="ddim"), 8, "ddim", None),
+    (dict(eta=0.5), 8, "ddim", None),
+    (dict(solver="sde-dpm++", spacing="karras"), 9, "sde-dpm++", "karras"),
+    (dict(solver="sde-dpm++", timesteps=7), 7, "sde-dpm++", "trailing"),
+])  # fmt: skip
+def test_what_is_given_has_the_defaults_of_the_prior_beside_it(given, evaluations, solver, spacing):
+    prior = make_prior(sample_timesteps=9)
+    sampler = PriorSampler(prior, compile=False, **given)
+    table = sampler.plan.table
+    assert (len(table), table.solver, table.spacing) == (evaluations, solver, spacing)
+    text, draw = make_text(1, 32), torch.Generator().manual_seed(1)
+    wanted = prior.sample(**text, num_samples_per_batch=1, progress=False, generator=draw, **given)
+    assert relative_error(call(sampler, text), wanted) < TOLERANCE
 
 
 def test_best_of_n_as_the_prior_takes_it():
@@ -151,6 +178,7 @@ def test_bad_arguments():
         (dict(dtype=torch.int8), "dtype=torch.int8; it must be a floating point dtype"),
         (dict(graph_memory=0), "graph_memory=0; it must be None or at least 1 byte"),
         (dict(timesteps=30), "timesteps=30; the schedule has 20"),
+        (dict(spacing="logsnr"), "spacing='logsnr'; the ddpm solver has times of its own"),
     ):
         with pytest.raises(ValueError) as error:
             PriorSampler(prior, **kwargs)
@@ -517,3 +545,15 @@ def test_the_prior_moves():
     prior.to("meta")
     with pytest.raises(ValueError, match="the prior is on meta; it must be where it was, on cpu"):
         call(sampler, text)
+
+
+def test_a_call_under_autocast_rounds_no_other():
+    text, options = make_text(1, 32), dict(batch_sizes=(1,), timesteps=4, solver="dpm++", compile=False)
+    samplers = [PriorSampler(make_prior(), **options) for _ in range(2)]
+
+    def call(sampler):
+        return sampler(**text, cond_scale=2.0, generator=torch.Generator().manual_seed(0))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = call(samplers[0])
+    assert torch.equal(call(samplers[0]), call(samplers[1])) and not torch.equal(rounded, call(samplers[1]))

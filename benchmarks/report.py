@@ -19,10 +19,11 @@ PROVIDERS = {
 
 
 MEASURED = {
-    "p20", "p50", "p80", "runs", "ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy", "goal",
-    "goals", "flops", "quick", "worst_cosine", "max_error", "floor_ms", "bytes", "peer_evaluations", "driver",
-    "versions", "commit", "date", "lr", "reached", "curve", "open_s", "read_s", "before_mib", "config", "gain",
-    "tried", "wrong", "refused", "slowdown", "slowdown_p99", "quiet_ratio", "quiet_s", "quiet_p99_s",
+    "p20", "p50", "p80", "runs", "ratio", "ratio_to_one", "ratio_to_best_other", "ratio_to_16_bits", "ratio_to_long",
+    "share", "share_of_copy", "goal", "goals", "flops", "quick", "worst_cosine", "max_error", "floor_ms", "bytes",
+    "peer_evaluations", "driver", "versions", "commit", "date", "lr", "reached", "curve", "open_s", "read_s",
+    "before_mib", "config", "gain", "tried", "wrong", "refused", "slowdown", "slowdown_p99", "quiet_ratio", "quiet_s",
+    "quiet_p99_s",
 }  # fmt: skip
 
 
@@ -67,9 +68,9 @@ def summary(path: Path) -> str:
     lines, records = [], latest(read(path))
     for r in records:
         reached = [
-            f"{name.replace('_', ' ')} {r[name]:.3g}"
-            for name in ("ratio", "ratio_to_one", "ratio_to_best_other", "share", "share_of_copy")
-            if r.get(name) is not None
+            f"{name.replace('_', ' ')} {value:.3g}"
+            for name, value in r.items()
+            if name.startswith(("ratio", "share")) and value is not None
         ]
         goals = [f"goal: {name.replace('_', ' ')} {goal:g}" for name, goal in (r.get("goals") or {}).items()]
         goals += [f"goal {r['goal']}"] if r.get("goal") is not None else []  # of older records
@@ -197,6 +198,16 @@ def facts(records: list[dict]) -> list[str]:
                 f"- One {r['dtype']} step at batch 1: {r['p50']:.1f} ms, {r['share']:.0%} of the speed of reading its "
                 f"{r['bytes'] / 1e6:.0f} MB of weights once."
             )
+        if r["op"] == "default run" and "ratio" in r:
+            lines.append(
+                f"- {PROVIDERS[r['provider']]}, {r['evaluations']} evaluations by default, at batch 1: "
+                f"{_time(r['p50'])}, {r['ratio']:.3g}x the peer's 64 steps, "
+                f"{r['ratio_to_16_bits']:.3g}x those under autocast to bf16, "
+                f"{r['ratio_to_long']:.2f}x 63 evaluations of its own."
+            )
+        if r["op"] == "prefill" and "share" in r:
+            share = f"{r['share']:.0%} of what the cores multiply"
+            lines.append(f"- Prefill of {r['batch']} in {r['dtype']}: {_time(r['p50'])}, {share}.")
         if r["op"] == "best of 4":
             lines.append(f"- Best of 4 in {r['dtype']}: {r['ratio_to_one']:.2f}x the time of one sample.")
         if r["op"] == "sample" and r.get("steps") == 1000 and "max_error" in r:

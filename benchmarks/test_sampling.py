@@ -5,6 +5,7 @@ times the peer first and us right after, so both see the same machine. At batch 
 evaluations and the rest is multiplied (`peer_evaluations` in the record), unless --full-peer is given.
 """
 
+import copy
 import functools
 import statistics
 import time
@@ -14,10 +15,12 @@ import pytest
 import torch
 from priors import D2, pair, text
 from runs import SEED, compiled_peer, our_run, peer_run
-from timing import floor_bandwidth, floor_share, op_seconds
+from timing import cpu_peak, floor_bandwidth, floor_share, op_seconds
 
 import fastprior
 from fastprior.kernels import ops
+from fastprior.models import snapshot
+from fastprior.prior.loop import CachedSteps
 from fastprior.serving.measure import read_bandwidth, seconds
 from fastprior.serving.prior_sampler import PriorSampler
 
@@ -232,6 +235,94 @@ def test_best_of_4(benchmark, record, device, request, dtype):
     details = dict(model="D2-small", batch=1, cond_scale=1.0, steps=STEPS, dtype=dtype)
     record("best of 4", f"sampler-{dtype}", times[4], **details, ratio_to_one=ratio, goals=dict(ratio_to_one=1.3))
     benchmark.extra_info.update(ratio_to_one=round(ratio, 3), goal=1.3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_default_run(benchmark, record, device, request, dtype):
+    """The default run of a PriorSampler at batch 1, against 63 evaluations of its solver and the peer's 64-step DDIM.
+
+    All of them take turns. Of the peer, which is eager, there are the run in fp32, as everywhere, and the one in bf16,
+    under autocast.
+    """
+    skip_on_cpu(device, True)
+    ours, peer = pair(device, "D2-small")
+    torch._dynamo.reset()
+    options, long = dict(batch_sizes=(1,), dtype=getattr(torch, dtype)), priors.steps(63)
+    default = PriorSampler(ours, **options)
+    table = default.plan.table
+    same = dict(solver=table.solver, spacing=table.spacing)
+    samplers = {"default": default, "long": PriorSampler(ours, timesteps=long, **options, **same)}
+
+    def run(name: str) -> torch.Tensor:
+        return samplers[name](**text(1, device), generator=torch.Generator(device).manual_seed(SEED))
+
+    def run_peer(in_bf16: bool) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+            return peer_run(peer, 1, 1.0, device, STEPS)
+
+    generator = torch.Generator(device).manual_seed(SEED)
+    exact = dict(timesteps=len(table), cond_scale=1.0, generator=generator, progress=False, **same)
+    cosine = torch.cosine_similarity(
+        run("default"), ours.p_sample_loop((1, ours.image_embed_dim), text(1, device), **exact)
+    )
+    assert cosine.item() >= (0.9999 if dtype == "float32" else 0.999), cosine
+    runs = {name: functools.partial(run, name) for name in samplers}
+    runs |= {"peer eager": functools.partial(run_peer, False), "peer eager, bf16": functools.partial(run_peer, True)}
+    times = {name: [] for name in runs}
+
+    def round_():
+        for name, once in runs.items():
+            times[name].append(seconds(once, device))
+
+    round_()  # building one sampler made dynamo forget the other
+    for samples in times.values():
+        samples.clear()
+    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 5)
+    details = dict(model="D2-small", batch=1, cond_scale=1.0)
+    figures = {
+        name: statistics.median(b / a for a, b in zip(times["default"], times[other]))
+        for name, other in (
+            ("ratio", "peer eager"),
+            ("ratio_to_16_bits", "peer eager, bf16"),
+            ("ratio_to_long", "long"),
+        )
+    }
+    goals = dict(ratio_to_long=3.5) | (dict(ratio_to_16_bits=100.0) if dtype == "bfloat16" else {})
+    record("default run", "peer eager", times["peer eager"], **details, steps=STEPS, dtype="float32")
+    record("default run", "peer eager, autocast", times["peer eager, bf16"], **details, steps=STEPS, dtype="bfloat16")
+    record("default run", f"sampler-{dtype}", times["long"], **details, **same, evaluations=long, dtype=dtype)
+    run_figures = dict(evaluations=len(table), dtype=dtype, worst_cosine=cosine.item(), **figures, goals=goals)
+    record("default run", f"sampler-{dtype}", times["default"], **details, **same, **run_figures)
+    benchmark.extra_info.update(figures)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_prefill(benchmark, record, device, request, batch, dtype):
+    """The prefix alone: what a run takes before its first step."""
+    skip_on_cpu(device, True)
+    prior, batch = copy.deepcopy(pair(device, "D2-small")[0]), priors.batch_size(batch)
+    net, given = prior.net.to(getattr(torch, dtype)), text(batch, device)
+    steps = CachedSteps(net, prior.sampling_plan(STEPS, 1.0, "ddim"))
+    times = []
+
+    @torch.no_grad()
+    def prefill():
+        with ops.sharing(), snapshot.running(net):  # as samplers do
+            return steps.prefill(given, 1)
+
+    prefill()
+    benchmark.pedantic(
+        lambda: times.append(seconds(prefill, device)), rounds=request.config.getoption("--rounds") or 15
+    )
+    *layers, (last, _) = net.causal_transformer.layers  # of which the last gives keys and values alone
+    weights = sum(p.numel() for layer in (*layers, last.to_kv) for p in layer.parameters() if p.ndim == 2)
+    flops, details = 2 * batch * net.prefix_tokens * weights, {}
+    rate = flops / statistics.median(times)
+    if device.type == "cpu":  # where bf16 is multiplied as fp32, unless there are instructions for it
+        details = dict(share=rate / cpu_peak(), goals=dict(share=0.7 if dtype == "float32" else 0.6))
+    record("prefill", f"sampler-{dtype}", times, model="D2-small", batch=batch, dtype=dtype, flops=flops, **details)
+    benchmark.extra_info["TFLOP/s"] = round(rate / 1e12, 3)
 
 
 def test_ddpm_1000_steps(benchmark, record, device):

@@ -1,12 +1,19 @@
 """Timing of single operations: inside a CUDA graph on a GPU, over input sets that do not fit its caches."""
 
+import ctypes
 import functools
+import os
+import shlex
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from fastprior.kernels.cpu.library import FLAGS
 from fastprior.serving.measure import read_bandwidth
 
 CACHE_BYTES = 256 * 2**20  # more than any L2: each call finds its inputs in memory
@@ -24,6 +31,18 @@ def copy_bandwidth(device) -> float:
 def floor_bandwidth(device) -> float:
     """Bytes per second that floors are of: on a GPU of copying, which is timed without its launch."""
     return copy_bandwidth(device) if device.type == "cuda" else read_bandwidth(device)
+
+
+@functools.cache
+def cpu_peak() -> float:
+    """FLOP/s of products and sums of fp32 in the registers of as many cores as PyTorch has threads, see peak.c."""
+    source = Path(__file__).with_name("peak.c")
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "peak.so"
+        subprocess.run([*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, str(source), "-o", str(made)], check=True)
+        peak = ctypes.CDLL(str(made)).peak
+    peak.restype, peak.argtypes = ctypes.c_double, [ctypes.c_long] * 3
+    return peak(torch.get_num_threads(), 100, 500_000)  # a few ms each
 
 
 def floor_share(samples: list[float], read: int, device) -> float:

@@ -60,7 +60,9 @@ def is_within_bounds(*options: str) -> None:
 
 
 def has_no_race(*options: str) -> None:
-    done = sanitized("thread", *options)
+    # ThreadSanitizer does not see masked stores, which AVX-512 has
+    march = ("--march", "haswell") if platform.machine() == "x86_64" else ()
+    done = sanitized("thread", *march, *options)
     assert "no two threads met" in done.stdout, done.stderr[-3000:]
     assert done.returncode == 66 and "ThreadSanitizer: data race" in done.stderr
 

@@ -21,16 +21,17 @@ MAX_SUFFIX = 16  # the suffix is one tile, and a matrix product takes no less
 @triton.jit
 def _load_heads(
     ptr, offsets, rows, positions, offs_d, dim_head, cos_ptr, sin_ptr, stride_cos, stride_sin, width,
-    COSINE: tl.constexpr,
+    COSINE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of raw projections, rotated by the tables at their positions and scaled to length 1 where COSINE, fp32."""
-    x = tl.load(ptr + offsets[:, None] + offs_d, mask=rows[:, None] & (offs_d < dim_head), other=0.0).to(tl.float32)
+    kept = rows[:, None] & (offs_d < dim_head)
+    x = tl.load(ptr + offsets[:, None] + offs_d, mask=kept, other=0.0, cache_modifier=".cg").to(tl.float32)
     if cos_ptr is not None:
         turned = rows[:, None] & (offs_d < width)
-        partner = tl.load(ptr + offsets[:, None] + (offs_d ^ 1), mask=turned, other=0.0).to(tl.float32)
         cos = tl.load(cos_ptr + positions[:, None] * stride_cos + offs_d, mask=turned, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + positions[:, None] * stride_sin + offs_d, mask=turned, other=0.0).to(tl.float32)
-        x = x * cos + partner * sin
+        even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK_D // 2, 2)))
+        x = x * cos + tl.reshape(tl.join(odd, even), (ROWS, BLOCK_D)) * sin
     if COSINE:
         x = x / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)[:, None]
     return x
@@ -79,9 +80,11 @@ def _decode_attention_fwd_kernel(
     stride_prefix_v_prompt, stride_prefix_v_seq, stride_prefix_v_head, stride_cos, stride_sin,
     stride_bias_seq, stride_bias_head, stride_bias_column, stride_mask_prompt,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SUFFIX: tl.constexpr,
-    COSINE: tl.constexpr,
+    COSINE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A tile of the queries of one row and key head, over `span` columns of the prefix; the first adds the suffix."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     OPERAND: tl.constexpr = (
         q_ptr.dtype.element_ty if q_ptr.dtype.element_ty == prefix_k_ptr.dtype.element_ty else tl.float32
     )
@@ -108,21 +111,26 @@ def _decode_attention_fwd_kernel(
     )  # fmt: skip
     own = tl.arange(0, BLOCK_SUFFIX)
     kept = own < tl.where(split == 0, suffix, 0)
-    v_at = (row * stride_v_row + kv_head * stride_v_head + own * stride_v_seq)[:, None] + offs_d
-    v = tl.load(v_ptr + v_at, mask=kept[:, None] & (offs_d < dim_head), other=0.0).to(OPERAND)
     if bias_ptr is not None:
         bias_at = bias_rows[:, None] + (prefix + own) * stride_bias_column
         own_extra = tl.load(bias_ptr + bias_at, mask=rows[:, None] & kept, other=-float("inf")).to(tl.float32)
     else:
         own_extra = tl.where(kept & (own <= position[:, None]), 0.0, -float("inf"))
+    if DEPENDENT:  # what others wrote comes behind, past L1
+        tl.extra.cuda.gdc_wait()
+    v_at = (row * stride_v_row + kv_head * stride_v_head + own * stride_v_seq)[:, None] + offs_d
+    kept_v = kept[:, None] & (offs_d < dim_head)
+    v = tl.load(v_ptr + v_at, mask=kept_v, other=0.0, cache_modifier=".cg").to(OPERAND)
     q_at = row * stride_q_row + token * stride_q_seq + head * stride_q_head
     q = _load_heads(
-        q_ptr, q_at, rows, position, offs_d, dim_head, cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE
-    ).to(OPERAND)
+        q_ptr, q_at, rows, position, offs_d, dim_head, cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE,
+        BLOCK_M, BLOCK_D,
+    ).to(OPERAND)  # fmt: skip
     k_at = row * stride_k_row + kv_head * stride_k_head + own * stride_k_seq
     k = _load_heads(
-        k_ptr, k_at, kept, own, offs_d, dim_head, cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE
-    ).to(OPERAND)
+        k_ptr, k_at, kept, own, offs_d, dim_head, cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE,
+        BLOCK_SUFFIX, BLOCK_D,
+    ).to(OPERAND)  # fmt: skip
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -196,6 +204,16 @@ def decode_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, cos: Tensor | None, sin: Tensor | None,
     bias: Tensor | None, mask: Tensor | None, scale: float, cosine: bool,
 ) -> Tensor:  # fmt: skip
+    out = launch.empty((*q.shape[:2], q.shape[2] * q.shape[3]), q)
+    launch_decode_attention(q, k, v, prefix_k, prefix_v, cos, sin, bias, mask, scale, cosine, out)
+    return out
+
+
+def launch_decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, cos: Tensor | None, sin: Tensor | None,
+    bias: Tensor | None, mask: Tensor | None, scale: float, cosine: bool, out: Tensor,
+) -> None:  # fmt: skip
+    """Launch `decode_attention` of tensors that fit it; out (rows, seq, heads * dim_head), contiguous, is written."""
     rows, seq, heads, dim_head = q.shape
     suffix, kv_heads = k.shape[1:3]
     prompts, prefix = prefix_k.shape[:2]
@@ -203,7 +221,6 @@ def decode_attention_fwd(
     wide = q.dtype != prefix_k.dtype or q.dtype == torch.float32
     programs = rows * kv_heads * ceil_div(seq * group, BLOCK_M)
     config = decode_attention_config(programs, prefix, dim_head, wide)
-    out = launch.empty((rows, seq, heads * dim_head), q)
     split = config.splits > 1
     partial = launch.empty((config.splits, *out.shape), q, torch.float32) if split else out
     lse = launch.empty((config.splits, rows, seq, heads), q, torch.float32) if split else None
@@ -215,6 +232,7 @@ def decode_attention_fwd(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *prefix_k.stride()[:3], *prefix_v.stride()[:3],
         *row_strides(cos, sin), *((0, 0, 0) if bias is None else bias.stride()), *row_strides(mask),
         BLOCK_M=BLOCK_M, BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_SUFFIX=MAX_SUFFIX, COSINE=cosine,
+        DEPENDENT=launch.in_chain(), chained=True,
         num_warps=config.num_warps, num_stages=1,  # tiles are fetched ahead by hand, before the queries are ready
     )  # fmt: skip
     if split:
@@ -222,7 +240,6 @@ def decode_attention_fwd(
             _combine_splits_kernel, (rows * seq * heads,), partial, lse, out, config.splits, dim_head,
             MAX_SPLITS=MAX_SPLITS, BLOCK_D=config.block_d, num_warps=1, num_stages=1,
         )  # fmt: skip
-    return out
 
 
 def _by_reference(q, k, v, prefix_k, prefix_v, cos, sin, bias, mask, scale, cosine) -> Tensor:

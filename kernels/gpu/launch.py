@@ -46,6 +46,7 @@ def launch(
     num_stages: int,
     cooperative: bool = False,
     dependent: bool = False,
+    chained: bool = False,
     **constants,
 ) -> None:
     """Run `kernel[grid]` on the device of its tensors; within `instead`, hand it over instead.
@@ -56,11 +57,15 @@ def launch(
         *args: the run-time arguments, in order: tensors, ints or floats. None is passed as a constant.
         cooperative: all programs run at once, or the launch fails.
         dependent: it may begin before the launch before it has ended (compute capability 9.0).
+        chained: the same within `chain`, but for the first launch there.
         **constants: the constexprs, by name.
     """
     options = dict(num_warps=num_warps, num_stages=num_stages)
     if cooperative:
         options["launch_cooperative_grid"] = True
+    links = getattr(_local, "links", None)
+    if chained and links is not None:
+        dependent, _local.links = links > 0, links + 1
     if dependent:
         options["launch_pdl"] = True
     if (other := getattr(_local, "instead", None)) is not None:
@@ -76,6 +81,32 @@ def launch(
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
     else:
         raise RuntimeError(f"Triton kernels need CUDA tensors, not {device}; or the interpreter, TRITON_INTERPRET=1")
+
+
+@contextlib.contextmanager
+def chain(device: torch.device) -> Iterator[None]:
+    """Let launches that can depend on the one before: they begin while it runs, and wait for it behind their weights.
+
+    Within it nothing may write weights, tables or what else kernels read before they wait; the first launch waits for
+    all that was launched before. Without compute capability 9.0 nothing changes.
+    """
+    outer, _local.links = getattr(_local, "links", None), 0 if can_depend(device) else None
+    try:
+        yield
+    finally:
+        _local.links = outer
+
+
+def in_chain() -> bool:
+    """Whether kernels are launched in a `chain`, and so must wait."""
+    return getattr(_local, "links", None) is not None
+
+
+def can_depend(device: torch.device) -> bool:
+    """Whether launches there may begin before the one before them has ended; "meta" stands for any device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "meta"
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

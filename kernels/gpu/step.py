@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -67,6 +68,121 @@ def _diffusion_step_fwd_kernel(
     x_next = a * x + b * x0 + c * x0_prev + s * noise
     tl.store(x_next_ptr + row * stride_x_next_row + col, x_next, mask=inside)
     tl.store(x0_ptr + row * stride_x0_row + col, x0, mask=inside)
+
+
+@triton.jit(do_not_specialize=["steps", "samples", "guided", "together", "suffix", "times"])
+def _advance_fwd_kernel(
+    x_ptr, x0_ptr, index_ptr, pred_ptr, null_table_ptr, cond_scale_ptr, noise_ptr, table_ptr, clamp_ptr,
+    time_ptr, time_position_ptr, query_ptr, query_position_ptr, tokens_ptr, entry_ptr,
+    steps, samples, guided, together, suffix, times, dim, width,
+    stride_pred_group, stride_pred_row, stride_table_row, stride_null_row, stride_time_step,
+    CLAMPS: tl.constexpr, OF_PREDICTION: tl.constexpr, GUIDED: tl.constexpr, UPDATES: tl.constexpr,
+    TIMES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """One sample's step, and the tokens of its next one; a guided sample has a second row behind all samples."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    sample = tl.program_id(0)
+    col = tl.arange(0, BLOCK)
+    inside = col < dim
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    cell = sample.to(tl.int64) * dim + col
+    index = tl.load(index_ptr + sample, cache_modifier=".cg")
+    x = tl.load(x_ptr + cell, mask=inside, other=0.0, cache_modifier=".cg")
+    if UPDATES:
+        x0_prev = tl.load(x0_ptr + cell, mask=inside, other=0.0, cache_modifier=".cg")
+        at = sample // together * stride_pred_group + sample % together * stride_pred_row
+        pred = tl.load(pred_ptr + at + col, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if GUIDED or null_table_ptr is not None:
+            cond_scale = tl.load(cond_scale_ptr + sample, cache_modifier=".cg")
+            if GUIDED:
+                unconditional = tl.where(sample < guided, sample + samples, sample)
+                at = unconditional // together * stride_pred_group + unconditional % together * stride_pred_row
+                null = tl.load(pred_ptr + at + col, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+            else:
+                null = tl.load(null_table_ptr + index * stride_null_row + col, mask=inside, other=0.0).to(tl.float32)
+            pred = null + (pred - null) * cond_scale
+        coefficients = table_ptr + index * stride_table_row
+        p, q = tl.load(coefficients), tl.load(coefficients + 1)
+        a, b = tl.load(coefficients + 2), tl.load(coefficients + 3)
+        c, s = tl.load(coefficients + 4), tl.load(coefficients + 5)
+        noise = tl.load(noise_ptr + (index * samples + sample) * dim + col, mask=inside, other=0.0)
+        x0 = p * x + q * pred
+        if CLAMPS:  # both numbers of a step: the limit of each element, and the length, 0 for as it is
+            limit, length = tl.load(clamp_ptr + index * 2), tl.load(clamp_ptr + index * 2 + 1)
+            x0 = tl.clamp(x0, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+            norm = tl.maximum(tl.sqrt(tl.sum(x0 * x0, axis=0)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+            x0 *= tl.where(length > 0, length / norm, 1.0)
+        if OF_PREDICTION:
+            x0_prev = pred
+        x = a * x + b * x0 + c * x0_prev + s * noise
+        tl.store(x_ptr + cell, x, mask=inside)
+        tl.store(x0_ptr + cell, pred if OF_PREDICTION else x0, mask=inside)
+        index = tl.where(index + 1 < steps, index + 1, 0)
+        tl.debug_barrier()  # all threads have read it
+        tl.store(index_ptr + sample, index)
+
+    token = tl.arange(0, BLOCK_WIDTH)
+    in_token = token < width
+    query = tl.load(query_ptr + token, mask=in_token, other=0.0).to(tl.float32)
+    if query_position_ptr is not None:
+        query += tl.load(query_position_ptr + token, mask=in_token, other=0.0)
+    for copy in tl.static_range(1 + GUIDED):
+        number = sample + copy * samples
+        here = (copy == 0) | (sample < guided)
+        row, within = number // together, number % together
+        row_ptr = tokens_ptr + row.to(tl.int64) * suffix * width
+        if entry_ptr is not None:  # a linear makes the token
+            tl.store(entry_ptr + number.to(tl.int64) * dim + col, x, mask=inside & here)
+        else:
+            tl.store(row_ptr + (times + within) * width + col, x, mask=inside & here)
+        tl.store(row_ptr + (times + together + within) * width + token, query, mask=in_token & here)
+        for number_of_time in tl.static_range(TIMES):
+            at = number_of_time * width + token
+            time = tl.load(time_ptr + index * stride_time_step + at, mask=in_token, other=0.0).to(tl.float32)
+            if time_position_ptr is not None:
+                time += tl.load(time_position_ptr + at, mask=in_token, other=0.0)
+            tl.store(row_ptr + at, time, mask=in_token & here & (within == 0))
+
+
+class RunState(NamedTuple):
+    """What the steps of a run change, and what they take that differs from sample to sample; contiguous.
+
+    Attributes:
+        x, x0: (samples, dim) fp32.
+        index: (samples,) int64, the step that each sample is at; counted up, and behind the last step 0 again.
+        scale: (samples,) fp32, of guidance.
+        noise: (steps, samples, dim) fp32.
+    """
+
+    x: Tensor
+    x0: Tensor
+    index: Tensor
+    scale: Tensor
+    noise: Tensor
+
+
+class RunTables(NamedTuple):
+    """What steps look up by their index, and the tokens that are the same in all of them.
+
+    Attributes:
+        coefficients: (steps, 6) fp32, see `ops.diffusion_step`.
+        clamps: (steps, 2) fp32, the limit of an element of x0 and the length of x0, infinite and 0 for as it is.
+        null: (steps, dim), unconditional predictions, for runs whose second branch needs none.
+        time: (steps, times, width), tokens, to which `time_position` (times, width) fp32 is added.
+        query: (width,), the token whose result is the prediction; `query_position` is added.
+        of_prediction: see `StepTable.uses_prediction`: x0 is the prediction for the last coefficient.
+    """
+
+    coefficients: Tensor
+    clamps: Tensor | None
+    null: Tensor | None
+    time: Tensor
+    query: Tensor
+    time_position: Tensor | None = None
+    query_position: Tensor | None = None
+    of_prediction: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,3 +261,27 @@ def diffusion_step(args: StepArgs) -> tuple[Tensor, Tensor]:
 def _per_row(t: Tensor, rows: int) -> tuple[int, ...]:
     """The shape that t must have: its own where it is one value for all rows."""
     return tuple(t.shape) if t.numel() == 1 and t.ndim < 2 else (rows,)
+
+
+def launch_advance(
+    state: RunState, pred: Tensor, tables: RunTables, tokens: Tensor, entry: Tensor | None, *, updates: bool
+) -> None:
+    """Launch the step of every sample, and the tokens of its next one; without `updates` these alone.
+
+    Args:
+        pred: (rows, together, dim), predictions of all samples, then those of guidance's other branch; any float dtype.
+        tokens: (rows, suffix, width) fp32, written: the time's, the noisy embeddings, and the queries.
+        entry: (rows * together, dim) fp32, written in place of the noisy embeddings, which a linear then makes.
+    """
+    (samples, dim), (rows, together, _), (_, suffix, width) = state.x.shape, pred.shape, tokens.shape
+    (steps, times, _), guided = tables.time.shape, rows * together - samples
+    launch.launch(
+        _advance_fwd_kernel, (samples,),
+        state.x, state.x0, state.index, pred, tables.null, state.scale, state.noise, tables.coefficients, tables.clamps,
+        tables.time, tables.time_position, tables.query, tables.query_position, tokens, entry,
+        steps, samples, guided, together, suffix, times, dim, width,
+        *pred.stride()[:2], *row_strides(tables.coefficients, tables.null, tables.time),
+        CLAMPS=tables.clamps is not None, OF_PREDICTION=tables.of_prediction, GUIDED=guided > 0, UPDATES=updates,
+        TIMES=times, BLOCK=row_block(dim), BLOCK_WIDTH=row_block(width), DEPENDENT=launch.in_chain(), chained=True,
+        num_warps=max(row_block(dim) // 256, 2), num_stages=1,
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""Attention of a few suffix tokens over a cached prefix, and the output projection, in one launch.
+
+Where all heads share one key and value head and there is one row, the whole cache is some 20 KB: each program of the
+projection computes the attention of all heads for itself, which costs less than a launch of its own on a few programs.
+It asks for its weights, the cache and the bias before it waits for the projections, see `skinny_linear`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import Rotary
+from . import launch
+from .decode import MAX_SUFFIX, _attend, _load_heads, _load_prefix
+from .launch import ceil_div, power_of_2, row_strides
+from .skinny_linear import MULTIPROCESSORS, OPERANDS, TILE_BYTES, Weight
+
+MAX_QUERIES = 128  # tokens times heads, both rounded up to powers of two: what the registers of a program hold
+MAX_PREFIX = 512  # over which heads would take longer than a launch
+
+
+@triton.jit
+def _attend_project_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, cos_ptr, sin_ptr, bias_ptr, mask_ptr,
+    weight_ptr, out_bias_ptr, out_scale_ptr, out_ptr,
+    scale, seq, suffix, heads, prefix, dim_head, width, outputs, span,
+    stride_q_seq, stride_k_seq, stride_v_seq, stride_prefix_k_seq, stride_prefix_v_seq, stride_cos, stride_sin,
+    stride_bias_seq, stride_bias_head, stride_bias_column, stride_weight_row, stride_out_row,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, REST: tl.constexpr,
+    LONG: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SUFFIX: tl.constexpr, COSINE: tl.constexpr, OPERAND: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    QUERIES: tl.constexpr = TOKENS * HEADS
+    query = tl.arange(0, QUERIES)
+    token, head = query // HEADS, query % HEADS
+    rows = (token < seq) & (head < heads)
+    position = suffix - seq + token
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+
+    # before the wait: weights, the cache and what is added to logits
+    result = tl.arange(0, BLOCK_N)
+    column = tl.program_id(0) * span + result
+    in_tile = (result < span) & (column < outputs)
+    part, feature = tl.arange(0, HEADS)[:, None, None], tl.arange(0, BLOCK_D)[None, None, :]
+    weight_at = column.to(tl.int64)[None, :, None] * stride_weight_row + part * dim_head + feature
+    in_weight = in_tile[None, :, None] & (part < heads) & (feature < dim_head)
+    weight = tl.load(weight_ptr + weight_at, mask=in_weight, other=0.0, eviction_policy="evict_first")
+    if out_bias_ptr is not None:
+        out_bias = tl.load(out_bias_ptr + column, mask=in_tile, other=0.0).to(tl.float32)
+    if out_scale_ptr is not None:
+        out_scale = tl.load(out_scale_ptr + column, mask=in_tile, other=0.0)
+    bias_rows = position * stride_bias_seq + head * stride_bias_head
+    tile_k, tile_v, extra = _load_prefix(
+        prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, 0, prefix, offs_d, dim_head,
+        stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, BLOCK_C,
+    )  # fmt: skip
+    if REST > 0:
+        rest = prefix // BLOCK_C * BLOCK_C
+        rest_k, rest_v, rest_extra = _load_prefix(
+            prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, rest, prefix, offs_d, dim_head,
+            stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, REST,
+        )  # fmt: skip
+    own = tl.arange(0, BLOCK_SUFFIX)
+    kept = own < suffix
+    if bias_ptr is not None:
+        bias_at = bias_rows[:, None] + (prefix + own) * stride_bias_column
+        own_extra = tl.load(bias_ptr + bias_at, mask=rows[:, None] & kept, other=-float("inf")).to(tl.float32)
+    else:
+        own_extra = tl.where(kept & (own <= position[:, None]), 0.0, -float("inf"))
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+
+    kept_v = kept[:, None] & (offs_d < dim_head)
+    v = tl.load(v_ptr + (own * stride_v_seq)[:, None] + offs_d, mask=kept_v, other=0.0, cache_modifier=".cg")
+    q = _load_heads(
+        q_ptr, token * stride_q_seq + head * dim_head, rows, position, offs_d, dim_head,
+        cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE, QUERIES, BLOCK_D,
+    ).to(OPERAND)  # fmt: skip
+    k = _load_heads(
+        k_ptr, own * stride_k_seq, kept, own, offs_d, dim_head,
+        cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE, BLOCK_SUFFIX, BLOCK_D,
+    ).to(OPERAND)  # fmt: skip
+    top = tl.full((QUERIES,), -float("inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    acc = tl.zeros((QUERIES, BLOCK_D), tl.float32)
+    top, total, acc = _attend(q, k, v.to(OPERAND), own_extra, scale, top, total, acc)
+    top, total, acc = _attend(q, tile_k.to(OPERAND), tile_v.to(OPERAND), extra, scale, top, total, acc)
+    if LONG:
+        for start in range(BLOCK_C, prefix // BLOCK_C * BLOCK_C, BLOCK_C):
+            tile_k, tile_v, extra = _load_prefix(
+                prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, start, prefix, offs_d, dim_head,
+                stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, BLOCK_C,
+            )  # fmt: skip
+            top, total, acc = _attend(q, tile_k.to(OPERAND), tile_v.to(OPERAND), extra, scale, top, total, acc)
+    if REST > 0:
+        top, total, acc = _attend(q, rest_k.to(OPERAND), rest_v.to(OPERAND), rest_extra, scale, top, total, acc)
+    # results are rounded as where attention has a launch of its own; tokens and heads that are none are NaN so far
+    x = tl.where(rows[:, None], acc / total[:, None], 0.0).to(OPERAND)
+    x = tl.permute(tl.reshape(x, (TOKENS, HEADS, BLOCK_D)), (1, 2, 0))
+    y = tl.dot(weight.to(OPERAND), x, input_precision="tf32x3")
+    y = tl.sum(y, axis=0)  # (results, tokens)
+    if out_scale_ptr is not None:
+        y *= out_scale[:, None]
+    if out_bias_ptr is not None:
+        y += out_bias[:, None]
+    row = tl.arange(0, TOKENS)
+    cell = row.to(tl.int64)[None, :] * stride_out_row + column[:, None]
+    tl.store(out_ptr + cell, y.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & (row < seq)[None, :])
+
+
+@dataclass(frozen=True)
+class AttendProjectConfig:
+    """How it is launched: `span` results of a program, of `block_n`, and `block_c` columns of the cache at a time.
+
+    What is left of the columns is a tile of `rest`.
+    """
+
+    tokens: int
+    heads: int
+    block_d: int
+    block_c: int
+    rest: int
+    block_n: int
+    span: int
+    num_warps: int
+
+
+def attend_project_config(seq: int, heads: int, dim_head: int, prefix: int, outputs: int) -> AttendProjectConfig:
+    """The launch configuration for `seq` queries of so many heads, and `outputs` of the projection."""
+    tokens, span = max(power_of_2(seq), 1), ceil_div(outputs, MULTIPROCESSORS)
+    block_heads = max(power_of_2(heads), ceil_div(16, tokens))
+    block_c = 16
+    while block_c < 64 and 2 * block_c <= prefix:
+        block_c *= 2
+    rest = prefix % block_c if prefix >= block_c else 0
+    rest = max(16, power_of_2(rest)) if rest else 0
+    block_n = max(16, power_of_2(span))
+    num_warps = 4 if tokens * block_heads <= 64 else 8  # more would compute the same twice
+    return AttendProjectConfig(
+        tokens, block_heads, max(32, power_of_2(dim_head)), block_c, rest, block_n, span, num_warps
+    )
+
+
+def takes(rows: int, seq: int, heads: int, kv_heads: int, dim_head: int, prefix: int, operand: torch.dtype) -> bool:
+    """Whether attention and projection are one launch: one row, whose heads share keys, and small enough."""
+    if rows != 1 or kv_heads != 1 or not 16 <= dim_head <= 128 or prefix > MAX_PREFIX or operand.itemsize != 2:
+        return False
+    config = attend_project_config(seq, heads, dim_head, prefix, 1)
+    tile = config.heads * config.block_d * config.block_n * operand.itemsize
+    return config.tokens * config.heads <= MAX_QUERIES and tile <= TILE_BYTES
+
+
+def launch_attend_project(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    weight: Weight,
+    out: Tensor,
+    *,
+    scale: float,
+    cosine: bool,
+    rotary: Rotary | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """Launch `ops.decode_attention` of what `takes` allows, and a linear of its result.
+
+    Args:
+        q: (seq, heads, dim_head), of the last `seq` suffix tokens; heads lie side by side.
+        k, v: (suffix, dim_head).
+        prefix_k, prefix_v: (prefix, dim_head), in the dtype of the product; mask (prefix,).
+        weight: (out, heads * dim_head).
+        out: (seq, out), written, in any float dtype.
+    """
+    (seq, heads, dim_head), suffix, prefix, outputs = q.shape, len(k), len(prefix_k), len(weight.weight)
+    config = attend_project_config(seq, heads, dim_head, prefix, outputs)
+    cos, sin = rotary or (None, None)
+    launch.launch(
+        _attend_project_fwd_kernel, (ceil_div(outputs, config.span),),
+        q, k, v, prefix_k, prefix_v, cos, sin, bias, mask, *weight, out,
+        scale, seq, suffix, heads, prefix, dim_head, 0 if cos is None else cos.shape[1], outputs, config.span,
+        *row_strides(q, k, v, prefix_k, prefix_v, cos, sin), *((0, 0, 0) if bias is None else bias.stride()),
+        *row_strides(weight.weight, out),
+        TOKENS=config.tokens, HEADS=config.heads, BLOCK_D=config.block_d, BLOCK_C=config.block_c,
+        REST=config.rest, LONG=prefix >= 2 * config.block_c, BLOCK_N=config.block_n, BLOCK_SUFFIX=MAX_SUFFIX,
+        COSINE=cosine, OPERAND=OPERANDS[q.dtype], DEPENDENT=launch.in_chain(), chained=True,
+        num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip

@@ -15,8 +15,9 @@ from fastprior.checks import check_number
 from fastprior.engine import shapes
 from fastprior.engine.clock import Clock
 from fastprior.engine.graphs import GraphCache, StepGraph, settings
+from fastprior.engine.runs import Run
 from fastprior.engine.step_cost import StepReads, count_launches, step_seconds
-from fastprior.engine.steps import StepInputs
+from fastprior.engine.steps import Step, StepInputs
 from fastprior.kernels import ops
 from fastprior.models import snapshot
 from fastprior.models.weight_lock import free_in_forks
@@ -123,10 +124,15 @@ class Engine:
             self.graphs = False
         return graph
 
-    def note(self, key: int, reads: StepReads, step: Callable, inputs: StepInputs, shape: tuple[int, int]) -> int:
-        """Keep for `stats` what a step is, of x of a shape: in all the bytes that it reads."""
-        launches = int  # none
-        if ops.on_triton(inputs.rows):
+    def note(
+        self, key: int, reads: StepReads, step: Callable, inputs: StepInputs, shape: tuple[int, int], bound: Step | Run
+    ) -> int:
+        """Keep for `stats` what a step is, of x of a shape: in all the bytes that it reads.
+
+        Its launches are those that the steps of a run, where they are `bound` by one, are known to be; else counted.
+        """
+        launches = partial(int, getattr(bound, "launches", 0))
+        if not launches() and ops.on_triton(inputs.rows):
             like = tree_map(lambda t: torch.empty_like(t, device="meta") if torch.is_tensor(t) else t, inputs)
             launches = cache(partial(count_launches, step, like, shape, self.clock.device))
         self.noted[key] = reads, launches

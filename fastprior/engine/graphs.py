@@ -1,10 +1,11 @@
-"""Runs of one shape on buffers of their own, which CUDA graphs replay: a step is one launch, whatever is in it."""
+"""Runs of one shape on buffers of their own, which CUDA graphs replay: a launch is a step or several."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from fastprior.batches import map_rows
 from fastprior.draws import capturing
+from fastprior.engine.runs import GRAPH_STEPS, DeviceRun, ReplayedRun, Run
+from fastprior.engine.steps import Step
 from fastprior.kernels import ops
 
 TABLE_STEPS = 64  # of which the lengths of step tables in graphs are multiples, so that many solvers share them
@@ -26,7 +29,9 @@ class Pool(NamedTuple):
     stream: torch.cuda.Stream
 
 
-def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) -> tuple[Callable[[], None], Pool, int]:
+def capture(
+    run: Callable[[], None], device: torch.device, pool: Pool | None, warmups: int = WARMUPS
+) -> tuple[Callable[[], None], Pool, int]:
     """Record what `run` launches, after a few plain runs on a side stream.
 
     `run` must take its inputs from tensors that stay where they are, and leave its results in such tensors. What it
@@ -45,7 +50,7 @@ def capture(run: Callable[[], None], device: torch.device, pool: Pool | None) ->
         pool = Pool(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
     pool.stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(pool.stream):
-        for _ in range(WARMUPS):
+        for _ in range(warmups):
             run()
     torch.cuda.current_stream(device).wait_stream(pool.stream)
     graph, options = torch.cuda.CUDAGraph(), dict(stream=pool.stream, capture_error_mode="thread_local")
@@ -109,7 +114,7 @@ def padded_table(t: Tensor) -> Tensor:
 
 
 class StepGraph:
-    """The prefill and the step of one shape, captured on a stream of their own.
+    """The prefill and the steps of one shape, captured on a stream of their own.
 
     Their pool of memory is their own: it goes back to the device at the next `torch.cuda.empty_cache`, capture, or
     allocation that would fail otherwise. One for all shapes would give nothing back before the last is gone.
@@ -121,6 +126,8 @@ class StepGraph:
         shape: (rows, dim) of x.
         steps: of a run, at most.
         dtype: of x and the scale.
+        run: takes the inputs, which it may read where they lie and nowhere else; gives a run of so many steps, whose
+            graphs hold GRAPH_STEPS of them. Where it gives no `DeviceRun`, a graph is one `step`.
 
     Attributes:
         inputs: what the prefill gave.
@@ -137,54 +144,84 @@ class StepGraph:
         shape: tuple[int, int],
         steps: int,
         dtype: torch.dtype = torch.float32,
+        run: Callable[[Any], Run | None] | None = None,
     ):
-        self.sources, buffers = map_rows(sources, torch.clone), []
-        map_rows(self.sources, buffers.append)
-        device = buffers[0].device
-        self.scale = torch.ones((), device=device, dtype=dtype)
-        self.x, self.x0, self.noise = torch.zeros(3, *shape, device=device, dtype=dtype)
-        self.index = torch.zeros((), dtype=torch.int64, device=device)
+        self.sources, self._buffers = map_rows(sources, torch.clone), []
+        map_rows(self.sources, self._buffers.append)
+        self._device = self._buffers[0].device
         self.inputs: Any = None
-        # a graph has one for itself: it goes on using what it was captured with, and others may be replayed meanwhile
-        workspaces = ops.Workspace(), ops.Workspace()
+        self._run: ReplayedRun | None = None
+        workspace = ops.Workspace()
 
         def run_prefill() -> None:
-            with ops.sharing(workspaces[0]):
+            with ops.sharing(workspace):
                 self.inputs = prefill(self.sources)
 
+        with _no_autocast_cache(self._device.type):
+            self._prefill, pool, self.bytes = capture(run_prefill, self._device, None)
+            self._prefill()  # a capture computes nothing, and the warm-up of the steps reads what the prefill wrote
+            made = None if run is None else run(self.inputs)
+            if isinstance(made, DeviceRun):
+                self._capture_run(made, pool)
+            else:
+                self._capture_step(step, shape, steps, dtype, pool)
+        self._buffers += workspace.tensors
+        self.bytes += sum(buffer.nbytes for buffer in self._buffers)
+
+    def _capture_run(self, run: DeviceRun, pool: Pool) -> None:
+        """Capture so many steps of a run as graphs may hold, each graph on the run's own buffers."""
+        run.start(torch.zeros_like(run.x))  # compiles what it launches, and begins with numbers
+        replays: dict[int, Callable[[], None]] = {}
+        for count in sorted(count for count in GRAPH_STEPS if count <= run.steps):
+            warmups = 1 if replays else WARMUPS  # all that several steps launch, those before launched
+            replay, _, grown = capture(partial(run.advance, count), self._device, pool, warmups)
+            replays = {count: replay} | replays
+            self.bytes += grown
+        self._run, self._scale = ReplayedRun(run, replays), run.scale
+        self._buffers += run.buffers
+
+    def _capture_step(self, step: Callable, shape: tuple[int, int], steps: int, dtype: torch.dtype, pool: Pool) -> None:
+        """Capture one step, with copies of its results to where the next one reads them."""
+        self._scale = torch.ones((), device=self._device, dtype=dtype)
+        self._x, self._x0, self._noise = torch.zeros(3, *shape, device=self._device, dtype=dtype)
+        self._index = torch.zeros((), dtype=torch.int64, device=self._device)
+        # a graph has one for itself: it goes on using what it was captured with, and others may be replayed meanwhile
+        workspace = ops.Workspace()
+
         def run_step() -> None:
-            with ops.sharing(workspaces[1]):
-                x, x0 = step(self.inputs, self.scale, self.x, self.x0, self.noise, self.index)
-            self.x.copy_(x)
-            self.x0.copy_(x0)
-            self.index.add_(1).remainder_(steps)  # so that it is never out of range, also while warming up
+            with ops.sharing(workspace):
+                x, x0 = step(self.inputs, self._scale, self._x, self._x0, self._noise, self._index)
+            self._x.copy_(x)
+            self._x0.copy_(x0)
+            self._index.add_(1).remainder_(steps)  # so that it is never out of range, also while warming up
 
-        with _no_autocast_cache(device.type):
-            self._prefill, pool, prefill_bytes = capture(run_prefill, device, None)
-            self._prefill()  # a capture computes nothing, and the step's warm-up reads what the prefill wrote
-            self._step, _, step_bytes = capture(run_step, device, pool)
-        buffers += [self.x, self.x0, self.noise, *workspaces[0].tensors, *workspaces[1].tensors]
-        self._buffers = [*buffers, self.scale, self.index]
-        self.bytes = prefill_bytes + step_bytes + sum(buffer.nbytes for buffer in buffers)
+        self._step, _, grown = capture(run_step, self._device, pool)
+        self.bytes += grown
+        self._buffers += self._x, self._x0, self._noise, self._scale, self._index, *workspace.tensors
 
-    def begin(self, sources: dict, cond_scale: Tensor | float) -> None:
-        """Run the prefill for what a run depends on, of the shapes of the example."""
+    def begin(self, sources: dict, cond_scale: Tensor | float) -> Step | Run:
+        """Run the prefill for what a run depends on, of the shapes of the example; gives its steps for `run_table`.
+
+        Args:
+            cond_scale: of guidance, 0-d; of a `DeviceRun` also (rows,), that of each row.
+        """
         for buffer in self._buffers:
             if buffer.is_cuda:  # made on another stream, for which it must not be free before this run ends
                 buffer.record_stream(torch.cuda.current_stream(buffer.device))
         _copy(sources, self.sources)
-        self.scale.copy_(cond_scale) if torch.is_tensor(cond_scale) else self.scale.fill_(cond_scale)
-        self.index.zero_()
+        self._scale.copy_(cond_scale) if torch.is_tensor(cond_scale) else self._scale.fill_(cond_scale)
         self._prefill()
+        return self._run or self._replay_step
 
-    def step(self, x: Tensor, x0: Tensor, noise: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """The next step of the run, as `run_table` asks for it; its results are the buffers."""
+    def _replay_step(self, x: Tensor, x0: Tensor, noise: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """The next step; its results are the buffers."""
         if index == 0:
-            self.x.copy_(x)
-            self.x0.copy_(x0)
-        self.noise.copy_(noise)
+            self._index.zero_()
+            self._x.copy_(x)
+            self._x0.copy_(x0)
+        self._noise.copy_(noise)
         self._step()
-        return self.x, self.x0
+        return self._x, self._x0
 
 
 def _copy(source: dict, target: dict) -> None:

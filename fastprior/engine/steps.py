@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from fastprior.diffusion.solvers import StepTable
 from fastprior.draws import drawing
 from fastprior.engine import shapes
+from fastprior.engine.runs import GRAPH_STEPS, Run
 from fastprior.kernels import ops
 
-STEPS_AT_ONCE = 8  # of a run on the CPU: between them Python runs, which is slow to wake, and sees an interruption
+STEPS_AT_ONCE = 8  # of a run in C: between them Python runs, which is slow to wake, and sees an interruption
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Predict = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 Step = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]  # x, x0, noise, index -> x, x0
@@ -118,16 +119,15 @@ class Noise(Iterator[Tensor]):
         return noise.to(self._device, self._dtype)
 
 
-def run_table(
-    table: StepTable, step: Step | ops.Run, x: Tensor, noise: Iterator[Tensor], progress: bool = False
-) -> Tensor:
+def run_table(table: StepTable, step: Step | Run, x: Tensor, noise: Iterator[Tensor], progress: bool = False) -> Tensor:
     """Run every step of a table from x (rows, dim), with the next noise at those that draw some: the last x."""
     steps, bar = len(table.times), dict(desc="sampling loop time step", disable=not progress)
-    if isinstance(step, ops.Run):
+    if isinstance(step, Run):
         step.start(x)
+        at_once = STEPS_AT_ONCE if isinstance(step, ops.Run) else GRAPH_STEPS[0]
         with tqdm(total=steps, **bar) as shown:
-            for first in range(0, steps, STEPS_AT_ONCE):
-                drawn = [next(noise) if draws else None for draws in table.draws_noise[first : first + STEPS_AT_ONCE]]
+            for first in range(0, steps, at_once):
+                drawn = [next(noise) if draws else None for draws in table.draws_noise[first : first + at_once]]
                 step(first, drawn)
                 shown.update(len(drawn))
         return step.x
@@ -141,7 +141,7 @@ def run_parts(
     table: StepTable,
     x: Tensor,
     noise: Iterator[Tensor],
-    begin: Callable[[slice, int], tuple[Step | ops.Run, int]],
+    begin: Callable[[slice, int], tuple[Step | Run, int]],
     batch_sizes: Sequence[int],
     prompts: int,
     groups: int = 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from fastprior.diffusion.solvers import StepTable
 from fastprior.engine import shapes
 from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph, padded_table
+from fastprior.engine.runs import Run
 from fastprior.engine.step_cost import StepReads, step_reads
 from fastprior.engine.steps import Noise, Step, StepInputs, bind, run_parts, run_table, solver_step, with_unconditional
 from fastprior.models import quality, snapshot
@@ -92,7 +94,7 @@ class PromptRun:
         """
         reads = []
 
-        def begin(part: slice, batch: int) -> tuple[Step, int]:
+        def begin(part: slice, batch: int) -> tuple[Step | Run, int]:
             if whole:
                 own = self.part(part, part.stop - part.start)
                 return own.begin_whole(net, x), own.prompts
@@ -100,13 +102,13 @@ class PromptRun:
                 own, tensors = self.part(part, batch), next(sources)
                 graph = own.graph(engine, net, tensors, x.dtype)
                 if graph is not None:
-                    graph.begin(tensors, self.scale)
-                    reads.append(own.note(engine, net, own.step(net), graph.inputs))
-                    return graph.step, batch
+                    bound = graph.begin(tensors, self.scale)
+                    reads.append(own.note(engine, net, own.step(net), graph.inputs, bound))
+                    return bound, batch
             own = self.part(part, batch if engine.compile else part.stop - part.start)
             step = own.step(net)
             bound, inputs = own.begin(net, step, x, engine if engine.compile else None)
-            reads.append(own.note(engine, net, step, inputs))
+            reads.append(own.note(engine, net, step, inputs, bound))
             return bound, own.prompts
 
         batch_sizes = engine.batch_sizes if engine.compile or sources is not None else (self.prompts,)
@@ -116,7 +118,7 @@ class PromptRun:
 
     def begin(
         self, net: PriorTransformer, step: Callable, x: Tensor, engine: Engine | None = None
-    ) -> tuple[Step, StepInputs]:
+    ) -> tuple[Step | Run, StepInputs]:
         """Steps without graphs, for x in a dtype; an engine compiles them, behind prefixes of few lengths."""
         prior, device = self.prior, x.device
         index, times = torch.tensor(self.prefixes, device=device), torch.tensor(self.table.times, device=device)
@@ -126,10 +128,20 @@ class PromptRun:
         cond = prior.share(cond, self.samples)
         cond = cond if net is prior else net.prepare(cond)
         inputs = StepInputs(cond, self.table.rows.to(device, x.dtype))
+        if (run := self.prepared(net, inputs)) is not None:
+            return run, inputs
         if engine is not None:
             key = cond.prefix.k.shape, inputs.rows.shape, self.rows, self.guided, x.dtype, *self.solver
             step = engine.step(net, key, step)
         return bind(step, inputs, torch.tensor(self.scale, dtype=x.dtype, device=device)), inputs
+
+    def prepared(self, net: PriorTransformer, inputs: StepInputs) -> Run | None:
+        """A run whose steps are kernels alone; None where there is none for them, as there is for fp32 alone."""
+        if inputs.rows.dtype != torch.float32:
+            return None
+        clamp, radius, uses_prediction = self.solver
+        solver = dict(coefficients=inputs.rows, clamp=clamp, radius=radius, uses_prediction=uses_prediction)
+        return net.prepare_run(inputs.cond, self.rows, self.guided, cond_scale=self.scale, **solver)
 
     def begin_whole(self, net: PriorTransformer, x: Tensor) -> Step:
         """Steps that call every module of a network as it stands."""
@@ -167,11 +179,11 @@ class PromptRun:
 
         def capture() -> StepGraph:
             step, shape = engine.step(net, key, self.step(net)), (self.rows, prior.config["embedding_dim"])
-            return StepGraph(prefill, step, sources, shape, len(sources["rows"]), dtype)
+            return StepGraph(prefill, step, sources, shape, len(sources["rows"]), dtype, partial(self.prepared, net))
 
         return engine.graph(engine.key(*key, prior.dtype), f"batch size {self.prompts}", capture)
 
-    def note(self, engine: Engine, net: PriorTransformer, step: Callable, inputs: StepInputs) -> int:
+    def note(self, engine: Engine, net: PriorTransformer, step: Callable, inputs: StepInputs, bound: Step | Run) -> int:
         """Note the steps of a run for `stats`: the bytes that each reads."""
         prefix, suffix = inputs.cond.prefix, 2 + (net.prd_embedding is not None)
         modules = net.transformer_blocks, net.proj_in, net.norm_in, net.norm_out, net.proj_to_clip_embeddings
@@ -180,7 +192,7 @@ class PromptRun:
         weights, _, vectors = snapshot.once(modules[0], "reads", lambda: step_reads(filter(None, modules), (), ()))
         _, of_prefix, of_tables = step_reads((), (prefix.k, prefix.v), (*tables, self.table.rows[:1]))
         reads = StepReads(weights, of_prefix, vectors + of_tables)
-        return engine.note(0, reads, step, inputs, (self.rows, net.config["embedding_dim"]))
+        return engine.note(0, reads, step, inputs, (self.rows, net.config["embedding_dim"]), bound)
 
 
 def _padded(prefix: Prefix, prompts: int, longest: int) -> Prefix:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -107,13 +108,14 @@ class PriorGraphs:
                 steps, samples = CachedSteps(prior.net, plan), rows // len(sources["text_embed"])
                 sources |= map_rows(steps.tables(), padded_table)
                 prefill, shape = (lambda s: steps.prefill(s, samples, s)), (rows, prior.net.dim)
-                what = prefill, steps.step, sources, shape, len(sources["rows"])
-                graph = self._engine.graph(key, f"a run of {rows} rows", lambda: StepGraph(*what))
+                run = partial(steps.run, cond_scale=1.0, samples=rows)
+                what = partial(StepGraph, prefill, steps.step, sources, shape, len(sources["rows"]), run=run)
+                graph = self._engine.graph(key, f"a run of {rows} rows", what)
                 if graph is None:
                     return None
                 with self._engine.clock:
-                    graph.begin(sources, cond_scale)
-                    x = run_prior(prior, noise, lambda x: run_table(plan.table, graph.step, x, noise, progress))
+                    step = graph.begin(sources, cond_scale)
+                    x = run_prior(prior, noise, lambda x: run_table(plan.table, step, x, noise, progress))
                     return x.clone()  # it may be a buffer
             finally:
                 self._thread = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprior.batches import repeat_rows
+from fastprior.engine.runs import Run
 from fastprior.engine.step_cost import StepReads, step_reads
 from fastprior.engine.steps import Predict, Step, StepInputs, bind, run_table, solver_step
 from fastprior.kernels import ops
@@ -80,8 +81,8 @@ class CachedSteps:
         cond = cond if self.step_net is net else self.step_net.prepare(cond)
         return StepInputs(cond, tables["rows"], tables["null_table"])
 
-    def in_c(self, inputs: StepInputs, cond_scale: float, samples: int) -> ops.Run | None:
-        """A run for `samples` rows whose steps are each one kernel of the CPU; None where there is none for them."""
+    def run(self, inputs: StepInputs, cond_scale: float, samples: int) -> Run | None:
+        """A run for `samples` rows whose steps are kernels alone, in C one each; None where there is none for them."""
         net = self.step_net
         if not isinstance(net, DiffusionPriorNetwork) or torch.get_default_dtype() != torch.float32:  # of the noise
             return None
@@ -123,10 +124,10 @@ def sample_loop(
         return run_prior(prior, noise, lambda x: run_table(table, step, x, noise, progress))
 
 
-def _cached_step(net: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict, cond_scale: float) -> Step | ops.Run:
+def _cached_step(net: nn.Module, plan: SamplingPlan, rows: int, text_cond: dict, cond_scale: float) -> Step | Run:
     steps = CachedSteps(net, plan)
     inputs = steps.prefill(text_cond, rows // max(len(text_cond["text_embed"]), 1))
-    if (run := steps.in_c(inputs, cond_scale, rows)) is not None:
+    if (run := steps.run(inputs, cond_scale, rows)) is not None:
         return run
     return bind(steps.step, inputs, torch.tensor(cond_scale, dtype=torch.float32, device=steps.rows.device))
 

@@ -17,6 +17,7 @@ from fastprior.checks import check_number
 from fastprior.diffusion.learned_tables import LearnedTable
 from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph
+from fastprior.engine.runs import Run
 from fastprior.engine.shapes import BATCH_SIZES
 from fastprior.engine.steps import Noise, Step, bind, run_parts
 from fastprior.kernels import ops
@@ -249,8 +250,9 @@ class PriorSampler:
         """Find or capture the graphs of a batch size; None where that fails, or there is no memory for them."""
         steps, repeats = self._steps, self.samples_per_prompt
         prefill, shape = (lambda text_cond: steps.prefill(text_cond, repeats)), (batch * repeats, self._net.dim)
-        what = prefill, self._step(batch), padded, shape, len(self.plan.table.times)
-        return self._engine.graph(self._engine.key(batch), f"batch size {batch}", lambda: StepGraph(*what))
+        run = partial(steps.run, cond_scale=1.0, samples=shape[0])
+        what = partial(StepGraph, prefill, self._step(batch), padded, shape, len(self.plan.table.times), run=run)
+        return self._engine.graph(self._engine.key(batch), f"batch size {batch}", what)
 
     def stats(self, bandwidth: float | None = None) -> dict[str, float]:
         """How the last 1000 calls went, without those of `warmup`, and what a step takes.
@@ -343,19 +345,18 @@ class PriorSampler:
         engine, device = self._engine, self._engine.clock.device
         scale = torch.tensor(cond_scale, dtype=torch.float32, device=device)
 
-        def begin(part: slice, batch: int) -> tuple[Step | ops.Run, int]:
+        def begin(part: slice, batch: int) -> tuple[Step | Run, int]:
             padded = self._padded(map_rows(text_cond, lambda t: t[part]), batch)
             graph = self._graph(batch, padded) if self.graphs else None
             if graph is not None:
-                graph.begin(padded, scale)
-                inputs, step = graph.inputs, graph.step
+                inputs, step = graph.inputs, graph.begin(padded, scale)
             else:
                 inputs = self._steps.prefill(padded, repeats)
-                step = self._steps.in_c(inputs, cond_scale, batch * repeats)
+                step = self._steps.run(inputs, cond_scale, batch * repeats)
                 step = step or bind(self._step(batch), inputs, scale)
             if batch not in engine.noted:
                 reads, shape = network_reads(self._step_net, inputs), (batch * repeats, self.prior.image_embed_dim)
-                engine.note(batch, reads, self._steps.step, inputs, shape)
+                engine.note(batch, reads, self._steps.step, inputs, shape, step)
             engine.clock.read += sum(engine.noted[batch][0]) * len(table.times)
             return step, batch
 

@@ -257,4 +257,4 @@ def test_a_graph_keeps_the_workspace_that_it_was_captured_with(monkeypatch):
     assert len(used[2]) == len(used[5]) == 1 and not used[2] & used[5]
     assert kept >= {address for addresses in (*used[2], *used[5]) for address in addresses}
     assert not around.tensors
-    assert graph.bytes == 2000 + 4 * 8 * 4 + 4 * (6 + 15 + 2 * workspace.COUNTERS)
+    assert graph.bytes == 2000 + 4 * 8 * 4 + 12 + 4 * (6 + 15 + 2 * workspace.COUNTERS)

@@ -75,9 +75,9 @@ class Tape(TorchDispatchMode):
                     kept.copy_(new)
 
 
-def capture(run, device, pool):
+def capture(run, device, pool, warmups=graphs.WARMUPS):
     """As `graphs.capture`: what was recorded runs again; each counts as 1000 bytes."""
-    for _ in range(graphs.WARMUPS):
+    for _ in range(warmups):
         run()
     tape = Tape()
     with tape:

@@ -61,7 +61,7 @@ def test_bits_of_c_and_of_the_sampler(prior):
     with torch.no_grad(), ops.sharing():
         steps = CachedSteps(prior.net, plan)
         inputs = steps.prefill(text, 1)
-        assert isinstance(steps.in_c(inputs, 2.5, 3), ops.Run)
+        assert isinstance(steps.run(inputs, 2.5, 3), ops.Run)
         step = bind(steps.step, inputs, torch.tensor(2.5))
         assert torch.equal(prior.denormalize(run_table(plan.table, step, draw, iter(()))), wanted)
     sampler = PriorSampler(prior, batch_sizes=(3,), timesteps=N, solver="learned", compile=False)

@@ -163,6 +163,15 @@ class PriorForward(NoticesForeignStates):
         time_tokens = cond.time_tokens.index_select(0, index.reshape(-1))
         return self.predict_behind(x.to(cond.prefix.dtype), time_tokens, cond.prefix).flatten(0, -2)
 
+    def prepare_run(self, cond: PriorTransformerConditioning, rows: int, guided: int, **solver) -> ops.Run | None:
+        """A run whose steps are kernels alone; None where there is none for them, as for now.
+
+        Args:
+            cond: see `step`; of `rows` rows, and then of the unconditional branch of the first `guided` of them.
+            **solver: coefficients (steps, 6), cond_scale, clamp, radius and uses_prediction, see `solver_step`.
+        """
+        return None
+
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
         """Undo the normalisation of CLIP embeddings: `latents * clip_std + clip_mean`; None leaves a part out."""
         if self.clip_std is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fastprior.models import snapshot
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.pipelines.prior_pipeline import PriorPipeline
 from fastprior.pipelines.text_encoding import TextEncoding
-from helpers import captures
+from helpers import captures, device_runs
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, relative_error
 
@@ -203,6 +204,41 @@ def test_a_graph_serves_all_solvers_and_steps(captured):
         captured.clear()
         sample(ours, **kwargs)
         assert len(captured) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["unclip", "ddim", "heun"])
+def test_runs_of_launches_alone(schedule, captured, monkeypatch):
+    """With graphs, of several steps, and without: the bits of single steps, and what a step launches is known.
+
+    There are none for fp64, and here none for a solver that uses the prediction of the same step.
+    """
+    prior = make_transformer()
+    cases = [
+        dict(lengths=[9], num_inference_steps=21), dict(lengths=[3, 12, 5], guidance_scale=1.0, generator=[*range(3)]),
+        dict(num_images_per_prompt=2, num_inference_steps=25), dict(lengths=[9], guidance_scale=2.0),
+        dict(zero_embed=None), dict(latents=torch.ones(1, DIM, dtype=torch.float64)),
+    ]  # fmt: skip
+
+    def results(pipeline) -> list[torch.Tensor]:
+        found = []
+        for case in cases:
+            seeds = case.get("generator", 1)
+            generator = [seeded(seed) for seed in seeds] if isinstance(seeds, list) else seeded(seeds)
+            found.append(sample(pipeline, **case | dict(generator=generator)))
+        return found
+
+    with ops.using("reference"):
+        wanted = [results(make(prior, schedule, batch_sizes=(1, 2))) for make in (with_graphs, with_plain)]
+        made = device_runs.of_networks(monkeypatch)
+        for make, alone in zip((with_graphs, with_plain), wanted):
+            ours = make(prior, schedule, batch_sizes=(1, 2))
+            for case, got, before in zip(cases, results(ours), alone):
+                assert torch.equal(got, before), case
+            sample(ours)
+            assert ours.stats()["launches"] == (schedule != "ddim") * device_runs.FakeRun.launches
+    counts = {run.args[0] for run, *_ in captured if isinstance(run, partial)}
+    assert counts == ({1, 4, 16} if made else set()) and bool(made) == (schedule != "ddim")
 
 
 @pytest.mark.parametrize("change", ["load", "assign", "data", "item", "move", "replace", "adapter", "prior"])

@@ -17,7 +17,7 @@ from fastprior.diffusion.solvers import SPACED, SPACINGS
 from fastprior.engine import graphs
 from fastprior.kernels import ops
 from fastprior.prior import graphs as prior_graphs
-from helpers import captures
+from helpers import captures, device_runs
 from helpers.at_once import at_once
 from helpers.priors import make_prior, make_text, plain
 
@@ -107,6 +107,60 @@ def test_the_same_bits_and_draws(net, graphs, captured, monkeypatch):
             states.append((result, torch.get_rng_state(), torch.empty(0) if own is None else own.get_state()))
         assert all(map(torch.equal, *states)), case
     assert 2 <= count(ours) == len(captured) / 2 <= 8 and not prior_graphs.graphs_of(ours).cache.failed
+
+
+@pytest.fixture
+def device_runs_made(monkeypatch):
+    return device_runs.of_networks(monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["default", "discrete", "many", "self_cond"])
+def test_runs_of_launches_alone(net, captured, device_runs_made):
+    """With graphs and without, any options: the bits and draws of steps one by one, and no graph of a single step.
+
+    Where there is no such run, with self-conditioning, each graph is of a step.
+    """
+    choose, prior = random.Random(f"runs {net}"), make_prior(NETWORKS[net])
+    ours, other, per_shape = with_graphs(prior), without_graphs(prior), 2 if net == "self_cond" else 4
+    for _ in range(10):
+        case, found = options(choose, net), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fastprior.DiffusionPriorNetwork, "prepare_run", lambda *args, **kwargs: None)
+            found.append(sample(other, **case))
+        found += [sample(which, **case) for which in (ours, other)]
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), case
+    assert len(captured) == per_shape * count(ours) and not prior_graphs.graphs_of(ours).cache.failed
+    assert bool(device_runs_made) == (net != "self_cond")
+
+
+def test_a_run_serves_all_solvers_and_is_of_new_weights(captured, device_runs_made):
+    ours, text = with_graphs(make_prior(timesteps=200)), make_text(2, 32)
+    for kwargs in (
+        dict(timesteps=64), dict(solver="dpm++"), dict(cond_scale=3.0), dict(eta=0.2), dict(seed=2, timesteps=17),
+    ):  # fmt: skip
+        assert torch.equal(sample(ours, text, **kwargs), sample(without_graphs(ours), text, **kwargs))
+        assert len(captured) == 4
+    with torch.no_grad():
+        ours.net.learned_query.mul_(-1)
+    assert torch.equal(sample(ours, text), sample(without_graphs(ours), text)) and len(captured) == 8
+    first, *_, last = [run for run in device_runs_made if run.asked[:2] == ["start", 1]]
+    assert first is not last and first.steps == last.steps == 64, "tables are padded"
+    ours.graph_memory = 4000
+    with pytest.warns(UserWarning, match="a run of 2 rows runs without graphs"):
+        got = sample(ours, text, seed=3)
+    assert torch.equal(got, sample(without_graphs(ours), text, seed=3))
+
+
+def test_a_run_that_cannot_be_captured_goes_without(captured, device_runs_made, monkeypatch):
+    advance = device_runs.FakeRun.advance
+    monkeypatch.setattr(
+        device_runs.FakeRun, "advance", lambda run, n: advance(run, n) or (n == 4 and run.index.nonzero())
+    )
+    ours, text = with_graphs(make_prior()), make_text(2, 32)
+    with pytest.warns(UserWarning, match="a run of 2 rows was not captured as a CUDA graph"):
+        got = sample(ours, text)
+    assert torch.equal(got, sample(without_graphs(ours), text)) and len(captured) == 3
 
 
 def test_other_methods_and_results_that_stay(captured):

@@ -1,4 +1,4 @@
-"""Runs of a `DiffusionPrior` on CUDA by graphs: the result of runs without, to the bit, at one launch a step."""
+"""Runs of a `DiffusionPrior` on CUDA by graphs: the result of runs without, to the bit, at few launches."""
 
 from __future__ import annotations
 

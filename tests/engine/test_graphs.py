@@ -111,6 +111,9 @@ def test_captures_have_a_stream_and_workspaces_of_their_own(cuda):
     cuda.events.clear()
     assert graphs.capture(cuda.run, SECOND, pool)[1] is pool and cuda.events == wanted
     cuda.events.clear()
+    graphs.capture(cuda.run, SECOND, pool, 1)
+    assert cuda.events == [wanted[0], *wanted[3:]], "of what is warm already"
+    cuda.events.clear()
     graphs.capture(cuda.run, torch.device("cuda:0"), None)
     assert ("begin", (0, 2), "cuda:0 stream 2", "thread_local") in cuda.events and ("device", "cuda:0") in cuda.events
 

@@ -169,21 +169,27 @@ def test_seeds_of_each_row(captured):
         assert torch.equal(got[row], run_table(table, bind(STEP, own, torch.tensor(2.0)), next(alone), alone)[0])
 
 
-def test_memory_of_a_run(captured):
-    """All its buffers count, are kept from other streams, and go with the graphs, at once."""
-    made = []
-    graph = make_graph(make_table(9), made)
-    sources, (run,) = sum(t.nbytes for t in graph.sources.values()), made
-    assert graph.bytes == 4 * 1000 + sources + 4 * ROWS * DIM * (64 + 2) + ROWS * (4 + 8)
-    assert {id(t) for t in graph._buffers} >= {id(t) for t in run.buffers}
-    cache, kept = graphs.GraphCache(graph.bytes), [weakref.ref(graph), weakref.ref(run)]
+@pytest.mark.parametrize("of_a_run", [True, False], ids=["run", "step"])
+def test_memory(of_a_run, captured):
+    """All buffers count, are kept from other streams, and go with the graphs, at once."""
+    made, table = [], make_table(9)
+    sources = make_sources(table)
+    graph = graphs.StepGraph(prefill, STEP, sources, (ROWS, DIM), 64) if not of_a_run else make_graph(table, made)
+    bytes, kept = sum(t.nbytes for t in sources.values()), [weakref.ref(graph), *map(weakref.ref, made)]
+    if of_a_run:
+        assert graph.bytes == 4 * 1000 + bytes + 4 * ROWS * DIM * (64 + 2) + ROWS * (4 + 8)
+        assert {id(t) for t in graph._buffers} >= {id(t) for t in made[0].buffers}
+    else:
+        assert graph.bytes == 2 * 1000 + bytes + 4 * ROWS * DIM * 3 + 4 + 8
+    cache = graphs.GraphCache(None)
     cache.kept[1] = graph
-    del graph, run
+    run_table(table, graph.begin(sources, 2.0), torch.zeros(ROWS, DIM), Noise((ROWS, DIM), torch.device("cpu")))
+    del graph
     made.clear()
     gc.disable()  # what is in a cycle would hold its memory until it runs
     try:
-        cache.get(2, "two", lambda: make_graph(make_table(9), []))
-        assert [ref() for ref in kept] == [None, None] and cache.evictions == 1
+        cache.limit(1)
+        assert not any(ref() for ref in kept) and cache.evictions == 1
     finally:
         gc.enable()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..arguments import LinearArgs, flat
 from ..reference import NormArgs
-from . import launch, norm, workspace
+from . import launch, norm, skinny_linear, workspace
 from .launch import as_rows, ceil_div, check, check_dtype, promoted, row_strides
 
 MAX_ROWS = 64
@@ -182,14 +182,16 @@ def linear_config(rows: int, inner: int, dim: int, itemsize: int) -> LinearConfi
 def linear_fwd(args: LinearArgs) -> tuple[Tensor, Tensor]:
     """Launch `linear` of 1 to 64 rows (rows, in), with norms of 1 to 16.
 
-    x, weights, stream and residual have any row stride. A sum that is split takes the `workspace` that is current;
-    without one it makes and clears its own.
+    x, weights, stream and residual have any row stride. Products of 16 bits of up to 16 rows are `skinny_linear`'s. A
+    sum that is split takes the `workspace` that is current; without one it makes and clears its own.
 
     Returns:
         the result, and the sum of a stream, which is empty without one.
     """
     x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, _ = args
     (rows, dim), columns, dtype = x.shape, args.columns, args.product_dtype
+    if skinny_linear.takes(rows, dtype):
+        return _skinny_fwd(args)
     inner = columns - (0 if beside is None else len(beside))
     config = linear_config(rows, columns, dim, dtype.itemsize)
     tiles = ceil_div(inner, config.block_n) + ceil_div(columns - inner, config.block_n)
@@ -207,6 +209,23 @@ def linear_fwd(args: LinearArgs) -> tuple[Tensor, Tensor]:
         ACTIVATION=activation, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_NORM=512 // dtype.itemsize, OPERAND=OPERANDS[dtype],
         num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, total
+
+
+def _skinny_fwd(args: LinearArgs) -> tuple[Tensor, Tensor]:
+    (out, total), first = _results(args), len(args.weight)
+    weights = [skinny_linear.Weight(args.weight, args.bias, args.scale)]
+    if args.beside is not None:
+        vectors = [(None, None) if t is None else (t[:first], t[first:]) for t in (args.bias, args.scale)]
+        weights = [
+            skinny_linear.Weight(weight, *(parts[number] for parts in vectors))
+            for number, weight in enumerate((args.weight, args.beside))
+        ]
+    skinny_linear.launch_skinny_linear(
+        args.x, weights, out, operand=args.product_dtype, stream=args.stream, stream_gain=args.stream_gain,
+        total=None if args.stream is None else total, norm_gain=args.norm_gain, norm_bias=args.norm_bias, eps=args.eps,
+        activation=args.activation, residual=args.residual,
     )  # fmt: skip
     return out, total
 
@@ -231,8 +250,8 @@ launch.by_reference(_linear, flat(_reference)[0])
 def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     """`ops.linear` by one kernel, for up to 64 rows; PyTorch computes more, and every gradient.
 
-    Norms of more than 16 rows are kernels of their own. Sums are accumulated and finished in fp32. A weight may be a
-    slice of a larger one, with a stride between its rows; float8 weights need compute capability 8.9.
+    Norms of more than 16 rows, and of long ones, are kernels of their own. Sums are accumulated and finished in fp32. A
+    weight may be a slice of a larger one, with a stride between its rows; float8 weights need compute capability 8.9.
     """
     _check(args)
     leading, dtype, gain = args.x.shape[:-1], args.product_dtype, args.norm_gain
@@ -240,7 +259,8 @@ def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     rows, shift = x.shape[0], None if gain is None else args.norm_bias
     args = args._replace(x=x, residual=residual, stream=stream, norm_bias=shift, dtype=dtype)
     total = None
-    if rows > MAX_NORM_ROWS and (stream is not None or gain is not None):
+    held = not skinny_linear.takes(rows, dtype) or skinny_linear.holds(rows, x.shape[1])
+    if (rows > MAX_NORM_ROWS or not held) and (stream is not None or gain is not None):
         if stream is not None:
             x = total = norm.layer_norm(NormArgs(x, args.stream_gain, eps=args.eps, after=stream))
         if gain is not None:

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..cpu.blocks import Block
 from ..reference import Rotary
 from . import attend_project, decode, launch, skinny_linear, step
-from .launch import power_of_2
-from .skinny_linear import OPERANDS, Weight
+from .skinny_linear import Weight
 from .step import RunState, RunTables
 
 MAX_PREFIX = 512  # from which a launch over the cache is two
@@ -133,10 +132,9 @@ def prepare_run(
     weights = [t for block in (*blocks, head) for t in block if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in weights):
         return None
-    if dtype not in OPERANDS or any(t.ndim == 2 and t.stride(1) != 1 for t in weights) or rows % prompts:
+    if any(t.ndim == 2 and t.stride(1) != 1 for t in weights) or rows % prompts:
         return None
-    held = [width, *[inner for block in blocks[:1] if block.inner_gain is not None]]
-    if not all(skinny_linear.takes(tokens, dim, True) for dim in held) or power_of_2(width) > launch.MAX_DIM:
+    if not skinny_linear.takes(tokens, dtype) or max(width, len(head.q)) > launch.MAX_DIM:
         return None
     if prefix >= MAX_PREFIX or suffix > decode.MAX_SUFFIX or not 16 <= dim_head <= 128:
         return None

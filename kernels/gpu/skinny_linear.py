@@ -31,7 +31,7 @@ TILE_BYTES = (
     112 * 1024
 )  # of weights in shared memory: two programs, such as one and the next launch's, fit side by side
 CHUNK_BYTES = 32 * 1024  # that are under way at a time, behind those that were asked for before the wait
-HELD = 2**16  # numbers of normalised rows that registers hold
+HELD = 48 * 32  # numbers of rows with a norm that a warp's registers hold, with room for a tile of weights
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -44,31 +44,31 @@ def _load_rows(ptr, row, in_rows, stride, k, dim):
 
 
 @triton.jit
-def _row_sum(chunks, CHUNKS: tl.constexpr):
-    """Sums of rows whose columns lie in chunks, (1, rows, 1)."""
-    total = tl.sum(chunks[0], axis=2)
-    for chunk in tl.static_range(1, CHUNKS):
-        total += tl.sum(chunks[chunk], axis=2)
-    return tl.sum(total, axis=0)[None, :, None]
+def _across(parts):
+    """Sums of rows, (1, rows, 1), of those of their parts, (parts, rows)."""
+    return tl.sum(parts, axis=0)[None, :, None]
 
 
 @triton.jit
 def _normed(chunks, gains, biases, k, dim, eps, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """LayerNorm of rows in chunks, all fp32."""
-    mean = _row_sum(chunks, CHUNKS) / dim
-    squares, centred = (), ()
+    """LayerNorm of rows that are held in chunks, all fp32."""
+    total = tl.sum(chunks[0], axis=2)
+    for chunk in tl.static_range(1, CHUNKS):
+        total += tl.sum(chunks[chunk], axis=2)
+    mean = _across(total) / dim
+    squares, centred = tl.zeros(total.shape, tl.float32), ()
     for chunk in tl.static_range(CHUNKS):
         c = tl.where(k + chunk * CHUNK < dim, chunks[chunk] - mean, 0.0)
         centred += (c,)
-        squares += (c * c,)
-    rstd = 1.0 / tl.sqrt_rn(_row_sum(squares, CHUNKS) / dim + eps)
+        squares += tl.sum(c * c, axis=2)
+    rstd = 1.0 / tl.sqrt_rn(_across(squares) / dim + eps)
     out = ()
     for chunk in tl.static_range(CHUNKS):
         y = centred[chunk] * rstd
         if gains is not None:
-            y *= gains[chunk]
+            y *= gains[chunk].to(tl.float32)
         if biases is not None:
-            y += biases[chunk]
+            y += biases[chunk].to(tl.float32)
         out += (y,)
     return out
 
@@ -79,8 +79,15 @@ def _load_vector(ptr, k, dim, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
     out = ()
     for chunk in tl.static_range(CHUNKS):
         at = k + chunk * CHUNK
-        out += (tl.load(ptr + at, mask=at < dim, other=0.0).to(tl.float32),)
+        out += (tl.load(ptr + at, mask=at < dim, other=0.0),)
     return out
+
+
+@triton.jit
+def _store_total(total_ptr, x, row, in_rows, at, dim):
+    """Write a chunk of a stream's sum."""
+    cell = total_ptr + row[None, :, None] * dim + at
+    tl.store(cell, x.to(total_ptr.dtype.element_ty), mask=in_rows[None, :, None] & (at < dim))
 
 
 @triton.jit
@@ -114,8 +121,8 @@ def _skinny_linear_fwd_kernel(
     stride_x_row, stride_weight_row, stride_second_row, stride_third_row, stride_stream_row, stride_residual_row,
     stride_out_group, stride_out_row, eps,
     ACTIVATION: tl.constexpr, STABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
-    OPERAND: tl.constexpr, DEPENDENT: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr, OPERAND: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
@@ -203,10 +210,7 @@ def _skinny_linear_fwd_kernel(
                 xs += (streams[chunk] + normed[chunk],)
             if tl.program_id(0) == 0:
                 for chunk in tl.static_range(CHUNKS):
-                    at = k + chunk * CHUNK
-                    cell = total_ptr + row[None, :, None] * dim + at
-                    total = xs[chunk].to(total_ptr.dtype.element_ty)
-                    tl.store(cell, total, mask=in_rows[None, :, None] & (at < dim))
+                    _store_total(total_ptr, xs[chunk], row, in_rows, k + chunk * CHUNK, dim)
         if STABLE:
             top = tl.full((PARTS, BLOCK_M), -float("inf"), tl.float32)
             for chunk in tl.static_range(CHUNKS):
@@ -218,17 +222,18 @@ def _skinny_linear_fwd_kernel(
             xs = divided
         if NORMED:
             xs = _normed(xs, gains, biases, k, dim, eps, CHUNKS, CHUNK)
-    else:
-        xs = (_load_rows(x_ptr, row, in_rows, stride_x_row, k, dim),)
 
     y = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
     for chunk in tl.static_range(CHUNKS):
         if chunk + AHEAD < CHUNKS:
             at = k + (chunk + AHEAD) * CHUNK
             tiles_ahead += (_load_tile(weight_ptr, weight_row, in_tile, stride_weight_row, at, dim),)
-        if not HOLDS and chunk + 1 < CHUNKS:
-            xs += (_load_rows(x_ptr, row, in_rows, stride_x_row, k + (chunk + 1) * CHUNK, dim),)
-        y = _multiply(tiles_ahead[chunk], xs[chunk], y, OPERAND)
+        at = k + chunk * CHUNK
+        if HOLDS:
+            x = xs[chunk]
+        else:
+            x = _load_rows(x_ptr, row, in_rows, stride_x_row, at, dim)
+        y = _multiply(tiles_ahead[chunk], x, y, OPERAND)
     y = tl.sum(y, axis=0)
 
     if scale_ptr is not None:
@@ -273,23 +278,26 @@ def block_rows(rows: int) -> int:
     return max(4, power_of_2(rows))
 
 
-def skinny_config(rows: int, outputs: int, dim: int, itemsize: int, pairs: bool = False, held: int = 0) -> SkinnyConfig:
+def skinny_config(
+    rows: int, outputs: int, dim: int, itemsize: int, pairs: bool = False, held: int = 0, quantised: bool = False
+) -> SkinnyConfig:
     """The launch configuration of a linear.
 
     Args:
         outputs: of all weights; with `pairs` as many pairs.
         itemsize: bytes of a weight in shared memory.
-        held: numbers of rows that registers hold.
+        held: numbers of rows with a norm.
+        quantised: whether weights have 8 bits.
     """
     span = ceil_div(outputs, MULTIPROCESSORS)
     each = 2 if pairs else 1
-    block_n = min(64, max(16, power_of_2(span) * each))
+    # of what registers hold besides; weights of 8 bits stand there, too, before they are converted
+    most = 64 if held <= 8 * HELD else 16 if quantised else 32
+    block_n = min(most, max(16, power_of_2(span) * each))
     span = min(span, block_n // each)
     most = max(128, CHUNK_BYTES // (block_n * itemsize))
     chunk = next((c for c in (1024, 512, 256) if c <= most and -dim % c * 8 <= dim), 128)
-    num_warps = 8 if block_n * dim * itemsize > 16 * 1024 else 4
-    while num_warps < 16 and held > num_warps * 32 * 64:  # registers of a thread
-        num_warps *= 2
+    num_warps = 16 if held > 8 * HELD else 8
     parts = min(num_warps, chunk // 32)
     chunks = ceil_div(dim, chunk)
     ahead = max(1, min(chunks, TILE_BYTES // (block_n * chunk * itemsize)))
@@ -304,9 +312,14 @@ class Weight(NamedTuple):
     scale: Tensor | None = None
 
 
-def takes(rows: int, dim: int, held: bool) -> bool:
-    """Whether a skinny linear takes so many rows; `held` of those that are normalised or added to a stream."""
-    return rows <= MAX_ROWS and (not held or power_of_2(max(rows, 8)) * dim <= HELD)
+def takes(rows: int, operand: torch.dtype) -> bool:
+    """Whether a skinny linear takes so many rows, of products in 16 bits: those of fp32 would not fit registers."""
+    return rows <= MAX_ROWS and operand in OPERANDS and operand.itemsize == 2
+
+
+def holds(rows: int, dim: int) -> bool:
+    """Whether it also takes their norm; longer rows need a launch for that."""
+    return block_rows(rows) * dim <= 11 * HELD
 
 
 def launch_skinny_linear(
@@ -337,9 +350,8 @@ def launch_skinny_linear(
     """
     (rows, dim), pairs = x.shape, activation == "swiglu"
     counts = [len(w.weight) // (2 if pairs else 1) for w in weights]
-    itemsize = operand.itemsize
-    held = block_rows(rows) * dim if norm_gain is not None or stable or stream is not None else 0
-    config = skinny_config(rows, sum(counts), dim, itemsize, pairs, held)
+    held = 0 if norm_gain is None and stream is None and not stable else block_rows(rows) * dim
+    config = skinny_config(rows, sum(counts), dim, operand.itemsize, pairs, held, weights[0].scale is not None)
     out = out if out.ndim == 3 else out[:, None]
     given = [*weights, *[Weight(None)] * (3 - len(weights))]
     launch.launch(
@@ -348,8 +360,8 @@ def launch_skinny_linear(
         stream, stream_gain, norm_gain, norm_bias, residual, out, total,
         rows, *counts, *[0] * (3 - len(counts)), dim, config.span,
         out.shape[1], *row_strides(x, *(w.weight for w in given), stream, residual), *out.stride()[:2], eps,
-        ACTIVATION=activation, STABLE=stable, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PARTS=config.parts, BLOCK_K=config.block_k, CHUNKS=config.chunks, AHEAD=config.ahead,
-        OPERAND=OPERANDS[operand], DEPENDENT=launch.in_chain(), chained=True,
+        ACTIVATION=activation, STABLE=stable,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts, BLOCK_K=config.block_k,
+        CHUNKS=config.chunks, AHEAD=config.ahead, OPERAND=OPERANDS[operand], DEPENDENT=launch.in_chain(), chained=True,
         num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip

@@ -1,0 +1,297 @@
+"""Judge a step of a prior on a GPU of compute capability 9.0 by its compiled code, and say how long it should take.
+
+    python benchmarks/proof/step_model.py [--model D2-small] [--record]
+
+For every launch of a step, from its machine code, its grid and its arguments: what it takes of a multiprocessor, what
+it asks for before it waits for the launch before, and what it does after that (`program.Program`). The time of a step
+is made of these by `timeline`, whose constants stand below; those of a program are in `program.py`. Nothing runs, and
+no constant was fitted to anything that ran: it is a model. A launch that begins early must keep rules, see `broken`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import machine_code
+import ptx
+from compilations import compile_variant, key, measure
+from program import CLOCK, DRAM_CLOCKS, FENCE_CLOCKS, H200, L2_BYTES, L2_CLOCKS, Program, run
+from resources import VERSION, identify
+from step_trace import MODELS, STEPS, Launch, Operation, storage, trace, written
+
+from fastprior.engine.step_cost import LAUNCH_SECONDS
+from fastprior.kernels.gpu.barrier import resident_programs
+
+RECORDS = Path(__file__).resolve().parents[1] / "records"
+DEFAULT_RECORD = RECORDS / f"step-model-triton-{VERSION}.json"
+ARCH = 90
+BANDWIDTH = 4.3e12  # bytes a second, of a copy on an H200: measured
+# from the end of a launch to the first instruction of the next in a graph; a measured decoder's whole phase, see there
+ORDINARY_SECONDS = LAUNCH_SECONDS
+# from what lets a dependent launch begin, or go on behind its wait, until it does: a review's estimate, not measured
+DEPENDENT_SECONDS = 0.8e-6
+GOALS = {"D2-small": 100e-6, "PT-1B": 620e-6}  # of a modelled step
+MATRIX = 64  # a fixed argument with two dimensions of at least this is a matrix: a weight, keys or values
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A launch: what it takes, what it does, and the bytes that it reads of what nothing writes in a step.
+
+    Attributes:
+        measured: see `compilations.measure`.
+        program: what one does.
+        programs: of the launch.
+        dependent: whether it begins early.
+        resident: programs of it that fit on a multiprocessor.
+        before, after: bytes of all programs, asked for before the wait and after. Those of an argument are what all
+            threads ask for that are not masked, as in the first program, and no more than the tensor has.
+        narrow: matrices that are not read by 16 bytes at once.
+        asked: loads of matrices of a thread before the wait.
+        broken: the rules that it breaks.
+    """
+
+    measured: dict
+    program: Program
+    programs: int
+    dependent: bool
+    resident: int
+    before: float
+    after: float
+    narrow: tuple[str, ...]
+    asked: int
+    broken: tuple[str, ...]
+
+    @property
+    def busiest(self) -> int:
+        """Programs of the multiprocessor that has most, at once."""
+        return min(self.resident, -(-self.programs // H200.multi_processor_count))
+
+    @property
+    def waves(self) -> int:
+        return -(-self.programs // (self.resident * H200.multi_processor_count))
+
+    @property
+    def in_flight(self) -> float:
+        """Bytes that a multiprocessor asks for before the wait."""
+        return self.before / self.programs * self.busiest
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that its multiprocessors can take from memory."""
+        used = min(self.programs, H200.multi_processor_count)
+        return min(BANDWIDTH, used * L2_BYTES * CLOCK)
+
+    def beside(self, other: Judged) -> bool:
+        """Whether the programs of both fit on a multiprocessor at once."""
+        share = 0.0
+        for one in (self, other):
+            share += one.busiest / one.resident
+        return share <= 1
+
+
+@functools.cache
+def compiled(variant) -> tuple[dict, list, str]:
+    made = compile_variant(variant, ARCH)
+    return measure(made), machine_code.disassemble(made.asm["cubin"]), made.asm["ptx"]
+
+
+def broken(launched: Launch, text: str, written_by_step: frozenset[int]) -> tuple[str, ...]:
+    """The rules that a dependent launch breaks: what it does before its wait, while the launches before still run.
+
+    Args:
+        text: its PTX.
+        written_by_step: storages that a node of the step writes.
+    """
+    if not launched.dependent:
+        return ()
+    found = [] if ptx.waits(text) else ["it can end without a wait"]
+    found += [f"writes before its wait: {store}" for store in ptx.stores_before_wait(text)]
+    for name in sorted(ptx.loads_before_wait(text, launched.pointers)):
+        if name == ptx.UNKNOWN or storage(launched.tensors[name]) in written_by_step:
+            found.append(f"reads before its wait what the step writes: {name}")
+    return tuple(found)
+
+
+def judge(launched: Launch, written_by_step: frozenset[int]) -> Judged:
+    """What a launch does, compiled for 9.0; see `Judged`."""
+    variant, tensors = launched.variant, launched.tensors
+    measured, code, text = compiled(variant)
+    fixed = {name for name, tensor in tensors.items() if storage(tensor) not in written_by_step}
+    resident = resident_programs(measured["registers"], measured["shared"], variant.num_warps, H200)
+    resident //= H200.multi_processor_count
+    busiest = min(resident, -(-launched.programs // H200.multi_processor_count))
+    state = machine_code.begin(variant.signature, launched.integers, 32 * variant.num_warps)
+    program = run(machine_code.walk(code, state), frozenset(fixed), variant.num_warps, busiest)
+    matrices = {name for name in fixed if sum(size >= MATRIX for size in tensors[name].shape) >= 2}
+    # what other programs read in the place of what the first one does
+    unseen = matrices & ptx.reads(text, launched.pointers) - set().union(*program.loads)
+    before, after, narrow, asked = 0.0, 0.0, set(), 0
+    for names, (early, late) in program.loads.items():
+        if not names or not names <= fixed or not early + late:
+            continue
+        whole = sum(tensors[name].numel() * tensors[name].itemsize for name in names)
+        if names & matrices:
+            whole += sum(tensors[name].numel() * tensors[name].itemsize for name in unseen)
+            asked += program.asked[names]
+            narrow |= set(names) if program.widths[names] != {16} else set()
+        share = min(1.0, whole / ((early + late) * launched.programs))
+        before += share * early * launched.programs
+        after += share * late * launched.programs
+    return Judged(
+        *(measured, program, launched.programs, launched.dependent, resident, before, after),
+        *(tuple(sorted(narrow)), asked, broken(launched, text, written_by_step)),
+    )
+
+
+def timeline(nodes: Sequence[Judged | Operation]) -> list[float]:
+    """When each node of a step ends, in seconds, where such steps follow each other.
+
+    Memory serves what is asked for in order, at `BANDWIDTH`. A launch begins `ORDINARY_SECONDS` after the one before
+    has ended. A dependent one begins `DEPENDENT_SECONDS` after that one lets it, and goes on behind its wait as long
+    after that one's end; but never more than two run at once, and it begins when the one before ends if both do not
+    fit on a multiprocessor. It ends when its program has, which may wait for memory, or when the last bytes have come
+    and what follows them is done.
+    """
+    ends: list[float] = []
+    start = wait = end = before_last = memory = 0.0
+    last: Judged | Operation | None = None
+    for node in [*nodes] * 2:
+        if isinstance(node, Operation):
+            start = wait = end + ORDINARY_SECONDS
+            finished = max(start, memory) + node.nbytes / BANDWIDTH
+            memory = finished if node.nbytes else memory
+        else:
+            program, free, early = node.program, end, node.dependent
+            if early and isinstance(last, Judged) and last.beside(node) and last.program.release is not None:
+                free = max(start, wait + last.program.release / CLOCK, before_last)
+            start = free + (DEPENDENT_SECONDS if early else ORDINARY_SECONDS)
+            wait = max(start + program.prologue / CLOCK, end + DEPENDENT_SECONDS if early else start)
+            finished, memory = _run(node, start, wait, memory)
+        before_last, end, last = end, finished, node
+        ends.append(end)
+    first = ends[len(nodes) - 1]
+    return [one - first for one in ends[len(nodes) :]]
+
+
+def _run(node: Judged, start: float, wait: float, memory: float) -> tuple[float, float]:
+    """When a launch ends that begins and waits then, and when memory has served it."""
+    program, latency = node.program, DRAM_CLOCKS / CLOCK
+    clocks, first, last = (value / CLOCK * node.waves for value in (program.clocks, program.first, program.last))
+    needed = wait + first
+    if node.before:
+        memory = max(memory, start + latency) + node.before / node.bandwidth
+        needed = max(needed, memory)
+    finished = needed + clocks - first
+    if node.after:
+        memory = max(memory, wait + latency) + node.after / node.bandwidth
+        finished = max(finished, memory + clocks - last)
+    return finished, memory
+
+
+def judge_step(nodes: Sequence[Launch | Operation]) -> dict:
+    """What the record says of a step: its nodes by kind, the time that the model gives, and its launches."""
+    alike: dict[tuple, Launch] = {}
+    for node in nodes:
+        if isinstance(node, Launch):
+            alike.setdefault(node.alike, node)
+    by_step = written(nodes, lambda node: ptx.writes(compiled(node.variant)[2], node.pointers) - {ptx.UNKNOWN})
+    judged = {kind: judge(node, by_step) for kind, node in alike.items()}
+    done = [judged[node.alike] if isinstance(node, Launch) else node for node in nodes]
+    ends = timeline(done)
+    took = [end - before for end, before in zip(ends, [0.0, *ends])]
+    lines = []
+    for kind, node in alike.items():
+        own = [seconds for one, seconds in zip(nodes, took) if isinstance(one, Launch) and one.alike == kind]
+        line = identify(node.variant, ARCH) | dict(key=key(node.variant, ARCH), dependent=node.dependent)
+        lines.append(line | columns(judged[kind]) | dict(count=len(own), exposed_us=_round(sum(own) / len(own) * 1e6)))
+    nbytes = sum(one.before + one.after for one in done if isinstance(one, Judged))
+    return dict(
+        nodes=len(nodes), dependent=sum(isinstance(node, Launch) and node.dependent for node in nodes),
+        operations=dict(Counter(node.name for node in nodes if isinstance(node, Operation))), bytes=round(nbytes),
+        floor_us=_round(nbytes / BANDWIDTH * 1e6), step_us=_round(ends[-1] * 1e6), launches=lines,
+    )  # fmt: skip
+
+
+def columns(judged: Judged) -> dict:
+    """What the table and the record say of a launch."""
+    program = judged.program
+    return dict(
+        programs=judged.programs, registers=judged.measured["registers"], spilled=judged.measured["spilled"],
+        shared=judged.measured["shared"], resident=judged.resident, waves=judged.waves,
+        early_bytes=round(judged.in_flight), late_bytes=round(judged.after / judged.programs * judged.busiest),
+        early_loads=judged.asked, narrow=list(judged.narrow), trips=program.trips,
+        barriers=program.barriers, tensor=program.tensor, products=program.products,
+        prologue_us=_round(program.prologue / CLOCK * 1e6), after_us=_round(program.clocks / CLOCK * 1e6),
+        broken=list(judged.broken),
+    )  # fmt: skip
+
+
+def _round(number: float) -> float:
+    return float(f"{number:.3g}")
+
+
+def constants() -> dict:
+    """What the model rests on, for the record."""
+    return dict(
+        bandwidth=BANDWIDTH, ordinary_us=ORDINARY_SECONDS * 1e6, dependent_us=DEPENDENT_SECONDS * 1e6, clock=CLOCK,
+        l2_clocks=L2_CLOCKS, dram_clocks=DRAM_CLOCKS, fence_clocks=FENCE_CLOCKS,
+    )  # fmt: skip
+
+
+TABLE = (
+    "count", "kernel", "programs", "num_warps", "registers", "spilled", "shared", "resident", "waves", "early_bytes",
+    "late_bytes", "early_loads", "trips", "barriers", "tensor", "products", "after_us", "exposed_us",
+)  # fmt: skip
+
+
+def show(found: dict) -> str:
+    """One step as a table: a line a kind of launch, and the totals."""
+    rows = [TABLE, *([str(line[name]) for name in TABLE] for line in found["launches"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(TABLE))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    for line, shown in zip(found["launches"], lines[1:].copy()):
+        notes = [f"reads {', '.join(line['narrow'])} by less than 16 bytes"] if line["narrow"] else []
+        notes += line["broken"]
+        lines[lines.index(shown)] = shown + "".join(f"\n    {note}" for note in notes)
+    operations = ", ".join(f"{count} {name}" for name, count in found["operations"].items()) or "none"
+    head = f"{found['model']}, {found['step']}: {found['step_us']:.0f} us, floor {found['floor_us']:.0f} us"
+    return "\n".join(
+        [f"{head}; {found['nodes']} nodes, {found['dependent']} dependent; PyTorch's: {operations}", *lines]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python benchmarks/proof/step_model.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
+    parser.add_argument("--record", action="store_true", help=f"write {DEFAULT_RECORD.name}, of all models")
+    options = parser.parse_args(arguments)
+    if options.record and set(options.model) != set(MODELS):
+        parser.error("--record takes all models: without --model")
+    found = [
+        dict(model=model, step=name) | judge_step(trace(make(model)))
+        for model in options.model
+        for name, make in STEPS.items()
+    ]
+    print("\n\n".join(map(show, found)))
+    print(f"\n{'':12}" + "".join(f"{name:>24}" for name in STEPS))
+    for model in options.model:
+        times = {one["step"]: one["step_us"] for one in found if one["model"] == model}
+        goal = f"   goal {GOALS[model] * 1e6:.0f} us" if model in GOALS else ""
+        print(f"{model:12}" + "".join(f"{times[name]:21.0f} us" for name in STEPS) + goal)
+    if options.record:
+        text = json.dumps(dict(constants=constants(), steps=found), indent=1)
+        DEFAULT_RECORD.write_text(re.sub(r"\[\s+\]", "[]", text) + "\n")
+    return int(any(line["broken"] for one in found for line in one["launches"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,11 +18,12 @@ H200 = SimpleNamespace(
 )
 CLOCK = 1.755e9  # clocks a second under load; 1.98e9 at most
 SCHEDULERS = 4  # of a multiprocessor: each gives one instruction of a warp a clock
-SHARED_BYTES, L2_BYTES = 128, 64  # a clock, of a multiprocessor, from its shared memory and from the second cache
+SHARED_BYTES = 128  # a clock, from the shared memory of a multiprocessor
+L2_BYTES = 39  # a clock and multiprocessor, from the second cache to all of them: 4472 for 114 (Luo et al. 2024)
 
 # Clocks until a result is there, with nothing else under way. Memory as Luo et al. measured it on an H100 (2024,
-# Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking, arXiv 2402.13499, table of memory
-# latencies); the others as on a V100 (Jia et al. 2018), for want of newer ones.
+# Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, arXiv 2402.13499); the others are of the size that Jia
+# et al. found on a V100 (2018, arXiv 1804.06826), for want of newer ones.
 L2_CLOCKS, DRAM_CLOCKS, SHARED_CLOCKS = 263, 479, 29
 RESULT_CLOCKS = dict(LDS=SHARED_CLOCKS, LDSM=33, SHFL=23, MUFU=23, S2R=25, S2UR=25, LDC=40, ULDC=40, POPC=14, FLO=14)
 OTHER_CLOCKS = 14  # conversions and what else has no line above
@@ -31,9 +32,9 @@ BARRIER_CLOCKS = 22  # of a block, for the last warp that arrives
 # a fence, an atomic and what it invalidates take about 2 us (a review of these kernels): all but the atomic's trip
 FENCE_CLOCKS = round(2e-6 * CLOCK) - L2_CLOCKS
 
-# Clocks for which an instruction of a warp holds a unit of its scheduler: 32 / (results a clock and multiprocessor / 4),
-# by the programming guide's table of throughputs for 9.0. A product of 16 x 8 x 16 by `mma.sync` comes at 62 % of the
-# peak, 4 clocks (Luo et al. 2024).
+# Clocks for which an instruction of a warp holds a unit of its scheduler, of which a multiprocessor has four, by the
+# programming guide's table of throughputs for 9.0. A product of 16 x 8 x 16 by `mma.sync` comes at 62 % of the peak,
+# 4 clocks (Luo et al. 2024).
 UNITS = {
     "fma": dict(FFMA=1, FADD=1, FMUL=1, HFMA2=1, IMAD=2),
     "alu": dict(LOP3=2, SHF=2, SEL=2, ISETP=2, IADD3=2, VIADD=2, LEA=2, PRMT=2, FSETP=2, FSEL=2, FMNMX=2, MOV=2,
@@ -51,6 +52,7 @@ class Program:
     Attributes:
         waits: whether it waits for the launch before.
         prologue: clocks before the wait.
+        early_trips: see `trips`, before the wait: 1 where nothing is waited for there.
         loads: bytes of all threads by the pointers that their addresses are made of, before the wait and after.
         asked: loads of a thread before the wait, by those pointers.
         widths: bytes of an access, by those pointers.
@@ -69,6 +71,7 @@ class Program:
 
     waits: bool = False
     prologue: float = 0.0
+    early_trips: int = 0
     loads: dict[frozenset, list[int]] = field(default_factory=dict)
     asked: Counter = field(default_factory=Counter)
     widths: dict[frozenset, set[int]] = field(default_factory=dict)
@@ -100,7 +103,7 @@ class _Walker:
     """Follows a warp: an instruction begins when the one before lets it and all that it waits for is there.
 
     Between two barriers of the block no less time goes by than the busiest unit needs for all warps of the
-    multiprocessor.
+    multiprocessor. What is read of fixed arguments is left to `step_model.timeline`, which has memory's bandwidth.
     """
 
     def __init__(self, fixed: frozenset[str], warps: int, programs: int):
@@ -131,15 +134,16 @@ class _Walker:
         self.wait_for(*(self.counters[number] for number in instruction.waits))
         for number in instruction.waits:
             self.counters[number] = _Counter()
-        if name == "DEPBAR":
+        if name == "DEPBAR" and len(instruction.operands) > 1:
             left = int(instruction.operands[1], 16)
-            done = self.groups[: len(self.groups) - left]
+            done = self.groups[: max(0, len(self.groups) - left)]
             self.wait_for(*done)
             del self.groups[: len(done)]
         began, result = self.now, _Counter()
-        if name in LOADS + ATOMICS:
+        if name in LOADS + ATOMICS and threads:
             fixed = bool(made_of) and made_of <= self.fixed
             self.load(instruction, made_of, threads)
+            self.busy["memory"] += 0 if fixed else threads * instruction.nbytes
             clocks = DRAM_CLOCKS if fixed else L2_CLOCKS
             result = _Counter(began + clocks, self.waited + 1, fixed)
             program.trips = max(program.trips, result.trip)
@@ -149,7 +153,7 @@ class _Walker:
         elif name == "LDGDEPBAR":
             result, self.group = self.group, _Counter()
             self.groups.append(result)
-        elif name == "MEMBAR" and "GPU" in instruction.opcode:
+        elif name == "MEMBAR" and "GPU" in instruction.opcode and threads:
             self.now += FENCE_CLOCKS
             self.waited += 1
             program.trips = max(program.trips, self.waited)
@@ -160,20 +164,21 @@ class _Walker:
             self.counters[instruction.sets].join(result.ready, result.trip, result.fixed)
         if instruction.frees is not None:
             self.counters[instruction.frees].join(began + READ_CLOCKS)
-        self.note(instruction)
+        self.note(instruction, threads > 0)
 
     def load(self, instruction: Instruction, made_of: frozenset[str], threads: int) -> None:
         read = self.program.loads.setdefault(made_of, [0, 0])
         read[1] += threads * instruction.nbytes
         self.program.asked[made_of] += not self.program.waits
         self.program.widths.setdefault(made_of, set()).add(instruction.nbytes)
-        self.busy["memory"] += threads * instruction.nbytes
 
-    def note(self, instruction: Instruction) -> None:
-        """Count an instruction, and what it keeps busy."""
+    def note(self, instruction: Instruction, taken: bool) -> None:
+        """Count an instruction, and what it keeps busy; one that no thread takes part in only has its turn."""
         name, program = instruction.name, self.program
         program.instructions += 1
         self.busy["issue"] += 1
+        if not taken:
+            return
         kinds = name, name.lstrip("U"), ".".join(instruction.opcode.split(".")[:2])
         for unit, clocks in UNITS.items():
             self.busy[unit] += next((clocks[kind] for kind in kinds if kind in clocks), 0)
@@ -201,7 +206,7 @@ class _Walker:
         program = self.program
         self.end_segment()
         self.start = self.since = self.now
-        program.waits, program.prologue = True, self.now
+        program.waits, program.prologue, program.early_trips = True, self.now, program.trips
         program.loads = {made_of: [before + after, 0] for made_of, (before, after) in program.loads.items()}
         program.trips = program.barriers = program.tensor = program.products = self.waited = 0
         self.first = self.last = None
@@ -240,7 +245,7 @@ def run(
     """Follow a program.
 
     Args:
-        walked: its instructions, see `machine_code.walk`.
+        walked: its instructions, see `walk.walk`.
         fixed: names of the arguments that nothing writes in a step: they come from memory, the others from the cache.
         warps: of a program.
         programs: at once on a multiprocessor.

@@ -59,12 +59,9 @@ def _trace(code: Code) -> None:
             target, sources = _halves(operands)
             if target.lstrip().startswith("["):  # it writes memory
                 continue
-            if opcode.startswith("ld.param"):
-                found = {int(number) for number in re.findall(r"_param_(\d+)", sources)}
-            elif re.match(r"(?:ld|atom|ldmatrix)\b", opcode):
-                found = set()  # what lies there
-            else:
-                found = set().union(*(code.made_of.get(name, set()) for name in REGISTER.findall(sources)))
+            found = {int(number) for number in re.findall(r"_param_(\d+)", sources)}  # or where an argument lies
+            if opcode.startswith("ld.param") or not re.match(r"(?:ld|atom|ldmatrix)\b", opcode):  # not what lies there
+                found = found.union(*(code.made_of.get(name, set()) for name in REGISTER.findall(sources)))
             for name in REGISTER.findall(target):
                 known = code.made_of.setdefault(name, set())
                 if not found <= known:

@@ -17,18 +17,20 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import machine_code
 import ptx
 from compilations import compile_variant, key, measure
+from machine_code import disassemble
 from program import CLOCK, DRAM_CLOCKS, FENCE_CLOCKS, H200, L2_BYTES, L2_CLOCKS, Program, run
 from resources import VERSION, identify
 from step_trace import MODELS, STEPS, Launch, Operation, storage, trace, written
+from walk import begin, walk
 
 from fastprior.engine.step_cost import LAUNCH_SECONDS
 from fastprior.kernels.gpu.barrier import resident_programs
+from fastprior.kernels.gpu.launch import ceil_div
 
 RECORDS = Path(__file__).resolve().parents[1] / "records"
 DEFAULT_RECORD = RECORDS / f"step-model-triton-{VERSION}.json"
@@ -56,28 +58,31 @@ class Judged:
             threads ask for that are not masked, as in the first program, and no more than the tensor has.
         narrow: matrices that are not read by 16 bytes at once.
         asked: loads of matrices of a thread before the wait.
+        guessed: branches of the program whose way was not known.
         broken: the rules that it breaks.
     """
 
     measured: dict
     program: Program
     programs: int
+    num_warps: int
     dependent: bool
     resident: int
     before: float
     after: float
     narrow: tuple[str, ...]
     asked: int
+    guessed: int
     broken: tuple[str, ...]
 
     @property
     def busiest(self) -> int:
         """Programs of the multiprocessor that has most, at once."""
-        return min(self.resident, -(-self.programs // H200.multi_processor_count))
+        return min(self.resident, ceil_div(self.programs, H200.multi_processor_count))
 
     @property
     def waves(self) -> int:
-        return -(-self.programs // (self.resident * H200.multi_processor_count))
+        return ceil_div(self.programs, self.resident * H200.multi_processor_count)
 
     @property
     def in_flight(self) -> float:
@@ -90,18 +95,25 @@ class Judged:
         used = min(self.programs, H200.multi_processor_count)
         return min(BANDWIDTH, used * L2_BYTES * CLOCK)
 
+    @property
+    def takes(self) -> tuple[int, ...]:
+        """Registers, bytes of shared memory and threads that its programs take of the busiest multiprocessor."""
+        warp_registers = ceil_div(self.measured["registers"] * 32, 256) * 256
+        each = warp_registers * self.num_warps, self.measured["shared"] + 1024, 32 * self.num_warps
+        return tuple(self.busiest * one for one in each)
+
     def beside(self, other: Judged) -> bool:
         """Whether the programs of both fit on a multiprocessor at once."""
-        share = 0.0
-        for one in (self, other):
-            share += one.busiest / one.resident
-        return share <= 1
+        limits = (
+            H200.regs_per_multiprocessor, H200.shared_memory_per_multiprocessor, H200.max_threads_per_multi_processor
+        )  # fmt: skip
+        return all(mine + others <= limit for mine, others, limit in zip(self.takes, other.takes, limits))
 
 
 @functools.cache
 def compiled(variant) -> tuple[dict, list, str]:
     made = compile_variant(variant, ARCH)
-    return measure(made), machine_code.disassemble(made.asm["cubin"]), made.asm["ptx"]
+    return measure(made), disassemble(made.asm["cubin"]), made.asm["ptx"]
 
 
 def broken(launched: Launch, text: str, written_by_step: frozenset[int]) -> tuple[str, ...]:
@@ -128,9 +140,9 @@ def judge(launched: Launch, written_by_step: frozenset[int]) -> Judged:
     fixed = {name for name, tensor in tensors.items() if storage(tensor) not in written_by_step}
     resident = resident_programs(measured["registers"], measured["shared"], variant.num_warps, H200)
     resident //= H200.multi_processor_count
-    busiest = min(resident, -(-launched.programs // H200.multi_processor_count))
-    state = machine_code.begin(variant.signature, launched.integers, 32 * variant.num_warps)
-    program = run(machine_code.walk(code, state), frozenset(fixed), variant.num_warps, busiest)
+    busiest = min(resident, ceil_div(launched.programs, H200.multi_processor_count))
+    state = begin(variant.signature, launched.integers, 32 * variant.num_warps)
+    program = run(walk(code, state), frozenset(fixed), variant.num_warps, busiest)
     matrices = {name for name in fixed if sum(size >= MATRIX for size in tensors[name].shape) >= 2}
     # what other programs read in the place of what the first one does
     unseen = matrices & ptx.reads(text, launched.pointers) - set().union(*program.loads)
@@ -147,8 +159,8 @@ def judge(launched: Launch, written_by_step: frozenset[int]) -> Judged:
         before += share * early * launched.programs
         after += share * late * launched.programs
     return Judged(
-        *(measured, program, launched.programs, launched.dependent, resident, before, after),
-        *(tuple(sorted(narrow)), asked, broken(launched, text, written_by_step)),
+        *(measured, program, launched.programs, variant.num_warps, launched.dependent, resident, before, after),
+        *(tuple(sorted(narrow)), asked, len(state.guessed), broken(launched, text, written_by_step)),
     )
 
 
@@ -197,8 +209,13 @@ def _run(node: Judged, start: float, wait: float, memory: float) -> tuple[float,
     return finished, memory
 
 
-def judge_step(nodes: Sequence[Launch | Operation]) -> dict:
-    """What the record says of a step: its nodes by kind, the time that the model gives, and its launches."""
+def judge_step(run: Callable[[], object], steps: int = 1) -> dict:
+    """What the record says of what launches steps: nodes of one by kind, the time that the model gives, its launches.
+
+    Launches that do the same are one line, whose `exposed_us` is the mean time from the end of the node before to its
+    own.
+    """
+    nodes = trace(run)
     alike: dict[tuple, Launch] = {}
     for node in nodes:
         if isinstance(node, Launch):
@@ -212,12 +229,13 @@ def judge_step(nodes: Sequence[Launch | Operation]) -> dict:
     for kind, node in alike.items():
         own = [seconds for one, seconds in zip(nodes, took) if isinstance(one, Launch) and one.alike == kind]
         line = identify(node.variant, ARCH) | dict(key=key(node.variant, ARCH), dependent=node.dependent)
-        lines.append(line | columns(judged[kind]) | dict(count=len(own), exposed_us=_round(sum(own) / len(own) * 1e6)))
-    nbytes = sum(one.before + one.after for one in done if isinstance(one, Judged))
+        exposed = dict(count=len(own) / steps, exposed_us=_round(sum(own) / len(own) * 1e6))
+        lines.append(line | columns(judged[kind]) | exposed)
+    nbytes = sum(one.before + one.after for one in done if isinstance(one, Judged)) / steps
     return dict(
-        nodes=len(nodes), dependent=sum(isinstance(node, Launch) and node.dependent for node in nodes),
+        nodes=len(nodes) / steps, dependent=sum(isinstance(node, Launch) and node.dependent for node in nodes) / steps,
         operations=dict(Counter(node.name for node in nodes if isinstance(node, Operation))), bytes=round(nbytes),
-        floor_us=_round(nbytes / BANDWIDTH * 1e6), step_us=_round(ends[-1] * 1e6), launches=lines,
+        floor_us=_round(nbytes / BANDWIDTH * 1e6), step_us=_round(ends[-1] / steps * 1e6), launches=lines,
     )  # fmt: skip
 
 
@@ -228,11 +246,17 @@ def columns(judged: Judged) -> dict:
         programs=judged.programs, registers=judged.measured["registers"], spilled=judged.measured["spilled"],
         shared=judged.measured["shared"], resident=judged.resident, waves=judged.waves,
         early_bytes=round(judged.in_flight), late_bytes=round(judged.after / judged.programs * judged.busiest),
-        early_loads=judged.asked, narrow=list(judged.narrow), trips=program.trips,
-        barriers=program.barriers, tensor=program.tensor, products=program.products,
+        early_loads=judged.asked, early_trips=program.early_trips, narrow=list(judged.narrow), trips=program.trips,
+        barriers=program.barriers, tensor=program.tensor, products=program.products, guessed=judged.guessed,
         prologue_us=_round(program.prologue / CLOCK * 1e6), after_us=_round(program.clocks / CLOCK * 1e6),
         broken=list(judged.broken),
     )  # fmt: skip
+
+
+def write_record(path: Path, found: list[dict]) -> None:
+    """Write steps as JSON, a line a launch."""
+    text = json.dumps(dict(constants=constants(), steps=found))
+    path.write_text(re.sub(r' ?(?={"(?:model|kernel)")', "\n", text) + "\n")
 
 
 def _round(number: float) -> float:
@@ -249,13 +273,17 @@ def constants() -> dict:
 
 TABLE = (
     "count", "kernel", "programs", "num_warps", "registers", "spilled", "shared", "resident", "waves", "early_bytes",
-    "late_bytes", "early_loads", "trips", "barriers", "tensor", "products", "after_us", "exposed_us",
+    "late_bytes", "early_loads", "early_trips", "trips", "barriers", "tensor", "products", "prologue_us", "after_us",
+    "exposed_us",
 )  # fmt: skip
 
 
 def show(found: dict) -> str:
     """One step as a table: a line a kind of launch, and the totals."""
-    rows = [TABLE, *([str(line[name]) for name in TABLE] for line in found["launches"])]
+    rows = [
+        TABLE,
+        *([f"{line[name]:g}" if name == "count" else str(line[name]) for name in TABLE] for line in found["launches"]),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(TABLE))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
     for line, shown in zip(found["launches"], lines[1:].copy()):
@@ -265,7 +293,7 @@ def show(found: dict) -> str:
     operations = ", ".join(f"{count} {name}" for name, count in found["operations"].items()) or "none"
     head = f"{found['model']}, {found['step']}: {found['step_us']:.0f} us, floor {found['floor_us']:.0f} us"
     return "\n".join(
-        [f"{head}; {found['nodes']} nodes, {found['dependent']} dependent; PyTorch's: {operations}", *lines]
+        [f"{head}; {found['nodes']:g} nodes, {found['dependent']:g} dependent; PyTorch's: {operations}", *lines]
     )
 
 
@@ -277,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record and set(options.model) != set(MODELS):
         parser.error("--record takes all models: without --model")
     found = [
-        dict(model=model, step=name) | judge_step(trace(make(model)))
+        dict(model=model, step=name) | judge_step(*make(model))
         for model in options.model
         for name, make in STEPS.items()
     ]
@@ -288,8 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
         goal = f"   goal {GOALS[model] * 1e6:.0f} us" if model in GOALS else ""
         print(f"{model:12}" + "".join(f"{times[name]:21.0f} us" for name in STEPS) + goal)
     if options.record:
-        text = json.dumps(dict(constants=constants(), steps=found), indent=1)
-        DEFAULT_RECORD.write_text(re.sub(r"\[\s+\]", "[]", text) + "\n")
+        write_record(DEFAULT_RECORD, found)
     return int(any(line["broken"] for one in found for line in one["launches"]))
 
 

@@ -124,10 +124,10 @@ def storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-def launched_one_by_one(model: str) -> Callable[[], object]:
+def launched_one_by_one(model: str) -> tuple[Callable[[], object], int]:
     """A step as the engine captures it: each operation of the model is a launch, and PyTorch does what lies between.
 
-    Without torch.compile, which would fuse some of the operations of PyTorch.
+    Without torch.compile, which would fuse some of the operations of PyTorch. See `STEPS`.
     """
     plan = None
     if model != "PT-1B":
@@ -162,7 +162,7 @@ def launched_one_by_one(model: str) -> Callable[[], object]:
         with within(), ops.sharing(workspace):
             return step(inputs, scale, *state, index)
 
-    return one
+    return one, 1
 
 
 def _faked() -> Callable[[], contextlib.AbstractContextManager]:
@@ -179,8 +179,8 @@ def _faked() -> Callable[[], contextlib.AbstractContextManager]:
     return within
 
 
-# name -> model -> what launches one step at batch 1, in bf16, of PT-1B with guidance
-STEPS: dict[str, Callable[[str], Callable[[], object]]] = {"launched one by one": launched_one_by_one}
+# name -> model -> what launches steps at batch 1, in bf16, of PT-1B with guidance, and how many
+STEPS: dict[str, Callable[[str], tuple[Callable[[], object], int]]] = {"launched one by one": launched_one_by_one}
 
 
 def written(nodes: Sequence[Launch | Operation], by_kernel: Callable[[Launch], set[str]]) -> frozenset[int]:

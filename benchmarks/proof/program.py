@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -240,7 +240,11 @@ def _wide_product(instruction: Instruction) -> float:
 
 
 def run(
-    walked: Iterable[tuple[Instruction, frozenset[str], int]], fixed: frozenset[str], warps: int, programs: int
+    walked: Iterable[tuple[Instruction, frozenset[str], int]],
+    fixed: frozenset[str],
+    warps: int,
+    programs: int,
+    watch: Callable[[float, Instruction, frozenset[str], int], None] | None = None,
 ) -> Program:
     """Follow a program.
 
@@ -249,8 +253,11 @@ def run(
         fixed: names of the arguments that nothing writes in a step: they come from memory, the others from the cache.
         warps: of a program.
         programs: at once on a multiprocessor.
+        watch: called with the clock behind each instruction, and what was walked.
     """
     walker = _Walker(fixed, warps, programs)
     for one in walked:
         walker.step(*one)
+        if watch is not None:
+            watch(walker.now - walker.start, *one)
     return walker.end()

@@ -1,6 +1,6 @@
 """Judge a step of a prior on a GPU of compute capability 9.0 by its compiled code, and say how long it should take.
 
-    python benchmarks/proof/step_model.py [--model D2-small] [--record]
+    python benchmarks/proof/step_model.py [--model D2-small] [--follow LINE] [--record]
 
 For every launch of a step, from its machine code, its grid and its arguments: what it takes of a multiprocessor, what
 it asks for before it waits for the launch before, and what it does after that (`program.Program`). The time of a step
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import ptx
 from compilations import compile_variant, key, measure
-from machine_code import disassemble
+from machine_code import RELEASE, WAIT, Instruction, disassemble
 from program import CLOCK, DRAM_CLOCKS, FENCE_CLOCKS, H200, L2_BYTES, L2_CLOCKS, Program, run
 from resources import VERSION, identify
 from step_trace import MODELS, STEPS, Launch, Operation, storage, trace, written
@@ -133,8 +133,8 @@ def broken(launched: Launch, text: str, written_by_step: frozenset[int]) -> tupl
     return tuple(found)
 
 
-def judge(launched: Launch, written_by_step: frozenset[int]) -> Judged:
-    """What a launch does, compiled for 9.0; see `Judged`."""
+def judge(launched: Launch, written_by_step: frozenset[int], watch: Callable | None = None) -> Judged:
+    """What a launch does, compiled for 9.0; see `Judged`, and `program.run` for `watch`."""
     variant, tensors = launched.variant, launched.tensors
     measured, code, text = compiled(variant)
     fixed = {name for name, tensor in tensors.items() if storage(tensor) not in written_by_step}
@@ -142,7 +142,7 @@ def judge(launched: Launch, written_by_step: frozenset[int]) -> Judged:
     resident //= H200.multi_processor_count
     busiest = min(resident, ceil_div(launched.programs, H200.multi_processor_count))
     state = begin(variant.signature, launched.integers, 32 * variant.num_warps)
-    program = run(walk(code, state), frozenset(fixed), variant.num_warps, busiest)
+    program = run(walk(code, state), frozenset(fixed), variant.num_warps, busiest, watch)
     matrices = {name for name in fixed if sum(size >= MATRIX for size in tensors[name].shape) >= 2}
     # what other programs read in the place of what the first one does
     unseen = matrices & ptx.reads(text, launched.pointers) - set().union(*program.loads)
@@ -209,11 +209,11 @@ def _run(node: Judged, start: float, wait: float, memory: float) -> tuple[float,
     return finished, memory
 
 
-def judge_step(run: Callable[[], object], steps: int = 1) -> dict:
+def judge_step(run: Callable[[], object], steps: int = 1, follow: int | None = None) -> dict:
     """What the record says of what launches steps: nodes of one by kind, the time that the model gives, its launches.
 
     Launches that do the same are one line, whose `exposed_us` is the mean time from the end of the node before to its
-    own.
+    own. That of a line which is to be followed is printed, see `_watch`.
     """
     nodes = trace(run)
     alike: dict[tuple, Launch] = {}
@@ -221,7 +221,10 @@ def judge_step(run: Callable[[], object], steps: int = 1) -> dict:
         if isinstance(node, Launch):
             alike.setdefault(node.alike, node)
     by_step = written(nodes, lambda node: ptx.writes(compiled(node.variant)[2], node.pointers) - {ptx.UNKNOWN})
-    judged = {kind: judge(node, by_step) for kind, node in alike.items()}
+    judged = {
+        kind: judge(node, by_step, _watch if number == follow else None)
+        for number, (kind, node) in enumerate(alike.items(), 1)
+    }
     done = [judged[node.alike] if isinstance(node, Launch) else node for node in nodes]
     ends = timeline(done)
     took = [end - before for end, before in zip(ends, [0.0, *ends])]
@@ -237,6 +240,12 @@ def judge_step(run: Callable[[], object], steps: int = 1) -> dict:
         operations=dict(Counter(node.name for node in nodes if isinstance(node, Operation))), bytes=round(nbytes),
         floor_us=_round(nbytes / BANDWIDTH * 1e6), step_us=_round(ends[-1] / steps * 1e6), launches=lines,
     )  # fmt: skip
+
+
+def _watch(clock: float, instruction: Instruction, made_of: frozenset[str], threads: int) -> None:
+    """Print what a program asks for, writes and waits for, with the clock, which the wait sets to 0."""
+    if made_of or instruction.name in ("BAR", "DEPBAR", "MEMBAR", WAIT, RELEASE, "EXIT"):
+        print(f"{clock:8.0f}  {instruction.opcode:32} {threads:5} threads  {', '.join(sorted(made_of))}")
 
 
 def columns(judged: Judged) -> dict:
@@ -266,7 +275,7 @@ def _round(number: float) -> float:
 def constants() -> dict:
     """What the model rests on, for the record."""
     return dict(
-        bandwidth=BANDWIDTH, ordinary_us=ORDINARY_SECONDS * 1e6, dependent_us=DEPENDENT_SECONDS * 1e6, clock=CLOCK,
+        bandwidth=BANDWIDTH, ordinary_us=_round(ORDINARY_SECONDS * 1e6), dependent_us=_round(DEPENDENT_SECONDS * 1e6), clock=CLOCK,
         l2_clocks=L2_CLOCKS, dram_clocks=DRAM_CLOCKS, fence_clocks=FENCE_CLOCKS,
     )  # fmt: skip
 
@@ -301,11 +310,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/proof/step_model.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--record", action="store_true", help=f"write {DEFAULT_RECORD.name}, of all models")
+    parser.add_argument("--follow", type=int, metavar="LINE", help="print what a program of that line does, by clocks")
     options = parser.parse_args(arguments)
     if options.record and set(options.model) != set(MODELS):
         parser.error("--record takes all models: without --model")
     found = [
-        dict(model=model, step=name) | judge_step(*make(model))
+        dict(model=model, step=name) | judge_step(*make(model), options.follow)
         for model in options.model
         for name, make in STEPS.items()
     ]

@@ -178,7 +178,7 @@ def walk(code: list[Instruction], state: State) -> Iterator[tuple[Instruction, f
 
 def _count(instruction: Instruction, guard: Flag | None, state: State) -> int:
     """How many threads take part in an instruction; `LDGSTS` has a predicate for it behind its operands, too."""
-    if guard is None or guard is True and instruction.name != "LDGSTS":
+    if guard is None or (guard is True and instruction.name != "LDGSTS"):
         return state.threads
     flags = [guard]
     if instruction.name == "LDGSTS" and PREDICATE.fullmatch(instruction.operands[-1]):

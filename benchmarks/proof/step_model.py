@@ -275,7 +275,8 @@ def _round(number: float) -> float:
 def constants() -> dict:
     """What the model rests on, for the record."""
     return dict(
-        bandwidth=BANDWIDTH, ordinary_us=_round(ORDINARY_SECONDS * 1e6), dependent_us=_round(DEPENDENT_SECONDS * 1e6), clock=CLOCK,
+        bandwidth=BANDWIDTH, clock=CLOCK,
+        ordinary_us=_round(ORDINARY_SECONDS * 1e6), dependent_us=_round(DEPENDENT_SECONDS * 1e6),
         l2_clocks=L2_CLOCKS, dram_clocks=DRAM_CLOCKS, fence_clocks=FENCE_CLOCKS,
     )  # fmt: skip
 

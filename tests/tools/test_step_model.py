@@ -46,6 +46,7 @@ RULES = {  # lines, what is read before the wait, how many stores come before it
                                "ld.global.b32 %r5, [%rd8];", WAIT, "ret;"),
                               {"x_ptr", "w_ptr"}, 0, True),
     "a way around the wait": (("@%p1 bra $L1;", WAIT, "$L1:", READ_X, STORE, "ret;"), {"x_ptr"}, 1, False),
+    "a read on one of two ways": (("@%p1 bra $L1;", READ_X, "$L1:", WAIT, STORE, "ret;"), {"x_ptr"}, 0, True),
     "a wait under a guard": ((f"@%p1 {WAIT}", READ_X, "ret;"), {"x_ptr"}, 0, False),
     "a block that lies behind": (("bra.uni $L2;", "$L1:", WAIT, STORE, "ret;", "$L2:", READ_X, "bra.uni $L1;"),
                                  {"x_ptr"}, 0, True),
@@ -345,10 +346,10 @@ import ptx
 found = {}
 for name, make in STEPS.items():
     run, steps = make("D2-small")
-    nodes = [node for node in trace(run) if isinstance(node, Launch)]
-    last = nodes[-1], nodes[-3]  # the step of the solver, and a short one
+    nodes = trace(run)
+    launches = [node for node in nodes if isinstance(node, Launch)]
     by_step = written(nodes, lambda node: ptx.writes(step_model.compiled(node.variant)[2], node.pointers))
-    for node in last:
+    for node in (launches[-1], launches[-3]):  # two that are short
         line = step_model.identify(node.variant, 90) | step_model.columns(step_model.judge(node, by_step))
         found.setdefault(name, []).append(line | dict(key=step_model.key(node.variant, 90)))
 print(json.dumps(found))

@@ -168,26 +168,29 @@ def timeline(nodes: Sequence[Judged | Operation]) -> list[float]:
     """When each node of a step ends, in seconds, where such steps follow each other.
 
     Memory serves what is asked for in order, at `BANDWIDTH`. A launch begins `ORDINARY_SECONDS` after the one before
-    has ended. A dependent one begins `DEPENDENT_SECONDS` after that one lets it, and goes on behind its wait as long
-    after that one's end; but never more than two run at once, and it begins when the one before ends if both do not
-    fit on a multiprocessor. It ends when its program has, which may wait for memory, or when the last bytes have come
-    and what follows them is done.
+    has ended. A dependent one begins `DEPENDENT_SECONDS` after that one lets it, but not before that one's end if both
+    do not fit on a multiprocessor, and never before the end of the one before that: no more than two run at once. It
+    goes on behind its wait `DEPENDENT_SECONDS` after the end of the one before. It ends when its program has, which may
+    wait for memory, or when the last bytes have come and what follows them is done.
     """
     ends: list[float] = []
-    start = wait = end = before_last = memory = 0.0
+    last_start = wait = end = before_last = memory = 0.0
     last: Judged | Operation | None = None
     for node in [*nodes] * 2:
         if isinstance(node, Operation):
-            start = wait = end + ORDINARY_SECONDS
-            finished = max(start, memory) + node.nbytes / BANDWIDTH
+            last_start = wait = end + ORDINARY_SECONDS
+            finished = max(wait, memory) + node.nbytes / BANDWIDTH
             memory = finished if node.nbytes else memory
         else:
-            program, free, early = node.program, end, node.dependent
-            if early and isinstance(last, Judged) and last.beside(node) and last.program.release is not None:
-                free = max(start, wait + last.program.release / CLOCK, before_last)
-            start = free + (DEPENDENT_SECONDS if early else ORDINARY_SECONDS)
+            program, early = node.program, node.dependent
+            start = end + (DEPENDENT_SECONDS if early else ORDINARY_SECONDS)
+            if early and isinstance(last, Judged) and last.program.release is not None:
+                release, prologue = last.program.release / CLOCK, last.program.prologue / CLOCK
+                released = wait + release if release >= 0 else last_start + prologue + release
+                start = max(released + DEPENDENT_SECONDS, before_last if last.beside(node) else end)
             wait = max(start + program.prologue / CLOCK, end + DEPENDENT_SECONDS if early else start)
             finished, memory = _run(node, start, wait, memory)
+            last_start = start
         before_last, end, last = end, finished, node
         ends.append(end)
     first = ends[len(nodes) - 1]

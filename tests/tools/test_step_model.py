@@ -312,7 +312,8 @@ def test_dependent_launches_of_the_chain_of_products():
     (plain, floor, _), (early, _, line) = found["launches"], found["dependent launches"]
     assert floor < early < plain
     assert line["broken"] == line["narrow"] == [] and line["guessed"] == 0
-    assert (line["early_trips"], line["trips"], line["late_bytes"]) == (1, 1, 0)
+    assert (line["early_trips"], line["late_bytes"]) == (1, 0)
+    assert 1 <= line["trips"] <= 2  # some versions of the assembler ask for the vector in two parts
     assert line["early_bytes"] == 1664 * 1664 * 2 // 128  # of 128 programs, one on each multiprocessor
     assert line["early_loads"] * 16 * 32 * line["num_warps"] >= line["early_bytes"]
 

@@ -167,7 +167,7 @@ def linear(
     args = LinearArgs(
         *(x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype)
     )
-    if on_triton(x) and not torch.is_autocast_enabled(x.device.type):  # which casts for PyTorch's own linear alone
+    if on_triton(x) and reference.autocast_dtype(x) is None:  # which casts for PyTorch's own linear alone
         from .gpu.linear import linear as run
 
         return run(args)

@@ -131,6 +131,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast, where it is on for the device of x, casts operands of products to."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
 def at_least_fp32(t: Tensor) -> Tensor:
     """16-bit tensors as fp32: logits of scale 16 in bf16 are wrong by several percent."""
     return t.float() if t.element_size() < 4 else t
@@ -144,16 +151,18 @@ def prepare_heads(t: Tensor, rotary: Rotary | None, cosine: bool) -> Tensor:
 
 
 def expand_bias(table: Tensor, buckets: Tensor, queries: int, columns: int) -> Tensor:
-    """Relative position bias of the last `queries` positions to all columns: (queries, heads, columns).
+    """Relative position bias of the last `queries` positions to all columns: (queries, heads, columns), contiguous.
 
     Args:
         table: (num_buckets, heads).
         buckets: (distances,) int64: the bucket of every distance from 0.
         queries, columns: the last query stands at position `len(buckets) - 1`; column c at position c.
     """
-    rows = torch.arange(buckets.shape[0] - queries, buckets.shape[0], device=table.device)
-    distance = (rows[:, None] - torch.arange(columns, device=table.device)).clamp(min=0)
-    return torch.embedding(table, buckets[distance]).transpose(1, 2)  # F.embedding may be patched
+    # each row is a window of one line, one further to the left than the row before: no index is as large as the result
+    steps = torch.arange(queries + columns - 1, device=table.device)
+    line = table.t().index_select(1, buckets[(buckets.shape[0] - 1 - steps).clamp(min=0)])
+    windows = line.unfold(1, columns, 1).transpose(0, 1)
+    return windows.index_select(0, steps[:queries].flip(0))  # laid out as attention reads it, where a flip is not
 
 
 class AttentionArgs(NamedTuple):
@@ -177,10 +186,17 @@ class AttentionArgs(NamedTuple):
 
 
 def attention(args: AttentionArgs) -> Tensor:
-    """`ops.attention` in plain PyTorch; 16-bit inputs are computed in fp32.
+    """`ops.attention` in plain PyTorch; 16-bit inputs are computed in fp32, under autocast too.
 
     Here `dropout` may be a module too, which is called with the attention weights (batch, heads, seq, columns).
     """
+    if autocast_dtype(args.q) is None:
+        return _attention(args)
+    with torch.autocast(args.q.device.type, enabled=False):  # it would cast all weights, there and back
+        return _attention(args)
+
+
+def _attention(args: AttentionArgs) -> Tensor:
     q, k, v, null_kv, cos, sin, bias, buckets, mask, seed, scale, cosine, causal, causal_fill, dropout = args
     rotary = None if cos is None else (cos, sin)
     batch, seq, heads, dim_head = q.shape

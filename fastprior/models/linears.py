@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprior.kernels import ops
+from fastprior.kernels import ops, reference
 from fastprior.models.patches import are_called_as_they_are
 from fastprior.models.quantised_linear import QuantisedLinear
 
@@ -41,6 +41,12 @@ def dtype_of(linear: nn.Module, owner: nn.Module) -> torch.dtype:
     if isinstance(weight, Tensor) and weight.dtype in DTYPES:
         return weight.dtype
     return next((weight.dtype for weight in owner.parameters() if weight.dtype in DTYPES), torch.float32)
+
+
+def operand_dtype(linear: nn.Module, owner: nn.Module, x: Tensor) -> torch.dtype:
+    """`dtype_of` a linear, or where autocast would cast its operand x, that which it casts to: then nothing is cast."""
+    dtype = dtype_of(linear, owner)
+    return reference.autocast_dtype(x) or dtype if type(linear) is nn.Linear and dtype != torch.float64 else dtype
 
 
 def projected(

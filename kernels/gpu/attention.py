@@ -178,7 +178,10 @@ def _dbias(shared: tuple, by_row: tuple[Tensor, ...]) -> Tensor:
     parts = launch.empty(shape, args.q, torch.float32)
     results, grid = (args.buckets, parts, batch, chunks, num_buckets), (tiles, heads * chunks)
     launch.launch(_attention_bwd_dbias_kernel, grid, *arguments, *by_row, *results, **constants)
-    dbias = parts.sum(1).t() if relative else parts.sum(0)
+    if relative:
+        dbias = parts.sum(1).t()
+    else:
+        dbias = parts[0] if chunks == 1 else parts.sum(0)
     return dbias.to(args.bias.dtype).contiguous()
 
 
@@ -193,6 +196,7 @@ _attention_bwd = launch.custom_op("attention_bwd", attention_bwd, _gradients)
 
 def _setup_context(ctx, inputs, output):
     ctx.numbers = inputs[10:]
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient
     ctx.save_for_backward(*inputs[:10], *output)
     ctx.mark_non_differentiable(output[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fastprior.kernels import ops, reference
 from fastprior.kernels.reference import AttentionArgs, Rotary
 from fastprior.models import patches
-from fastprior.models.linears import dtype_of, projected, scales_of
+from fastprior.models.linears import dtype_of, operand_dtype, projected, scales_of
 from fastprior.models.patches import are_called_as_they_are, touched
 
 Linear = nn.Linear  # the name by which pickles of whole models, written before, know linears
@@ -51,6 +52,12 @@ def normed(norm: nn.Module, x: Tensor, *, after: Tensor | None = None, dtype: to
     return y if dtype is None else y.to(dtype)
 
 
+def operand(norm: nn.Module, x: Tensor, linear: nn.Module, owner: nn.Module) -> Tensor:
+    """The norm of the residual stream x, in the dtype of a linear's product."""
+    dtype = operand_dtype(linear, owner, x) if type(norm) is LayerNorm else dtype_of(linear, owner)
+    return normed(norm, x, dtype=dtype)
+
+
 class SinusoidalPosEmb(nn.Module):
     """Embed real-valued times (batch,) as (batch, dim) sines and cosines; computed in fp32."""
 
@@ -83,6 +90,26 @@ class MLP(nn.Module):
         return self.net(x.to(dtype_of(self.net, self)))
 
 
+class TableOfBias(NamedTuple):
+    """What a position bias was made of, for kernels, which then need not read it; see `kernels.ops.attention`.
+
+    Attributes:
+        table: (num_buckets, heads), a copy of its own: what the weights were.
+        buckets: (distances,) int64.
+        version: of the bias when it was made.
+    """
+
+    table: Tensor
+    buckets: Tensor
+    version: int
+
+    def stands_for(self, bias: Tensor) -> bool:
+        """Whether the bias is what it was, and nobody waits for a gradient of its own."""
+        if bias._version != self.version or bias.requires_grad != self.table.requires_grad:
+            return False
+        return not bias.retains_grad and not bias._backward_hooks
+
+
 class RelPosBias(nn.Module):
     """T5's relative position bias (Raffel et al. 2020): one learned number per head and distance bucket.
 
@@ -103,8 +130,18 @@ class RelPosBias(nn.Module):
         return torch.where(distance < exact, distance, far.clamp(max=self.num_buckets - 1))
 
     def forward(self, i: int, j: int, *, device=None) -> Tensor:
-        """The bias of queries 0..i-1 to keys 0..j-1: (heads, i, j)."""
-        return self.rows(0, i, j, device).permute(1, 0, 2)
+        """The bias of queries 0..i-1 to keys 0..j-1: (heads, i, j).
+
+        Attention that runs as a Triton kernel takes its table instead, as long as the tensor is not changed.
+        """
+        table = self.table(device)
+        buckets = self.buckets(i, table.device)
+        kept = ops.on_triton(table) and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+        table = table.clone() if kept else table
+        bias = reference.expand_bias(table, buckets, i, j).permute(1, 0, 2)
+        if kept:
+            bias.made_of = TableOfBias(table, buckets, bias._version)
+        return bias
 
     def rows(self, start: int, end: int, keys: int, device=None) -> Tensor:
         """The bias of queries start..end-1 to keys 0..keys-1: (end - start, heads, keys)."""
@@ -174,7 +211,7 @@ class FeedForward(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         patches.found()  # for `projected`: a block may be called without its network
         norm, expand, *others = self
-        x = normed(norm, x, dtype=dtype_of(expand, self))
+        x = operand(norm, x, expand, self)
         for module in (expand, *others):
             x = projected(module, x)
         return x
@@ -256,8 +293,8 @@ class Attention(nn.Module):
         return found + [rotary] * ("rotate_queries_or_keys" in getattr(rotary, "__dict__", ()))
 
     def normed(self, x: Tensor) -> Tensor:
-        """The input of the projections: the norm of the residual stream, in the weights' dtype."""
-        return normed(self.norm, x, dtype=dtype_of(self.to_q, self))
+        """The input of the projections: the norm of the residual stream, in the dtype of their product."""
+        return operand(self.norm, x, self.to_q, self)
 
     def queries(self, h: Tensor) -> Tensor:
         """Raw queries of normed tokens (batch, seq, dim): (batch, seq, heads, dim_head)."""
@@ -299,8 +336,17 @@ class Attention(nn.Module):
         elif self.rotary_emb is not None:
             rotate = self.rotary_emb.rotate_queries_or_keys
             q, k = (rotate(reference.at_least_fp32(t).transpose(1, 2)).transpose(1, 2) for t in (q, k))
-        bias = None if attn_bias is None else attn_bias.transpose(0, 1)
-        return self.attend(q, k, v, rotary, dict(bias=bias, causal=self.causal), mask=mask)
+        return self.attend(q, k, v, rotary, dict(**self._bias(attn_bias, x), causal=self.causal), mask=mask)
+
+    def _bias(self, given: Tensor | None, x: Tensor) -> dict:
+        """A bias (heads, seq, seq + 1) for tokens x as `attend` takes it: by its table, where kernels run."""
+        if given is None:
+            return {}
+        known, seq = getattr(given, "made_of", None), x.shape[1]
+        if known is not None and given.shape == (self.heads, seq, seq + 1) and ops.on_triton(x):
+            if known.stands_for(given):
+                return dict(bias=known.table, buckets=known.buckets)
+        return dict(bias=given.transpose(0, 1))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, bias: dict, *, mask=None, residual=None
@@ -320,7 +366,8 @@ class Attention(nn.Module):
             cos, sin = rotary or (None, None)
             given = AttentionArgs(q, k, v, self.null_kv[:, None], cos, sin, mask=mask, dropout=self.dropout, **options)
             out = reference.attention(given)
-        return self.projected(out.to(dtype_of(self.to_q, self)), residual)
+        linear = self.to_out[0] if type(self.to_out) is NormedLinear else self.to_q
+        return self.projected(out.to(operand_dtype(linear, self, out)), residual)
 
     def projected(self, out: Tensor, residual: Tensor | None) -> Tensor:
         """What attention gives, behind the output projection and its norm; `residual` is added to it."""

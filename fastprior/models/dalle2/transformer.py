@@ -366,7 +366,7 @@ class CausalTransformer(nn.Module):
         x, outputs = self._normed(self.init_norm, x), cache.samples
         if (out := self._by_blocks(x, cache, outputs)) is not None:
             return out.flatten(0, 1)
-        fused = ops.on_triton(x) and self._is_plain() and not torch.is_autocast_enabled(x.device.type)
+        fused = ops.on_triton(x) and self._is_plain() and reference.autocast_dtype(x) is None
         for index, (attn, ff) in enumerate(self.layers):
             q, k, v = attn.fused_projections(x) if fused else attn.projections(x)
             if index == len(self.layers) - 1:

@@ -127,6 +127,23 @@ def layer_norm(
     return run(NormArgs(x, gain, bias, residual, after, eps, stable, rms, l2, dtype))
 
 
+def swiglu_norm(x: Tensor, gain: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """SwiGLU of the two halves of rows, `a * silu(b)`, and a LayerNorm of the result.
+
+    Args:
+        x: (..., 2 * dim), any float dtype.
+        gain: (dim,), of the norm; None for none.
+        eps: of the norm.
+    Returns:
+        (..., dim), in the dtype of `x`.
+    """
+    if on_triton(x) and not torch.compiler.is_compiling():  # which fuses it, and chooses what backward keeps
+        from .gpu.gated import swiglu_norm as run
+    else:
+        run = reference.swiglu_norm
+    return run(x, gain, eps)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,

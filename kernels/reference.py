@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -56,6 +57,18 @@ def layer_norm(args: NormArgs) -> Tensor | tuple[Tensor, Tensor]:
     return y if residual is None else (y, total)
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """`a * silu(b)` of the two halves of the last dimension (GLU Variants, Shazeer 2020)."""
+    a, gate = x.chunk(2, dim=-1)
+    return a * F.silu(gate)
+
+
+def swiglu_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """`ops.swiglu_norm` in plain PyTorch."""
+    y = swiglu(x)
+    return y if gain is None else layer_norm(NormArgs(y, gain, eps=eps))
+
+
 def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     """`ops.linear` in plain PyTorch."""
     x, weight, bias, beside, scale, stream, stream_gain, norm_gain, norm_bias, eps, activation, residual, dtype = args
@@ -74,8 +87,7 @@ def linear(args: LinearArgs) -> Tensor | tuple[Tensor, Tensor]:
     if scale is not None:
         y = (y.float() * scale + (0.0 if bias is None else bias.float())).to(x.dtype)
     if activation == "swiglu":
-        a, gate = y.chunk(2, dim=-1)
-        y = a * F.silu(gate)
+        y = swiglu(y)
     elif activation == "gelu":
         y = F.gelu(y)
     y = y if residual is None else y + residual
@@ -138,6 +150,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if enabled else None
 
 
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Keep autocast, where it is on for the device of x, from casting."""
+    off = autocast_dtype(x) is not None
+    return torch.autocast(x.device.type, enabled=False) if off else contextlib.nullcontext()
+
+
 def at_least_fp32(t: Tensor) -> Tensor:
     """16-bit tensors as fp32: logits of scale 16 in bf16 are wrong by several percent."""
     return t.float() if t.element_size() < 4 else t
@@ -158,11 +176,10 @@ def expand_bias(table: Tensor, buckets: Tensor, queries: int, columns: int) -> T
         buckets: (distances,) int64: the bucket of every distance from 0.
         queries, columns: the last query stands at position `len(buckets) - 1`; column c at position c.
     """
-    # each row is a window of one line, one further to the left than the row before: no index is as large as the result
-    steps = torch.arange(queries + columns - 1, device=table.device)
-    line = table.t().index_select(1, buckets[(buckets.shape[0] - 1 - steps).clamp(min=0)])
-    windows = line.unfold(1, columns, 1).transpose(0, 1)
-    return windows.index_select(0, steps[:queries].flip(0))  # laid out as attention reads it, where a flip is not
+    rows = torch.arange(buckets.shape[0] - queries, buckets.shape[0], device=table.device)
+    distance = (rows[:, None] - torch.arange(columns, device=table.device)).clamp(min=0)
+    # F.embedding may be patched; contiguous, as attention reads it, once and not in every layer
+    return torch.embedding(table, buckets[distance]).transpose(1, 2).contiguous()
 
 
 class AttentionArgs(NamedTuple):
@@ -190,9 +207,7 @@ def attention(args: AttentionArgs) -> Tensor:
 
     Here `dropout` may be a module too, which is called with the attention weights (batch, heads, seq, columns).
     """
-    if autocast_dtype(args.q) is None:
-        return _attention(args)
-    with torch.autocast(args.q.device.type, enabled=False):  # it would cast all weights, there and back
+    with without_autocast(args.q):  # which would cast all weights, there and back
         return _attention(args)
 
 

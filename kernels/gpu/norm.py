@@ -235,7 +235,8 @@ def layer_norm(args: NormArgs) -> Tensor | tuple[Tensor, Tensor]:
     elif dtype not in FLOATS:
         raise TypeError(f"dtype={dtype}; it must be float32, bfloat16 or float16")
     if dim > MAX_DIM:
-        return reference.layer_norm(args._replace(dtype=dtype))
+        with reference.without_autocast(x):
+            return reference.layer_norm(args._replace(dtype=dtype))
     gain, bias = [None if t is None else t.contiguous() for t in (gain, bias)]
     rows, residual_rows, after_rows = [None if t is None else as_rows(t) for t in (x, residual, after)]
     out, total = _layer_norm(rows, gain, bias, residual_rows, after_rows, eps, stable, rms, l2, dtype)

@@ -208,7 +208,7 @@ def test_bf16_trains_fp32_weights():
     curves = {}
     for precision in ("no", "bf16"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        trainer = make_trainer(accelerator=Accelerator(cpu=True, mixed_precision=precision))
+        trainer = make_trainer(accelerator=Accelerator(cpu=True, mixed_precision=precision), lr=1e-3)
         torch.manual_seed(0)
         curves[precision] = torch.tensor(run(trainer, 10))
         assert {value.dtype for value in trainer.training_state()["model"].values()} == {torch.float32}

@@ -38,9 +38,12 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, *, after: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The norm of x (..., dim), plus `after`, in `dtype`: see `kernels.ops.layer_norm`."""
+        return ops.layer_norm(x, self.g, eps=self.eps_of(x), stable=self.stable, after=after, dtype=dtype)
+
+    def eps_of(self, x: Tensor) -> float:
+        """The eps for x."""
         autocast = x.element_size() < self.g.element_size() and x.element_size() == 2
-        eps = self.fp16_eps if autocast else self.eps
-        return ops.layer_norm(x, self.g, eps=eps, stable=self.stable, after=after, dtype=dtype)
+        return self.fp16_eps if autocast else self.eps
 
 
 def normed(norm: nn.Module, x: Tensor, *, after: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -187,11 +190,10 @@ class RotaryEmbedding(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`x * silu(gate)` of the two halves of the last dimension (GLU Variants, Shazeer 2020)."""
+    """`kernels.reference.swiglu` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return x * F.silu(gate)
+        return reference.swiglu(x)
 
 
 class FeedForward(nn.Sequential):
@@ -211,10 +213,21 @@ class FeedForward(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         patches.found()  # for `projected`: a block may be called without its network
         norm, expand, *others = self
-        x = operand(norm, x, expand, self)
-        for module in (expand, *others):
+        x = projected(expand, operand(norm, x, expand, self))
+        if ops.on_triton(x) and self._is_gated(*others[:2]):
+            inner_norm = others[1]
+            gain, eps = (None, 0.0) if type(inner_norm) is nn.Identity else (inner_norm.g, inner_norm.eps_of(x))
+            x, others = ops.swiglu_norm(x, gain, eps), others[2:]
+        for module in others:
             x = projected(module, x)
         return x
+
+    @staticmethod
+    def _is_gated(*modules: nn.Module) -> bool:
+        """Whether these are a `SwiGLU` and the norm behind it, or none, as they were written."""
+        if [type(module) for module in modules] not in ([SwiGLU, LayerNorm], [SwiGLU, nn.Identity]):
+            return False
+        return not getattr(modules[1], "stable", False) and are_called_as_they_are(*modules)
 
     def fused(self, x: Tensor, stream: Tensor, stream_gain: Tensor) -> Tensor:
         """`y + self(y)` of `y = stream + norm(x) * stream_gain`, without dropout, by two kernels."""

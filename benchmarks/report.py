@@ -23,7 +23,7 @@ MEASURED = {
     "share", "share_of_copy", "goal", "goals", "flops", "quick", "worst_cosine", "max_error", "floor_ms", "bytes",
     "peer_evaluations", "driver", "versions", "commit", "date", "lr", "reached", "curve", "open_s", "read_s",
     "before_mib", "config", "gain", "tried", "wrong", "refused", "slowdown", "slowdown_p99", "quiet_ratio", "quiet_s",
-    "quiet_p99_s",
+    "quiet_p99_s", "ratio_of_products",
 }  # fmt: skip
 
 

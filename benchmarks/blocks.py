@@ -96,7 +96,6 @@ def gradients(net: nn.Module, batch: dict[str, Tensor], dtype: str) -> Tensor:
     return torch.cat([grad.flatten().float() for grad in torch.autograd.grad(loss, weights)])
 
 
-def has_bf16_tiles() -> bool:
+def has_bf16_tiles(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU multiplies tiles of bf16 (AMX): without them such products need not be faster than fp32's."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and " amx_bf16 " in cpuinfo.read_text().replace("\n", " ")
+    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text().split()

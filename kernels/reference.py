@@ -169,7 +169,7 @@ def prepare_heads(t: Tensor, rotary: Rotary | None, cosine: bool) -> Tensor:
 
 
 def expand_bias(table: Tensor, buckets: Tensor, queries: int, columns: int) -> Tensor:
-    """Relative position bias of the last `queries` positions to all columns: (queries, heads, columns), contiguous.
+    """Relative position bias of the last `queries` positions to all columns: (queries, heads, columns).
 
     Args:
         table: (num_buckets, heads).
@@ -178,8 +178,7 @@ def expand_bias(table: Tensor, buckets: Tensor, queries: int, columns: int) -> T
     """
     rows = torch.arange(buckets.shape[0] - queries, buckets.shape[0], device=table.device)
     distance = (rows[:, None] - torch.arange(columns, device=table.device)).clamp(min=0)
-    # F.embedding may be patched; contiguous, as attention reads it, once and not in every layer
-    return torch.embedding(table, buckets[distance]).transpose(1, 2).contiguous()
+    return torch.embedding(table, buckets[distance]).transpose(1, 2)  # F.embedding may be patched
 
 
 class AttentionArgs(NamedTuple):

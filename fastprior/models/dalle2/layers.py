@@ -141,7 +141,7 @@ class RelPosBias(nn.Module):
         buckets = self.buckets(i, table.device)
         kept = ops.on_triton(table) and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
         table = table.clone() if kept else table
-        bias = reference.expand_bias(table, buckets, i, j).permute(1, 0, 2)
+        bias = self._expanded(table, buckets, i, j).permute(1, 0, 2)
         if kept:
             bias.made_of = TableOfBias(table, buckets, bias._version)
         return bias
@@ -149,7 +149,13 @@ class RelPosBias(nn.Module):
     def rows(self, start: int, end: int, keys: int, device=None) -> Tensor:
         """The bias of queries start..end-1 to keys 0..keys-1: (end - start, heads, keys)."""
         table = self.table(device)
-        return reference.expand_bias(table, self.buckets(end, table.device), end - start, keys)
+        return self._expanded(table, self.buckets(end, table.device), end - start, keys)
+
+    @staticmethod
+    def _expanded(table: Tensor, buckets: Tensor, queries: int, keys: int) -> Tensor:
+        """`reference.expand_bias`, laid out as plain attention reads it: once, and not in every layer."""
+        bias = reference.expand_bias(table, buckets, queries, keys)
+        return bias if ops.on_triton(table) else bias.contiguous()
 
     def table(self, device=None) -> Tensor:
         """The bias of each bucket: (num_buckets, heads); whatever stands in the place of its embedding is called."""

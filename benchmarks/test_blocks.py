@@ -16,7 +16,7 @@ from timing import interleaved, median
 
 from fastprior.serving.measure import seconds
 
-BATCH, DEPTH = {"cpu": 1, "cuda": 16}, {"cpu": 1, "cuda": SHAPE["depth"]}
+BATCH, DEPTH = {"cpu": 4, "cuda": 16}, {"cpu": 1, "cuda": SHAPE["depth"]}
 PEER_GOAL, BF16_GOAL, MEMORY_GOAL = 2.0, 2.0, 2.0  # to the compiled peer; to fp32, on the CPU; to the compiled peer
 
 
@@ -100,7 +100,7 @@ def test_blocks(benchmark, record, device, request, dtype, backward):
         for name, run in runs.items():
             times[name].append(seconds(run, device))
 
-    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 7)
+    benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 5)
     other, goal = goal_of(device, dtype)
     reached = {}
     if other in times:

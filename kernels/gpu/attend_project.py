@@ -20,7 +20,7 @@ from .decode import MAX_SUFFIX, _attend, _load_heads, _load_prefix
 from .launch import ceil_div, power_of_2, row_strides
 from .skinny_linear import MULTIPROCESSORS, OPERANDS, TILE_BYTES, Weight
 
-MAX_QUERIES = 128  # tokens times heads, both rounded up to powers of two: what the registers of a program hold
+MAX_QUERIES = 64  # tokens times heads, both rounded up to powers of two: more take longer than a launch
 MAX_PREFIX = 512  # over which heads would take longer than a launch
 
 

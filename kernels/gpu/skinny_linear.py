@@ -197,13 +197,13 @@ def _skinny_linear_fwd_kernel(
         residual = tl.load(residual_ptr + residual_at, mask=inside, other=0.0).to(tl.float32)
     xs = ()
     if HOLDS:
-        for chunk in tl.static_range(CHUNKS):
-            xs += (_load_rows(x_ptr, row, in_rows, stride_x_row, k + chunk * CHUNK, dim).to(tl.float32),)
-        if stream_ptr is not None:
-            streams = ()
-            for chunk in tl.static_range(CHUNKS):
-                at = k + chunk * CHUNK
+        streams = ()
+        for chunk in tl.static_range(CHUNKS):  # all are asked for before any is waited for
+            at = k + chunk * CHUNK
+            if stream_ptr is not None:
                 streams += (_load_rows(stream_ptr, row, in_rows, stride_stream_row, at, dim).to(tl.float32),)
+            xs += (_load_rows(x_ptr, row, in_rows, stride_x_row, at, dim).to(tl.float32),)
+        if stream_ptr is not None:
             normed = _normed(xs, stream_gains, None, k, dim, eps, CHUNKS, CHUNK)
             xs = ()
             for chunk in tl.static_range(CHUNKS):

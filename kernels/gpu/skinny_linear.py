@@ -36,50 +36,63 @@ OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 
 
 @triton.jit
-def _load_rows(ptr, row, in_rows, stride, k, dim):
+def _load_rows(ptr, row, in_rows, stride, k, dim, EVEN: tl.constexpr):
     """Numbers of rows by parts of the sum, (parts, rows, columns)."""
-    mask = in_rows[None, :, None] & (k < dim)
+    mask = in_rows[None, :, None]
+    if not EVEN:
+        mask = mask & (k < dim)
     at = row.to(tl.int64)[None, :, None] * stride + k
     return tl.load(ptr + at, mask=mask, other=0.0, cache_modifier=".cg")  # others wrote it
 
 
 @triton.jit
-def _across(parts):
-    """Sums of rows, (1, rows, 1), of those of their parts, (parts, rows)."""
-    return tl.sum(parts, axis=0)[None, :, None]
+def _load_first(ptr, row, in_rows, stride):
+    """The first number of each row, (1, rows, 1)."""
+    first = tl.load(ptr + row.to(tl.int64) * stride, mask=in_rows, other=0.0, cache_modifier=".cg")
+    return first.to(tl.float32)[None, :, None]
 
 
 @triton.jit
-def _normed(chunks, gains, biases, k, dim, eps, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """LayerNorm of rows that are held in chunks, all fp32."""
-    total = tl.sum(chunks[0], axis=2)
-    for chunk in tl.static_range(1, CHUNKS):
-        total += tl.sum(chunks[chunk], axis=2)
-    mean = _across(total) / dim
-    squares, centred = tl.zeros(total.shape, tl.float32), ()
+def _normed(chunks, first, gains, biases, k, dim, eps, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
+    """LayerNorm of rows in chunks, all fp32, and the factors of it: mean and reciprocal deviation.
+
+    Warps meet once: sums and squares are those of differences from a number of the row, its first. That is at most
+    sqrt(dim) deviations from the mean, so the variance is right to dim units in the last place at worst.
+    """
+    total, squares = tl.zeros(chunks[0].shape[:2], tl.float32), tl.zeros(chunks[0].shape[:2], tl.float32)
     for chunk in tl.static_range(CHUNKS):
-        c = tl.where(k + chunk * CHUNK < dim, chunks[chunk] - mean, 0.0)
-        centred += (c,)
+        c = chunks[chunk] - first
+        if not EVEN:
+            c = tl.where(k + chunk * CHUNK < dim, c, 0.0)
+        total += tl.sum(c, axis=2)
         squares += tl.sum(c * c, axis=2)
-    rstd = 1.0 / tl.sqrt_rn(_across(squares) / dim + eps)
+    total, squares = tl.split(tl.sum(tl.join(total, squares), axis=0))
+    mean = (total / dim)[None, :, None]
+    rstd = tl.rsqrt(tl.maximum((squares / dim)[None, :, None] - mean * mean, 0.0) + eps)
+    mean += first
     out = ()
     for chunk in tl.static_range(CHUNKS):
-        y = centred[chunk] * rstd
+        y = (chunks[chunk] - mean) * rstd
         if gains is not None:
             y *= gains[chunk].to(tl.float32)
         if biases is not None:
             y += biases[chunk].to(tl.float32)
+        if not EVEN:
+            y = tl.where(k + chunk * CHUNK < dim, y, 0.0)
         out += (y,)
-    return out
+    return out, mean, rstd
 
 
 @triton.jit
-def _load_vector(ptr, k, dim, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+def _load_vector(ptr, k, dim, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
     """A vector in chunks, for rows in chunks."""
     out = ()
     for chunk in tl.static_range(CHUNKS):
         at = k + chunk * CHUNK
-        out += (tl.load(ptr + at, mask=at < dim, other=0.0),)
+        if EVEN:
+            out += (tl.load(ptr + at),)
+        else:
+            out += (tl.load(ptr + at, mask=at < dim, other=0.0),)
     return out
 
 
@@ -91,10 +104,13 @@ def _store_total(total_ptr, x, row, in_rows, at, dim):
 
 
 @triton.jit
-def _load_tile(ptr, row, in_tile, stride, k, dim):
+def _load_tile(ptr, row, in_tile, stride, k, dim, EVEN: tl.constexpr):
     """Weights of results by parts of the sum, (parts, results, columns); nobody reads them again soon."""
     at = row.to(tl.int64)[None, :, None] * stride + k
-    return tl.load(ptr + at, mask=in_tile[None, :, None] & (k < dim), other=0.0, eviction_policy="evict_first")
+    mask = in_tile[None, :, None]
+    if not EVEN:
+        mask = mask & (k < dim)
+    return tl.load(ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -121,12 +137,12 @@ def _skinny_linear_fwd_kernel(
     stride_x_row, stride_weight_row, stride_second_row, stride_third_row, stride_stream_row, stride_residual_row,
     stride_out_group, stride_out_row, eps,
     ACTIVATION: tl.constexpr, STABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr, OPERAND: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    OPERAND: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    CHUNK: tl.constexpr = PARTS * BLOCK_K
+    CHUNK: tl.constexpr = PARTS * BLOCK_K  # columns, that fill dim where EVEN
     NORMED: tl.constexpr = STABLE or norm_gain_ptr is not None
     HOLDS: tl.constexpr = NORMED or stream_ptr is not None
     tile, column = tl.program_id(0), 0  # where the results of this weight begin
@@ -168,14 +184,15 @@ def _skinny_linear_fwd_kernel(
         weight_row = tile * span + result
     tiles_ahead = ()
     for chunk in tl.static_range(AHEAD):
-        tiles_ahead += (_load_tile(weight_ptr, weight_row, in_tile, stride_weight_row, k + chunk * CHUNK, dim),)
+        tiles_ahead += (_load_tile(weight_ptr, weight_row, in_tile, stride_weight_row, k + chunk * CHUNK, dim, EVEN),)
     stream_gains, gains, biases = None, None, None
     if stream_ptr is not None:
-        stream_gains = _load_vector(stream_gain_ptr, k, dim, CHUNKS, CHUNK)
+        stream_gains = _load_vector(stream_gain_ptr, k, dim, CHUNKS, CHUNK, EVEN)
+        first_gain = tl.load(stream_gain_ptr).to(tl.float32)
     if norm_gain_ptr is not None:
-        gains = _load_vector(norm_gain_ptr, k, dim, CHUNKS, CHUNK)
+        gains = _load_vector(norm_gain_ptr, k, dim, CHUNKS, CHUNK, EVEN)
         if norm_bias_ptr is not None:
-            biases = _load_vector(norm_bias_ptr, k, dim, CHUNKS, CHUNK)
+            biases = _load_vector(norm_bias_ptr, k, dim, CHUNKS, CHUNK, EVEN)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + weight_row, mask=in_tile, other=0.0).to(tl.float32)
     if scale_ptr is not None:
@@ -201,10 +218,15 @@ def _skinny_linear_fwd_kernel(
         for chunk in tl.static_range(CHUNKS):  # all are asked for before any is waited for
             at = k + chunk * CHUNK
             if stream_ptr is not None:
-                streams += (_load_rows(stream_ptr, row, in_rows, stride_stream_row, at, dim).to(tl.float32),)
-            xs += (_load_rows(x_ptr, row, in_rows, stride_x_row, at, dim).to(tl.float32),)
+                streams += (_load_rows(stream_ptr, row, in_rows, stride_stream_row, at, dim, EVEN).to(tl.float32),)
+            xs += (_load_rows(x_ptr, row, in_rows, stride_x_row, at, dim, EVEN).to(tl.float32),)
+        first = _load_first(x_ptr, row, in_rows, stride_x_row)
         if stream_ptr is not None:
-            normed = _normed(xs, stream_gains, None, k, dim, eps, CHUNKS, CHUNK)
+            stream_first = _load_first(stream_ptr, row, in_rows, stride_stream_row)
+        tl.debug_barrier()  # or some are asked for when others are there
+        if stream_ptr is not None:
+            normed, mean, rstd = _normed(xs, first, stream_gains, None, k, dim, eps, CHUNKS, CHUNK, EVEN)
+            first = stream_first + (first - mean) * rstd * first_gain
             xs = ()
             for chunk in tl.static_range(CHUNKS):
                 xs += (streams[chunk] + normed[chunk],)
@@ -220,21 +242,22 @@ def _skinny_linear_fwd_kernel(
             for chunk in tl.static_range(CHUNKS):
                 divided += (xs[chunk] / most,)
             xs = divided
+            first /= most
         if NORMED:
-            xs = _normed(xs, gains, biases, k, dim, eps, CHUNKS, CHUNK)
+            xs, _, _ = _normed(xs, first, gains, biases, k, dim, eps, CHUNKS, CHUNK, EVEN)
 
     y = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
     for chunk in tl.static_range(CHUNKS):
         if chunk + AHEAD < CHUNKS:
             at = k + (chunk + AHEAD) * CHUNK
-            tiles_ahead += (_load_tile(weight_ptr, weight_row, in_tile, stride_weight_row, at, dim),)
+            tiles_ahead += (_load_tile(weight_ptr, weight_row, in_tile, stride_weight_row, at, dim, EVEN),)
         at = k + chunk * CHUNK
         if HOLDS:
             x = xs[chunk]
         else:
-            x = _load_rows(x_ptr, row, in_rows, stride_x_row, at, dim)
+            x = _load_rows(x_ptr, row, in_rows, stride_x_row, at, dim, EVEN)
         y = _multiply(tiles_ahead[chunk], x, y, OPERAND)
-    y = tl.sum(y, axis=0)
+    y = tl.reshape(tl.sum(tl.reshape(y, (PARTS, BLOCK_N * BLOCK_M)), axis=0), (BLOCK_N, BLOCK_M))
 
     if scale_ptr is not None:
         y *= scale[:, None]
@@ -362,6 +385,7 @@ def launch_skinny_linear(
         out.shape[1], *row_strides(x, *(w.weight for w in given), stream, residual), *out.stride()[:2], eps,
         ACTIVATION=activation, STABLE=stable,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts, BLOCK_K=config.block_k,
-        CHUNKS=config.chunks, AHEAD=config.ahead, OPERAND=OPERANDS[operand], DEPENDENT=launch.in_chain(), chained=True,
+        CHUNKS=config.chunks, AHEAD=config.ahead, EVEN=dim % (config.parts * config.block_k) == 0,
+        OPERAND=OPERANDS[operand], DEPENDENT=launch.in_chain(), chained=True,
         num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip

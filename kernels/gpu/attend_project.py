@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import Rotary
 from . import launch
-from .decode import MAX_SUFFIX, _attend, _load_heads, _load_prefix
+from .decode import MAX_SUFFIX, _attend, _load_heads, _load_prefix, _load_rotary, _prepare_heads
 from .launch import ceil_div, power_of_2, row_strides
 from .skinny_linear import MULTIPROCESSORS, OPERANDS, TILE_BYTES, Weight
 
@@ -74,24 +74,39 @@ def _attend_project_fwd_kernel(
         own_extra = tl.load(bias_ptr + bias_at, mask=rows[:, None] & kept, other=-float("inf")).to(tl.float32)
     else:
         own_extra = tl.where(kept & (own <= position[:, None]), 0.0, -float("inf"))
+    cos_q, sin_q, cos_k, sin_k = None, None, None, None
+    if cos_ptr is not None:
+        cos_q = _load_rotary(cos_ptr, rows, position, offs_d, stride_cos, width, 1.0)
+        sin_q = _load_rotary(sin_ptr, rows, position, offs_d, stride_sin, width, 0.0)
+        cos_k = _load_rotary(cos_ptr, kept, own, offs_d, stride_cos, width, 1.0)
+        sin_k = _load_rotary(sin_ptr, kept, own, offs_d, stride_sin, width, 0.0)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
 
     kept_v = kept[:, None] & (offs_d < dim_head)
     v = tl.load(v_ptr + (own * stride_v_seq)[:, None] + offs_d, mask=kept_v, other=0.0, cache_modifier=".cg")
-    q = _load_heads(
-        q_ptr, token * stride_q_seq + head * dim_head, rows, position, offs_d, dim_head,
-        cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE, QUERIES, BLOCK_D,
-    ).to(OPERAND)  # fmt: skip
-    k = _load_heads(
-        k_ptr, own * stride_k_seq, kept, own, offs_d, dim_head,
-        cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE, BLOCK_SUFFIX, BLOCK_D,
-    ).to(OPERAND)  # fmt: skip
-    top = tl.full((QUERIES,), -float("inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, BLOCK_D), tl.float32)
-    top, total, acc = _attend(q, k, v.to(OPERAND), own_extra, scale, top, total, acc)
-    top, total, acc = _attend(q, tile_k.to(OPERAND), tile_v.to(OPERAND), extra, scale, top, total, acc)
+    q = _load_heads(q_ptr, token * stride_q_seq + head * dim_head, rows, offs_d, dim_head)
+    k = _load_heads(k_ptr, own * stride_k_seq, kept, offs_d, dim_head)
+    tl.debug_barrier()  # or some are asked for when others are there
+    k = _prepare_heads(k, cos_k, sin_k, COSINE, BLOCK_SUFFIX, BLOCK_D).to(OPERAND)
+    q = _prepare_heads(q, cos_q, sin_q, COSINE, QUERIES, BLOCK_D).to(OPERAND)
+
+    # one softmax over what is there already
+    logits = tl.dot(q, tl.trans(tile_k.to(OPERAND)), input_precision="tf32x3") * scale + extra
+    own_logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale + own_extra
+    top = tl.maximum(tl.max(logits, axis=1), tl.max(own_logits, axis=1))
+    if REST > 0:
+        rest_logits = tl.dot(q, tl.trans(rest_k.to(OPERAND)), input_precision="tf32x3") * scale + rest_extra
+        top = tl.maximum(top, tl.max(rest_logits, axis=1))
+    base = tl.where(top == -float("inf"), 0.0, top)[:, None]  # of rows that are none
+    weights, own_weights = tl.exp(logits - base), tl.exp(own_logits - base)
+    total = tl.sum(weights, axis=1) + tl.sum(own_weights, axis=1)
+    acc = tl.dot(own_weights.to(OPERAND), v.to(OPERAND), input_precision="tf32x3")
+    acc = tl.dot(weights.to(OPERAND), tile_v.to(OPERAND), acc, input_precision="tf32x3")
+    if REST > 0:
+        rest_weights = tl.exp(rest_logits - base)
+        total += tl.sum(rest_weights, axis=1)
+        acc = tl.dot(rest_weights.to(OPERAND), rest_v.to(OPERAND), acc, input_precision="tf32x3")
     if LONG:
         for start in range(BLOCK_C, prefix // BLOCK_C * BLOCK_C, BLOCK_C):
             tile_k, tile_v, extra = _load_prefix(
@@ -99,8 +114,6 @@ def _attend_project_fwd_kernel(
                 stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, BLOCK_C,
             )  # fmt: skip
             top, total, acc = _attend(q, tile_k.to(OPERAND), tile_v.to(OPERAND), extra, scale, top, total, acc)
-    if REST > 0:
-        top, total, acc = _attend(q, rest_k.to(OPERAND), rest_v.to(OPERAND), rest_extra, scale, top, total, acc)
     # results are rounded as where attention has a launch of its own; tokens and heads that are none are NaN so far
     x = tl.where(rows[:, None], acc / total[:, None], 0.0).to(OPERAND)
     x = tl.permute(tl.reshape(x, (TOKENS, HEADS, BLOCK_D)), (1, 2, 0))

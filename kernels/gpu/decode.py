@@ -19,17 +19,24 @@ MAX_SUFFIX = 16  # the suffix is one tile, and a matrix product takes no less
 
 
 @triton.jit
-def _load_heads(
-    ptr, offsets, rows, positions, offs_d, dim_head, cos_ptr, sin_ptr, stride_cos, stride_sin, width,
-    COSINE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows of raw projections, rotated by the tables at their positions and scaled to length 1 where COSINE, fp32."""
+def _load_heads(ptr, offsets, rows, offs_d, dim_head):
+    """Rows of raw projections, which others wrote."""
     kept = rows[:, None] & (offs_d < dim_head)
-    x = tl.load(ptr + offsets[:, None] + offs_d, mask=kept, other=0.0, cache_modifier=".cg").to(tl.float32)
-    if cos_ptr is not None:
-        turned = rows[:, None] & (offs_d < width)
-        cos = tl.load(cos_ptr + positions[:, None] * stride_cos + offs_d, mask=turned, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + positions[:, None] * stride_sin + offs_d, mask=turned, other=0.0).to(tl.float32)
+    return tl.load(ptr + offsets[:, None] + offs_d, mask=kept, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _load_rotary(ptr, rows, positions, offs_d, stride, width, other):
+    """The rows of a rotary table at some positions, fp32; `other` where features are not rotated."""
+    turned = rows[:, None] & (offs_d < width)
+    return tl.load(ptr + positions[:, None] * stride + offs_d, mask=turned, other=other).to(tl.float32)
+
+
+@triton.jit
+def _prepare_heads(x, cos, sin, COSINE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows rotated, where there are tables, and scaled to length 1 where COSINE, fp32."""
+    x = x.to(tl.float32)
+    if cos is not None:
         even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK_D // 2, 2)))
         x = x * cos + tl.reshape(tl.join(odd, even), (ROWS, BLOCK_D)) * sin
     if COSINE:
@@ -116,21 +123,23 @@ def _decode_attention_fwd_kernel(
         own_extra = tl.load(bias_ptr + bias_at, mask=rows[:, None] & kept, other=-float("inf")).to(tl.float32)
     else:
         own_extra = tl.where(kept & (own <= position[:, None]), 0.0, -float("inf"))
+    cos_q, sin_q, cos_k, sin_k = None, None, None, None
+    if cos_ptr is not None:
+        cos_q = _load_rotary(cos_ptr, rows, position, offs_d, stride_cos, width, 1.0)
+        sin_q = _load_rotary(sin_ptr, rows, position, offs_d, stride_sin, width, 0.0)
+        cos_k = _load_rotary(cos_ptr, kept, own, offs_d, stride_cos, width, 1.0)
+        sin_k = _load_rotary(sin_ptr, kept, own, offs_d, stride_sin, width, 0.0)
     if DEPENDENT:  # what others wrote comes behind, past L1
         tl.extra.cuda.gdc_wait()
     v_at = (row * stride_v_row + kv_head * stride_v_head + own * stride_v_seq)[:, None] + offs_d
     kept_v = kept[:, None] & (offs_d < dim_head)
     v = tl.load(v_ptr + v_at, mask=kept_v, other=0.0, cache_modifier=".cg").to(OPERAND)
     q_at = row * stride_q_row + token * stride_q_seq + head * stride_q_head
-    q = _load_heads(
-        q_ptr, q_at, rows, position, offs_d, dim_head, cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE,
-        BLOCK_M, BLOCK_D,
-    ).to(OPERAND)  # fmt: skip
+    q = _load_heads(q_ptr, q_at, rows, offs_d, dim_head)
     k_at = row * stride_k_row + kv_head * stride_k_head + own * stride_k_seq
-    k = _load_heads(
-        k_ptr, k_at, kept, own, offs_d, dim_head, cos_ptr, sin_ptr, stride_cos, stride_sin, width, COSINE,
-        BLOCK_SUFFIX, BLOCK_D,
-    ).to(OPERAND)  # fmt: skip
+    k = _load_heads(k_ptr, k_at, kept, offs_d, dim_head)
+    q = _prepare_heads(q, cos_q, sin_q, COSINE, BLOCK_M, BLOCK_D).to(OPERAND)
+    k = _prepare_heads(k, cos_k, sin_k, COSINE, BLOCK_SUFFIX, BLOCK_D).to(OPERAND)
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)

@@ -138,6 +138,7 @@ def _decode_attention_fwd_kernel(
     q = _load_heads(q_ptr, q_at, rows, offs_d, dim_head)
     k_at = row * stride_k_row + kv_head * stride_k_head + own * stride_k_seq
     k = _load_heads(k_ptr, k_at, kept, offs_d, dim_head)
+    tl.debug_barrier()  # or some are asked for when others are there
     q = _prepare_heads(q, cos_q, sin_q, COSINE, BLOCK_M, BLOCK_D).to(OPERAND)
     k = _prepare_heads(k, cos_k, sin_k, COSINE, BLOCK_SUFFIX, BLOCK_D).to(OPERAND)
 
@@ -202,7 +203,7 @@ def decode_attention_config(programs: int, prefix: int, dim_head: int, wide: boo
     if block_d == 128:
         block_n = 64 if aligned and not wide else 16
     else:
-        block_n = 32 if wide and not aligned else 64
+        block_n = 32 if wide and not aligned else 128 if prefix > 64 and not wide and aligned else 64
     num_warps = 4 if block_d == 32 else 8
     splits = min(MAX_SPLITS, prefix // 256) if prefix >= 512 and programs <= 64 else 1
     span = ceil_div(ceil_div(prefix, splits), block_n) * block_n

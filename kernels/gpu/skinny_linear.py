@@ -316,11 +316,11 @@ def skinny_config(
     each = 2 if pairs else 1
     # of what registers hold besides; weights of 8 bits stand there, too, before they are converted
     most = 64 if held <= 8 * HELD else 16 if quantised else 32
-    block_n = min(most, max(16, power_of_2(span) * each))
+    block_n = min(most, max(8, power_of_2(span) * each))
     span = min(span, block_n // each)
     most = max(128, CHUNK_BYTES // (block_n * itemsize))
     chunk = next((c for c in (1024, 512, 256) if c <= most and -dim % c * 8 <= dim), 128)
-    num_warps = 16 if held > 8 * HELD else 8
+    num_warps = 16 if held > (6 if block_n <= 32 else 8) * HELD else 8
     parts = min(num_warps, chunk // 32)
     chunks = ceil_div(dim, chunk)
     ahead = max(1, min(chunks, TILE_BYTES // (block_n * chunk * itemsize)))

@@ -85,10 +85,24 @@ def _advance_fwd_kernel(
     sample = tl.program_id(0)
     col = tl.arange(0, BLOCK)
     inside = col < dim
+    token = tl.arange(0, BLOCK_WIDTH)
+    in_token = token < width
+    query = tl.load(query_ptr + token, mask=in_token, other=0.0).to(tl.float32)
+    if query_position_ptr is not None:
+        query += tl.load(query_position_ptr + token, mask=in_token, other=0.0)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     cell = sample.to(tl.int64) * dim + col
     index = tl.load(index_ptr + sample, cache_modifier=".cg")
+    following, tokens_of_time = index, ()
+    if UPDATES:
+        following = tl.where(index + 1 < steps, index + 1, 0)
+    for number_of_time in tl.static_range(TIMES):
+        at = number_of_time * width + token
+        time = tl.load(time_ptr + following * stride_time_step + at, mask=in_token, other=0.0).to(tl.float32)
+        if time_position_ptr is not None:
+            time += tl.load(time_position_ptr + at, mask=in_token, other=0.0)
+        tokens_of_time += (time,)
     x = tl.load(x_ptr + cell, mask=inside, other=0.0, cache_modifier=".cg")
     if UPDATES:
         x0_prev = tl.load(x0_ptr + cell, mask=inside, other=0.0, cache_modifier=".cg")
@@ -102,15 +116,18 @@ def _advance_fwd_kernel(
                 null = tl.load(pred_ptr + at + col, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
             else:
                 null = tl.load(null_table_ptr + index * stride_null_row + col, mask=inside, other=0.0).to(tl.float32)
-            pred = null + (pred - null) * cond_scale
         coefficients = table_ptr + index * stride_table_row
         p, q = tl.load(coefficients), tl.load(coefficients + 1)
         a, b = tl.load(coefficients + 2), tl.load(coefficients + 3)
         c, s = tl.load(coefficients + 4), tl.load(coefficients + 5)
         noise = tl.load(noise_ptr + (index * samples + sample) * dim + col, mask=inside, other=0.0)
-        x0 = p * x + q * pred
         if CLAMPS:  # both numbers of a step: the limit of each element, and the length, 0 for as it is
             limit, length = tl.load(clamp_ptr + index * 2), tl.load(clamp_ptr + index * 2 + 1)
+        tl.debug_barrier()  # or some are asked for when others are there
+        if GUIDED or null_table_ptr is not None:
+            pred = null + (pred - null) * cond_scale
+        x0 = p * x + q * pred
+        if CLAMPS:
             x0 = tl.clamp(x0, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
             norm = tl.maximum(tl.sqrt(tl.sum(x0 * x0, axis=0)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
             x0 *= tl.where(length > 0, length / norm, 1.0)
@@ -119,15 +136,8 @@ def _advance_fwd_kernel(
         x = a * x + b * x0 + c * x0_prev + s * noise
         tl.store(x_ptr + cell, x, mask=inside)
         tl.store(x0_ptr + cell, pred if OF_PREDICTION else x0, mask=inside)
-        index = tl.where(index + 1 < steps, index + 1, 0)
-        tl.debug_barrier()  # all threads have read it
-        tl.store(index_ptr + sample, index)
+        tl.store(index_ptr + sample, following)  # all threads have read it: they met
 
-    token = tl.arange(0, BLOCK_WIDTH)
-    in_token = token < width
-    query = tl.load(query_ptr + token, mask=in_token, other=0.0).to(tl.float32)
-    if query_position_ptr is not None:
-        query += tl.load(query_position_ptr + token, mask=in_token, other=0.0)
     for copy in tl.static_range(1 + GUIDED):
         number = sample + copy * samples
         here = (copy == 0) | (sample < guided)
@@ -139,11 +149,8 @@ def _advance_fwd_kernel(
             tl.store(row_ptr + (times + within) * width + col, x, mask=inside & here)
         tl.store(row_ptr + (times + together + within) * width + token, query, mask=in_token & here)
         for number_of_time in tl.static_range(TIMES):
-            at = number_of_time * width + token
-            time = tl.load(time_ptr + index * stride_time_step + at, mask=in_token, other=0.0).to(tl.float32)
-            if time_position_ptr is not None:
-                time += tl.load(time_position_ptr + at, mask=in_token, other=0.0)
-            tl.store(row_ptr + at, time, mask=in_token & here & (within == 0))
+            cell = row_ptr + number_of_time * width + token
+            tl.store(cell, tokens_of_time[number_of_time], mask=in_token & here & (within == 0))
 
 
 class RunState(NamedTuple):

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..reference import Rotary
 from . import launch
-from .decode import MAX_SUFFIX, _attend, _load_heads, _load_prefix, _load_rotary, _prepare_heads
+from .decode import MAX_SUFFIX, _load_heads, _load_prefix, _load_rotary, _prepare_heads
 from .launch import ceil_div, power_of_2, row_strides
 from .skinny_linear import MULTIPROCESSORS, OPERANDS, TILE_BYTES, Weight
 
 MAX_QUERIES = 64  # tokens times heads, both rounded up to powers of two: more take longer than a launch
-MAX_PREFIX = 512  # over which heads would take longer than a launch
+MAX_PREFIX = 128  # columns of the cache, that a program attends to at once
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _attend_project_fwd_kernel(
     stride_q_seq, stride_k_seq, stride_v_seq, stride_prefix_k_seq, stride_prefix_v_seq, stride_cos, stride_sin,
     stride_bias_seq, stride_bias_head, stride_bias_column, stride_weight_row, stride_out_row,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, REST: tl.constexpr,
-    LONG: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SUFFIX: tl.constexpr, COSINE: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SUFFIX: tl.constexpr, COSINE: tl.constexpr, OPERAND: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
@@ -62,9 +62,8 @@ def _attend_project_fwd_kernel(
         stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, BLOCK_C,
     )  # fmt: skip
     if REST > 0:
-        rest = prefix // BLOCK_C * BLOCK_C
         rest_k, rest_v, rest_extra = _load_prefix(
-            prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, rest, prefix, offs_d, dim_head,
+            prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, BLOCK_C, prefix, offs_d, dim_head,
             stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, REST,
         )  # fmt: skip
     own = tl.arange(0, BLOCK_SUFFIX)
@@ -107,13 +106,6 @@ def _attend_project_fwd_kernel(
         rest_weights = tl.exp(rest_logits - base)
         total += tl.sum(rest_weights, axis=1)
         acc = tl.dot(rest_weights.to(OPERAND), rest_v.to(OPERAND), acc, input_precision="tf32x3")
-    if LONG:
-        for start in range(BLOCK_C, prefix // BLOCK_C * BLOCK_C, BLOCK_C):
-            tile_k, tile_v, extra = _load_prefix(
-                prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, start, prefix, offs_d, dim_head,
-                stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, BLOCK_C,
-            )  # fmt: skip
-            top, total, acc = _attend(q, tile_k.to(OPERAND), tile_v.to(OPERAND), extra, scale, top, total, acc)
     # results are rounded as where attention has a launch of its own; tokens and heads that are none are NaN so far
     x = tl.where(rows[:, None], acc / total[:, None], 0.0).to(OPERAND)
     x = tl.permute(tl.reshape(x, (TOKENS, HEADS, BLOCK_D)), (1, 2, 0))
@@ -150,9 +142,9 @@ def attend_project_config(seq: int, heads: int, dim_head: int, prefix: int, outp
     tokens, span = max(power_of_2(seq), 1), ceil_div(outputs, MULTIPROCESSORS)
     block_heads = max(power_of_2(heads), ceil_div(16, tokens))
     block_c = 16
-    while block_c < 64 and 2 * block_c <= prefix:
+    while 2 * block_c <= prefix:
         block_c *= 2
-    rest = prefix % block_c if prefix >= block_c else 0
+    rest = prefix - block_c if prefix > block_c else 0
     rest = max(16, power_of_2(rest)) if rest else 0
     block_n = max(16, power_of_2(span))
     num_warps = 4 if tokens * block_heads <= 64 else 8  # more would compute the same twice
@@ -204,7 +196,7 @@ def launch_attend_project(
         *row_strides(q, k, v, prefix_k, prefix_v, cos, sin), *((0, 0, 0) if bias is None else bias.stride()),
         *row_strides(weight.weight, out),
         TOKENS=config.tokens, HEADS=config.heads, BLOCK_D=config.block_d, BLOCK_C=config.block_c,
-        REST=config.rest, LONG=prefix >= 2 * config.block_c, BLOCK_N=config.block_n, BLOCK_SUFFIX=MAX_SUFFIX,
+        REST=config.rest, BLOCK_N=config.block_n, BLOCK_SUFFIX=MAX_SUFFIX,
         COSINE=cosine, OPERAND=OPERANDS[q.dtype], DEPENDENT=launch.in_chain(), chained=True,
         num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip

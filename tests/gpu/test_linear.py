@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 from fastprior.kernels import ops, reference
 from fastprior.kernels.arguments import LinearArgs
+from fastprior.kernels.gpu import launch, skinny_linear
 from fastprior.kernels.gpu import linear as module
 from fastprior.kernels.gpu.linear import linear_config, linear_fwd
 from fastprior.kernels.gpu.workspace import COUNTERS, Workspace, current, sharing
@@ -47,6 +48,13 @@ OPTIONS = {
     "all-gelu": ("beside", "bias", "norm_gain", "norm_bias", "gelu", "residual"),
     "all-swiglu": ("bias", "stream", "norm_gain", "norm_bias", "swiglu", "residual"),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Up to 16 rows of 16 bits are a skinny linear, of as many programs as the chip has multiprocessors."""
+    if launch.interpreted():
+        monkeypatch.setattr(skinny_linear, "MULTIPROCESSORS", 5)
 
 
 def linear(**inputs) -> Tensor | tuple[Tensor, Tensor]:
@@ -212,7 +220,7 @@ def test_overflow():
 @pytest.mark.parametrize("options", [(), OPTIONS["all-swiglu"]], ids=["plain", "all"])
 def test_a_run_shares_a_workspace(options):
     """It serves call after call, of any shape: equal bits, and counters that are zero again."""
-    calls = [make(5, width, dim, torch.float16, options) for width, dim in ((100, 700), (40, 300), (130, 1000))]
+    calls = [make(5, width, dim, torch.float32, options) for width, dim in ((60, 300), (40, 150), (70, 400))]
     expected = [linear(**inputs, activation=activation) for inputs, activation in calls]
     with sharing() as workspace:
         for number in (0, 1, 2, 1, 0):
@@ -227,11 +235,39 @@ def test_a_run_shares_a_workspace(options):
 def test_every_split_is_summed():
     """Ones times ones: each partial sum counts its own values, whatever the last share is."""
     for dim in (129, 256, 640, 1000):
-        x, weight = (torch.ones(shape, device=DEVICE, dtype=torch.float16) for shape in ((2, dim), (5, dim)))
+        x, weight = (torch.ones(shape, device=DEVICE, dtype=torch.float16) for shape in ((17, dim), (5, dim)))
         with sharing() as workspace:
             assert (linear_fwd(LinearArgs(x, weight))[0] == dim).all()
-        sums = workspace._sums.view(-1, 2, 5)
+        sums = workspace._sums.view(-1, 17, 5)
         assert len(sums) > 1 and (sums > 0).all() and (sums.sum(0) == dim).all()
+
+
+@pytest.mark.parametrize(
+    "rows, dtype, kernel",
+    [
+        (16, torch.float16, "_skinny_linear_fwd_kernel"),
+        (17, torch.float16, "_linear_fwd_kernel"),
+        (1, torch.float32, "_linear_fwd_kernel"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), OPTIONS["all-gelu"]], ids=["plain", "all"])
+def test_up_to_16_rows_of_16_bits_are_skinny(rows, dtype, kernel, options):
+    inputs, activation = make(rows, 36, 300, dtype, options)
+    with launch.recording() as recorded:
+        linear(**inputs, activation=activation)
+    assert recorded[-1].kernel.__name__ == kernel
+
+
+def test_a_norm_of_long_rows_is_a_kernel_of_its_own():
+    """Registers do not hold them beside the weights; the result is the same."""
+    rows, dim = 16, 1100
+    assert not skinny_linear.holds(rows, dim) and skinny_linear.holds(rows, 1000) and skinny_linear.holds(3, 3072)
+    inputs, activation = make(rows, 20, dim, torch.float16, ("stream", "norm_gain", "swiglu"))
+    ours, theirs = runs(activation)
+    with launch.recording() as recorded:
+        ours(**inputs)
+    assert [variant.kernel.__name__ for variant in recorded][-1] == "_skinny_linear_fwd_kernel" and len(recorded) == 3
+    check_gradients(ours, theirs, inputs)
 
 
 def test_a_workspace_is_of_the_run_around_and_of_one_thread():

@@ -19,6 +19,7 @@ import triton.language as tl
 from fastprior.kernels import ops
 from fastprior.kernels.gpu import launch, norm
 from fastprior.kernels.reference import NormArgs
+from helpers.at_once import at_once
 from helpers.processes import compiling
 
 
@@ -60,6 +61,87 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(number, devices):
     launch.launch(kernel, (2,), x, 8, num_warps=4, num_stages=1, dependent=True, BLOCK=8)
     assert kernel.launched == [(number, (2,), dict(num_warps=4, num_stages=1, launch_pdl=True, BLOCK=8))]
     assert devices == [0], "the current device is what it was"
+
+
+META = torch.device("meta")
+
+
+def flags_of(call) -> list[tuple]:
+    """What is recorded of a call's launches beside warps and stages, and whether they were to wait."""
+
+    @triton.jit
+    def _some_kernel(x_ptr, DEPENDENT: tl.constexpr):
+        pass
+
+    def one(chained=True, **flags):
+        x = torch.empty(8, device="meta")
+        flags |= dict(num_warps=1, num_stages=1)
+        launch.launch(_some_kernel, (1,), x, chained=chained, DEPENDENT=launch.in_chain(), **flags)
+
+    with launch.recording() as recorded:
+        call(one)
+    return [
+        (dict(variant.flags).get("launch_pdl", False), dict(variant.constants)["DEPENDENT"]) for variant in recorded
+    ]
+
+
+def test_launches_of_a_chain_depend_on_the_one_before():
+    """The first waits for all that was launched before, as any launch does; all wait by themselves."""
+
+    def call(one):
+        one()
+        with launch.chain(META):
+            one(), one(), one()
+        one()
+        with launch.chain(META):
+            one(), one()
+
+    chain = [(False, True), (True, True), (True, True)]
+    assert flags_of(call) == [(False, False), *chain, (False, False), *chain[:2]]
+
+
+def test_launches_of_a_chain_that_cannot_depend():
+    """They do not begin early, and those behind them still may: these wait for them."""
+
+    def call(one):
+        with launch.chain(META):
+            one(chained=False), one(), one(chained=False), one(), one(chained=False, dependent=True)
+
+    flags = [dependent for dependent, _ in flags_of(call)]
+    assert flags == [False, False, False, True, True]
+
+
+def test_a_chain_within_a_chain_begins_anew():
+    def call(one):
+        with launch.chain(META):
+            one()
+            with launch.chain(META):
+                one(), one()
+            one()
+
+    assert flags_of(call) == [(False, True), (False, True), (True, True), (True, True)]
+    assert not launch.in_chain()
+
+
+def test_a_chain_ends_with_its_block_and_is_of_one_thread():
+    seen = []
+    with pytest.raises(ZeroDivisionError), launch.chain(META):
+        assert launch.in_chain()
+        at_once(lambda _: seen.append(launch.in_chain()), range(2))
+        raise ZeroDivisionError
+    assert not launch.in_chain() and seen == [False, False]
+
+
+@pytest.mark.parametrize("capability, can", [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_launches_depend_where_the_device_can(capability, can, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def call(one):
+        with launch.chain(torch.device("cuda:0")):
+            one(), one()
+
+    assert flags_of(call) == ([(False, True), (True, True)] if can else [(False, False)] * 2)
+    assert launch.can_depend(META) and not launch.can_depend(torch.device("cpu"))
 
 
 def test_every_launch_goes_through_the_one_that_sees_to_it():

@@ -1,8 +1,7 @@
-"""Linears of up to 16 rows whose programs own whole sums: results, norms in place, layouts, and how they are launched."""
+"""Linears of up to 16 rows whose programs own whole sums: results, norms in place, layouts, launch configurations."""
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 

@@ -8,7 +8,7 @@ import torch
 from fastprior.kernels import ops, reference
 from fastprior.kernels.gpu import launch, step
 from fastprior.kernels.reference import StepArgs
-from helpers.kernel_checks import DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
+from helpers.kernel_checks import CANARY, DEVICE, DTYPES, check, check_gradients, guarded, random, sliced
 from helpers.pairwise import pairwise
 
 STEPS = 7
@@ -245,3 +245,160 @@ def test_dispatch():
 def test_errors(changed, error, message):
     with pytest.raises(error, match=message):
         diffusion_step(**make_inputs(4, 8) | changed)
+
+
+# steps that write the tokens of the next
+
+CLAMPED = {None: (torch.inf, 0.0), "range": (0.7, 0.0), "l2": (torch.inf, 0.9)}
+
+
+def make_run(
+    samples=3, dim=40, width=None, *, rows=None, together=1, guided=0, times=1, null=False, clamps=(None,),
+    positions=False, of_prediction=False, dtype=torch.float16, index=0,
+):  # fmt: skip
+    """A run's state, a prediction, its tables, and the clamp of each of its steps."""
+    width, steps = width or dim, STEPS
+    index = torch.as_tensor(index).expand(samples).contiguous().to(DEVICE)
+    x, x0 = random(2, samples, dim).unbind()
+    state = step.RunState(
+        x.clone(), x0.clone(), index, random(samples, seed=2), random(steps, samples, dim, seed=3)
+    )  # fmt: skip
+    clamps = [clamps[number % len(clamps)] for number in range(steps)]
+    tables = step.RunTables(
+        random(steps, 6, seed=4),
+        torch.tensor([CLAMPED[name] for name in clamps], device=DEVICE) if any(clamps) else None,
+        random(steps, dim, dtype=dtype, seed=5) if null else None,
+        random(steps, times, width, dtype=dtype, seed=6),
+        random(width, dtype=dtype, seed=7),
+        random(times, width, seed=8) if positions else None,
+        random(width, seed=9) if positions else None,
+        of_prediction,
+    )
+    assert (samples + guided) % together == 0
+    pred = random((samples + guided) // together, together, dim, dtype=dtype, seed=10)
+    return state, pred, tables, clamps
+
+
+def stepped(state, pred, tables, clamps):
+    """x and x0 of each sample by `reference.diffusion_step`, in fp64, and the steps that follow."""
+    samples, of_all = len(state.x), pred.double().flatten(0, 1)
+    guided, found = len(of_all) - samples, []
+    for number in range(samples):
+        row, at = slice(number, number + 1), state.index[number]
+        null = of_all[samples + number, None] if number < guided else of_all[row] if guided else None
+        scale, noise, x = (t.double() for t in (state.scale[row], state.noise[at, row], state.x[row]))
+        null_table = None if tables.null is None or guided else tables.null.double()
+        x0_prev, table = state.x0[row].double(), tables.coefficients.double()
+        limits = dict(clamp=clamps[at], radius={"l2": 0.9}.get(clamps[at], 0.7), null_table=null_table)
+        given = of_all[row], null, scale
+        if tables.of_prediction:
+            guiding = null if null_table is None else null_table[at, None]
+            x0_prev = of_all[row] if guiding is None else guiding + (of_all[row] - guiding) * scale
+        x, x0 = exact_step(x, *given, x0_prev, noise, table, at[None], **limits)
+        found.append((x, x0_prev if tables.of_prediction else x0))
+    x, x0 = (torch.cat(parts) for parts in zip(*found))
+    return x, x0, (state.index + 1) % STEPS
+
+
+def tokens_of(x, index, tables, rows, together):
+    """Of every row: times, the noisy embeddings of its samples (NaN where these have another width), and queries."""
+    time, query = (t.float() for t in (tables.time[index], tables.query))
+    time = time if tables.time_position is None else time + tables.time_position
+    query = query if tables.query_position is None else query + tables.query_position
+    samples = [number % len(x) for number in range(rows * together)]
+    queries = query.expand(rows, together, -1)
+    noisy = x[samples].view(rows, together, -1) if x.shape[1] == len(query) else torch.full_like(queries, torch.nan)
+    return torch.cat((time[samples[::together]], noisy, queries), dim=1)
+
+
+def advance(state, pred, tables, *, updates=True, enters=False):
+    rows, together, dim = pred.shape
+    _, times, width = tables.time.shape
+    entry = None
+    with guarded():
+        tokens = launch.empty((rows, times + 2 * together, width), state.x)
+        if enters:
+            entry = launch.empty((rows * together, dim), state.x)
+        step.launch_advance(state, pred, tables, tokens, entry, updates=updates)
+    return tokens, entry
+
+
+def check_advance(state, pred, tables, clamps, *, count=1, updates=True, enters=False):
+    """Steps one after the other, each from what the one before left."""
+    rows, together, _ = pred.shape
+    for _ in range(count):
+        wanted = stepped(state, pred, tables, clamps) if updates else (state.x.clone(), state.x0.clone(), state.index)
+        tokens, entry = advance(state, pred, tables, updates=updates, enters=enters)
+        for got, exact in zip(state[:2], wanted):
+            torch.testing.assert_close(got.double(), exact.double(), rtol=1e-5, atol=1e-5)  # some 50 units of fp32
+        assert torch.equal(state.index, wanted[2])
+        expected = tokens_of(state.x, state.index, tables, rows, together)
+        if enters:
+            assert torch.equal(entry, torch.cat((state.x, state.x))[: rows * together])
+            times = tables.time.shape[1]
+            assert tokens[:, times : times + together].isnan().all(), "the linear's part was written"
+            expected[:, times : times + together] = torch.nan
+        torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("samples, dim", [(1, 1), (3, 40), (2, 257), (1, 4096)])
+def test_a_run_advances(samples, dim, dtype):
+    check_advance(*make_run(samples, dim, dtype=dtype), count=2)
+
+
+@pytest.mark.parametrize(
+    "clamps, guidance, of_prediction, positions, enters, times",
+    pairwise(
+        clamps=[(None,), ("range",), ("l2",), ("range", "l2", None)],
+        guidance=["none", "null table", "rows", "some rows"],
+        of_prediction=[False, True], positions=[False, True], enters=[False, True], times=[1, 2],
+    ),
+)  # fmt: skip
+def test_options_of_a_run(clamps, guidance, of_prediction, positions, enters, times):
+    guided = {"rows": 3, "some rows": 2}.get(guidance, 0)
+    run = make_run(
+        3, 40, 56 if enters else 40, guided=guided, null=guidance == "null table", clamps=clamps, positions=positions,
+        of_prediction=of_prediction, times=times, index=[0, 4, 2],
+    )  # fmt: skip
+    check_advance(*run, count=2, enters=enters)
+
+
+@pytest.mark.parametrize("enters", [False, True])
+@pytest.mark.parametrize("guided", [0, 4, 2])
+def test_several_samples_in_a_row(guided, enters):
+    """They follow each other, and the time token is that of the first."""
+    check_advance(*make_run(4, 40, together=2, guided=guided, times=2), count=2, enters=enters)
+    check_advance(*make_run(3, 40, together=3, guided=guided and 3), enters=enters)
+
+
+def test_each_sample_is_at_a_step_of_its_own_and_begins_again():
+    state, pred, tables, clamps = make_run(3, 40, clamps=("l2", None), null=True, index=[STEPS - 1, 0, STEPS - 2])
+    check_advance(state, pred, tables, clamps, count=3)
+    assert state.index.tolist() == [2, 3, 1]
+
+
+@pytest.mark.parametrize("guided", [0, 2])
+def test_the_first_tokens_change_nothing(guided):
+    state, pred, tables, clamps = make_run(3, 40, guided=guided, clamps=("l2",), index=[3, 0, 6])
+    before = [t.clone() for t in state]
+    check_advance(state, torch.full_like(pred, torch.nan), tables, clamps, updates=False)
+    assert all(torch.equal(a, b) for a, b in zip(state, before))
+
+
+def test_predictions_among_others():
+    """Of a row's tokens only the last are predictions; and inputs are left alone."""
+    state, pred, tables, clamps = make_run(4, 40, together=2, guided=4, null=True)
+    whole = torch.full((len(pred), 5, 43), CANARY, device=DEVICE, dtype=pred.dtype)
+    whole[:, 3:, :40] = pred
+    check_advance(state, whole[:, 3:, :40], tables, clamps)
+    assert torch.equal(whole[:, 3:, :40], pred) and (whole[:, :3] == CANARY).all()
+
+
+@pytest.mark.parametrize("clamps", [(None,), ("range",), ("l2",)])
+def test_nan_is_not_hidden_in_a_run(clamps):
+    state, pred, tables, _ = make_run(2, 40, clamps=clamps)
+    pred[1, 0, 5] = torch.nan
+    advance(state, pred, tables)
+    assert state.x[1, 5].isnan() and not state.x[0].isnan().any()
+    assert state.x[1].isnan().all() == (clamps == ("l2",))

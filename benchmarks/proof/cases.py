@@ -1,7 +1,8 @@
 """Calls of the launchers, with meta tensors, that reach every launch configuration: what `resources` compiles.
 
 Each configuration is reached with all options, the heaviest, in fp32 and bf16; for one architecture with none as well,
-and in fp16, whose configurations are those of bf16.
+and in fp16, whose configurations are those of bf16. Those of launches of up to 16 rows are as many as there are shapes:
+of them the cases reach what runs of the measured priors launch.
 """
 
 from __future__ import annotations
@@ -9,21 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
-from torch import Tensor
+from meta_runs import DEPTHS, meta, meta_run
 
 from fastprior.kernels.arguments import LinearArgs
-from fastprior.kernels.gpu import attention, barrier, decode, linear, norm, step
+from fastprior.kernels.gpu import attention, barrier, decode, launch, linear, norm, skinny_linear, step
 from fastprior.kernels.gpu.launch import FLOATS
+from fastprior.kernels.gpu.run import Run
 from fastprior.kernels.reference import NormArgs, StepArgs
 
 Case = Callable[[], object]
 WHOLE = 90  # the architecture with every dtype, and without options too
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def cases(arch: int) -> Iterator[Case]:
@@ -37,6 +36,7 @@ def cases(arch: int) -> Iterator[Case]:
             yield from decode_cases(dtype, everything)
         yield from attention_cases(dtype, bare)
     yield from quantised_cases(arch)
+    yield from run_cases(arch)
     yield from barrier_cases(arch)
     yield from decode_cases(torch.bfloat16, True, cached=torch.float32)
     if arch == WHOLE:
@@ -64,7 +64,8 @@ def step_cases(dtype: torch.dtype, everything: bool) -> Iterator[Case]:
 
 def linear_cases(dtype: torch.dtype, everything: bool, stored: torch.dtype | None = None) -> Iterator[Case]:
     for rows in (16, 32, 64):
-        for outputs in (768, 6144):  # split and not
+        skinny = skinny_linear.takes(rows, dtype)
+        for outputs in (768,) if skinny else (768, 6144):  # split and not
             x, weight = meta(rows, 768, dtype=dtype), meta(outputs, 768, dtype=stored or dtype)
             if not everything:
                 yield partial(linear.linear_fwd, LinearArgs(x, weight))
@@ -72,21 +73,42 @@ def linear_cases(dtype: torch.dtype, everything: bool, stored: torch.dtype | Non
             gain = meta(768, dtype=dtype)
             normed = dict(stream=meta(rows, 768), stream_gain=gain, norm_gain=gain, norm_bias=gain)
             normed = normed if rows <= linear.MAX_NORM_ROWS else {}
-            for activation, beside in ("gelu", weight), ("swiglu", None):
+            for activation, beside in (("swiglu", None),) if skinny else (("gelu", weight), ("swiglu", None)):
                 args = LinearArgs(x, weight, beside=beside, activation=activation, **normed)
                 scale = meta(args.outputs) if stored else None
                 vectors = dict(bias=meta(args.outputs, dtype=dtype), scale=scale)
                 residual = meta(rows, args.columns, dtype=dtype)
                 yield partial(linear.linear_fwd, args._replace(**vectors, residual=residual))
-            if rows <= linear.MAX_NORM_ROWS and stored is None:  # a stream of fp32
+            if rows <= linear.MAX_NORM_ROWS and not skinny and stored is None:  # a stream of fp32
                 args = LinearArgs(meta(rows, 768), weight, norm_gain=gain, dtype=dtype)
                 yield partial(linear.linear_fwd, args)
 
 
 def quantised_cases(arch: int) -> Iterator[Case]:
-    for stored in linear.QUANTISED:
-        if arch >= 89 or stored == torch.int8:  # older chips do not convert float8
-            yield from linear_cases(torch.bfloat16, True, stored)
+    for stored in stored_on(arch):
+        yield from linear_cases(torch.bfloat16, True, stored)
+
+
+def stored_on(arch: int) -> list[torch.dtype]:
+    """Dtypes of weights of 8 bits: chips before 8.9 do not convert float8."""
+    return [stored for stored in linear.QUANTISED if arch >= 89 or stored == torch.int8]
+
+
+def run_cases(arch: int) -> Iterator[Case]:
+    """Steps of runs, from 9.0 on as dependent launches."""
+    brain, half = torch.bfloat16, torch.float16
+    runs = [meta_run(model, brain, depth=2) for model in DEPTHS]  # the last layer is of fewer tokens
+    runs.append(meta_run("D2-small", brain, depth=2, prompts=2))
+    runs += [meta_run("D2-small", brain, depth=1, stored=stored) for stored in stored_on(arch)]
+    if arch == WHOLE:
+        runs.append(meta_run("D2-small", half, depth=1))
+    for run in runs:
+        yield partial(run_case, run, arch)
+
+
+def run_case(run: Run, arch: int) -> None:
+    with mock.patch.object(launch, "can_depend", lambda device: arch >= 90):
+        run.advance(1)
 
 
 def decode_cases(dtype: torch.dtype, everything: bool, cached: torch.dtype | None = None) -> Iterator[Case]:

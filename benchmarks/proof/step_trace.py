@@ -6,6 +6,7 @@ Nothing runs, and weights take no memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import priors
+from meta_runs import meta_run
 
 import fastprior
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
@@ -179,8 +181,17 @@ def _faked() -> Callable[[], contextlib.AbstractContextManager]:
     return within
 
 
+def dependent_launches(model: str) -> tuple[Callable[[], object], int]:
+    """Steps of a run of kernels alone, as a graph of several has them: each launch but the first is dependent."""
+    run, steps = meta_run(model, DTYPE), 4
+    return functools.partial(run.advance, steps), steps
+
+
 # name -> model -> what launches steps at batch 1, in bf16, of PT-1B with guidance, and how many
-STEPS: dict[str, Callable[[str], tuple[Callable[[], object], int]]] = {"launched one by one": launched_one_by_one}
+STEPS: dict[str, Callable[[str], tuple[Callable[[], object], int]]] = {
+    "launched one by one": launched_one_by_one,
+    "dependent launches": dependent_launches,
+}
 
 
 def written(nodes: Sequence[Launch | Operation], by_kernel: Callable[[Launch], set[str]]) -> frozenset[int]:

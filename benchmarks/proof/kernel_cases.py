@@ -3,11 +3,13 @@
 On the CPU the shapes are small, for Triton's interpreter, and the dtypes those that it computes rightly.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import kernel_cache
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from fastprior.kernels import reference
 from fastprior.kernels.arguments import LinearArgs
-from fastprior.kernels.gpu import launch
+from fastprior.kernels.gpu import attend_project, launch, skinny_linear
 from fastprior.kernels.gpu.attend_project import launch_attend_project
 from fastprior.kernels.gpu.attention import attention
 from fastprior.kernels.gpu.barrier import MODES, MODES_FROM_90, matvec_chain_fwd
@@ -144,7 +146,8 @@ def _linear_case(dtype, kept, rows, outputs, dim, options) -> Case:
         return reference.linear(LinearArgs(**given, activation=activation, dtype=torch.float64 if precise else dtype))
 
     def run(**given):
-        return linear(LinearArgs(**given, activation=activation, dtype=dtype))
+        with few_programs():
+            return linear(LinearArgs(**given, activation=activation, dtype=dtype))
 
     name = f"{NAMES[dtype]}{f'-{NAMES[kept]}' if kept else ''}-{rows}x{outputs}-{options}"
     rows_of = ("x", "residual", "stream")
@@ -237,9 +240,22 @@ def _skinny_case(name, dtype, kept, rows, outputs, dim, options) -> Case:
 def _twice(launcher: Callable, *args, **options) -> None:
     """The second launch depends on the first where launches can."""
     device = next(t.device for t in args if torch.is_tensor(t))
-    with launch.chain(device):
+    with launch.chain(device), few_programs():
         for _ in range(2):
             launcher(*args, **options)
+
+
+@contextlib.contextmanager
+def few_programs() -> Iterator[None]:
+    """The interpreter runs them one after the other."""
+    if not SMALL:
+        yield
+        return
+    with (
+        mock.patch.object(skinny_linear, "MULTIPROCESSORS", 3),
+        mock.patch.object(attend_project, "MULTIPROCESSORS", 3),
+    ):
+        yield
 
 
 def attend_project_cases() -> Iterator[Case]:

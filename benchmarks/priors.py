@@ -138,7 +138,7 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
     with torch.no_grad():
         steps = CachedSteps(net, plan)
         inputs = steps.prefill(text(1, device), 1)
-        in_c = steps.in_c(inputs, 1.0, 1)
+        in_c = steps.run(inputs, 1.0, 1)
     if in_c is None:
         return _as_in_runs(steps.step, inputs, net.dim, compile), 1, step_weights(net), plan.suffix_tokens
     in_c.start(torch.randn(1, net.dim))

@@ -139,16 +139,21 @@ def layer_norm_config(dim: int) -> NormConfig:
 
 def layer_norm_fwd(args: NormArgs) -> tuple[Tensor, Tensor]:
     """The norm of rows (rows, dim), at any stride, in a dtype that is given; the sum with residual, empty without."""
+    out, total = _results(args)
+    launch_layer_norm(args, out, None if args.residual is None else total)
+    return out, total
+
+
+def launch_layer_norm(args: NormArgs, out: Tensor, total: Tensor | None = None) -> None:
+    """Launch the norm of rows into out (rows, dim), and with residual the sum into total; both contiguous."""
     x, gain, bias, residual, after, eps, stable, rms, l2, _ = args
-    (rows, dim), (out, total) = x.shape, _results(args)
+    rows, dim = x.shape
     config = layer_norm_config(dim)
     launch.launch(
         _layer_norm_fwd_kernel, (ceil_div(rows, config.rows),),
-        x, gain, bias, residual, after, out, None if residual is None else total,
-        rows, dim, *row_strides(x, residual, after), eps,
+        x, gain, bias, residual, after, out, total, rows, dim, *row_strides(x, residual, after), eps,
         STABLE=stable, RMS=rms, L2=l2, ROWS=config.rows, BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
-    return out, total
 
 
 def _results(args: NormArgs) -> tuple[Tensor, Tensor]:

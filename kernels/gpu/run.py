@@ -6,16 +6,19 @@ the device, so that a graph of some steps is good for any of them.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cpu.blocks import Block
-from ..reference import Rotary
+from ..cpu.blocks import MATRICES, Block
+from ..reference import NormArgs, Rotary
 from . import attend_project, decode, launch, skinny_linear, step
+from .norm import launch_layer_norm
 from .skinny_linear import Weight
 from .step import RunState, RunTables
 
@@ -35,14 +38,13 @@ class Run:
     """
 
     def __init__(
-        self, state: RunState, begin: Callable[[], None], launches: Sequence[Callable[[], None]], kept: object,
-        buffers: list[Tensor],
-    ):  # fmt: skip
+        self, state: RunState, begin: Callable[[], None], launches: Sequence[Callable[[], None]], buffers: list[Tensor]
+    ):
         self.x, self._x0, self.index, self.scale, self.noise = state
-        self.steps, self.buffers = len(self.noise), [*state, *buffers]
-        self._begin, self._launches, self._kept = begin, launches, kept
+        self.steps, self.buffers = len(self.noise), buffers
+        self._begin, self._launches = begin, launches
 
-    @functools.cached_property
+    @cached_property
     def launches(self) -> int:
         """Kernels of a step."""
         count = []
@@ -66,6 +68,9 @@ class Run:
         """
         if not 0 <= first <= first + len(noise) <= self.steps:
             raise IndexError(f"steps {first} to {first + len(noise) - 1}; there are {self.steps}")
+        if len(noise) > 1 and all(drawn is not None for drawn in noise):
+            torch.stack(tuple(noise), out=self.noise[first : first + len(noise)])
+            return
         for number, drawn in enumerate(noise, first):
             if drawn is not None:
                 self.noise[number].copy_(drawn)
@@ -83,150 +88,222 @@ class Run:
         self.advance(len(noise))
 
 
+class _Norm(NamedTuple):
+    """A LayerNorm in front of a linear."""
+
+    gain: Tensor | None
+    bias: Tensor | None = None
+    eps: float | None = None
+    stable: bool = False
+
+
+@dataclass
+class _Step:
+    """The launches of a step while they are collected, and the memory that they hand each other.
+
+    Attributes:
+        prefix_k, …, mask: see `ops.prepare_launches`.
+        suffix: tokens of a row.
+        launches: so far.
+        buffers: by name and shape.
+    """
+
+    prefix_k: Tensor
+    prefix_v: Tensor
+    suffix: int
+    dtype: torch.dtype
+    rows: int
+    samples: int
+    heads: int
+    scale: float
+    cosine: bool
+    activation: str
+    eps: float
+    guided: int = 0
+    rotary: Rotary | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    launches: list[Callable[[], None]] = field(default_factory=list)
+    buffers: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def takes(self, blocks: Sequence[Block], head: Block, entry: Weight | None) -> bool:
+        """Whether kernels of so few tokens take all of it, with weights of products in one dtype."""
+        (_, prompts, prefix, _, dim_head), (columns, width) = self.prefix_k.shape, head.q.shape
+        tokens, everything = self.rows * self.suffix, [*blocks, head]
+        if not skinny_linear.takes(tokens, self.dtype) or not tokens or self.rows % prompts:
+            return False
+        if prefix >= MAX_PREFIX or self.suffix > decode.MAX_SUFFIX or not 16 <= dim_head <= 128:
+            return False
+        normed = [width, columns, *(block.contract.shape[1] for block in blocks if block.inner_gain is not None)]
+        if max(normed) > launch.MAX_DIM or columns != (width if entry is None else entry.weight.shape[1]):
+            return False
+        if entry is not None:
+            everything.append(Block(entry.weight, q_bias=entry.bias, q_scale=entry.scale))
+        return all(map(self._takes_weights, everything))
+
+    def _takes_weights(self, block: Block) -> bool:
+        for t in block:
+            if t is None:
+                continue
+            if t.stride(-1) != 1 or t.device != self.prefix_k.device or (t.requires_grad and torch.is_grad_enabled()):
+                return False
+        for name in MATRICES:
+            weight, scale = getattr(block, name), getattr(block, f"{name}_scale")
+            if weight is not None and weight.dtype != self.dtype and (scale is None or weight.element_size() > 1):
+                return False
+        return len({(w.bias is None, w.scale is None) for w in _inputs(block)}) == 1  # they are one launch
+
+    def memory(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer: the same for the same name and shape."""
+        key = name, shape
+        if key not in self.buffers:
+            self.buffers[key] = launch.empty(shape, self.prefix_k, dtype or self.dtype)
+        return self.buffers[key]
+
+    def state(self, steps: int, columns: int, cond_scale: float | Tensor) -> RunState:
+        fp32, count = torch.float32, (self.rows - self.guided) * self.samples
+        state = RunState(
+            self.memory("x", count, columns, dtype=fp32), self.memory("x0", count, columns, dtype=fp32),
+            self.memory("index", count, dtype=torch.int64), self.memory("scale", count, dtype=fp32),
+            self.memory("noise", steps, count, columns, dtype=fp32),
+        )  # fmt: skip
+        for t in state:
+            t.zero_()
+        state.scale.copy_(cond_scale) if torch.is_tensor(cond_scale) else state.scale.fill_(cond_scale)
+        return state
+
+    def add(self, launcher: Callable[..., None], *args, **options) -> None:
+        self.launches.append(partial(launcher, *args, **options))
+
+    def linear(
+        self, x: Tensor, weights: Sequence[Weight], out: Tensor, norm: _Norm | None = None, *,
+        stream: Tensor | None = None, stream_gain: Tensor | None = None, total: Tensor | None = None, **options,
+    ) -> None:  # fmt: skip
+        """A linear and its norm, which has launches of its own where rows are too long to be held."""
+        eps = self.eps if norm is None or norm.eps is None else norm.eps
+        if norm is not None and skinny_linear.holds(*x.shape):
+            options |= dict(stream=stream, stream_gain=stream_gain, total=total)
+            options |= dict(norm_gain=norm.gain, norm_bias=norm.bias, stable=norm.stable)
+        elif norm is not None:
+            if stream is not None:
+                self.add(launch_layer_norm, NormArgs(x, stream_gain, after=stream, eps=eps), total)
+                x = total
+            normed = self.memory("normed", *x.shape)
+            self.add(launch_layer_norm, NormArgs(x, norm.gain, norm.bias, eps=eps, stable=norm.stable), normed)
+            x = normed
+        self.add(skinny_linear.launch_skinny_linear, x, weights, out, operand=self.dtype, eps=eps, **options)
+
+    def run_blocks(self, blocks: Sequence[Block], stream: Tensor) -> Tensor:
+        """All blocks on a stream (rows, suffix, width).
+
+        Returns:
+            (rows * queries, width) fp32, the results of the tokens that are wanted alone where they lie evenly: with
+            one row, or one sample in each.
+        """
+        rows, suffix, width = stream.shape
+        flat, queries = stream.flatten(0, 1), self.samples if rows == 1 or self.samples == 1 else suffix
+        last = self.memory("last", rows * queries, width, dtype=torch.float32)
+        for index, block in enumerate(blocks):
+            seq, old, out = suffix, flat, flat
+            if index == len(blocks) - 1:
+                seq, out = queries, last
+                if queries < suffix:
+                    old = stream[0, -queries:] if rows == 1 else stream[:, -1]
+            x = self._attention(index, block, flat, seq, old, out)
+            self._feed_forward(block, x, old, out)
+        return last
+
+    def _attention(self, index: int, block: Block, flat: Tensor, seq: int, old: Tensor, out: Tensor) -> Tensor:
+        """Attention of the last `seq` tokens of each row, joined to their old stream in `out`.
+
+        What has a norm before it is joined is given as it is instead.
+        """
+        rows, suffix, (*_, kv_heads, dim_head) = self.rows, self.suffix, self.prefix_k.shape
+        own, shared, count = self.heads * dim_head, kv_heads * dim_head, rows * seq
+        qkv = self.memory("qkv", rows, suffix, own + 2 * shared)
+        self.linear(flat, _inputs(block), qkv.flatten(0, 1), _Norm(block.norm_gain, block.norm_bias))
+        q, k, v = qkv.split((own, shared, shared), dim=-1)
+        q = q[:, suffix - seq :].unflatten(-1, (self.heads, dim_head))
+        k, v = (t.unflatten(-1, (kv_heads, dim_head)) for t in (k, v))
+        weight, cache = Weight(block.out, block.out_bias, block.out_scale), (self.prefix_k[index], self.prefix_v[index])
+        normed = block.out_gain is not None
+        joined = self.memory("projected", count, len(block.out)) if normed else out
+        if normed and self._attends_in_one_launch(seq):
+            options = dict(scale=self.scale, cosine=self.cosine, rotary=self.rotary, bias=self.bias)
+            of_row = q[0], k[0, :, 0], v[0, :, 0], *(t[0, :, 0] for t in cache)
+            mask = None if self.mask is None else self.mask[0]
+            self.add(attend_project.launch_attend_project, *of_row, weight, joined, mask=mask, **options)
+            return joined
+        attended, (cos, sin) = self.memory("attended", rows, seq, own), self.rotary or (None, None)
+        tables = cos, sin, self.bias, self.mask, self.scale, self.cosine
+        self.add(decode.launch_decode_attention, q, k, v, *cache, *tables, attended)
+        self.linear(attended.flatten(0, 1), [weight], joined, residual=None if normed else old)
+        return joined
+
+    def _attends_in_one_launch(self, seq: int) -> bool:
+        _, _, prefix, kv_heads, dim_head = self.prefix_k.shape
+        sizes = self.rows, seq, self.heads, kv_heads, dim_head, prefix
+        return self.prefix_k.dtype == self.dtype and attend_project.takes(*sizes, self.dtype)
+
+    def _feed_forward(self, block: Block, x: Tensor, old: Tensor, out: Tensor) -> None:
+        of_stream, residual = {}, x
+        if block.out_gain is not None:
+            residual = self.memory("total", *x.shape, dtype=torch.float32)
+            of_stream = dict(stream=old, stream_gain=block.out_gain, total=residual)
+        hidden = self.memory("hidden", len(x), block.contract.shape[1])
+        expand = Weight(block.expand, block.expand_bias, block.expand_scale)
+        norm = _Norm(block.ff_gain, block.ff_bias)
+        self.linear(x, [expand], hidden, norm, activation=self.activation, **of_stream)
+        contract = Weight(block.contract, block.contract_bias, block.contract_scale)
+        norm = None if block.inner_gain is None else _Norm(block.inner_gain)
+        self.linear(hidden, [contract], out, norm, residual=residual)
+
+
 def prepare_run(
     blocks: Sequence[Block],
     head: Block,
     prefix_k: Tensor,
     prefix_v: Tensor,
     *,
-    dtype: torch.dtype,
-    rows: int,
-    samples: int,
-    guided: int = 0,
-    heads: int,
-    scale: float,
-    cosine: bool,
-    activation: str,
-    eps: float,
-    head_eps: float | None = None,
-    stable: bool = False,
     tables: RunTables,
     entry: Weight | None = None,
     entry_position: Tensor | None = None,
     cond_scale: float | Tensor = 1.0,
-    rotary: Rotary | None = None,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
+    head_eps: float | None = None,
+    stable: bool = False,
+    **shared,
 ) -> Run | None:
-    """A run, each step of which makes its tokens, runs all blocks and the head, and does `ops.diffusion_step`.
-
-    None for more than 16 tokens, and what the kernels of such few do not take.
+    """`ops.prepare_launches`, with its tables as `RunTables`; None for no steps, too.
 
     Args:
-        blocks: their weights, with norms before attention and feed-forward; `head` has the last norm and linear.
-        prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head), see `ops.decode_attention`.
-        dtype: of products.
-        rows, samples: how many rows, and samples in each; those of one prompt lie together.
-        guided: so many of the last rows are the unconditional branch of as many of the first.
-        heads, scale, cosine, rotary, bias, mask: see `ops.decode_attention`.
-        activation: of the feed-forwards, "gelu" or "swiglu".
-        eps, head_eps: of norms; stable: see `ops.layer_norm`, of the head's.
-        tables: see `RunTables`.
-        entry: the linear that makes a token of a noisy embedding, and `entry_position` (width,), which is added.
-        cond_scale: of guidance.
+        cond_scale: of guidance, also (samples,).
+        **shared: what `_Step` has: dtype, rows, samples, heads, scale, cosine, activation, eps, and others.
     """
-    depth, prompts, prefix, kv_heads, dim_head = prefix_k.shape
-    _, times, width = tables.time.shape
-    suffix = times + 2 * samples
-    tokens, inner = rows * suffix, blocks[0].contract.shape[1]
-    weights = [t for block in (*blocks, head) for t in block if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in weights):
+    (steps, times, width), columns, fp32 = tables.time.shape, len(head.q), torch.float32
+    built = _Step(prefix_k, prefix_v, times + 2 * shared["samples"], **shared)
+    if not steps or not built.takes(blocks, head, entry):
         return None
-    if any(t.ndim == 2 and t.stride(1) != 1 for t in weights) or rows % prompts:
-        return None
-    if not skinny_linear.takes(tokens, dtype) or max(width, len(head.q)) > launch.MAX_DIM:
-        return None
-    if prefix >= MAX_PREFIX or suffix > decode.MAX_SUFFIX or not 16 <= dim_head <= 128:
-        return None
-    # the tokens whose results are wanted of the last block: those alone, where they lie evenly
-    queries = samples if rows == 1 or samples == 1 else suffix
-    steps, columns = len(tables.time), len(head.q)
-    buffers: list[Tensor] = []
-
-    def memory(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        buffers.append(launch.empty(shape, prefix_k, kind))
-        return buffers[-1]
-
-    fp32, count = torch.float32, (rows - guided) * samples
-    state = RunState(
-        memory(count, columns, kind=fp32), memory(count, columns, kind=fp32), memory(count, kind=torch.int64),
-        memory(count, kind=fp32), memory(steps, count, columns, kind=fp32),
-    )  # fmt: skip
-    for t in state:
-        t.zero_()
-    state.scale.copy_(cond_scale) if torch.is_tensor(cond_scale) else state.scale.fill_(cond_scale)
-    own, shared = heads * dim_head, kv_heads * dim_head
-    stream, qkv = memory(rows, suffix, width, kind=fp32), memory(rows, suffix, own + 2 * shared)
-    flat, hidden = stream.flatten(0, 1), memory(tokens, inner)
-    attended, projected = memory(tokens, own), memory(tokens, width)
-    last, total = memory(rows * queries, width, kind=fp32), memory(tokens, width, kind=fp32)
-    pred = memory(rows * queries, columns, kind=fp32)
-    entered = None if entry is None else memory(rows * samples, columns, kind=fp32)
-    linear = functools.partial(functools.partial, skinny_linear.launch_skinny_linear, operand=dtype, eps=eps)
-    launches = []
+    rows, samples = built.rows, built.samples
+    state = built.state(steps, columns, cond_scale)
+    stream, entered = built.memory("stream", rows, built.suffix, width, dtype=fp32), None
     if entry is not None:
-        where = stream[:, times : times + samples]
+        entered = built.memory("entered", rows * samples, columns, dtype=fp32)
         position = None if entry_position is None else entry_position.expand(rows * samples, width)
-        launches.append(linear(entered, [entry], where, residual=position))
-    for number, block in enumerate(blocks):
-        seq = queries if number == depth - 1 else suffix
-        norm = dict(norm_gain=block.norm_gain, norm_bias=block.norm_bias)
-        launches.append(linear(flat, _inputs(block), qkv.flatten(0, 1), **norm))
-        q, k, v = qkv.split((own, shared, shared), dim=-1)
-        q = q[:, suffix - seq :].unflatten(-1, (heads, dim_head))
-        k, v = (t.unflatten(-1, (kv_heads, dim_head)) for t in (k, v))
-        old, after, count = (flat, flat, tokens) if seq == suffix else (stream[:, suffix - seq :], last, rows * seq)
-        old = old if old.ndim == 2 else old[0] if rows == 1 else old[:, 0]
-        if seq == suffix and number == depth - 1:
-            after = last
-        out, cache = Weight(block.out, block.out_bias, block.out_scale), (prefix_k[number], prefix_v[number])
-        normed = block.out_gain is not None  # attention's result has a norm of its own before it joins the stream
-        joined = projected[:count] if normed else after
-        if _is_one_launch(rows, seq, heads, kv_heads, dim_head, prefix, dtype, prefix_k) and normed:
-            launches.append(
-                functools.partial(
-                    attend_project.launch_attend_project, q[0], k[0, :, 0], v[0, :, 0], *(t[0, :, 0] for t in cache),
-                    out, joined, scale=scale, cosine=cosine, rotary=rotary, bias=bias,
-                    mask=None if mask is None else mask[0],
-                )
-            )  # fmt: skip
-        else:
-            cos, sin = rotary or (None, None)
-            heads_out = attended[:count].view(rows, seq, own)
-            args = q, k, v, *cache, cos, sin, bias, mask, scale, cosine, heads_out
-            launches.append(functools.partial(decode.launch_decode_attention, *args))
-            launches.append(linear(attended[:count], [out], joined, residual=None if normed else old))
-        of_stream = dict(stream=old, stream_gain=block.out_gain, total=total[:count]) if normed else {}
-        launches += _feed_forward(block, linear, joined, hidden[:count], total[:count] if normed else after, after,
-                                  activation, of_stream)  # fmt: skip
-    norm = dict(norm_gain=head.norm_gain, norm_bias=head.norm_bias, stable=stable)
-    of_head = functools.partial(linear, eps=eps if head_eps is None else head_eps)
-    launches.append(of_head(last, [Weight(head.q, head.q_bias, head.q_scale)], pred, **norm))
-    wanted = pred.view(rows, queries, columns)[:, queries - samples :]
-    advance = functools.partial(step.launch_advance, state, wanted, tables, stream, entered)
-    launches.append(functools.partial(advance, updates=True))
-    kept = weights, prefix_k, prefix_v, tables, entry, entry_position, rotary, bias, mask
-    return Run(state, functools.partial(advance, updates=False), launches, kept, buffers)
+        built.linear(entered, [entry], stream[:, times : times + samples], residual=position)
+    last = built.run_blocks(blocks, stream)
+    pred = built.memory("pred", len(last), columns, dtype=fp32)
+    norm = _Norm(head.norm_gain, head.norm_bias, head_eps, stable)
+    built.linear(last, [Weight(head.q, head.q_bias, head.q_scale)], pred, norm)
+    wanted = pred.view(rows, -1, columns)[:, -samples:]
+    advance = partial(step.launch_advance, state, wanted, tables, stream, entered)
+    built.add(advance, updates=True)
+    return Run(state, partial(advance, updates=False), built.launches, [*built.buffers.values()])
 
 
 def _inputs(block: Block) -> list[Weight]:
     """The projections before attention; keys and values may be one matrix."""
     names = [name for name in ("q", "k", "v") if getattr(block, name) is not None]
     return [Weight(*(getattr(block, name + part) for part in ("", "_bias", "_scale"))) for name in names]
-
-
-def _feed_forward(block, linear, x, hidden, residual, out, activation, of_stream) -> list[Callable[[], None]]:
-    norm = dict(norm_gain=block.ff_gain, norm_bias=block.ff_bias)
-    expand = Weight(block.expand, block.expand_bias, block.expand_scale)
-    contract = Weight(block.contract, block.contract_bias, block.contract_scale)
-    return [
-        linear(x, [expand], hidden, activation=activation, **norm, **of_stream),
-        linear(hidden, [contract], out, norm_gain=block.inner_gain, residual=residual),
-    ]
-
-
-def _is_one_launch(rows, seq, heads, kv_heads, dim_head, prefix, dtype, cache) -> bool:
-    return cache.dtype == dtype and attend_project.takes(rows, seq, heads, kv_heads, dim_head, prefix, dtype)
 
 
 def clamps_of(clamp: str | None, radius: float, steps: int, device: torch.device) -> Tensor | None:

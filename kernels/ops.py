@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from .cpu import run as cpu_run
 from .cpu import sums as cpu_sums
 from .gpu import workspace
 from .reference import AttentionArgs, NormArgs, Rotary, StepArgs
+
+if TYPE_CHECKING:
+    from .gpu.run import Run as Launches
 
 BACKENDS = "reference", "triton"
 OPERATIONS = "layer_norm", "attention", "decode_attention", "diffusion_step", "linear"
@@ -322,6 +325,63 @@ def diffusion_step(
     else:
         run = reference.diffusion_step
     return run(StepArgs(x, pred, null_pred, cond_scale, x0_prev, noise, table, index, clamp, radius, null_table, seed))
+
+
+def prepare_launches(
+    blocks: Sequence[Block],
+    head: Block,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    time_tokens: Tensor,
+    query: Tensor,
+    coefficients: Tensor,
+    null_table: Tensor | None = None,
+    clamp: str | None = None,
+    radius: float = 1.0,
+    uses_prediction: bool = False,
+    time_position: Tensor | None = None,
+    query_position: Tensor | None = None,
+    entry: Block | None = None,
+    **options,
+) -> Launches | None:
+    """A run, each step of which makes its tokens, runs all blocks and the head, and does `diffusion_step`.
+
+    All in a few launches on memory that stays where it is, for CUDA graphs; what is given is read where it lies, at
+    every step. A row holds the time's tokens, the noisy embeddings of its samples, and as many queries. None where no
+    Triton kernels run, or something follows operations; for more than 16 tokens, products of other than 16 bits,
+    weights of several dtypes, and what else kernels of so few tokens do not take.
+
+    Args:
+        blocks: their weights, with norms before attention and feed-forward; `head` has the last norm and linear.
+        prefix_k, prefix_v: (depth, prompts, prefix, kv_heads, dim_head), see `decode_attention`, and so are heads,
+            scale, cosine, rotary, bias and mask.
+        time_tokens: (steps, tokens, width), to which `time_position` (tokens, width) fp32 is added.
+        query: (width,), to which `query_position` (width,) fp32 is added.
+        coefficients: (steps, 6) fp32, the table of `diffusion_step`, as are the next.
+        null_table: (steps, dim), unconditional predictions by step, for runs without a branch for them.
+        clamp, radius: see there.
+        uses_prediction: whether the last coefficient is that of the last prediction, in place of the last x0.
+        entry: of `q` alone, the linear that makes a token of a noisy embedding, which is one itself without.
+        **options: entry_position (width,) fp32, which is added to what `entry` makes;
+            dtype, of products;
+            rows and samples: how many rows, and samples in each; those of one prompt lie together;
+            guided: so many of the last rows are the unconditional branch of as many of the first;
+            cond_scale of guidance, a number or (samples,);
+            activation, "gelu" or "swiglu"; eps and head_eps, of norms; stable, see `layer_norm`, of the head's;
+            heads, scale, cosine, rotary, bias, mask.
+    """
+    if not on_triton(prefix_k) or cpu_library.is_watched() or torch.compiler.is_compiling():
+        return None
+    if reference.autocast_dtype(prefix_k) is not None:
+        return None
+    from .gpu import run, step
+
+    clamps = run.clamps_of(clamp, radius, len(coefficients), coefficients.device)
+    positions = time_position, query_position, uses_prediction
+    tables = step.RunTables(coefficients, clamps, null_table, time_tokens, query, *positions)
+    entry = None if entry is None else run.Weight(entry.q, entry.q_bias, entry.q_scale)
+    return run.prepare_run(blocks, head, prefix_k, prefix_v, tables=tables, entry=entry, **options)
 
 
 Workspace, sharing = workspace.Workspace, workspace.sharing

@@ -336,29 +336,29 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
         suffix = self._suffix(time_tokens, image_tokens, self_cond, cond.cache.samples)
         return self.causal_transformer.step(suffix, cond.cache).to(self.stream_dtype)
 
-    def prepare_run(self, cond: NetworkConditioning, samples: int, **solver) -> ops.Run | None:
-        """A run whose steps are one kernel each; None where there is none for them.
+    def prepare_run(self, cond: NetworkConditioning, samples: int, **solver) -> ops.Run | ops.Launches | None:
+        """A run whose steps are kernels alone, in C one each; None where there is none for them.
 
         Args:
             cond: see `step`.
             samples: of all prompts.
-            **solver: what `ops.prepare_run` takes of the solver.
+            **solver: what `ops.prepare_run` and `ops.prepare_launches` take of the solver.
         """
-        cache, embed, norm = cond.cache, self.to_image_embeds, self.causal_transformer.init_norm
-        if cache.blocks is None or cache.blocks.owner is not self.causal_transformer:
-            return None
+        cache, embed, transformer = cond.cache, self.to_image_embeds, self.causal_transformer
         if self.self_cond or cond.null_rows or self.num_image_embeds != 1:
             return None
+        norm = transformer.init_norm
         if not (
             type(embed) in (Projections, nn.Sequential)
             and type(embed[0]) is type(norm) is nn.Identity
             and are_called_as_they_are(embed, *embed, norm)
         ):
             return None
-        return ops.prepare_run(
-            cache.blocks, cache.k, cache.v, rows=samples // cache.samples, samples=cache.samples, rotary=cache.rotary,
-            bias=cache.bias, time_tokens=cond.time_tokens, query=self.learned_query, **solver,
-        )  # fmt: skip
+        solver |= dict(time_tokens=cond.time_tokens, query=self.learned_query, rows=samples // cache.samples)
+        if cache.blocks is None or cache.blocks.owner is not transformer:
+            return transformer.prepare_launches(cache, **solver)
+        shared = dict(samples=cache.samples, rotary=cache.rotary, bias=cache.bias)
+        return ops.prepare_run(cache.blocks, cache.k, cache.v, **shared, **solver)
 
     def null_table(self, times: Tensor) -> Tensor:
         """The unconditional prediction at each of the times (steps,): (steps, dim), in fp32 or wider.

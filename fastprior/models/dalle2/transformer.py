@@ -69,7 +69,7 @@ class KVCache(NamedTuple):
     """Keys and values of a prefix, and all else that steps behind it share.
 
     Attributes:
-        k, v: (depth, prompts, prefix + 1, 1, dim_head), the null ones first.
+        k, v: (depth, prompts, prefix + 1, 1, dim_head), the null ones first; of 16 bits where kernels multiply in them.
         bias: (suffix, heads, prefix + 1 + suffix), of the suffix's attention.
         rotary: the suffix's table (suffix, width).
         blocks: what `CausalTransformer.prepared` gives; without it each step asks.
@@ -272,7 +272,10 @@ class CausalTransformer(nn.Module):
         (prompts, seq), cosine, first = k.shape[1:3], self.layers[0][0].cosine_sim, before[0].shape[2] - 1
         k = reference.prepare_heads(k, _rows(rotary, slice(first, first + seq)), cosine)
         k, v = (torch.cat((t.expand(-1, prompts, -1, -1, -1), of), dim=2) for t, of in zip(before, (k, v)))
-        return KVCache(k, v, bias.to(k.dtype), _rows(rotary, slice(first + seq, None)), blocks)
+        bias, weights = bias.to(k.dtype), dtype_of(self.layers[0][0].to_kv, self)
+        if weights.itemsize < k.element_size() and ops.on_triton(k):  # whose products are in that dtype
+            k, v = k.to(weights), v.to(weights)
+        return KVCache(k, v, bias, _rows(rotary, slice(first + seq, None)), blocks)
 
     def _keys_values(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         """Keys and values of all layers for a prefix, (depth, prompts, seq, 2, 1, dim_head), at least fp32."""
@@ -323,15 +326,33 @@ class CausalTransformer(nn.Module):
         return None if torch.compiler.is_compiling() else snapshot.once(self, "blocks", self._prepared)
 
     def _prepared(self) -> ops.Blocks | None:
+        if (described := self._described()) is None:
+            return None
+        blocks, options = described
+        dim_head = self.layers[0][0].null_kv.shape[-1]
+        return ops.prepare_blocks(blocks, owner=self, kv_heads=1, dim_head=dim_head, head=self._head_block(), **options)
+
+    def _described(self) -> tuple[list[ops.Block], dict] | None:
+        """The layers' weights, and how kernels compute them; None where they do not."""
         if self.obstacles() or not self._is_plain():
             return None
         attn, blocks = self.layers[0][0], self._blocks()
         if len({tuple(t.shape for t in block if t is not None) for block in blocks}) > 1:  # such as pruned ones
             return None
-        return ops.prepare_blocks(
-            blocks, owner=self, heads=attn.heads, kv_heads=1, dim_head=attn.null_kv.shape[-1], scale=attn.scale,
-            cosine=attn.cosine_sim, activation="swiglu", eps=attn.norm.eps, head=self._head_block(),
-        )  # fmt: skip
+        options = dict(heads=attn.heads, scale=attn.scale, cosine=attn.cosine_sim, eps=attn.norm.eps)
+        return blocks, dict(options, activation="swiglu")
+
+    def prepare_launches(self, cache: KVCache, **options) -> ops.Launches | None:
+        """`ops.prepare_launches` of the layers and the head behind a cache; None where it does not compute them."""
+        if not ops.on_triton(cache.k) or (described := self._described()) is None:
+            return None
+        linears = [module for layer in self.layers for module in _modules_of(*layer) if type(module) in LINEAR]
+        dtypes, head = {dtype_of(linear, self) for linear in (*linears, self.project_out)}, self._head_block()
+        if head is None or len(dtypes) > 1:
+            return None
+        blocks, shared = described
+        shared |= dict(dtype=dtypes.pop(), samples=cache.samples, rotary=cache.rotary, bias=cache.bias, stable=True)
+        return ops.prepare_launches(blocks, head, cache.k, cache.v, **shared, **options)
 
     def _head_block(self) -> ops.Block | None:
         norm, linear, attn = self.norm, self.project_out, self.layers[0][0]

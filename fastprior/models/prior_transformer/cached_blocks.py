@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fastprior.kernels import ops
 from fastprior.models import snapshot
-from fastprior.models.linears import are_known, projected, scales_of
+from fastprior.models.linears import are_known, dtype_of, projected, scales_of
 from fastprior.models.patches import are_called_as_they_are
+from fastprior.models.quantised_linear import QuantisedLinear
 from fastprior.models.shared_rows import RowLayout
 
 HIDDEN = -10000.0  # added to the logit of a key that must not be seen: what the weights were trained with
@@ -202,6 +203,15 @@ def prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
 
 
 def _prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
+    if (described := _described(blocks)) is None:
+        return None
+    parts, options = described
+    heads = options["heads"]
+    return ops.prepare_blocks(parts, owner=blocks, kv_heads=heads, dim_head=len(parts[0].q) // heads, **options)
+
+
+def _described(blocks: Sequence[nn.Module]) -> tuple[list[ops.Block], dict] | None:
+    """The blocks' weights, and how kernels compute them; None where they do not."""
     norms = [norm for block in blocks for norm in (block.norm1, block.norm3)]
     if any(type(norm) is not nn.LayerNorm or norm.weight is None for norm in norms):
         return None
@@ -223,10 +233,35 @@ def _prepared(blocks: Sequence[nn.Module]) -> ops.Blocks | None:
         )  # fmt: skip
         parts.append(part)
     attn, eps = blocks[0].attn1, blocks[0].norm1.eps
-    return ops.prepare_blocks(
-        parts, owner=blocks, heads=attn.heads, kv_heads=attn.heads, dim_head=len(parts[0].q) // attn.heads,
-        scale=attn.scale, cosine=False, activation="gelu", eps=eps,
-    )  # fmt: skip
+    return parts, dict(heads=attn.heads, scale=attn.scale, cosine=False, activation="gelu", eps=eps)
+
+
+def prepare_launches(
+    blocks: nn.ModuleList, prefix: Prefix, head: tuple[nn.Module, nn.Module], entry: nn.Module, **options
+) -> ops.Launches | None:
+    """`ops.prepare_launches` of blocks behind a prefix; None where it does not compute them.
+
+    Args:
+        head: the norm and the linear that outputs pass at last.
+        entry: the linear that makes tokens of noisy embeddings.
+    """
+    norm, linear = head
+    if not ops.on_triton(prefix.k) or not are_known(linear, entry) or not are_called_as_they_are(norm):
+        return None
+    if type(norm) is not nn.LayerNorm or norm.weight is None or (described := _described(blocks)) is None:
+        return None
+    parts, shared = described
+    linears = [m for m in (linear, entry, *blocks.modules()) if type(m) in (nn.Linear, QuantisedLinear)]
+    if {dtype_of(one, one) for one in linears} != {prefix.dtype}:
+        return None
+    first, last = (
+        ops.Block(one.weight, q_scale=scale, q_bias=one.bias)
+        for one, scale in zip((entry, linear), scales_of(entry, linear))
+    )
+    last = last._replace(norm_gain=norm.weight, norm_bias=norm.bias)
+    shared |= dict(dtype=prefix.dtype, samples=prefix.samples, bias=prefix.bias, mask=prefix.mask, head_eps=norm.eps)
+    k, v = prefix.k.transpose(2, 3), prefix.v.transpose(2, 3)
+    return ops.prepare_launches(parts, last, k, v, entry=first, **shared, **options)
 
 
 def step(

@@ -163,14 +163,22 @@ class PriorForward(NoticesForeignStates):
         time_tokens = cond.time_tokens.index_select(0, index.reshape(-1))
         return self.predict_behind(x.to(cond.prefix.dtype), time_tokens, cond.prefix).flatten(0, -2)
 
-    def prepare_run(self, cond: PriorTransformerConditioning, rows: int, guided: int, **solver) -> ops.Run | None:
-        """A run whose steps are kernels alone; None where there is none for them, as for now.
+    def prepare_run(self, cond: PriorTransformerConditioning, rows: int, guided: int, **solver) -> ops.Launches | None:
+        """A run whose steps are kernels alone; None where there is none for them.
 
         Args:
             cond: see `step`; of `rows` rows, and then of the unconditional branch of the first `guided` of them.
             **solver: coefficients (steps, 6), cond_scale, clamp, radius and uses_prediction, see `solver_step`.
         """
-        return None
+        prefix, position = cond.prefix, cond.prefix.positions
+        if position is None or self.prd_embedding is None or self.norm_in is not None:
+            return None
+        return cached_blocks.prepare_launches(
+            self.transformer_blocks, prefix, (self.norm_out, self.proj_to_clip_embeddings), self.proj_in,
+            rows=(rows + guided) // prefix.samples, guided=guided // prefix.samples,
+            time_tokens=cond.time_tokens, time_position=position[0, :1], entry_position=position[0, 1],
+            query=self.prd_embedding[0, 0], query_position=position[0, -1], **solver,
+        )  # fmt: skip
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
         """Undo the normalisation of CLIP embeddings: `latents * clip_std + clip_mean`; None leaves a part out."""

@@ -1,7 +1,8 @@
 """Runs of launches alone: the models' own steps, with no operation of PyTorch between them."""
 
+import contextlib
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -10,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprior import PriorSampler
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
-from fastprior.engine.runs import DeviceRun
-from fastprior.engine.steps import Noise, StepInputs, bind, run_table
+from fastprior.engine import graphs
+from fastprior.engine.runs import DeviceRun, ReplayedRun
+from fastprior.engine.steps import Noise, bind, run_table
 from fastprior.kernels import ops
 from fastprior.kernels.gpu import attend_project, launch, skinny_linear
 from fastprior.models.prior_transformer.model import PriorTransformer
@@ -19,6 +21,8 @@ from fastprior.models.quantise import quantised
 from fastprior.pipelines.runs import PromptRun
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.prior import loop
+from fastprior.prior.graphs import graphs_of
+from helpers import captures
 from helpers.kernel_checks import DEVICE, check
 from helpers.priors import make_prior, make_text
 
@@ -115,9 +119,13 @@ def result(case, backend: str, dtype: torch.dtype = FP16) -> torch.Tensor:
         return run_table(table, bound, next(noise), noise).clone()
 
 
+def prepared(case):
+    with ops.using("triton"), torch.no_grad():
+        return case.begin()[0]
+
+
 def first_steps(table):
-    rows = {name: getattr(table, name)[:STEPS] for name in ("times", "draws_noise")}
-    return type(table)(**{**vars(table), **rows})
+    return replace(table, times=table.times[:STEPS], draws_noise=table.draws_noise[:STEPS])
 
 
 def drawn(shape):
@@ -143,32 +151,44 @@ def test_dalle2(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [
-    dict(), dict(guidance=False), dict(prompts=2), dict(prompts=2, samples=2), dict(kind="int8"),
-    dict(lengths=(7,)), dict(schedule="DDIMScheduler"),
+    dict(), dict(guidance=False), dict(prompts=2), dict(samples=2), dict(guidance=False, prompts=2, samples=2),
+    dict(kind="int8"), dict(lengths=(7,)), dict(schedule="DDIMScheduler"),
 ], ids=str)  # fmt: skip
 def test_transformer(case):
     check_case(Transformer(**case))
 
 
+def test_the_comparison_sees_other_numbers():
+    case = Transformer(guidance=False)
+    got, exact, plain = (result(case, *how) for how in (("triton",), ("reference", torch.float64), ("reference",)))
+    for wrong in (-got, torch.zeros_like(got), got * 1.05):
+        with pytest.raises(AssertionError):
+            check(wrong, exact, plain)
+
+
+LONG = {  # whose norms are launches of their own: the case, and how many of these there are
+    "one row": (dict(net=dict(normformer=True)), 9), "two rows": (dict(net=dict(normformer=True), prompts=2), 9),
+    "transformer": (dict(prompts=2), 5),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [
-    Dalle2(dict(normformer=True)), Dalle2(dict(normformer=True), prompts=2), Transformer(prompts=2)
-], ids=["one row", "two rows", "transformer"])  # fmt: skip
-def test_norms_of_rows_that_are_not_held(case, monkeypatch):
+@pytest.mark.parametrize("name", LONG)
+def test_norms_of_rows_that_are_not_held(name, monkeypatch):
     monkeypatch.setattr(skinny_linear, "holds", lambda rows, dim: False)
-    with ops.using("triton"):
-        names = launches(case.begin()[0])
-    assert names.count("layer_norm") == (2 * 4 + 1 if isinstance(case, Dalle2) else 2 * 2 + 1)
+    options, count = LONG[name]
+    case = Dalle2(**options) if "net" in options else Transformer(**options)
+    assert launches(prepared(case)).count("layer_norm") == count
     check_case(case)
 
 
 def launches(run) -> list[str]:
-    """The kernels of a step, within which no operation of PyTorch runs."""
+    """The kernels of a step, within which no operation of PyTorch computes anything."""
     names, operations = [], []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if not all(r.alias_info is not None for r in func._schema.returns):  # views compute nothing
+            if any(r.alias_info is None for r in func._schema.returns):
                 operations.append(func)
             return func(*args, **kwargs or {})
 
@@ -181,49 +201,207 @@ def launches(run) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("case, wanted", [
-    (Dalle2({}), ["skinny_linear", "attend_project", "skinny_linear", "skinny_linear"]),
-    (Dalle2({}, samples=2), ["skinny_linear", "attend_project", "skinny_linear", "skinny_linear"]),
-    (Dalle2({}, prompts=2), ["skinny_linear", "decode_attention", *["skinny_linear"] * 3]),
-    (Transformer(), ["skinny_linear", "decode_attention", *["skinny_linear"] * 3]),
-], ids=["one row", "two samples", "two rows", "transformer"])  # fmt: skip
-def test_launches_of_a_step(case, wanted):
-    with ops.using("triton"), torch.no_grad():
-        names = launches(case.begin()[0])
-    entry = ["skinny_linear"] * isinstance(case, Transformer)
-    assert names == [*entry, *wanted * 2, "skinny_linear", "advance"]
+BY_ONE = ["skinny_linear", "attend_project", "skinny_linear", "skinny_linear"]
+BY_TWO = ["skinny_linear", "decode_attention", *["skinny_linear"] * 3]
 
 
-def test_what_it_is_prepared_with_is_read_where_it_lies():
+@pytest.mark.slow
+def test_launches_of_a_step():
+    plain = dict(net={}, scale=1.0)
+    for case, layer in (
+        (Dalle2(**plain), BY_ONE), (Dalle2(**plain, samples=2), BY_ONE), (Dalle2(**plain, prompts=2), BY_TWO),
+        (Transformer(), BY_TWO),
+    ):  # fmt: skip
+        entry = ["skinny_linear"] * isinstance(case, Transformer)
+        assert launches(prepared(case)) == [*entry, *layer * 2, "skinny_linear", "advance"]
+
+
+@contextlib.contextmanager
+def asking():
+    """What `ops.prepare_launches` is asked for, and what it gives."""
+    asked, plain = [], ops.prepare_launches
+
+    def noted(*args, **options):
+        asked.append((args, options, plain(*args, **options)))
+        return asked[-1][-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "prepare_launches", noted)
+        yield asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Dalle2(dict(), scale=1.0), Transformer(guidance=False, samples=2)], ids=["d2", "pt"])
+def test_what_it_is_prepared_with_is_read_where_it_lies(case):
     """Graphs write other prompts and tables there."""
-    for case in Dalle2({}), Transformer(guidance=False):
-        given = []
-        with ops.using("triton"), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            plain = ops.prepare_launches
-            patch.setattr(
-                ops,
-                "prepare_launches",
-                lambda *args, **options: given.append((args, options)) or plain(*args, **options),
-            )
-            run, *_ = case.begin()
-            seen = []
-            with launch.instead(
-                lambda kernel, grid, args, *_: seen.extend(
-                    a.untyped_storage().data_ptr() for a in args if torch.is_tensor(a)
-                )
-            ):
-                run.advance(1)
-        (_, _, k, v), options = given[0]
-        names = "bias", "mask", "time_tokens", "query", "coefficients", "null_table", "entry_position"
-        tensors = [k, v, *(options.get("rotary") or ()), *(options[n] for n in names if options.get(n) is not None)]
-        assert len(tensors) >= 7 and k.dtype == FP16
-        assert all(t.untyped_storage().data_ptr() in seen for t in tensors)
+    seen = set()
+    with asking() as asked:
+        run = prepared(case)
+    ((_, _, k, v), options, _), *_ = asked
+    with launch.instead(lambda kernel, grid, args, *_: seen.update(map(address, args))):
+        run.advance(1)
+    names = "bias", "mask", "time_tokens", "query", "coefficients", "null_table", "entry_position", "query_position"
+    tensors = [k, v, *(options.get("rotary") or ()), *map(options.get, names)]
+    assert len([t for t in tensors if t is not None]) >= 7 and k.dtype == v.dtype == FP16
+    assert all(address(t) in seen for t in tensors)
 
 
+def address(t) -> int:
+    return t.untyped_storage().data_ptr() if torch.is_tensor(t) else 0
+
+
+def test_samples_at_different_steps():
+    """Each goes on from its own, to the bits that it has where all are there."""
+    run = prepared(Dalle2({}, prompts=2, scale=1.0))
+    run.noise.normal_(generator=torch.Generator(DEVICE).manual_seed(1))
+    x = torch.randn(2, NET["dim"], generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+    def after(*index):
+        run.start(x)
+        run.index.copy_(torch.tensor(index))
+        run._begin()  # the tokens of those steps
+        run.advance(2)
+        return run.x.clone(), run.index.tolist()
+
+    (first, at_first), (later, at_later), (both, at_both) = after(0, 0), after(18, 18), after(0, 18)
+    assert (at_first, at_later, at_both) == ([2, 2], [0, 0], [2, 0])
+    assert torch.equal(both[0], first[0]) and torch.equal(both[1], later[1]) and not torch.equal(first, later)
+
+
+def test_noise():
+    """That of several steps at once, and of those that draw some."""
+    run = prepared(Transformer(guidance=False))
+    drawn = torch.randn(3, *run.x.shape, device=DEVICE)
+    run.draw(0, [*drawn])
+    assert torch.equal(run.noise, drawn)
+    run.draw(1, [None, drawn[0]])
+    assert torch.equal(run.noise, drawn[[0, 1, 0]])
+    for first, count in ((-1, 1), (2, 2), (3, 1)):
+        with pytest.raises(IndexError, match=f"steps {first} to {first + count - 1}; there are 3"):
+            run.draw(first, [None] * count)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 48\); it must be \(1, 48\)"):
+        run.start(torch.zeros(2, 48, device=DEVICE))
+
+
+def is_taken(case, change=lambda model: None) -> bool:
+    change(case.prior)
+    return isinstance(prepared(case), DeviceRun)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("net", [
     dict(self_cond=True), dict(num_image_embeds=2), dict(norm_in=True), dict(norm_out=False), dict(final_proj=False),
-    dict(dim_head=8), dict(num_time_embeds=15), dict(normformer=True, ff_mult=72, depth=1),
+    dict(num_time_embeds=14, samples=2), dict(prompts=6), dict(normformer=True, ff_mult=66, depth=1),
 ], ids=str)  # fmt: skip
 def test_networks_that_it_does_not_take(net):
-    with ops.using("triton"), torch.no_grad():
-        assert not isinstance(Dalle2(net).begin()[0], DeviceRun)
+    sizes = {name: net[name] for name in ("prompts", "samples") if name in net}
+    net = {name: value for name, value in net.items() if name not in sizes}
+    assert not is_taken(Dalle2(dict(depth=1) | net, scale=1.0, **sizes))
+
+
+@pytest.mark.slow
+def test_modules_that_it_does_not_take():
+    """What is called, and weights whose products are of other dtypes; it takes the same network without."""
+
+    def hook(module):
+        module.register_forward_hook(lambda module, inputs, output: output)
+
+    def of_d2(prior):
+        return prior.net.causal_transformer
+
+    changes = (
+        lambda prior: hook(of_d2(prior).layers[0][1][1]), lambda prior: hook(of_d2(prior).norm),
+        lambda prior: hook(of_d2(prior).project_out), lambda prior: hook(prior.net.to_image_embeds),
+        lambda prior: hook(of_d2(prior).layers[0][0].to_out), lambda prior: setattr(of_d2(prior).norm, "eps", 1e-3),
+    )  # fmt: skip
+    for change in changes:
+        assert not is_taken(Dalle2(dict(depth=1), scale=1.0), change)
+    assert is_taken(Dalle2(dict(depth=1), scale=1.0))
+
+    def lacks_weight(prior):
+        prior.norm_out = torch.nn.LayerNorm(64, elementwise_affine=False, device=DEVICE)
+
+    changes = (
+        lambda prior: hook(prior.proj_in), lambda prior: hook(prior.norm_out), lacks_weight,
+        lambda prior: hook(prior.proj_to_clip_embeddings), lambda prior: setattr(prior, "prd_embedding", None),
+        lambda prior: setattr(prior, "norm_in", torch.nn.LayerNorm(64, dtype=FP16, device=DEVICE)),
+        lambda prior: setattr(prior.transformer_blocks[0].norm1, "eps", 1e-3),
+    )  # fmt: skip
+    for change in changes:
+        assert not is_taken(Transformer(guidance=False), change)
+    assert is_taken(Transformer(guidance=False))
+
+
+def test_what_is_asked_of_it():
+    """No steps, gradients, weights of another dtype or memory order, autocast, and modes that follow operations."""
+    with asking() as asked:
+        prepared(Transformer(guidance=False))
+    (blocks, head, k, v), options, run = asked[0]
+
+    def ask(backend="triton", blocks=blocks, **changes):
+        with ops.using(backend), torch.no_grad():
+            return ops.prepare_launches(blocks, head, k, v, **options | changes)
+
+    assert isinstance(run, DeviceRun) and isinstance(ask(), DeviceRun)
+    empty = options["time_tokens"][:0], options["coefficients"][:0]
+    for changes in (
+        dict(backend="reference"), dict(dtype=torch.float32), dict(rows=16), dict(rows=0),
+        dict(time_tokens=empty[0], coefficients=empty[1]), dict(entry=None),
+        dict(entry=options["entry"]._replace(q=options["entry"].q.float())),
+        dict(blocks=[block._replace(expand=block.expand.float()) for block in blocks]),
+        dict(blocks=[block._replace(q_bias=block.out_bias, k_bias=None) for block in blocks]),
+        dict(blocks=[block._replace(expand=block.expand.t().contiguous().t()) for block in blocks]),
+    ):  # fmt: skip
+        assert ask(**changes) is None, changes
+    with ops.using("triton"), torch.enable_grad():
+        assert ops.prepare_launches(blocks, head, k, v, **options) is None
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert ask() is None
+    with TorchDispatchMode():
+        assert ask() is None
+
+
+@pytest.mark.slow
+def test_priors_take_it():
+    """By `sample` and by a sampler, with and without graphs: near the reference."""
+    prior, text = Dalle2(dict(depth=1)).prior.to(FP16), make_text(1, NET["dim"])
+    text = {name: t.to(DEVICE, FP16) for name, t in text.items()}
+    sampler = PriorSampler(prior, batch_sizes=(1,), timesteps=3, compile=False)
+
+    def results():
+        draw = torch.Generator(DEVICE).manual_seed(1)
+        options = dict(cond_scale=2.0, timesteps=3, num_samples_per_batch=1, progress=False, generator=draw)
+        yield prior.sample(**text, **options)
+        yield sampler(**text, cond_scale=2.0, generator=torch.Generator(DEVICE).manual_seed(1))
+
+    with ops.using("reference"):
+        wanted = [*results()]
+    with ops.using("triton"), asking() as asked:
+        for got, exact in zip(results(), wanted):
+            assert torch.cosine_similarity(got.float(), exact.float()).min() > 0.9999
+            assert isinstance(asked[-1][-1], DeviceRun)
+    assert len(asked) == 2
+
+
+@pytest.mark.slow
+def test_graphs_of_it(monkeypatch):
+    """Their prefill writes other texts to where the run reads them: the bits of runs without."""
+
+    def capture(run, *args):
+        """Operations are recorded, and launches, which come by a partial, made again."""
+        return (run, None, 0) if isinstance(run, partial) else captures.capture(run, *args)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    prior = Dalle2(dict(depth=1)).prior.to(FP16)
+    ours = copy.deepcopy(prior)
+    ours.graphs, prior.graphs = True, False
+    with ops.using("triton"):
+        for seed, scale in enumerate((2.0, 3.0)):
+            text = {name: t.to(FP16) for name, t in make_text(1, NET["dim"], seed=seed).items()}
+            options = dict(cond_scale=scale, timesteps=5, num_samples_per_batch=1, progress=False, **text)
+            got, wanted = (
+                one.sample(**options, generator=torch.Generator().manual_seed(seed)) for one in (ours, prior)
+            )
+            assert torch.equal(got, wanted)
+    kept = graphs_of(ours).cache.kept
+    assert len(kept) == 1 and all(isinstance(graph._run, ReplayedRun) for graph in kept.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections import namedtuple
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,25 @@ SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", str | None: "str?",
     torch.dtype | None: "ScalarType?",
 }  # fmt: skip
+
+
+# the fields of a `Block`
+MATRICES = "q", "k", "v", "out", "expand", "contract"
+SCALES, BIASES = (tuple(f"{name}_{kind}" for name in MATRICES) for kind in ("scale", "bias"))
+NORMS = "norm_gain", "norm_bias", "out_gain", "ff_gain", "ff_bias", "inner_gain"
+
+
+class Block(namedtuple("Block", (*MATRICES, *SCALES, *BIASES, *NORMS), defaults=(None,) * 23)):
+    """The weights of a transformer block: attention and feed-forward, each behind a norm, on a residual stream.
+
+    A head, the norm and the linear of what the last block gives, is one of `q` and what belongs to it.
+
+    Attributes:
+        q, k, v, out, expand, contract: the matrices. Without `v`, `k` has the values' rows behind those of the keys.
+        q_scale, …, q_bias, …: of each matrix; scales are those of int8 weights.
+        norm_gain, norm_bias, ff_gain, ff_bias: of the norms before attention and before the feed-forward.
+        out_gain, inner_gain: of norms of attention's result, and before `contract`.
+    """
 
 
 class LinearArgs(NamedTuple):

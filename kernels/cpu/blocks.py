@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from ctypes import addressof, c_long
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import BIASES, MATRICES, NORMS, SCALES, Block
 from ..reference import Rotary
 from . import calls, huge_pages, library, structs
 from .attention import MAX_DIM_HEAD, MAX_KEYS, MAX_SUFFIX_NUMBERS, attention_of
@@ -20,23 +20,6 @@ from .library import KINDS, most_rows
 def most_tokens(dtype: torch.dtype) -> int:
     """The most tokens that `run_blocks` takes with weights of this dtype: what it saves between linears counts, too."""
     return max(min(most_rows(dtype), 1024), min(128, most_rows(torch.float32)))
-
-
-MATRICES, BIASES, NORMS = structs.Block.MATRICES, structs.Block.BIASES, structs.Block.NORMS
-SCALES = tuple(f"{name}_scale" for name in MATRICES)
-
-
-class Block(namedtuple("Block", (*MATRICES, *SCALES, *BIASES, *NORMS), defaults=(None,) * 23)):
-    """The weights of a transformer block: attention and feed-forward, each behind a norm, on a residual stream.
-
-    A head, the norm and the linear of what the last block gives, is one of `q` and what belongs to it.
-
-    Attributes:
-        q, k, v, out, expand, contract: the matrices. Without `v`, `k` has the values' rows behind those of the keys.
-        q_scale, …, q_bias, …: of each matrix; scales are those of int8 weights.
-        norm_gain, norm_bias, ff_gain, ff_bias: of the norms before attention and before the feed-forward.
-        out_gain, inner_gain: of norms of attention's result, and before `contract`.
-    """
 
 
 class Blocks(NamedTuple):

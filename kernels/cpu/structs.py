@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ctypes import Structure, c_double, c_long, c_void_p
 
+from ..arguments import BIASES, MATRICES, NORMS
+
 
 class Vector(Structure):
     """Numbers side by side; those of an argument that is not given have no data."""
@@ -65,9 +67,6 @@ class Decode(Structure):
 class Block(Structure):
     """A row of the table that `Blocks.blocks` points to."""
 
-    MATRICES = "q", "k", "v", "out", "expand", "contract"
-    BIASES = tuple(f"{name}_bias" for name in MATRICES)
-    NORMS = "norm_gain", "norm_bias", "out_gain", "ff_gain", "ff_bias", "inner_gain"
     _fields_ = *((name, Weight) for name in MATRICES), *((name, Vector) for name in (*BIASES, *NORMS))
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cpu.blocks import MATRICES, Block
+from ..arguments import MATRICES, Block
 from ..reference import NormArgs, Rotary
 from . import attend_project, decode, launch, skinny_linear, step
 from .norm import launch_layer_norm

@@ -18,6 +18,7 @@ from fastprior.kernels import ops
 from fastprior.kernels.gpu import attend_project, launch, skinny_linear
 from fastprior.models.prior_transformer.model import PriorTransformer
 from fastprior.models.quantise import quantised
+from fastprior.models.quantised_linear import QuantisedLinear
 from fastprior.pipelines.runs import PromptRun
 from fastprior.pipelines.text_encoding import TextEncoding
 from fastprior.prior import loop
@@ -85,6 +86,7 @@ class Transformer:
         sizes = dict(num_attention_heads=2, attention_head_dim=32, num_layers=2, embedding_dim=48, num_embeddings=7)
         self.prior = PriorTransformer(**sizes, additional_embeddings=4).eval().to(DEVICE, FP16)
         randomise(self.prior)
+        self.prior.norm_out.eps = 0.1  # the head's own
         groups = self.prompts * (1 + self.guidance)
         mask = torch.arange(7) < torch.tensor(self.lengths)[torch.arange(groups) % len(self.lengths), None]
         self.text = TextEncoding(torch.randn(groups, 48), torch.randn(groups, 7, 48), mask)
@@ -158,6 +160,7 @@ def test_transformer(case):
     check_case(Transformer(**case))
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_other_numbers():
     case = Transformer(guidance=False)
     got, exact, plain = (result(case, *how) for how in (("triton",), ("reference", torch.float64), ("reference",)))
@@ -250,6 +253,7 @@ def address(t) -> int:
     return t.untyped_storage().data_ptr() if torch.is_tensor(t) else 0
 
 
+@pytest.mark.slow
 def test_samples_at_different_steps():
     """Each goes on from its own, to the bits that it has where all are there."""
     run = prepared(Dalle2({}, prompts=2, scale=1.0))
@@ -268,6 +272,7 @@ def test_samples_at_different_steps():
     assert torch.equal(both[0], first[0]) and torch.equal(both[1], later[1]) and not torch.equal(first, later)
 
 
+@pytest.mark.slow
 def test_noise():
     """That of several steps at once, and of those that draw some."""
     run = prepared(Transformer(guidance=False))
@@ -299,37 +304,59 @@ def test_networks_that_it_does_not_take(net):
     assert not is_taken(Dalle2(dict(depth=1) | net, scale=1.0, **sizes))
 
 
+def hook(module):
+    module.register_forward_hook(lambda module, inputs, output: output)
+
+
 @pytest.mark.slow
-def test_modules_that_it_does_not_take():
+def test_modules_of_dalle2_that_it_does_not_take():
     """What is called, and weights whose products are of other dtypes; it takes the same network without."""
 
-    def hook(module):
-        module.register_forward_hook(lambda module, inputs, output: output)
+    case, of = partial(Dalle2, dict(depth=1), scale=1.0), lambda prior: prior.net.causal_transformer
+    for change in (
+        lambda prior: hook(of(prior).layers[0][1][1]), lambda prior: hook(of(prior).norm),
+        lambda prior: hook(of(prior).project_out), lambda prior: hook(prior.net.to_image_embeds),
+        lambda prior: hook(of(prior).layers[0][0].to_out), lambda prior: setattr(of(prior).norm, "eps", 1e-3),
+    ):  # fmt: skip
+        assert not is_taken(case(), change)
+    assert is_taken(case()) and is_taken(case(kind="int8"))
+    with pytest.MonkeyPatch.context() as patch:
+        plain = QuantisedLinear.__init__
 
-    def of_d2(prior):
-        return prior.net.causal_transformer
+        def of_some(self, linear, dtype):
+            plain(self, linear, dtype)
+            self.product_dtype = torch.bfloat16 if len(linear.weight) == NET["dim"] else self.product_dtype
 
-    changes = (
-        lambda prior: hook(of_d2(prior).layers[0][1][1]), lambda prior: hook(of_d2(prior).norm),
-        lambda prior: hook(of_d2(prior).project_out), lambda prior: hook(prior.net.to_image_embeds),
-        lambda prior: hook(of_d2(prior).layers[0][0].to_out), lambda prior: setattr(of_d2(prior).norm, "eps", 1e-3),
-    )  # fmt: skip
-    for change in changes:
-        assert not is_taken(Dalle2(dict(depth=1), scale=1.0), change)
-    assert is_taken(Dalle2(dict(depth=1), scale=1.0))
+        patch.setattr(QuantisedLinear, "__init__", of_some)
+        assert not is_taken(case(kind="int8")), "products of several dtypes"
 
-    def lacks_weight(prior):
+
+@pytest.mark.slow
+def test_modules_of_a_transformer_that_it_does_not_take():
+    prior = Transformer(guidance=False).prior
+
+    @torch.no_grad()
+    def run(change=lambda prior: None):
+        own, text = copy.deepcopy(prior), (torch.ones(1, 48), torch.ones(1, 7, 48), torch.ones(1, 7))
+        with ops.using("triton"):
+            cond = own.prefill(*(t.to(DEVICE) for t in text), torch.arange(STEPS, device=DEVICE))
+            change(own)
+            table = torch.ones(STEPS, 6, device=DEVICE)
+            solver = dict(coefficients=table, cond_scale=1.0, clamp=None, radius=1.0, uses_prediction=False)
+            return own.prepare_run(cond, 1, 0, **solver)
+
+    def replace_norm(prior):
         prior.norm_out = torch.nn.LayerNorm(64, elementwise_affine=False, device=DEVICE)
 
-    changes = (
-        lambda prior: hook(prior.proj_in), lambda prior: hook(prior.norm_out), lacks_weight,
+    for change in (
+        lambda prior: hook(prior.proj_in), lambda prior: hook(prior.norm_out), replace_norm,
         lambda prior: hook(prior.proj_to_clip_embeddings), lambda prior: setattr(prior, "prd_embedding", None),
-        lambda prior: setattr(prior, "norm_in", torch.nn.LayerNorm(64, dtype=FP16, device=DEVICE)),
+        lambda prior: setattr(prior, "norm_in", prior.norm_out), lambda prior: prior.proj_in.float(),
         lambda prior: setattr(prior.transformer_blocks[0].norm1, "eps", 1e-3),
-    )  # fmt: skip
-    for change in changes:
-        assert not is_taken(Transformer(guidance=False), change)
-    assert is_taken(Transformer(guidance=False))
+        lambda prior: hook(prior.transformer_blocks[1].attn1.to_v),
+    ):  # fmt: skip
+        assert run(change) is None
+    assert isinstance(run(), DeviceRun)
 
 
 def test_what_is_asked_of_it():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import Rotary
 from . import launch
-from .decode import MAX_SUFFIX, _load_heads, _load_prefix, _load_rotary, _prepare_heads
+from .decode import MAX_SUFFIX, load_heads, load_prefix, load_rotary, prepare_heads
 from .launch import ceil_div, power_of_2, row_strides
 from .skinny_linear import MULTIPROCESSORS, OPERANDS, TILE_BYTES, Weight
 
@@ -57,12 +57,12 @@ def _attend_project_fwd_kernel(
     if out_scale_ptr is not None:
         out_scale = tl.load(out_scale_ptr + column, mask=in_tile, other=0.0)
     bias_rows = position * stride_bias_seq + head * stride_bias_head
-    tile_k, tile_v, extra = _load_prefix(
+    tile_k, tile_v, extra = load_prefix(
         prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, 0, prefix, offs_d, dim_head,
         stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, BLOCK_C,
     )  # fmt: skip
     if REST > 0:
-        rest_k, rest_v, rest_extra = _load_prefix(
+        rest_k, rest_v, rest_extra = load_prefix(
             prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, BLOCK_C, prefix, offs_d, dim_head,
             stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, REST,
         )  # fmt: skip
@@ -75,20 +75,20 @@ def _attend_project_fwd_kernel(
         own_extra = tl.where(kept & (own <= position[:, None]), 0.0, -float("inf"))
     cos_q, sin_q, cos_k, sin_k = None, None, None, None
     if cos_ptr is not None:
-        cos_q = _load_rotary(cos_ptr, rows, position, offs_d, stride_cos, width, 1.0)
-        sin_q = _load_rotary(sin_ptr, rows, position, offs_d, stride_sin, width, 0.0)
-        cos_k = _load_rotary(cos_ptr, kept, own, offs_d, stride_cos, width, 1.0)
-        sin_k = _load_rotary(sin_ptr, kept, own, offs_d, stride_sin, width, 0.0)
+        cos_q = load_rotary(cos_ptr, rows, position, offs_d, stride_cos, width, 1.0)
+        sin_q = load_rotary(sin_ptr, rows, position, offs_d, stride_sin, width, 0.0)
+        cos_k = load_rotary(cos_ptr, kept, own, offs_d, stride_cos, width, 1.0)
+        sin_k = load_rotary(sin_ptr, kept, own, offs_d, stride_sin, width, 0.0)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
 
     kept_v = kept[:, None] & (offs_d < dim_head)
     v = tl.load(v_ptr + (own * stride_v_seq)[:, None] + offs_d, mask=kept_v, other=0.0, cache_modifier=".cg")
-    q = _load_heads(q_ptr, token * stride_q_seq + head * dim_head, rows, offs_d, dim_head)
-    k = _load_heads(k_ptr, own * stride_k_seq, kept, offs_d, dim_head)
+    q = load_heads(q_ptr, token * stride_q_seq + head * dim_head, rows, offs_d, dim_head)
+    k = load_heads(k_ptr, own * stride_k_seq, kept, offs_d, dim_head)
     tl.debug_barrier()  # or some are asked for when others are there
-    k = _prepare_heads(k, cos_k, sin_k, COSINE, BLOCK_SUFFIX, BLOCK_D).to(OPERAND)
-    q = _prepare_heads(q, cos_q, sin_q, COSINE, QUERIES, BLOCK_D).to(OPERAND)
+    k = prepare_heads(k, cos_k, sin_k, COSINE, BLOCK_SUFFIX, BLOCK_D).to(OPERAND)
+    q = prepare_heads(q, cos_q, sin_q, COSINE, QUERIES, BLOCK_D).to(OPERAND)
 
     # one softmax over what is there already
     logits = tl.dot(q, tl.trans(tile_k.to(OPERAND)), input_precision="tf32x3") * scale + extra

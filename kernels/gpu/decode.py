@@ -19,21 +19,21 @@ MAX_SUFFIX = 16  # the suffix is one tile, and a matrix product takes no less
 
 
 @triton.jit
-def _load_heads(ptr, offsets, rows, offs_d, dim_head):
+def load_heads(ptr, offsets, rows, offs_d, dim_head):
     """Rows of raw projections, which others wrote."""
     kept = rows[:, None] & (offs_d < dim_head)
     return tl.load(ptr + offsets[:, None] + offs_d, mask=kept, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def _load_rotary(ptr, rows, positions, offs_d, stride, width, other):
+def load_rotary(ptr, rows, positions, offs_d, stride, width, other):
     """The rows of a rotary table at some positions, fp32; `other` where features are not rotated."""
     turned = rows[:, None] & (offs_d < width)
     return tl.load(ptr + positions[:, None] * stride + offs_d, mask=turned, other=other).to(tl.float32)
 
 
 @triton.jit
-def _prepare_heads(x, cos, sin, COSINE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def prepare_heads(x, cos, sin, COSINE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows rotated, where there are tables, and scaled to length 1 where COSINE, fp32."""
     x = x.to(tl.float32)
     if cos is not None:
@@ -45,7 +45,7 @@ def _prepare_heads(x, cos, sin, COSINE: tl.constexpr, ROWS: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _load_prefix(
+def load_prefix(
     k_ptr, v_ptr, bias_ptr, mask_ptr, bias_rows, rows, start, end, offs_d, dim_head,
     stride_k_seq, stride_v_seq, stride_bias_column, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def _decode_attention_fwd_kernel(
         mask_ptr += prompt * stride_mask_prompt
     begin, end = split * span, tl.minimum(prefix, (split + 1) * span)
     bias_rows = position * stride_bias_seq + head * stride_bias_head
-    tile_k, tile_v, extra = _load_prefix(
+    tile_k, tile_v, extra = load_prefix(
         prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, begin, end, offs_d, dim_head,
         stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, BLOCK_N,
     )  # fmt: skip
@@ -125,29 +125,29 @@ def _decode_attention_fwd_kernel(
         own_extra = tl.where(kept & (own <= position[:, None]), 0.0, -float("inf"))
     cos_q, sin_q, cos_k, sin_k = None, None, None, None
     if cos_ptr is not None:
-        cos_q = _load_rotary(cos_ptr, rows, position, offs_d, stride_cos, width, 1.0)
-        sin_q = _load_rotary(sin_ptr, rows, position, offs_d, stride_sin, width, 0.0)
-        cos_k = _load_rotary(cos_ptr, kept, own, offs_d, stride_cos, width, 1.0)
-        sin_k = _load_rotary(sin_ptr, kept, own, offs_d, stride_sin, width, 0.0)
+        cos_q = load_rotary(cos_ptr, rows, position, offs_d, stride_cos, width, 1.0)
+        sin_q = load_rotary(sin_ptr, rows, position, offs_d, stride_sin, width, 0.0)
+        cos_k = load_rotary(cos_ptr, kept, own, offs_d, stride_cos, width, 1.0)
+        sin_k = load_rotary(sin_ptr, kept, own, offs_d, stride_sin, width, 0.0)
     if DEPENDENT:  # what others wrote comes behind, past L1
         tl.extra.cuda.gdc_wait()
     v_at = (row * stride_v_row + kv_head * stride_v_head + own * stride_v_seq)[:, None] + offs_d
     kept_v = kept[:, None] & (offs_d < dim_head)
     v = tl.load(v_ptr + v_at, mask=kept_v, other=0.0, cache_modifier=".cg").to(OPERAND)
     q_at = row * stride_q_row + token * stride_q_seq + head * stride_q_head
-    q = _load_heads(q_ptr, q_at, rows, offs_d, dim_head)
+    q = load_heads(q_ptr, q_at, rows, offs_d, dim_head)
     k_at = row * stride_k_row + kv_head * stride_k_head + own * stride_k_seq
-    k = _load_heads(k_ptr, k_at, kept, offs_d, dim_head)
+    k = load_heads(k_ptr, k_at, kept, offs_d, dim_head)
     tl.debug_barrier()  # or some are asked for when others are there
-    q = _prepare_heads(q, cos_q, sin_q, COSINE, BLOCK_M, BLOCK_D).to(OPERAND)
-    k = _prepare_heads(k, cos_k, sin_k, COSINE, BLOCK_SUFFIX, BLOCK_D).to(OPERAND)
+    q = prepare_heads(q, cos_q, sin_q, COSINE, BLOCK_M, BLOCK_D).to(OPERAND)
+    k = prepare_heads(k, cos_k, sin_k, COSINE, BLOCK_SUFFIX, BLOCK_D).to(OPERAND)
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top, total, acc = _attend(q, k, v, own_extra, scale, top, total, acc)
     for start in range(begin, end, BLOCK_N):
-        next_k, next_v, next_extra = _load_prefix(
+        next_k, next_v, next_extra = load_prefix(
             prefix_k_ptr, prefix_v_ptr, bias_ptr, mask_ptr, bias_rows, rows, start + BLOCK_N, end, offs_d, dim_head,
             stride_prefix_k_seq, stride_prefix_v_seq, stride_bias_column, BLOCK_N,
         )  # fmt: skip

@@ -72,7 +72,15 @@ SPILLS_KNOWN = (
     ),
     Spill(
         *("_decode_attention_fwd_kernel", ("bf16",), "unaligned BLOCK_D=128"),
-        *({"3.6.0": 168, "3.8.0": 40, "3.9.0": 224}, UNALIGNED + "; over a cache of fp32"),
+        *({"3.6.0": 176, "3.8.0": 40, "3.9.0": 224}, UNALIGNED + "; over a cache of fp32"),
+    ),
+    Spill(
+        *("_skinny_linear_fwd_kernel", ("bf16", "fp16"), "BLOCK_M=8 BLOCK_N=64", {"3.9.0": 72}),
+        "rows are held beside a tile of weights; half of it would be two waves of programs",
+    ),
+    Spill(
+        *("_skinny_linear_fwd_kernel", ("fp32",), "BLOCK_M=8 BLOCK_N=32 CHUNKS=4", {"3.9.0": 112}),
+        "rows of 2,048 are held beside a tile of weights; a norm of its own would cost a launch",
     ),
     Spill("_attention_bwd_dq_kernel", ("fp32",), "DIM=100", {"3.6.0": 8, "3.8.0": 16, "3.9.0": 16}, UNALIGNED),
     Spill("_attention_bwd_dq_kernel", ("fp32",), "DIM=128", {"3.9.0": 8}, WIDE),

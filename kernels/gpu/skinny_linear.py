@@ -320,7 +320,7 @@ def skinny_config(
     span = min(span, block_n // each)
     most = max(128, CHUNK_BYTES // (block_n * itemsize))
     chunk = next((c for c in (1024, 512, 256) if c <= most and -dim % c * 8 <= dim), 128)
-    num_warps = 16 if held > (6 if block_n <= 32 else 8) * HELD else 8
+    num_warps = 16 if dim > 1024 and held > 6 * HELD else 8
     parts = min(num_warps, chunk // 32)
     chunks = ceil_div(dim, chunk)
     ahead = max(1, min(chunks, TILE_BYTES // (block_n * chunk * itemsize)))

@@ -368,7 +368,8 @@ def test_options_of_a_run(clamps, guidance, of_prediction, positions, enters, ti
 @pytest.mark.parametrize("guided", [0, 4, 2])
 def test_several_samples_in_a_row(guided, enters):
     """They follow each other, and the time token is that of the first."""
-    check_advance(*make_run(4, 40, together=2, guided=guided, times=2), count=2, enters=enters)
+    run = make_run(4, 40, together=2, guided=guided, times=2, index=[0, 4, 2, 1])
+    check_advance(*run, count=2, enters=enters)
     check_advance(*make_run(3, 40, together=3, guided=guided and 3), enters=enters)
 
 

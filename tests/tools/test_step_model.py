@@ -11,7 +11,8 @@ import program
 import ptx
 import step_model
 from machine_code import parse
-from step_trace import Operation
+from meta_runs import DEPTHS
+from step_trace import STEPS, Launch, Operation, trace
 from walk import begin, walk
 
 from helpers.processes import PROOF, compiling
@@ -285,6 +286,18 @@ def test_launches_that_break_a_rule_are_found(tmp_path):
     assert {name: line[0] // 4 for name, line in turns.items()} == wanted
     assert all(line[2:] == [1024, 0] for line in turns.values()), turns
     assert turns["100/7"][1] > turns["1/5"][1]
+
+
+@pytest.mark.parametrize(
+    "model, a_layer, last, around", [("D2-small", 4, 4, 2), ("D2-large", 5, 4, 2), ("PT-1B", 5, 5, 3)]
+)
+def test_steps_of_dependent_launches_are_kernels_alone(model, a_layer, last, around):
+    """A layer is four where attention and projection are one; around them are the entry, the head and the solver."""
+    run, steps = STEPS["dependent launches"](model)
+    nodes = trace(run)
+    assert all(isinstance(node, Launch) for node in nodes)
+    assert [node.dependent for node in nodes] == [False] + [True] * (len(nodes) - 1)
+    assert len(nodes) == steps * (a_layer * (DEPTHS[model] - 1) + last + around)
 
 
 CHAIN = """

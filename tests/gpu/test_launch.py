@@ -202,7 +202,7 @@ print(json.dumps([sorted(set(compared)), different]))
 def test_what_is_launched_is_what_is_checked():
     """For every kernel and case: the same types, constants, alignments and options."""
     kernels, different = run(COMPARE)
-    assert len(kernels) == 12, kernels
+    assert len(kernels) == 15, kernels
     assert not different
 
 

@@ -184,7 +184,7 @@ def test_what_it_takes(arguments, taken):
     assert attend_project.takes(*arguments) == taken
 
 
-@pytest.mark.parametrize("seq, heads, prefix, outputs", [(3, 12, 79, 768), (1, 12, 79, 768), (1, 32, 258, 768)])
+@pytest.mark.parametrize("seq, heads, prefix, outputs", [(3, 12, 79, 768), (1, 12, 79, 768), (1, 32, 79, 768)])
 def test_config_of_the_models(seq, heads, prefix, outputs, monkeypatch):
     monkeypatch.undo()
     assert attend_project.takes(1, seq, heads, 1, 64, prefix, BRAIN)
@@ -192,7 +192,7 @@ def test_config_of_the_models(seq, heads, prefix, outputs, monkeypatch):
     assert 100 <= ceil_div(outputs, config.span) <= attend_project.MULTIPROCESSORS, "not one wave of all of the chip"
 
 
-@pytest.mark.parametrize("prefix", range(1, 300, 13))
+@pytest.mark.parametrize("prefix", range(1, 129, 7))
 @pytest.mark.parametrize("seq, heads", [(1, 1), (3, 12), (5, 3), (16, 1)])
 def test_config_covers_all(seq, heads, prefix):
     config = attend_project_config(seq, heads, 52, prefix, 50)

@@ -212,12 +212,16 @@ def test_rows_far_from_zero():
 @pytest.mark.parametrize("stable", [False, True])
 @pytest.mark.parametrize("place", [0, 130, 299])
 def test_a_row_with_one_huge_element(place, stable):
-    """It is all of the variance, and the others are small: right to 16 units of fp32 in the last place."""
+    """It is all of the variance, and the others are small: right to 16 units of fp32 in the last place.
+
+    Where it is the first, from which differences are taken, to as many as the row has numbers.
+    """
     inputs = make(3, (24,), 300, torch.float32, ("norm_gain", "stable") if stable else ("norm_gain",))
     inputs["x"][1, place] = 1e6
     got, exact = run(**inputs, operand=torch.float32)[0], expected("exact", **inputs, operand=torch.float32)[0]
     for row in range(3):
-        assert error(got[row], exact[row]) < 16 * 2**-23
+        units = 300 if place == 0 and row == 1 else 16
+        assert error(got[row], exact[row]) < units * 2**-23
 
 
 @pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")  # numpy's, of an overflow that is meant
@@ -279,7 +283,7 @@ def test_config_covers_all_within_limits(dim, outputs, itemsize, monkeypatch):
                 chunk = config.parts * config.block_k
                 assert (config.chunks - 1) * chunk < dim <= config.chunks * chunk
                 assert chunk == 128 or config.chunks * chunk - dim <= dim / 8
-                assert 1 <= config.ahead <= config.chunks and config.block_k >= 16 and config.block_n >= 16
+                assert 1 <= config.ahead <= config.chunks and config.block_k >= 16 and config.block_n >= 8
                 assert config.span * (2 if pairs else 1) <= config.block_n
                 tile = config.block_n * chunk * itemsize
                 assert config.ahead == 1 or config.ahead * tile <= skinny_linear.TILE_BYTES

@@ -60,7 +60,7 @@ def test_launches_and_reads_of_a_step(network, rows):
     assert len(launched) <= 5 * depth + 3
     reads = network_reads(net, StepInputs(cond, torch.zeros(4, 6), torch.zeros(4, 768)))
     assert (reads.weights + reads.tables) / 2e6 == pytest.approx(millions, abs=0.06)
-    assert reads.prefix == 2 * depth * rows * (77 + 1 + 1) * 64 * 4
+    assert reads.prefix == 2 * depth * rows * (77 + 1 + 1) * 64 * 2, "in 16 bits, as the weights"
     assert reads.tables < 0.002 * reads.weights
     assert step_seconds(reads.weights + reads.tables, BANDWIDTH, 0) * 1e6 == pytest.approx(microseconds, abs=0.6)
     modelled = step_seconds(sum(reads), BANDWIDTH, len(launched)) * 1e6

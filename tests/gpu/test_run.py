@@ -47,11 +47,11 @@ class Dalle2:
     samples: int = 1
     kind: str | None = None
     solver: str = "ddpm"
-    clamp: str | None = None
+    clamp: str | float | None = None
     scale: float = 2.0
 
     def __post_init__(self):
-        self.prior = make_prior(NET | self.net, timesteps=20, clamp=self.clamp).to(DEVICE)
+        self.prior = make_prior(NET | self.net, timesteps=20, clamp=self.clamp, image_embed_scale=5.0).to(DEVICE)
         randomise(self.prior.net)
         steps = dict(timesteps=20) if self.solver == "ddpm" else dict(timesteps=4)
         self.plan = self.prior.sampling_plan(cond_scale=self.scale, solver=self.solver, **steps)
@@ -90,7 +90,10 @@ class Transformer:
         groups = self.prompts * (1 + self.guidance)
         mask = torch.arange(7) < torch.tensor(self.lengths)[torch.arange(groups) % len(self.lengths), None]
         self.text = TextEncoding(torch.randn(groups, 48), torch.randn(groups, 7, 48), mask)
-        self.rules = DiffusersSchedule(self.schedule, prediction_type="sample")
+        # x0 is hardly clamped, or is not the prediction, which that scheduler uses
+        of_x0 = dict(prediction_type="sample", clip_sample_range=5.0)
+        rules = dict(prediction_type="epsilon") if self.schedule == "DDIMScheduler" else of_x0
+        self.rules = DiffusersSchedule(self.schedule, **rules)
 
     def begin(self, dtype: torch.dtype = FP16):
         prior, wide = copy.deepcopy(self.prior).to(dtype), torch.promote_types(dtype, torch.float32)
@@ -144,8 +147,8 @@ def check_case(case) -> None:
     dict(net={}), dict(net=dict(normformer=True)), dict(net=dict(normformer=True), prompts=2),
     dict(net={}, samples=2), dict(net=dict(normformer=True, num_time_embeds=2), prompts=2, samples=2),
     dict(net=dict(normformer=True), kind="int8"), dict(net={}, kind="int8", prompts=2),
-    dict(net=dict(cosine_sim=False, rotary_emb=False), solver="dpm++"), dict(net={}, clamp="l2", solver="dpm++"),
-    dict(net={}, scale=1.0),
+    dict(net=dict(cosine_sim=False, rotary_emb=False), solver="dpm++"), dict(net={}, clamp=0.7, solver="dpm++"),
+    dict(net={}, clamp="l2", scale=1.0),
 ], ids=str)  # fmt: skip
 def test_dalle2(case):
     check_case(Dalle2(**case))

@@ -87,6 +87,8 @@ class Transformer:
         self.prior = PriorTransformer(**sizes, additional_embeddings=4).eval().to(DEVICE, FP16)
         randomise(self.prior)
         self.prior.norm_out.eps = 0.1  # the head's own
+        for block in self.prior.transformer_blocks:  # so that what is hidden would count
+            block.attn1.to_v.weight.data *= 8
         groups = self.prompts * (1 + self.guidance)
         mask = torch.arange(7) < torch.tensor(self.lengths)[torch.arange(groups) % len(self.lengths), None]
         self.text = TextEncoding(torch.randn(groups, 48), torch.randn(groups, 7, 48), mask)

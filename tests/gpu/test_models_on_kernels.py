@@ -10,11 +10,19 @@ import torch
 pytest.importorskip("triton")
 
 from fastprior.kernels import ops
-from fastprior.kernels.gpu import launch, skinny_linear
+from fastprior.kernels.gpu import attend_project, launch, skinny_linear
 from fastprior.models.dalle2.layers import Attention, Linear, RelPosBias, RotaryEmbedding
 from fastprior.serving.prior_sampler import PriorSampler
 from helpers.kernel_checks import DEVICE
 from helpers.priors import make_prior, make_text, relative_error, sample
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one after the other."""
+    for module in skinny_linear, attend_project:
+        monkeypatch.setattr(module, "MULTIPROCESSORS", 4)
+
 
 NETS = [
     dict(),

@@ -68,12 +68,13 @@ class Spill:
 SPILLS_KNOWN = (
     Spill(
         *("_decode_attention_fwd_kernel", ("fp32",), "unaligned BLOCK_D=128"),
-        *({"3.6.0": 184, "3.8.0": 136, "3.9.0": 200}, UNALIGNED),
+        *({"3.6.0": 184, "3.8.0": 136, "3.9.0": 208}, UNALIGNED),
     ),
     Spill(
         *("_decode_attention_fwd_kernel", ("bf16",), "unaligned BLOCK_D=128"),
         *({"3.6.0": 176, "3.8.0": 40, "3.9.0": 224}, UNALIGNED + "; over a cache of fp32"),
     ),
+    Spill("_decode_attention_fwd_kernel", ("bf16",), "BLOCK_D=64 BLOCK_M=16 BLOCK_N=64", {"3.9.0": 8}, WIDE),
     Spill(
         *("_skinny_linear_fwd_kernel", ("bf16", "fp16"), "BLOCK_M=8 BLOCK_N=64", {"3.9.0": 72}),
         "rows are held beside a tile of weights; half of it would be two waves of programs",

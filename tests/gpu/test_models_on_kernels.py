@@ -32,13 +32,6 @@ NETS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Skinny linears have as many programs as the chip has multiprocessors, which are run one after the other."""
-    if launch.interpreted():
-        monkeypatch.setattr(skinny_linear, "MULTIPROCESSORS", 3)
-
-
 @contextlib.contextmanager
 def counting(*names):
     """Which of these operations ran as kernels, in order."""

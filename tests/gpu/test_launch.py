@@ -238,9 +238,9 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_linears_of_a_step_fetch_their_weights_by_16_bytes_ahead():
     """The four of a layer of D2-small: where a launch knows less of its arguments, loads are of 2 bytes, and late."""
-    tiles = 16 * 768, 16 * 768, 64 * 768, 16 * 3072  # weights of a program
-    for (wide, single), weights in zip(run(LINEARS), tiles, strict=True):
-        assert wide >= weights * 2 / (16 * 256)  # of a thread, among 256
+    tiles = (8 * 768, 256), (8 * 768, 256), (64 * 768, 256), (8 * 3072, 512)  # weights of a program, and its threads
+    for (wide, single), (weights, threads) in zip(run(LINEARS), tiles, strict=True):
+        assert wide >= weights * 2 / (16 * threads)
         assert single <= 6  # of gains
 
 

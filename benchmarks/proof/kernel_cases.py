@@ -173,10 +173,11 @@ SKINNY = {
     "D2-small-expand-6": (6, (6144,), 768, "swiglu stream norm_gain"),
     "D2-small-contract": (3, (768,), 3072, "norm_gain residual"),
     "D2-small-contract-6": (6, (768,), 3072, "norm_gain residual"),
+    "D2-small-contract-6-alone": (6, (768,), 3072, "residual"),
     "D2-small-head": (1, (768,), 768, "stable norm_gain"),
     "D2-large-qkv": (3, (2048, 128), 768, "norm_gain"),
     "D2-large-out": (3, (768,), 2048, ""),
-    "PT-1B-entry": (2, (2048,), 768, "bias residual"),
+    "PT-1B-entry": (2, (2048,), 768, "state bias residual"),
     "PT-1B-qkv": (6, (2048, 2048, 2048), 2048, "bias norm_gain norm_bias"),
     "PT-1B-out": (6, (2048,), 2048, "bias residual"),
     "PT-1B-expand": (6, (8192,), 2048, "gelu bias norm_gain norm_bias"),
@@ -202,9 +203,9 @@ def _skinny_case(name, dtype, kept, rows, outputs, dim, options) -> Case:
 
     def make() -> dict[str, Tensor]:
         given = _matrix(sum(outputs), dim, dtype, kept)
-        # what comes from the stream is fp32
-        of_stream = "norm_gain" in options and "stream" not in options and "residual" not in options
-        given["x"] = random(rows, dim, dtype=WIDE if of_stream else dtype)
+        # what comes from the stream or is the state is fp32
+        wide = "norm_gain" in options and "stream" not in options and "residual" not in options
+        given["x"] = random(rows, dim, dtype=WIDE if wide or "state" in options else dtype)
         shapes = dict(bias=(sum(outputs),), norm_gain=(dim,), norm_bias=(dim,), stream=(rows, dim))
         shapes["residual"] = rows, sum(outputs)
         for seed, (option, shape) in enumerate(shapes.items(), 2):

@@ -289,7 +289,7 @@ def test_launches_that_break_a_rule_are_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, a_layer, last, around", [("D2-small", 4, 4, 2), ("D2-large", 5, 4, 2), ("PT-1B", 5, 5, 3)]
+    "model, a_layer, last, around", [("D2-small", 4, 4, 2), ("D2-large", 5, 5, 2), ("PT-1B", 5, 5, 3)]
 )
 def test_steps_of_dependent_launches_are_kernels_alone(model, a_layer, last, around):
     """A layer is four where attention and projection are one; around them are the entry, the head and the solver."""

@@ -241,7 +241,7 @@ def test_linears_of_a_step_fetch_their_weights_by_16_bytes_ahead():
     tiles = (8 * 768, 256), (8 * 768, 256), (64 * 768, 256), (8 * 3072, 512)  # weights of a program, and its threads
     for (wide, single), (weights, threads) in zip(run(LINEARS), tiles, strict=True):
         assert wide >= weights * 2 / (16 * threads)
-        assert single <= 6  # of gains
+        assert single <= 8  # of gains, and of the first number of each row
 
 
 CHAIN = """

@@ -68,11 +68,12 @@ class Tape(TorchDispatchMode):
             t.copy_(value)
 
     def replay(self) -> None:
-        for func, args, kwargs, out, written in self.calls:
-            again = func(*args, **kwargs)
-            for kept, new in zip(_tensors(out), _tensors(again)):
-                if any(kept is t for t in written):
-                    kept.copy_(new)
+        with torch._C._DisableAutocast():  # whose casts were recorded, too
+            for func, args, kwargs, out, written in self.calls:
+                again = func(*args, **kwargs)
+                for kept, new in zip(_tensors(out), _tensors(again)):
+                    if any(kept is t for t in written):
+                        kept.copy_(new)
 
 
 def capture(run, device, pool, warmups=graphs.WARMUPS):

@@ -11,6 +11,7 @@ from torch import nn
 import fastprior
 from fastprior.diffusion.diffusers_schedules import DiffusersSchedule
 from fastprior.engine import shapes
+from fastprior.engine.runs import Run
 from fastprior.engine.steps import STEPS_AT_ONCE, StepInputs
 from fastprior.kernels import ops
 from fastprior.models.dalle2.layers import l2norm
@@ -138,12 +139,8 @@ def step_of(model: str, dtype: torch.dtype, device, compile: bool = True) -> tup
     with torch.no_grad():
         steps = CachedSteps(net, plan)
         inputs = steps.prefill(text(1, device), 1)
-        in_c = steps.run(inputs, 1.0, 1)
-    if in_c is None:
-        return _as_in_runs(steps.step, inputs, net.dim, compile), 1, step_weights(net), plan.suffix_tokens
-    in_c.start(torch.randn(1, net.dim))
-    several = [None] * STEPS_AT_ONCE
-    return lambda: in_c(0, several), len(several), step_weights(net), plan.suffix_tokens
+        run, count = _several(steps.run(inputs, 1.0, 1)) or (_as_in_runs(steps.step, inputs, net.dim, compile), 1)
+    return run, count, step_weights(net), plan.suffix_tokens
 
 
 def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], Any], int, int, int]:
@@ -154,9 +151,20 @@ def _pt_step(dtype: torch.dtype, device, compile: bool) -> tuple[Callable[[], An
         encoding = pt_text(1, PT_1B["num_embeddings"], device)
         encoding = encoding._replace(embeds=encoding.embeds.to(dtype), encodings=encoding.encodings.to(dtype))
         cond = prior.prefill(*encoding, torch.tensor(table.times, device=device))
-    run = PromptRun(prior, schedule, table, encoding, [0], 1, 1, False, 1.0)
-    inputs = StepInputs(cond, table.rows.to(device, torch.float32))
-    return _as_in_runs(run.step(prior), inputs, dim, compile), 1, step_weights(prior), 3
+        prompt = PromptRun(prior, schedule, table, encoding, [0], 1, 1, False, 1.0)
+        inputs = StepInputs(cond, table.rows.to(device, torch.float32))
+        of_steps = _several(prompt.prepared(prior, inputs))
+    run, count = of_steps or (_as_in_runs(prompt.step(prior), inputs, dim, compile), 1)
+    return run, count, step_weights(prior), 3
+
+
+def _several(run: Run | None) -> tuple[Callable[[], Any], int] | None:
+    """What makes the first steps of a run, and how many; None without one."""
+    if run is None:
+        return None
+    run.start(torch.randn_like(run.x))
+    several = [None] * min(STEPS_AT_ONCE, run.steps)
+    return lambda: run(0, several), len(several)
 
 
 def _as_in_runs(step: Callable, inputs: StepInputs, dim: int, compile: bool) -> Callable[[], Any]:

@@ -1,46 +1,52 @@
 """Where the time of a step goes: `python benchmarks/profile_step.py --device cuda --out FOLDER` writes a table a model.
 
-One step at batch 1 in bf16 under torch.profiler. The first part has operations by the shapes of their inputs, with the
-bytes that these have, of steps launched one by one. The second has the kernels of the same step replayed as a CUDA
-graph, every node of it, and what lies between them. On the CPU the kernels run in Triton's interpreter, in fp16, and
-what is listed as kernels are operations.
+One step at batch 1 in bf16 under torch.profiler. The first part has operations, or the launches of a run, by the shapes
+of their inputs, with the bytes that these have, of steps launched one by one. The second has the kernels of the same
+step replayed as a CUDA graph, every node of it, and what lies between them. On the CPU the kernels run in Triton's
+interpreter, in fp16, and what is listed as kernels are operations.
 """
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import priors
 import torch
 from timing import op_seconds
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastprior.engine import graphs
 from fastprior.kernels import ops
+from fastprior.kernels.gpu import launch
 
-STEPS = 10  # that are profiled; figures are of one
+CALLS = 10  # that are profiled, of one step or several; figures are of one step
 
 
 def table(model: str, device: torch.device) -> str:
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float16
     with ops.using("triton"):
-        step, _, weights, _ = priors.step_of(model, dtype, device, compile=False)
-        found = _profiled(step, device)
-        replayed, whole = found, math.nan
+        step, several, weights, _ = priors.step_of(model, dtype, device, compile=False)
+        sizes: dict[str, int] = {}
+        with launch.instead(lambda *launched: _launch_named(sizes, dtype, *launched)):
+            found = _profiled(step, device)
+        replayed, whole, steps = found, math.nan, CALLS * several
         if on_gpu:
             replay, _, _ = graphs.capture(step, device, None)
             replayed = _profiled(replay, device)
-            whole = min(op_seconds(lambda _: step(), [None], device)) * 1e6
+            whole = min(op_seconds(lambda _: step(), [None], device)) * 1e6 / several
     where = "device" if on_gpu else "cpu"
-    rows = found.key_averages(group_by_input_shape=True)
-    operations = [r for r in rows if r.key.startswith("fastprior::") or r.key in ("aten::mm", "aten::addmm")]
-    operations = [(_label(r), r.count, getattr(r, f"{where}_time_total"), _bytes(r, dtype)) for r in operations]
+    rows = [r for r in found.key_averages(group_by_input_shape=True) if not str(r.device_type).endswith("CUDA")]
+    custom = [r for r in rows if r.key.startswith("fastprior::") or r.key in ("aten::mm", "aten::addmm")]
+    operations = [(_label(r.key, r.input_shapes), r, _bytes(r.input_shapes, dtype)) for r in custom]
+    # launches within these are theirs
+    operations = operations or [(r.key, r, sizes[r.key]) for r in rows if r.key in sizes]
+    operations = [(key, r.count, getattr(r, f"{where}_time_total"), size) for key, r, size in operations]
     kernels = [r for r in replayed.key_averages() if (str(r.device_type).endswith("CUDA") or not on_gpu)]
     kernels = [(r.key, r.count, getattr(r, f"self_{where}_time_total")) for r in kernels]
-    total = sum(time for _, _, time in kernels) / STEPS
-    launches = sum(count for _, count, _ in kernels) / STEPS
+    total = sum(time for _, _, time in kernels) / steps
+    launches = sum(count for _, count, _ in kernels) / steps
     read = weights * dtype.itemsize
     lines = [
         f"{model}, batch 1, {dtype}: a step of {launches:g} launches, {total:.1f} us in kernels, {read / 1e6:.1f} MB "
@@ -51,16 +57,16 @@ def table(model: str, device: torch.device) -> str:
     ]
     for key, count, time, size in sorted(operations, key=lambda row: -row[2]):
         each = max(time / count, 1e-9)
-        lines.append(f"{key:60} {count / STEPS:6g} {each:9.2f} {size / 1e6:9.3f} {size / each / 1e3:7.0f}")
+        lines.append(f"{key:60} {count / steps:6g} {each:9.2f} {size / 1e6:9.3f} {size / each / 1e3:7.0f}")
     lines += ["", f"{'kernel':100} {'calls':>6} {'us each':>9} {'share':>6}"]
     for key, count, time in sorted(kernels, key=lambda row: -row[2]):
-        share = time / STEPS / max(total, 1e-9)
-        lines.append(f"{key[:100]:100} {count / STEPS:6g} {time / count:9.2f} {share:6.1%}")
+        share = time / steps / max(total, 1e-9)
+        lines.append(f"{key[:100]:100} {count / steps:6g} {time / count:9.2f} {share:6.1%}")
     return "\n".join(lines)
 
 
 def _profiled(run: Callable[[], object], device: torch.device) -> profile:
-    """`STEPS` runs, after some that are not counted."""
+    """`CALLS` runs, after some that are not counted."""
     on_gpu = device.type == "cuda"
     for _ in range(3):
         run()
@@ -69,22 +75,33 @@ def _profiled(run: Callable[[], object], device: torch.device) -> profile:
         record_shapes=True,
         acc_events=True,  # of the one cycle that there is: torch 2.11 warns otherwise that it keeps no more
     ) as found:
-        for _ in range(STEPS):
+        for _ in range(CALLS):
             run()
         if on_gpu:
             torch.cuda.synchronize(device)
     return found
 
 
-def _label(row) -> str:
+def _launch_named(sizes: dict[str, int], dtype: torch.dtype, kernel, grid, args: tuple, options: dict, constants: dict):
+    """Launch a kernel as it would be, under a label whose bytes are noted."""
+    shapes = [arg.shape for arg in args if torch.is_tensor(arg)]
+    label = _label(kernel.fn.__name__, shapes)
+    sizes[label] = _bytes(shapes, dtype)
+    names = {"launch_pdl": "dependent", "launch_cooperative_grid": "cooperative"}
+    options = {names.get(name, name): value for name, value in options.items()}
+    with record_function(label), launch.instead(None):
+        launch.launch(kernel, grid, *args, **options, **constants)
+
+
+def _label(name: str, shapes: Sequence[Sequence[int]]) -> str:
     """Of the operation and its two largest inputs."""
-    largest = sorted(filter(None, row.input_shapes), key=math.prod)[-2:]
-    return " ".join([row.key, *(str(list(shape)) for shape in largest)])
+    largest = sorted(filter(None, shapes), key=math.prod)[-2:]
+    return " ".join([name, *(str(list(shape)) for shape in largest)])
 
 
-def _bytes(row, dtype: torch.dtype) -> int:
+def _bytes(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
     """Of all inputs, in this dtype, which those that matter have."""
-    return sum(math.prod(shape) for shape in row.input_shapes if shape) * dtype.itemsize
+    return sum(math.prod(shape) for shape in shapes if shape) * dtype.itemsize
 
 
 def main() -> None:

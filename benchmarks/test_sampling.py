@@ -191,17 +191,21 @@ def test_share_of_the_floor(benchmark, record, device, request, model, dtype):
     """One step at batch 1 against one read of the weights it needs, at this machine's measured bandwidth."""
     skip_on_cpu(device, model == "D2-small")
     torch._dynamo.reset()
-    run, count, weights, tokens = priors.step_of(model, getattr(torch, dtype), device)
-    read = weights * getattr(torch, dtype).itemsize
     backends = {f"sampler-{dtype}": None}
     backends |= {"reference compiled": "reference"} if priors.as_on_gpu(device) else {}
-    bandwidths, steps = [], {name: [] for name in backends}
+    made, bandwidths, steps = {}, [], {name: [] for name in backends}
+    for name, backend in backends.items():
+        with ops.using(backend):  # runs are prepared for one
+            made[name] = priors.step_of(model, getattr(torch, dtype), device)
+    _, _, weights, tokens = made[f"sampler-{dtype}"]
+    read = weights * getattr(torch, dtype).itemsize
 
     def round_():
         bandwidths.append(floor_bandwidth(device) if device.type == "cuda" else read_bandwidth(device))
         for name, backend in backends.items():
+            run, count, *_ = made[name]
             with ops.using(backend):
-                steps[name] += [s / count for s in op_seconds(lambda _: run(), [None], device)]
+                steps[name] += [s / count for s in op_seconds(lambda _, run=run: run(), [None], device)]
 
     benchmark.pedantic(round_, rounds=request.config.getoption("--rounds") or 9)
     floor = read / statistics.median(bandwidths)

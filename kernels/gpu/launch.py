@@ -115,8 +115,8 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def instead(call: Callable[..., None]) -> Iterator[None]:
-    """Hand launches of this thread to `call(kernel, grid, args, options, constants)`, and run none of them."""
+def instead(call: Callable[..., None] | None) -> Iterator[None]:
+    """Hand launches of this thread to `call(kernel, grid, args, options, constants)`, and run none; None for all."""
     outer, _local.instead = getattr(_local, "instead", None), call
     try:
         yield

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ import report  # noqa: E402
 import roofline  # noqa: E402
 import sweep  # noqa: E402
 
-from fastprior.kernels.gpu import attention, launch, norm  # noqa: E402
+from fastprior.kernels.gpu import attend_project, attention, launch, norm, skinny_linear  # noqa: E402
 
 interpreted = pytest.mark.skipif(not launch.interpreted(), reason="needs the interpreter")
 
@@ -266,11 +267,18 @@ def test_sweep_records(tiny, tmp_path):
 @interpreted
 @pytest.mark.parametrize("model", ["D2-small", "PT-1B"])
 def test_profile(tiny, monkeypatch, model):
-    monkeypatch.setattr(profile_step, "STEPS", 1)
+    monkeypatch.setattr(profile_step, "CALLS", 1)
+    monkeypatch.setattr(priors, "STEPS_AT_ONCE", 2)
+    for kernels in (skinny_linear, attend_project):
+        monkeypatch.setattr(kernels, "MULTIPROCESSORS", 3)  # programs are what the interpreter takes time for
     lines = profile_step.table(model, torch.device("cpu")).splitlines()
     assert lines[0].startswith(f"{model}, batch 1, torch.float16: a step of ")
     operations = lines[3 : lines.index("", 3)]
-    names = {line.split()[0] for line in operations}
-    assert names >= {"fastprior::linear", "fastprior::decode_attention", "fastprior::diffusion_step"}
+    counts = Counter()
+    for line in operations:
+        counts[line.split()[0]] += float(line.split("]")[-1].split()[0])
+    # all of a step: 2 layers between the entry of PT-1B, the head and the solver
+    linears, attention = (7, "_attend_project") if model == "D2-small" else (10, "_decode_attention")
+    assert counts == {"_skinny_linear_fwd_kernel": linears, f"{attention}_fwd_kernel": 2, "_advance_fwd_kernel": 1}
     times = [float(line.split("]")[-1].split()[1]) * float(line.split("]")[-1].split()[0]) for line in operations]
     assert all(time > 0 for time in times) and times == sorted(times, reverse=True)

@@ -25,6 +25,7 @@ from .cpu import blocks as cpu_blocks
 from .cpu import huge_pages
 from .cpu import library as cpu_library
 from .cpu import linear as cpu_linear
+from .cpu import rows as cpu_rows
 from .cpu import run as cpu_run
 from .cpu import sums as cpu_sums
 from .gpu import workspace
@@ -403,3 +404,4 @@ def sum_rows(parts: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
 Block, Blocks, Run, one_thread = cpu_blocks.Block, cpu_blocks.Blocks, cpu_run.Run, cpu_library.one_thread
 prepare_blocks, run_blocks = cpu_blocks.prepare_blocks, cpu_blocks.run_blocks_where_taken
 prepare_run, to_huge_pages = cpu_run.prepare_run, huge_pages.collapse
+Rows, RowStep, RowTable, prepare_rows = cpu_rows.Rows, cpu_rows.RowStep, cpu_rows.RowTable, cpu_rows.prepare_rows

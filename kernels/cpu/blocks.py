@@ -166,7 +166,7 @@ def blocks_of(
     kept, rows, suffix, table, prefix_k, prefix_v, outputs, shape, scale, cos, sin, cosine, bias, mask, activation, eps,
     starts=None,
 ) -> structs.Blocks:  # fmt: skip
-    """Everything but x and out, which the caller sets; what has to be copied is kept.
+    """Everything but x, out, `alike` and whose prefix rows have, which the caller sets; what has to be copied is kept.
 
     Raises:
         ValueError: shapes that do not fit each other.

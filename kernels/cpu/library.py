@@ -134,6 +134,7 @@ def _load() -> None:
         _loaded.decode_attention.argtypes = POINTER(structs.Decode), c_long
         _loaded.run_blocks.argtypes = POINTER(structs.Blocks), c_long
         _loaded.run_steps.argtypes = POINTER(structs.Run), POINTER(c_void_p), c_long, c_long, c_long
+        _loaded.run_rows.argtypes = POINTER(structs.Blocks), POINTER(structs.Row), POINTER(structs.Vector), c_long
         _loaded.most_rows.restype = c_long
         _loaded.set_threads.argtypes = (c_long,)
         _loaded.sum_rows.argtypes = c_void_p, c_long, c_uint64, c_uint64, c_void_p

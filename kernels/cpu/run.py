@@ -61,7 +61,7 @@ def prepare_run(
     query: Tensor,
     coefficients: Tensor,
     null_table: Tensor,
-    cond_scale: float,
+    cond_scale: float | Tensor,
     clamp: str | None = None,
     radius: float = 1.0,
     rotary: Rotary | None = None,
@@ -79,7 +79,7 @@ def prepare_run(
         query: (dim,).
         coefficients: (steps, 6) fp32, the table of `diffusion_step`, as are the next.
         null_table: (steps, dim) fp32; zeros leave predictions as they are.
-        cond_scale, clamp, radius: see there.
+        cond_scale, clamp, radius: see there; a scale may also be (samples of all rows,).
     """
     steps, times, dim = time_tokens.shape
     if blocks is None or not blocks.has_head or blocks.shape[-1] != dim:
@@ -91,7 +91,8 @@ def prepare_run(
         return None
     prefix_k, prefix_v, time_tokens, coefficients, null_table, query, bias, cos, sin = found
     x = torch.empty(rows * samples, dim, dtype=torch.float32, device="cpu")
-    x0, kept = torch.empty_like(x), [blocks, *found]
+    scale = torch.as_tensor(cond_scale, dtype=torch.float64).cpu().expand(rows * samples).contiguous()
+    x0, kept = torch.empty_like(x), [blocks, scale, *found]
     arrays = [
         ("time_tokens", time_tokens, (steps, times, dim)), ("coefficients", coefficients, (steps, 6)),
         ("null_table", null_table, (steps, dim)),
@@ -104,6 +105,7 @@ def prepare_run(
             blocks.cosine, bias, None, blocks.activation, blocks.eps,
         ),
         time=time, null=null, coefficients=coefficients, query=query,
-        x=x.data_ptr(), x0=x0.data_ptr(), clamp=CLAMPS[clamp], cond_scale=cond_scale, radius=radius,
+        x=x.data_ptr(), x0=x0.data_ptr(), cond_scale=scale.data_ptr(), clamp=CLAMPS[clamp],
+        radius=radius,
     )  # fmt: skip
     return Run(call, x, x0, kept, steps)

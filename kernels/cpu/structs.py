@@ -45,7 +45,7 @@ class Linear(Structure):
         *_flat("beside", struct=Matrix), *_flat("beside_scale", struct=Vector), ("third", Weight),
         *_flat("bias", "beside_bias", "third_bias", "stream_gain", "norm_gain", "norm_bias", struct=Vector),
         *_each(c_void_p, "stream", "residual", "total"),
-        *_each(c_long, "columns", "beside_columns", "third_columns", "rows", "dim", "activation"),
+        *_each(c_long, "columns", "beside_columns", "third_columns", "rows", "dim", "activation", "alike"),
         ("eps", c_double),
     )  # fmt: skip
 
@@ -60,7 +60,8 @@ class Decode(Structure):
         *_each(c_long, "prefix_prompt", "prefix_token", "prefix_head"),
         *_each(c_void_p, "bias", "mask", "cos", "sin"),
         *_each(c_long, "rows", "seq", "suffix", "heads", "kv_heads", "dim_head"),
-        *_each(c_long, "prompts", "prefix", "rotated", "cosine"), ("starts", c_void_p), ("scale", c_double),
+        *_each(c_long, "prompts", "prefix", "rotated", "cosine"), *_each(c_void_p, "starts", "prompt"),
+        ("scale", c_double),
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ class Blocks(Structure):
     _fields_ = (
         *_each(c_void_p, "x", "out", "blocks"),
         *_each(c_long, "depth", "dim", "inner", "outputs", "head", "columns", "activation"),
-        ("prefix_layer", c_long), ("attention", Decode), ("eps", c_double),
+        *_each(c_long, "prefix_layer", "alike"), ("attention", Decode), ("eps", c_double),
     )  # fmt: skip
 
 
@@ -85,8 +86,17 @@ class Run(Structure):
 
     _fields_ = (
         ("blocks", Blocks), *_each(c_void_p, "time", "null", "coefficients"), ("query", Vector),
-        *_each(c_void_p, "x", "x0"), ("clamp", c_long), *_each(c_double, "cond_scale", "radius"),
+        *_each(c_void_p, "x", "x0", "cond_scale"), ("clamp", c_long), ("radius", c_double),
     )  # fmt: skip
 
 
-ALL = Vector, Matrix, Weight, Linear, Decode, Block, Blocks, Run
+class Row(Structure):
+    """A step of one sample."""
+
+    _fields_ = (
+        *_each(c_void_p, "time", "null", "coefficients", "noise", "x", "x0"), ("clamp", c_long),
+        *_each(c_double, "cond_scale", "radius"),
+    )  # fmt: skip
+
+
+ALL = Vector, Matrix, Weight, Linear, Decode, Block, Blocks, Run, Row

@@ -344,21 +344,43 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
             samples: of all prompts.
             **solver: what `ops.prepare_run` and `ops.prepare_launches` take of the solver.
         """
-        cache, embed, transformer = cond.cache, self.to_image_embeds, self.causal_transformer
-        if self.self_cond or cond.null_rows or self.num_image_embeds != 1:
-            return None
-        norm = transformer.init_norm
-        if not (
-            type(embed) in (Projections, nn.Sequential)
-            and type(embed[0]) is type(norm) is nn.Identity
-            and are_called_as_they_are(embed, *embed, norm)
-        ):
+        cache, transformer = cond.cache, self.causal_transformer
+        if cond.null_rows or not self._enters_as_it_is():
             return None
         solver |= dict(time_tokens=cond.time_tokens, query=self.learned_query, rows=samples // cache.samples)
         if cache.blocks is None or cache.blocks.owner is not transformer:
             return transformer.prepare_launches(cache, **solver)
         shared = dict(samples=cache.samples, rotary=cache.rotary, bias=cache.bias)
         return ops.prepare_run(cache.blocks, cache.k, cache.v, **shared, **solver)
+
+    def prepare_rows(
+        self, cond: NetworkConditioning, *, prompts: int, places: int, alike: bool = False
+    ) -> ops.Rows | None:
+        """Steps in C for rows that are each at a step of their own; None where there are none for them.
+
+        Args:
+            cond: of any prompt: prefixes of others have the same shape.
+            prompts, places, alike: see `ops.prepare_rows`.
+        """
+        cache = cond.cache
+        if cond.null_rows or cache.blocks is None or cache.blocks.owner is not self.causal_transformer:
+            return None
+        if not self._enters_as_it_is():
+            return None
+        sizes = dict(prompts=prompts, places=places, times=self.num_time_embeds, alike=alike)
+        tensors = dict(query=self.learned_query, rotary=cache.rotary, bias=cache.bias)
+        return ops.prepare_rows(cache.blocks, cache.k, cache.v, **sizes, **tensors)
+
+    def _enters_as_it_is(self) -> bool:
+        """Whether a noisy embedding is a token of the stream, and all that a step sees of its state."""
+        embed, norm = self.to_image_embeds, self.causal_transformer.init_norm
+        return (
+            not self.self_cond
+            and self.num_image_embeds == 1
+            and type(embed) in (Projections, nn.Sequential)
+            and type(embed[0]) is type(norm) is nn.Identity
+            and are_called_as_they_are(embed, *embed, norm)
+        )
 
     def null_table(self, times: Tensor) -> Tensor:
         """The unconditional prediction at each of the times (steps,): (steps, dim), in fp32 or wider.

@@ -12,14 +12,16 @@ struct decode {
     const float *bias, *mask, *cos, *sin; /* (suffix, heads, prefix + suffix), (prompts, prefix), (suffix, rotated) twice */
     long rows, seq, suffix, heads, kv_heads, dim_head, prompts, prefix, rotated, cosine;
     const long *starts; /* (rows + 1), where the tokens of each row begin, which all are queries; NULL: `suffix` each */
+    const long *prompt; /* (rows), whose prefix each row has; NULL: the rows of a prompt lie together */
     double scale;
 };
-MIRRORED(decode, 30);
+MIRRORED(decode, 31);
 
 /* The attention of a row alone. */
 static struct decode row_of(const struct decode *a, long row) {
     struct decode one = *a;
-    const long prompt = row / (a->rows / a->prompts), bytes = BYTES[a->kind], first = a->starts ? a->starts[row] : 0;
+    const long prompt = a->prompt ? a->prompt[row] : row / (a->rows / a->prompts), bytes = BYTES[a->kind];
+    const long first = a->starts ? a->starts[row] : 0;
     if (a->starts) one.seq = one.suffix = a->starts[row + 1] - first;
     one.q += (a->starts ? first * a->q_token : row * a->q_row) * bytes;
     one.k += (a->starts ? first * a->kv_token : row * a->kv_row) * bytes;

@@ -15,10 +15,11 @@ struct blocks {
     float *out; /* (rows * outputs, columns), or without outputs raw keys and values: (depth, tokens, 2 * of_kv) */
     const struct block *blocks; /* and where there is a head one more: q, of a norm of rows divided by their maximum */
     long depth, dim, inner, outputs, head, columns, activation, prefix_layer; /* the caches' stride from layer to layer */
+    long alike; /* see `linear` */
     struct decode attention; /* of layer 0, without q, k, v, out */
     double eps;
 };
-MIRRORED(blocks, 42);
+MIRRORED(blocks, 44);
 
 /* Memory for what blocks give each other, and its widths. */
 struct scratch {
@@ -29,8 +30,6 @@ struct scratch {
     float *stream, *merged, *total; /* (tokens, dim): the residual stream; attention's linear; the stream behind that */
     char *of_attention;
 };
-
-static long larger(long a, long b) { return a > b ? a : b; }
 
 /* False where there is none; else `room` is to be freed. */
 static int get_scratch(const struct blocks *a, long threads, struct scratch *s) {
@@ -63,7 +62,7 @@ static void project(const struct blocks *a, const struct block *b, int asks, con
     const long of_q = asks ? s->of_q : 0;
     const struct linear linear = {
         .x = floats(s->stream, a->dim), .out = floats(s->projected + s->of_q - of_q, s->width), .rows = s->tokens,
-        .dim = a->dim, .eps = a->eps, .weight = {b->q, b->k, b->v}, .bias = {b->q_bias, b->k_bias, b->v_bias},
+        .dim = a->dim, .alike = a->alike, .eps = a->eps, .weight = {b->q, b->k, b->v}, .bias = {b->q_bias, b->k_bias, b->v_bias},
         .columns = {of_q, has_v ? s->of_kv : 2 * s->of_kv, has_v ? s->of_kv : 0},
         .norm_gain = b->norm_gain, .norm_bias = b->norm_bias};
     linear_of_team(&linear, s->room, me);
@@ -98,17 +97,17 @@ static void feed_forward(const struct blocks *a, const struct block *b, long row
     const int is_normed = b->out_gain.data != NULL; /* then the next linear adds the stream */
     const struct matrix merged = floats(is_normed ? s->merged : s->total, a->dim), hidden = floats(s->hidden, a->inner);
     const struct linear merge = {
-        .x = floats(s->mixed, s->of_q), .out = merged, .rows = rows, .dim = s->of_q, .eps = a->eps,
+        .x = floats(s->mixed, s->of_q), .out = merged, .rows = rows, .dim = s->of_q, .alike = a->alike, .eps = a->eps,
         .weight = {b->out}, .bias = {b->out_bias}, .columns = {a->dim}, .residual = is_normed ? NULL : s->stream};
     linear_of_team(&merge, s->room, me);
     const struct linear expand = {
-        .x = merged, .out = hidden, .rows = rows, .dim = a->dim, .eps = a->eps,
+        .x = merged, .out = hidden, .rows = rows, .dim = a->dim, .alike = a->alike, .eps = a->eps,
         .weight = {b->expand}, .bias = {b->expand_bias}, .columns = {a->inner}, .activation = a->activation,
         .stream = is_normed ? s->stream : NULL, .stream_gain = b->out_gain, .total = s->total,
         .norm_gain = b->ff_gain, .norm_bias = b->ff_bias};
     linear_of_team(&expand, s->room, me);
     const struct linear contract = {
-        .x = hidden, .out = floats(out, a->dim), .rows = rows, .dim = a->inner, .eps = a->eps,
+        .x = hidden, .out = floats(out, a->dim), .rows = rows, .dim = a->inner, .alike = a->alike, .eps = a->eps,
         .weight = {b->contract}, .bias = {b->contract_bias}, .columns = {a->dim}, .norm_gain = b->inner_gain,
         .residual = s->total};
     linear_of_team(&contract, s->room, me);
@@ -125,8 +124,8 @@ static void project_out(const struct blocks *a, const struct block *b, long rows
     }
     meet(me);
     const struct linear head = {
-        .x = floats(s->stream, dim), .out = floats(a->out, a->columns), .rows = rows, .dim = dim, .eps = a->eps,
-        .weight = {b->q}, .bias = {b->q_bias}, .columns = {a->columns}, .norm_gain = b->norm_gain,
+        .x = floats(s->stream, dim), .out = floats(a->out, a->columns), .rows = rows, .dim = dim, .alike = a->alike,
+        .eps = a->eps, .weight = {b->q}, .bias = {b->q_bias}, .columns = {a->columns}, .norm_gain = b->norm_gain,
         .norm_bias = b->norm_bias};
     linear_of_team(&head, s->room, me);
 }

@@ -21,9 +21,10 @@ struct linear {
     const float *stream, *residual; /* (rows, dim), (rows, all columns), contiguous */
     float *total; /* (rows, dim): the sum with the stream */
     long columns[MATRICES], rows, dim, activation; /* columns of the result; SWIGLU makes them of twice as many rows */
+    long alike; /* a row's result does not depend on how many there are: always in the form "dot" */
     double eps;
 };
-MIRRORED(linear, 43);
+MIRRORED(linear, 44);
 
 enum { AHEAD_NEXT = 12 << 10 /* bytes */, ROWS_OF_PASS = 8, GROUP = 24 /* columns that passes of rows share in a cache */ };
 
@@ -72,14 +73,14 @@ static long room(long rows, long dim, long columns, long threads) {
     const long alone = threads * room_of_thread(least(rows, MOST_DOTS), dim); /* a last layer's */
     const long padded = dim + 4 * LANES, once = rows_at_once(rows) + LANES;
     const long sums = amx && parts_of_sum(once, padded) > 1 ? (columns + 32 * threads) * 2 * WIDTH : 0;
-    const long shared = amx ? once * (padded + BETWEEN + 3 * padded / 2) + sums : room_of_thread(once, dim);
-    return threads * TILES + (shared > alone ? shared : alone);
+    const long tiled = amx ? once * (padded + BETWEEN + 3 * padded / 2) + sums : 0;
+    return threads * TILES + larger(larger(tiled, room_of_thread(once, dim)), alone);
 }
 
 static struct layout layout_of(const struct linear *a, float *room, const struct member *me) {
     float *const rows = room + me->threads * TILES;
     struct layout l = {.kind = a->weight[0].matrix.kind, .rows = a->rows, .dim = a->dim};
-    l.form = form(l.kind, l.rows);
+    l.form = a->alike ? IS_DOT : form(l.kind, l.rows);
     l.span = SPAN(l.kind);
     l.is_dot = l.form == IS_DOT || l.form == IS_ROUNDED_DOT;
     l.has_words = HAS_WORDS && l.is_dot && l.kind == INT8;

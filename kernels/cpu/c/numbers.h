@@ -74,6 +74,7 @@ struct columns {
 };
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long larger(long a, long b) { return a > b ? a : b; }
 
 INLINE struct columns columns_from(int kind, struct columns all, long first) {
     return (struct columns){all.weight + first * all.stride * BYTES[kind], all.stride, all.count - first, all.dim};

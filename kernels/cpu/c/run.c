@@ -4,15 +4,26 @@
 
 enum { AS_IT_IS, RANGE, LENGTH }; /* of a clean estimate: limited to a radius, or scaled to it */
 
+/* A step of one sample: where its state lies, and what the solver does there. */
+struct row {
+    const float *time, *null, *coefficients, *noise; /* (times, dim); (dim,), prediction of guidance; six; (dim,) or NULL */
+    float *x, *x0; /* (dim,), in place */
+    long clamp;
+    double cond_scale, radius;
+};
+MIRRORED(row, 9);
+
+/* All steps of samples that begin together. */
 struct run {
     struct blocks blocks; /* of rows that hold as many samples as there are outputs; x and out are found here */
     const float *time, *null, *coefficients; /* of each step: a row's first tokens; predictions; six numbers */
     struct vector query;
     float *x, *x0; /* (samples, dim), in place */
+    const double *cond_scale; /* (samples,) */
     long clamp;
-    double cond_scale, radius;
+    double radius;
 };
-MIRRORED(run, 52);
+MIRRORED(run, 54);
 
 /* Products and sums apart, as PyTorch rounds them. */
 #ifdef __clang__
@@ -23,12 +34,11 @@ MIRRORED(run, 52);
 #define UNFUSED_HERE
 #endif
 
-/* Guidance, prediction to clean estimate, its clamp and the solver's update of a sample: pred, noise (dim,). */
-static UNFUSED void update(const struct run *a, const float *noise, long step, long sample, float *pred) {
+/* Guidance, prediction to clean estimate, its clamp and the solver's update of a sample: pred (dim,). */
+static UNFUSED void update(const struct row *a, long dim, float *pred) {
     UNFUSED_HERE
-    const long dim = a->blocks.dim;
-    const float scale = a->cond_scale, radius = a->radius, *null = a->null + step * dim, *c = a->coefficients + step * 6;
-    float *x = a->x + sample * dim, *x0 = a->x0 + sample * dim, square = 0;
+    const float scale = a->cond_scale, radius = a->radius, *null = a->null, *c = a->coefficients, *noise = a->noise;
+    float *x = a->x, *x0 = a->x0, square = 0;
     for (long k = 0; k < dim; k++) {
         const float clean = c[0] * x[k] + c[1] * (null[k] + (pred[k] - null[k]) * scale);
         pred[k] = a->clamp != RANGE ? clean : clean > radius ? radius : clean < -radius ? -radius : clean; /* NaN stays */
@@ -44,15 +54,15 @@ static UNFUSED void update(const struct run *a, const float *noise, long step, l
     }
 }
 
-/* The tokens of a row, (suffix, dim): of the time, its samples, and as many queries. */
-static void make_tokens(const struct run *a, long step, long row, float *token) {
-    const long dim = a->blocks.dim, samples = a->blocks.outputs, times = a->blocks.attention.suffix - 2 * samples;
-    memcpy(token, a->time + step * times * dim, times * dim * sizeof *token);
+/* The tokens of a row, (suffix, dim): of the time, its samples (samples, dim), and as many queries. */
+static void make_tokens(const struct blocks *a, struct vector query, const float *time, const float *x, float *token) {
+    const long dim = a->dim, samples = a->outputs, times = a->attention.suffix - 2 * samples;
+    memcpy(token, time, times * dim * sizeof *token);
     token += times * dim;
-    memcpy(token, a->x + row * samples * dim, samples * dim * sizeof *token);
+    memcpy(token, x, samples * dim * sizeof *token);
     token += samples * dim;
     for (long sample = 0; sample < samples; sample++, token += dim)
-        for (long k = 0; k < dim; k++) token[k] = number(a->query, k);
+        for (long k = 0; k < dim; k++) token[k] = number(query, k);
 }
 
 struct steps_call {
@@ -68,16 +78,21 @@ static void steps_by_member(const void *argument, const struct member *me) {
     const struct run *a = call->run;
     struct blocks blocks = a->blocks;
     blocks.out = call->predictions;
-    const long rows = blocks.attention.rows, suffix = blocks.attention.suffix, dim = blocks.dim;
-    const long begin = begin_of(me, rows), end = end_of(me, rows);
+    const long rows = blocks.attention.rows, suffix = blocks.attention.suffix, dim = blocks.dim, each = blocks.outputs;
+    const long begin = begin_of(me, rows), end = end_of(me, rows), times = suffix - 2 * each;
     for (long i = 0; i < call->count; i++) {
+        const long step = call->first + i;
         for (long row = begin; row < end; row++)
-            make_tokens(a, call->first + i, row, call->scratch.stream + row * suffix * dim);
+            make_tokens(&blocks, a->query, a->time + step * times * dim, a->x + row * each * dim,
+                        call->scratch.stream + row * suffix * dim);
         meet(me);
         blocks_of_team(&blocks, &call->scratch, me);
-        for (long sample = begin * blocks.outputs; sample < end * blocks.outputs; sample++) {
-            const float *noise = call->noise[i] ? call->noise[i] + sample * dim : NULL;
-            update(a, noise, call->first + i, sample, call->predictions + sample * dim);
+        for (long sample = begin * each; sample < end * each; sample++) {
+            const struct row row = {
+                .null = a->null + step * dim, .coefficients = a->coefficients + step * 6,
+                .noise = call->noise[i] ? call->noise[i] + sample * dim : NULL, .x = a->x + sample * dim,
+                .x0 = a->x0 + sample * dim, .clamp = a->clamp, .cond_scale = a->cond_scale[sample], .radius = a->radius};
+            update(&row, dim, call->predictions + sample * dim);
         }
     }
 }
@@ -89,6 +104,39 @@ int run_steps(const struct run *a, const float *const *noise, long first, long c
     call.predictions = allocate(a->blocks.attention.rows * a->blocks.outputs * a->blocks.dim);
     const int failed = !call.predictions;
     if (!failed) in_team(steps_by_member, &call, threads);
+    free(call.predictions);
+    free(call.scratch.room);
+    return failed;
+}
+
+struct rows_call {
+    const struct blocks *blocks;
+    const struct row *rows;
+    struct vector query;
+    struct scratch scratch;
+    float *predictions; /* (rows, dim) */
+};
+
+static void rows_by_member(const void *argument, const struct member *me) {
+    const struct rows_call *call = argument;
+    struct blocks blocks = *call->blocks;
+    blocks.out = call->predictions;
+    const long suffix = blocks.attention.suffix, dim = blocks.dim;
+    const long begin = begin_of(me, blocks.attention.rows), end = end_of(me, blocks.attention.rows);
+    for (long r = begin; r < end; r++)
+        make_tokens(&blocks, call->query, call->rows[r].time, call->rows[r].x, call->scratch.stream + r * suffix * dim);
+    meet(me);
+    blocks_of_team(&blocks, &call->scratch, me);
+    for (long r = begin; r < end; r++) update(call->rows + r, dim, call->predictions + r * dim);
+}
+
+/* A step of rows of one sample, each at a step of its own, behind the prefix that `blocks->attention.prompt` says. */
+int run_rows(const struct blocks *a, const struct row *rows, const struct vector *query, long threads) {
+    struct rows_call call = {.blocks = a, .rows = rows, .query = *query};
+    if (!get_scratch(a, threads, &call.scratch)) return 1;
+    call.predictions = allocate(a->attention.rows * a->dim);
+    const int failed = !call.predictions;
+    if (!failed) in_team(rows_by_member, &call, threads);
     free(call.predictions);
     free(call.scratch.room);
     return failed;

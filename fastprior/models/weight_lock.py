@@ -67,6 +67,11 @@ class WeightLock:
                 if self._waiting:
                     self._changed.notify_all()
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a writer waits for the readers to end."""
+        return self._waiting > 0
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Alone: no call is in progress, and none begins."""

@@ -34,6 +34,15 @@ from fastprior.prior.plan import network_obstacles
 EVALUATIONS = 16  # by default: the fewest that cost nothing beside 64-step DDIM, see docs/fewer-evaluations.md
 
 
+def default_run(
+    prior: DiffusionPrior, timesteps: int | None, solver: str | None, spacing: str | None, eta: float | None
+) -> tuple[int, str | None, str | None, float | None]:
+    """Timesteps, solver, spacing and eta of a run in production, of those that are given: see `PriorSampler`."""
+    if timesteps is solver is spacing is eta is None:
+        timesteps, solver, spacing = min(EVALUATIONS, prior.noise_scheduler.num_timesteps), "sde-dpm++", "logsnr"
+    return prior.sample_timesteps if timesteps is None else timesteps, solver, spacing, eta
+
+
 class PriorSampler:
     """Sample from a prior at low latency: everything that does not depend on the prompt is done before the first call.
 
@@ -101,9 +110,7 @@ class PriorSampler:
         if not isinstance(prior.net, DiffusionPriorNetwork):
             kind = type(prior.net).__name__
             raise ValueError(f"this prior cannot be served by PriorSampler: net is a {kind}, no DiffusionPriorNetwork")
-        if timesteps is solver is spacing is eta is None:
-            timesteps, solver, spacing = min(EVALUATIONS, prior.noise_scheduler.num_timesteps), "sde-dpm++", "logsnr"
-        timesteps = prior.sample_timesteps if timesteps is None else timesteps
+        timesteps, solver, spacing, eta = default_run(prior, timesteps, solver, spacing, eta)
         scales = scales_of(prior, solver, timesteps)
         guided = [scale for scale in scales if scale != 1]
         self.guidance = prior.can_classifier_guidance and bool(guided) if guidance is None else guidance

@@ -219,6 +219,8 @@ class StepEngine:
         text_cond = self.prior.text_condition(None, text_embed[None], encodings, conditions=given)
         text_cond = map_rows(text_cond, lambda t: None if t is None else t.detach().to(device).clone())
         self.prior.check_text_condition((1, self.prior.image_embed_dim), text_cond)
+        encodings = text_cond.get("text_encodings")
+        self.prior.net.check_inputs(text_cond["text_embed"], encodings, text_cond.get("conditions"))
         return text_cond
 
     @torch.no_grad()
@@ -276,6 +278,11 @@ class StepEngine:
                 self._aborted = True
                 self._changed.notify_all()
             self._thread.join()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no requests any more."""
+        return self._closing
 
     def _seconds_until_one_ends(self) -> float:
         """About how long the request that is nearest to its end takes, at the pace of late; at least 0.1."""

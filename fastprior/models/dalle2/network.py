@@ -172,7 +172,8 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
         image_tokens = image_tokens.reshape(rows, -1, self.dim)
         return torch.cat((time_tokens.expand(rows, -1, -1), image_tokens, query), dim=1)
 
-    def _check(self, text_embed, text_encodings, conditions, image_embed=None) -> None:
+    def check_inputs(self, text_embed, text_encodings, conditions, image_embed=None) -> None:
+        """Raise ValueError or TypeError unless shapes and dtypes are as `forward` says."""
         batch = text_embed.shape[0]  # len() of a tensor would make it a constant of exported programs
         wanted = {"text_embed": (text_embed, (batch, self.text_embed_dim))}
         if image_embed is not None:
@@ -229,7 +230,7 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
         Returns:
             (rows, dim), in the weights' dtype.
         """
-        self._check(text_embed, text_encodings, conditions, image_embed)
+        self.check_inputs(text_embed, text_encodings, conditions, image_embed)
         prompts, rows, device = text_embed.shape[0], image_embed.shape[0], image_embed.device
         keep_text = prob_mask_like((prompts, 1, 1), 1 - text_cond_drop_prob, device)
         keep_image = prob_mask_like((rows, 1, 1), 1 - image_cond_drop_prob, device)
@@ -272,7 +273,7 @@ class DiffusionPriorNetwork(NoticesForeignStates, nn.Module):
             times: (steps,), the times that `step` will be asked for, by index; or their `time_tokens`.
             null_rows: 0, or `prompts` to append as many unconditional prompts.
         """
-        self._check(text_embed, text_encodings, conditions)
+        self.check_inputs(text_embed, text_encodings, conditions)
         keep = torch.ones(len(text_embed), 1, 1, dtype=torch.bool, device=text_embed.device)
         transformer, nulls = self.causal_transformer, self.null_text_encodings.expand(len(text_embed), -1, -1)
         with ops.one_thread(nulls if text_encodings is None else max(nulls, text_encodings, key=Tensor.numel)):

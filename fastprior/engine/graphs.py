@@ -126,6 +126,7 @@ class StepGraph:
         shape: (rows, dim) of x.
         steps: of a run, at most.
         dtype: of x and the scale.
+        scales: whether guidance has a scale for each row.
         run: takes the inputs, which it may read where they lie and nowhere else; gives a run of so many steps, whose
             graphs hold GRAPH_STEPS of them. Where it gives no `DeviceRun`, a graph is one `step`.
 
@@ -145,6 +146,7 @@ class StepGraph:
         steps: int,
         dtype: torch.dtype = torch.float32,
         run: Callable[[Any], Run | None] | None = None,
+        scales: bool = False,
     ):
         self.sources, self._buffers = map_rows(sources, torch.clone), []
         map_rows(self.sources, self._buffers.append)
@@ -152,6 +154,7 @@ class StepGraph:
         self.inputs: Any = None
         self._run: ReplayedRun | None = None
         workspace = ops.Workspace()
+        self._scale = torch.ones(shape[:1] if scales else (), device=self._device, dtype=dtype)
 
         def run_prefill() -> None:
             with ops.sharing(workspace):
@@ -182,7 +185,6 @@ class StepGraph:
 
     def _capture_step(self, step: Callable, shape: tuple[int, int], steps: int, dtype: torch.dtype, pool: Pool) -> None:
         """Capture one step, with copies of its results to where the next one reads them."""
-        self._scale = torch.ones((), device=self._device, dtype=dtype)
         self._x, self._x0, self._noise = torch.zeros(3, *shape, device=self._device, dtype=dtype)
         self._index = torch.zeros((), dtype=torch.int64, device=self._device)
         # a graph has one for itself: it goes on using what it was captured with, and others may be replayed meanwhile
@@ -203,7 +205,7 @@ class StepGraph:
         """Run the prefill for what a run depends on, of the shapes of the example; gives its steps for `run_table`.
 
         Args:
-            cond_scale: of guidance, 0-d; of a `DeviceRun` also (rows,), that of each row.
+            cond_scale: of guidance, 0-d; with `scales`, or of a `DeviceRun`, also (rows,).
         """
         for buffer in self._buffers:
             if buffer.is_cuda:  # made on another stream, for which it must not be free before this run ends

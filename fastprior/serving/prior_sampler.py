@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from fastprior.batches import map_rows
 from fastprior.checkpoints.for_serving import Weights, of_prior
-from fastprior.checks import check_number
+from fastprior.checks import check_count, check_number
 from fastprior.diffusion.learned_tables import LearnedTable
 from fastprior.engine.engine import Engine
 from fastprior.engine.graphs import StepGraph
 from fastprior.engine.runs import Run
 from fastprior.engine.shapes import BATCH_SIZES
-from fastprior.engine.steps import Noise, Step, bind, run_parts
+from fastprior.engine.steps import Generators, Noise, Step, StepInputs, bind, run_parts
 from fastprior.kernels import ops
 from fastprior.models import patches, quality, snapshot
 from fastprior.models.dalle2.network import DiffusionPriorNetwork
@@ -34,6 +34,18 @@ from fastprior.prior.plan import network_obstacles
 EVALUATIONS = 16  # by default: the fewest that cost nothing beside 64-step DDIM, see docs/fewer-evaluations.md
 
 
+def _generators(given: Generators | Sequence[int], device: torch.device) -> Generators:
+    """Generators of noise, of which seeds in a list become some."""
+    if not isinstance(given, (list, tuple)):
+        return given
+    made = [one if isinstance(one, torch.Generator) else torch.Generator(device) for one in given]
+    for generator, seed in zip(made, given):
+        if generator is not seed:
+            check_count("generator", seed, least=-(2**63), most=2**64 - 1)
+            generator.manual_seed(seed)
+    return made
+
+
 def default_run(
     prior: DiffusionPrior, timesteps: int | None, solver: str | None, spacing: str | None, eta: float | None
 ) -> tuple[int, str | None, str | None, float | None]:
@@ -46,10 +58,10 @@ def default_run(
 class PriorSampler:
     """Sample from a prior at low latency: everything that does not depend on the prompt is done before the first call.
 
-    Prompts are padded to the nearest of `batch_sizes`, which changes no row's result, and more than the largest run in
-    parts. One compiled graph per batch size serves every prompt, seed and `cond_scale`. A change of the prior's weights
-    is served from the next call on; `update` makes one while others call. Calls from several threads run one after the
-    other, on CUDA in the order of the calls, whatever their streams.
+    Where steps are compiled or captured, prompts are padded to the nearest of `batch_sizes`, which changes no row's
+    result; more than the largest run in parts. One compiled graph per batch size serves every prompt, seed and
+    `cond_scale`. A change of the prior's weights is served from the next call on; `update` makes one while others call.
+    Calls from several threads run one after the other, on CUDA in the order of the calls, whatever their streams.
 
     With torch 2.11 what other threads of yours draw from the device's default generator while graphs are captured fails
     (what fastprior draws waits): call `warmup` before they begin, or draw from generators of your own.
@@ -125,6 +137,7 @@ class PriorSampler:
         check_quantise(quantise)
         self.quantise, self._quality_prompts, self.quality = quantise, quality_prompts, None
         self._modules: list | None = None
+        self._fixed: set[int] = set()  # batch sizes whose steps are compiled, for that many prompts
         steps = dict(timesteps=timesteps, solver=self.plan.table.solver, spacing=spacing, eta=eta)
         self._run_options = {name: value for name, value in steps.items() if value is not None}
         if quantise:
@@ -170,6 +183,7 @@ class PriorSampler:
             self._net = own if own.learned_query.dtype == self.dtype else copy.deepcopy(own).to(self.dtype)
             self._step_net = quantised(self._net, self.quantise) if self.quantise else self._net
             self._engine.forget_steps()
+            self._fixed.clear()
         if self._net is not own:
             for tensors in (nn.Module.parameters, nn.Module.buffers):
                 for copied, weight in zip(tensors(self._net), tensors(own)):
@@ -195,7 +209,7 @@ class PriorSampler:
         got, wanted = [], []
         for scale in self._scales:
             draw, other = (torch.Generator(self.prior.device).manual_seed(0) for _ in range(2))
-            got.append(self.prior.denormalize(self._sample(text_cond, scale, draw)))
+            got.append(self.prior.denormalize(self._sample(text_cond, [scale] * len(text_cond["text_embed"]), draw)))
             run = shape, text_cond, scale
             wanted.append(self.prior.p_sample_loop(*run, generator=other, progress=False, **self._run_options))
         return quality.judge(self.quantise, torch.cat(got), torch.cat(wanted))
@@ -258,7 +272,8 @@ class PriorSampler:
         steps, repeats = self._steps, self.samples_per_prompt
         prefill, shape = (lambda text_cond: steps.prefill(text_cond, repeats)), (batch * repeats, self._net.dim)
         run = partial(steps.run, cond_scale=1.0, samples=shape[0])
-        what = partial(StepGraph, prefill, self._step(batch), padded, shape, len(self.plan.table.times), run=run)
+        options = dict(run=run, scales=True)
+        what = partial(StepGraph, prefill, self._step(batch), padded, shape, len(self.plan.table.times), **options)
         return self._engine.graph(self._engine.key(batch), f"batch size {batch}", what)
 
     def stats(self, bandwidth: float | None = None) -> dict[str, float]:
@@ -300,8 +315,8 @@ class PriorSampler:
         text_encodings: Tensor | None = None,
         *,
         conditions: dict[str, Tensor] | None = None,
-        cond_scale: float = 1.0,
-        generator: torch.Generator | None = None,
+        cond_scale: float | Sequence[float] | Tensor = 1.0,
+        generator: Generators | Sequence[int] = None,
     ) -> Tensor:
         """Sample.
 
@@ -309,9 +324,10 @@ class PriorSampler:
             text_embed: (prompts, dim), on the prior's device.
             text_encodings: (prompts, length, dim), all-zero rows are padding; required by priors conditioned on it.
             conditions: values of the extra conditions, (prompts,) or (prompts, size); those left out are missing.
-            cond_scale: classifier-free guidance; other than 1 needs a sampler built with `guidance`.
+            cond_scale: classifier-free guidance, one or (prompts,); other than 1 needs a sampler built with `guidance`.
             generator: on the prior's device; the global one by default. A seed means the same as in `prior.sample` with
-                the same timesteps, solver, spacing and eta.
+                the same timesteps, solver, spacing and eta. Or a list, of a generator or a seed for each row (prompts *
+                samples_per_prompt): then a row has the noise that it has alone, whatever batch it is in.
         Returns:
             (prompts, dim), not scaled.
         """
@@ -323,18 +339,14 @@ class PriorSampler:
         text_embed: Tensor,
         text_encodings: Tensor | None,
         conditions: dict[str, Tensor] | None,
-        cond_scale: float,
-        generator: torch.Generator | None,
+        cond_scale: float | Sequence[float] | Tensor,
+        generator: Generators | Sequence[int],
         counts: bool = True,
     ) -> Tensor:
         """A call, which `stats` counts or does not."""
-        check_number("cond_scale", cond_scale)
-        if cond_scale != 1 and not self.guidance:
-            raise ValueError(f"cond_scale={cond_scale}; this sampler was built with guidance=False, so it must be 1")
-        if isinstance(self.plan.table, LearnedTable):
-            self.plan.table.check_scale(cond_scale)
         text_cond = self.prior.text_condition(None, text_embed, text_encodings, conditions=conditions)
         prompts, repeats, engine = len(text_embed), self.samples_per_prompt, self._engine
+        scales, generator = self._scales_of(cond_scale, prompts), _generators(generator, self.prior.device)
         self.prior.check_text_condition((prompts * repeats, self.prior.image_embed_dim), text_cond)
         device, served = self.prior.device, engine.clock.device
         if device != served:
@@ -343,29 +355,60 @@ class PriorSampler:
             engine.clock.counts = counts
             with snapshot.running(self.prior.net):
                 engine.refresh(self.prior.net, self._build)
-                embeds = self._sample(text_cond, cond_scale, generator)
+                embeds = self._sample(text_cond, scales, generator)
         return self.prior.best_of(self.prior.denormalize(embeds).view(prompts, repeats, -1), text_embed)
 
-    def _sample(self, text_cond: dict, cond_scale: float, generator: torch.Generator | None) -> Tensor:
+    def _scales_of(self, cond_scale: float | Sequence[float] | Tensor, prompts: int) -> list[float]:
+        """Guidance of each prompt. Raises ValueError where it does not fit."""
+        if torch.is_tensor(cond_scale):
+            cond_scale = cond_scale.tolist()
+        scales = list(cond_scale) if isinstance(cond_scale, (list, tuple)) else [cond_scale] * prompts
+        if len(scales) != prompts:
+            raise ValueError(f"cond_scale has {len(scales)} entries; it must be a number, or one for each of {prompts}")
+        for scale in dict.fromkeys(scales):
+            check_number("cond_scale", scale)
+            if scale != 1 and not self.guidance:
+                raise ValueError(f"cond_scale={scale}; this sampler was built with guidance=False, so it must be 1")
+            if isinstance(self.plan.table, LearnedTable):
+                self.plan.table.check_scale(scale)
+        return scales
+
+    def _begin(self, text_cond: dict, batch: int, scales: Tensor) -> tuple[Step | Run, StepInputs, int]:
+        """Steps of some prompts, their inputs, and how many they take: a batch size where they are of fixed shapes.
+
+        Steps in C, and eager ones, take any number: there padding is work for nothing.
+        """
+        repeats, engine, count = self.samples_per_prompt, self._engine, len(text_cond["text_embed"])
+        if not self.graphs and count < batch and batch not in self._fixed:
+            inputs = self._steps.prefill(text_cond, repeats)
+            step = self._steps.run(inputs, scales, count * repeats)
+            if step is None and engine.compile is False:
+                step = bind(self._steps.step, inputs, scales)
+            if step is not None:
+                return step, inputs, count
+            self._fixed.add(batch)
+        padded, scales = self._padded(text_cond, batch), F.pad(scales, (0, (batch - count) * repeats))
+        graph = self._graph(batch, padded) if self.graphs else None
+        if graph is not None:
+            return graph.begin(padded, scales), graph.inputs, batch
+        inputs = self._steps.prefill(padded, repeats)
+        step = self._steps.run(inputs, scales, batch * repeats)
+        return step or bind(self._step(batch), inputs, scales), inputs, batch
+
+    def _sample(self, text_cond: dict, scales: Sequence[float], generator: Generators) -> Tensor:
         """All candidates, (prompts * samples_per_prompt, dim), scaled, in parts of the largest batch size."""
         prompts, repeats, table = len(text_cond["text_embed"]), self.samples_per_prompt, self.plan.table
         engine, device = self._engine, self._engine.clock.device
-        scale = torch.tensor(cond_scale, dtype=torch.float32, device=device)
+        scales = torch.tensor(scales, dtype=torch.float32, device=device).repeat_interleave(repeats)
 
         def begin(part: slice, batch: int) -> tuple[Step | Run, int]:
-            padded = self._padded(map_rows(text_cond, lambda t: t[part]), batch)
-            graph = self._graph(batch, padded) if self.graphs else None
-            if graph is not None:
-                inputs, step = graph.inputs, graph.begin(padded, scale)
-            else:
-                inputs = self._steps.prefill(padded, repeats)
-                step = self._steps.run(inputs, cond_scale, batch * repeats)
-                step = step or bind(self._step(batch), inputs, scale)
-            if batch not in engine.noted:
-                reads, shape = network_reads(self._step_net, inputs), (batch * repeats, self.prior.image_embed_dim)
-                engine.note(batch, reads, self._steps.step, inputs, shape, step)
-            engine.clock.read += sum(engine.noted[batch][0]) * len(table.times)
-            return step, batch
+            own, rows = map_rows(text_cond, lambda t: t[part]), slice(part.start * repeats, part.stop * repeats)
+            step, inputs, taken = self._begin(own, batch, scales[rows])
+            if taken not in engine.noted:
+                reads, shape = network_reads(self._step_net, inputs), (taken * repeats, self.prior.image_embed_dim)
+                engine.note(taken, reads, self._steps.step, inputs, shape, step)
+            engine.clock.read += sum(engine.noted[taken][0]) * len(table.times)
+            return step, taken
 
         noise = Noise((prompts * repeats, self.prior.image_embed_dim), device, generator)
         parts = begin, self.batch_sizes, prompts

@@ -154,7 +154,7 @@ class RowModel:
         dtype: of the network; with another than its own, of a copy.
         places: how many rows may be on their way at once.
         prefixes: texts whose prefixes are kept besides those of the rows; by default as PREFIX_MEMORY has room for.
-        alike: a row is the same to the bit whatever other rows there are.
+        alike: a row is the same to the bit whatever other rows there are; by default in fp32.
 
     Attributes:
         together: whether C steps rows together; None before `build`.
@@ -171,7 +171,7 @@ class RowModel:
         dtype: torch.dtype | None = None,
         places: int = 64,
         prefixes: int | None = None,
-        alike: bool = True,
+        alike: bool | None = None,
     ):
         self.prior, self.places, self.alike = prior, places, alike
         self._dtype, self._wanted = dtype, prefixes
@@ -256,7 +256,8 @@ class RowModel:
         each = (cache.k[:, :1].numel() + cache.v[:, :1].numel()) * cache.k.element_size()
         prompts = self.places + (max(1, PREFIX_MEMORY // each) if self._wanted is None else self._wanted)
         if isinstance(self._net, DiffusionPriorNetwork):
-            rows = self._net.prepare_rows(cond, prompts=prompts, places=self.places, alike=self.alike)
+            alike = self._net.learned_query.dtype == torch.float32 if self.alike is None else self.alike
+            rows = self._net.prepare_rows(cond, prompts=prompts, places=self.places, alike=alike)
         self._rows, self.together = rows, rows is not None
         self._tables.clear()
         if rows is not None:

@@ -81,8 +81,8 @@ class StepEngine:
     """Serve many requests at once: they join and leave at any step, and share each reading of the weights.
 
     A thread of its own makes the steps. Requests are taken first in, first out. Each has its own solver, steps, scale,
-    conditions and generator; its result is what it is alone: on the CPU in fp32, and with `alike` in 16 bits too, equal
-    to the bit whatever else runs. On a GPU, and for networks whose steps are not calls of C, rows take turns.
+    conditions and generator; its result is what it is alone: in fp32, and with `alike` in 16 bits too, equal to the bit
+    whatever else runs. On a GPU, and for networks whose steps are not calls of C, rows take turns.
 
     Weights may change meanwhile, by `update` or under `weights_locked`: rows that are on their way end with the weights
     that they began with, and others wait for that.
@@ -95,8 +95,9 @@ class StepEngine:
             before the first request runs.
         waiting: how many requests wait at most.
         prefixes: texts that are kept besides those of the rows; by default as many as 256 MiB hold.
-        alike: always use the one form of products whose results do not depend on the number of rows. Without it those
-            of 16 bits (on some processors also of fp32) differ in the last places, and many rows are faster.
+        alike: use the one form of products whose results do not depend on the number of rows; by default for weights
+            of fp32. Without it results of 16 bits (on some processors of fp32, too) depend on what else runs in their
+            last places, and steps of many rows are faster.
         events: is told what happens.
 
     Raises:
@@ -115,7 +116,7 @@ class StepEngine:
         rows: int | None = None,
         waiting: int = 256,
         prefixes: int | None = None,
-        alike: bool = True,
+        alike: bool | None = None,
         events: Events | None = None,
     ):
         if not isinstance(prior, DiffusionPrior):

@@ -4,8 +4,8 @@ import random as chance
 
 import pytest
 import torch
-from cpu.test_steps import CONFIGS, STEPS, conditioned, inputs, network, prepare
 
+from cpu.test_steps import CONFIGS, STEPS, conditioned, inputs, network, prepare
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import library as cpu_library
 from helpers.cpu_cases import BF16, FP32, NEEDS_KERNELS

@@ -22,11 +22,14 @@ class FakeRun:
 
     launches = 7
 
-    def __init__(self, step: Callable, inputs: StepInputs, rows: int, dim: int, cond_scale: float = 1.0):
+    def __init__(self, step: Callable, inputs: StepInputs, rows: int, dim: int, cond_scale: float | Tensor = 1.0):
         self._step, self._inputs, self.steps, self.asked = step, inputs, len(inputs.rows), []
         self.x, self._x0 = torch.full((2, rows, dim), torch.nan)
         self.noise = torch.full((self.steps, rows, dim), LEFT)
-        self.scale, self.index = torch.full((rows,), cond_scale), torch.zeros(rows, dtype=torch.int64)
+        self.scale, self.index = (
+            torch.as_tensor(cond_scale).float().expand(rows).clone(),
+            torch.zeros(rows, dtype=torch.int64),
+        )
         self.buffers = [self.x, self._x0, self.noise, self.scale, self.index]
 
     def start(self, x: Tensor) -> None:

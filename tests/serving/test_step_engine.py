@@ -72,7 +72,7 @@ class Recorder(Events):
         self.gate.clear()
 
 
-@pytest.mark.parametrize("options", [{}, dict(dtype=torch.bfloat16)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, dict(dtype=torch.bfloat16, alike=True)], ids=["fp32", "bf16"])
 def test_requests_have_the_bits_that_they_have_alone(options):
     """Over solvers, lengths, scales and texts, in any company; in fp32 those of a plain call of the prior, too."""
     prior, order = make_prior(), random.Random(0)

@@ -25,12 +25,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--runs", type=int, default=10, help="that are timed, after one that is not (%(default)s)")
     add("--eager", action="store_true", help="without torch.compile")
     add("--no-peer", action="store_true", help="do not run dalle2-pytorch or diffusers")
+    load = parser.add_argument_group(
+        "load", "requests that come by a Poisson process, at rates relative to what one at a time manages"
+    )
+    add = load.add_argument
+    add("--serve", action="store_true", help="measure a StepEngine of a prior under load, beside simpler servers")
+    add("--load", type=float, nargs="+", default=[0.5, 0.95, 2.0, 4.0], metavar="X", help="rates (0.5 0.95 2 4)")
+    add("--requests", type=int, default=100, metavar="N", help="of each rate (%(default)s)")
+    add("--short", type=int, metavar="STEPS", help="of 7 requests in 10; the others have --timesteps")
+    add("--rows", type=int, metavar="N", help="at once; by default as many as pay, which is measured")
+    add("--plot", metavar="FILE.png", help="draw latency against load")
+    add("--json", metavar="FILE", help="keep all figures")
     add_device_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     check_cond_scale(args.cond_scale)
-    check_least(1, runs=args.runs, batch_size=args.batch_size, timesteps=args.timesteps)
+    check_least(1, runs=args.runs, batch_size=args.batch_size, timesteps=args.timesteps, requests=args.requests)
+    check_least(1, short=args.short, rows=args.rows)
+    if args.serve:
+        from fastprior.cli import bench_load
+
+        return bench_load.run(args)
     from fastprior.cli import bench_runs
 
     return bench_runs.run(args)

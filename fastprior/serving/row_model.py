@@ -27,6 +27,7 @@ PREFIX_MEMORY = 2**28  # bytes of prefixes that are kept by default
 PLANS = 64  # solvers whose tables are kept
 TRIED = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64  # rows, of which the cap is one
 ENOUGH = 0.95  # of the best throughput
+TIMED, TIMED_SECONDS = 5, 0.05  # steps at least, and what they take together; the fastest counts
 
 
 class Solver(NamedTuple):
@@ -298,26 +299,41 @@ class RowModel:
         row.made = None
 
     def calibrate(self, row: Row) -> dict[int, float]:
-        """Seconds of a step by numbers of rows, all of them like this one, of which nobody else is on its way."""
+        """Seconds of a step by numbers of rows, all of them like this one; nobody else may be on its way.
+
+        Numbers rise until two in a row have gained less than 1 - ENOUGH.
+        """
         seconds: dict[int, float] = {}
-        for count in [count for count in TRIED if count <= self.most]:
-            rows = [copy.copy(row) for _ in range(count)]
-            for place, one in enumerate(rows):
-                one.place, one.generator = place, torch.Generator(row.generator.device).manual_seed(0)
-                self.begin(one)
-            times = []
-            try:
-                for _ in range(min(4, row.steps or rows[0].steps)):
-                    start = time.perf_counter()
-                    self.step(rows)
-                    times.append(time.perf_counter() - start)
-            finally:
-                for one in rows:
-                    self.end(one)
-            seconds[count] = min(times[1:] or times)
+        best, idle = 0.0, 0
+        for count in [count for count in TRIED if count <= self.places]:
+            if count > self.most or idle == 2:
+                break
+            seconds[count] = self._seconds_of_step(row, count)
+            idle = 0 if count / seconds[count] * ENOUGH >= best else idle + 1
+            best = max(best, count / seconds[count])
             if not self.together:
                 break
         return seconds
+
+    def _seconds_of_step(self, row: Row, count: int) -> float:
+        """The least of a few steps of so many rows."""
+        rows = [copy.copy(row) for _ in range(count)]
+        times: list[float] = []
+        try:
+            for place, one in enumerate(rows):
+                one.place, one.generator = place, torch.Generator(row.generator.device).manual_seed(0)
+                self.begin(one)
+            while len(times) < TIMED or sum(times) < TIMED_SECONDS:
+                if rows[0].index == rows[0].steps:
+                    for one in rows:
+                        one.index = 0
+                start = time.perf_counter()
+                self.step(rows)
+                times.append(time.perf_counter() - start)
+        finally:
+            for one in rows:
+                self.end(one)
+        return min(times)
 
 
 def best_cap(seconds: dict[int, float]) -> int:

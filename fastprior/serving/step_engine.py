@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import logging
-import math
 import threading
 import time
 import weakref
@@ -24,54 +22,13 @@ from fastprior.models.weight_lock import lock_of, weights_locked
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.learned import check_weights
 from fastprior.serving.prior_sampler import default_run
+from fastprior.serving.requests import EngineClosed, Events, QueueFull, Request, key_of
 from fastprior.serving.row_model import TRIED, Row, RowModel, Solver, best_cap
 
 ADMITTED = 2  # requests whose texts run between two steps: each takes as long as some steps, and all rows wait for it
 SMOOTHING = 0.1  # of the running mean of a step's seconds, the newest one's part
 
 _log = logging.getLogger(__name__)
-
-
-class QueueFull(RuntimeError):
-    """So many requests wait that no other is taken.
-
-    Attributes:
-        retry_after: seconds, by then a place should be free.
-    """
-
-    def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"{waiting} requests wait, which is the limit; try again in {retry_after:.1f} s")
-        self.retry_after = retry_after
-
-
-class EngineClosed(RuntimeError):
-    """The engine takes no requests any more, or ended before this one was done."""
-
-
-class Events:
-    """What a `StepEngine` tells of its work, in its own thread: subclass it, and be quick."""
-
-    def step(self, rows: int, seconds: float) -> None:
-        """A step of so many rows was made."""
-
-    def prefill(self, prompts: int, seconds: float) -> None:
-        """So many texts were run."""
-
-    def prefix_hit(self) -> None:
-        """A text had been run before."""
-
-    def finished(self, outcome: str, waited: float, seconds: float) -> None:
-        """A request ended: "done", "cancelled", "failed" or "expired", after so many seconds, some of them waiting."""
-
-
-class _Request:
-    """A request that waits or runs."""
-
-    def __init__(self, row: Row, timeout: float | None):
-        self.row, self.future = row, Future()
-        self.submitted = time.monotonic()
-        self.deadline = math.inf if timeout is None else self.submitted + timeout
-        self.began: float | None = None
 
 
 _OPEN: weakref.WeakSet[StepEngine] = weakref.WeakSet()
@@ -135,8 +92,8 @@ class StepEngine:
         self._model.plan(self._default, 1.0)
         self._engine = Engine(prior.device, compile=False, graphs=False)
         self._changed = threading.Condition()
-        self._queue: deque[_Request] = deque()
-        self._running: list[_Request] = []
+        self._queue: deque[Request] = deque()
+        self._running: list[Request] = []
         self._closing = self._aborted = False
         self._counts = dict(steps=0, row_steps=0, prefills=0, prefix_hits=0, done=0, cancelled=0, failed=0, expired=0)
         self._step_seconds: float | None = None
@@ -197,7 +154,7 @@ class StepEngine:
                 check_count("seed", seed, least=-(2**63), most=2**64 - 1)
             generator = torch.Generator(self.prior.device)
             generator.seed() if seed is None else generator.manual_seed(seed)
-        request = _Request(Row(text_cond, _key(text_cond), chosen, float(cond_scale), generator), timeout)
+        request = Request(Row(text_cond, key_of(text_cond), chosen, float(cond_scale), generator), timeout)
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine was closed")
@@ -380,7 +337,7 @@ class StepEngine:
     def _cap(self) -> int:
         return min(self.rows or 1, self._model.most)
 
-    def _calibrate(self, request: _Request) -> None:
+    def _calibrate(self, request: Request) -> None:
         try:
             seconds = self._model.calibrate(request.row)
         except Exception:  # the request itself will say why
@@ -409,7 +366,7 @@ class StepEngine:
                 wrong = None if embed.isfinite().all() else ValueError("the embedding of this request is not finite")
                 self._leave(request, wrong, embed)
 
-    def _leave(self, request: _Request, error: Exception | None, embed: Tensor | None = None) -> None:
+    def _leave(self, request: Request, error: Exception | None, embed: Tensor | None = None) -> None:
         """A request that ran is over."""
         if request.row.made is not None:
             self._model.end(request.row)
@@ -417,7 +374,7 @@ class StepEngine:
             self._running.remove(request)
         self._end(request, error, "failed", embed)
 
-    def _end(self, request: _Request, error: Exception | None, outcome: str, embed: Tensor | None = None) -> None:
+    def _end(self, request: Request, error: Exception | None, outcome: str, embed: Tensor | None = None) -> None:
         """Tell a request how it ended, unless it was cancelled."""
         now = time.monotonic()
         if not request.future.set_running_or_notify_cancel():
@@ -429,22 +386,6 @@ class StepEngine:
             request.future.set_result(embed)
         self._counts[outcome] += 1
         self._tell("finished", outcome, (request.began or now) - request.submitted, now - request.submitted)
-
-
-def _key(text_cond: dict) -> bytes:
-    """Of a text condition: equal for equal ones alone."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def add(t: Tensor) -> Tensor:
-        digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        digest.update(t.cpu().contiguous().view(torch.uint8).numpy().data)
-        return t
-
-    for name, value in sorted(text_cond.items()):
-        if value is not None:
-            digest.update(name.encode())
-            map_rows({name: value}, add)
-    return digest.digest()
 
 
 @atexit.register

@@ -13,8 +13,9 @@ from fastprior.engine.steps import Noise
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import library as cpu_library
 from fastprior.serving import row_model
+from fastprior.serving.requests import EngineClosed, Events, QueueFull
 from fastprior.serving.row_model import Prefixes, best_cap
-from fastprior.serving.step_engine import EngineClosed, Events, QueueFull, StepEngine
+from fastprior.serving.step_engine import StepEngine
 from helpers.priors import make_prior, make_text, relative_error
 
 IN_C = cpu_library.unavailable() is None

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from fastprior.prior.plan import SamplingPlan
     from fastprior.prior.sampling_quality import sampling_quality
     from fastprior.prior.tuning import tune
-    from fastprior.serving import PriorSampler
+    from fastprior.serving import PriorSampler, StepEngine
 
 __all__ = [
     "DiffusionPrior", "DiffusionPriorNetwork", "NoiseScheduler", "SamplingPlan",
     "BaseClipAdapter", "CoCaAdapter", "OpenAIClipAdapter", "OpenClipAdapter", "XClipAdapter",
-    "PriorPipeline", "PriorSampler", "ShapEPrior", "convert", "load", "pipeline_quality", "sampling_quality", "save",
-    "tune", "weights_locked", "__version__",
+    "PriorPipeline", "PriorSampler", "ShapEPrior", "StepEngine", "convert", "load", "pipeline_quality",
+    "sampling_quality", "save", "tune", "weights_locked", "__version__",
 ]  # fmt: skip
 
 _MODULES = {  # that names come from, imported when the first of them is asked for: torch alone takes seconds
@@ -44,7 +44,7 @@ _MODULES = {  # that names come from, imported when the first of them is asked f
     "prior.plan": ("SamplingPlan",),
     "prior.sampling_quality": ("sampling_quality",),
     "prior.tuning": ("tune",),
-    "serving": ("PriorSampler",),
+    "serving": ("PriorSampler", "StepEngine"),
     "trainer": ("DiffusionPriorTrainer",),
 }
 _LATER = {name: module for module, names in _MODULES.items() for name in names}

@@ -384,17 +384,9 @@ def call_blocks(draw: Draw) -> tuple[str, float]:
     return f"blocks {str(of_weight).removeprefix('torch.')}", error(got, exact) / allowed
 
 
-def call_run(draw: Draw) -> tuple[str, float]:
-    """Some steps of a run, of which the next sees what the last has made."""
-    blocks, head, how = draw_blocks(draw)
-    dim, prompts, samples, times, prefix, steps = (
-        blocks[0].q.shape[1],
-        draw.size(2),
-        draw.size(2),
-        draw.size(2),
-        draw.size(20),
-        draw.size(3),
-    )
+def _embedding_head(draw: Draw, blocks: list, head: ops.Block | None) -> ops.Block:
+    """A head whose results are embeddings again, in the dtype of the blocks."""
+    dim = blocks[0].q.shape[1]
     head = (
         ops.Block(q=draw.tensor(dim, dim, scale=dim**-0.5), norm_gain=draw.tensor(dim))
         if head is None or len(head.q) != dim
@@ -406,6 +398,21 @@ def call_run(draw: Draw) -> tuple[str, float]:
             if blocks[0].q.dtype != torch.int8
             else head._replace(**dict(zip(("q", "q_scale"), _quantised(draw, dim, dim))))
         )
+    return head
+
+
+def call_run(draw: Draw) -> tuple[str, float]:
+    """Some steps of a run, of which the next sees what the last has made."""
+    blocks, head, how = draw_blocks(draw)
+    dim, prompts, samples, times, prefix, steps = (
+        blocks[0].q.shape[1],
+        draw.size(2),
+        draw.size(2),
+        draw.size(2),
+        draw.size(20),
+        draw.size(3),
+    )
+    head = _embedding_head(draw, blocks, head)
     rows, suffix = prompts * draw.size(2), times + 2 * samples
     found = ops.prepare_blocks(blocks, owner=torch.nn.Identity(), head=head, **how)
     caches = draw_prefix(draw, (len(blocks),), prompts, prefix, how["kv_heads"], how["dim_head"])
@@ -452,6 +459,63 @@ def call_run(draw: Draw) -> tuple[str, float]:
     return f"run {str(blocks[0].q.dtype).removeprefix('torch.')}", error(run.x, exact) / allowed
 
 
+def call_rows(draw: Draw) -> tuple[str, float]:
+    """A step of rows that are each at a step of their own, and with `alike` the bits of each alone."""
+    blocks, head, how = draw_blocks(draw)
+    head, alike = _embedding_head(draw, blocks, head), draw.chance()
+    dim, prompts, times, prefix, steps = blocks[0].q.shape[1], draw.size(3), draw.size(2), draw.size(20), draw.size(3)
+    places = draw.size(6)
+    found = ops.prepare_blocks(blocks, owner=torch.nn.Identity(), head=head, **how)
+    caches = draw_prefix(draw, (len(blocks),), prompts, prefix, how["kv_heads"], how["dim_head"])
+    options = draw_options(draw, prompts, prefix, times + 2, how["heads"], how["dim_head"]) | dict(mask=None)
+    query = draw.tensor(dim, dtype=draw.other_dtype())
+    sizes = dict(prompts=prompts, places=places, times=times, alike=alike)
+    rows = ops.prepare_rows(found, **caches, query=query, rotary=options["rotary"], bias=options["bias"], **sizes)
+    if rows is None:
+        return "no rows", 0.0
+    for prompt in range(prompts):
+        rows.keep(prompt, *(cache[:, prompt : prompt + 1] for cache in caches.values()))
+    solvers = [(draw.tensor(steps, times, dim), draw.tensor(steps, 6), draw.tensor(steps, dim)) for _ in range(2)]
+    clamps = [draw.choose.choice((None, "range", "l2")) for _ in solvers]
+    tables = [rows.table(*solver, clamp, 1.5) for solver, clamp in zip(solvers, clamps)]
+    count, start = min(rows.most, draw.choose.randint(1, places)), draw.tensor(places, dim)
+    asked = []
+    for place in draw.choose.sample(range(places), count):
+        solver = draw.choose.randrange(2)
+        where = place, draw.choose.randrange(prompts), tables[solver], draw.choose.randrange(steps)
+        noise = draw.tensor(dim) if draw.chance() else None
+        asked.append((solver, ops.RowStep(*where, draw.choose.choice((1.0, 2.5)), noise)))
+        rows.start(place, start[place])
+    rows.step([row for _, row in asked])
+    got = rows.x.clone()
+
+    def steps_of(x):
+        out = []
+        for solver, row in asked:
+            time_tokens, coefficients, null = (t.to(x.dtype) for t in solvers[solver])
+            own = {name: t[:, row.prompt : row.prompt + 1] for name, t in caches.items()}
+            one = x[row.place]
+            tokens = torch.cat((time_tokens[row.index], one[None], query[None].to(x.dtype)))[None]
+            run = functools.partial(by_layers, tokens, blocks, head, outputs=1, **how)
+            pred, noise = _of_floats(run, dict(own, **options), x.dtype).reshape(1, dim), row.noise
+            given = dict(x=one[None], pred=pred, x0_prev=torch.zeros_like(one)[None], null_pred=None, seed=None)
+            given |= dict(cond_scale=torch.tensor(row.cond_scale, dtype=x.dtype), index=torch.tensor(row.index))
+            given["noise"] = torch.zeros_like(one)[None] if noise is None else noise[None].to(x.dtype)
+            limits = dict(table=coefficients, null_table=null, clamp=clamps[solver], radius=1.5)
+            out.append(reference.diffusion_step(reference.StepArgs(**given, **limits))[0])
+        return torch.cat(out)
+
+    places_of = [row.place for _, row in asked]
+    exact, plain = steps_of(start.double()), steps_of(start)
+    allowed = _allowed(steps_of, start, exact, plain, allowed_of(blocks[0].q.dtype, count * (times + 2)), draw)
+    worst = error(got[places_of], exact) / allowed
+    for _, row in asked if alike else ():
+        rows.start(row.place, start[row.place])
+        rows.step([row])
+        worst = worst if torch.equal(rows.x[row.place], got[row.place]) else math.inf
+    return f"rows {str(blocks[0].q.dtype).removeprefix('torch.')}", worst
+
+
 def call_sums(draw: Draw) -> tuple[str, float]:
     dtype = draw.choose.choice((FP32, BF16, torch.float64, torch.int8))
     numbers = reference.ROW // torch.empty((), dtype=dtype).itemsize
@@ -464,7 +528,7 @@ def call_sums(draw: Draw) -> tuple[str, float]:
     ) and finite == is_finite else math.inf
 
 
-CALLS = (call_linear,) * 6 + (call_decode,) * 3 + (call_blocks,) * 2 + (call_run, call_sums)
+CALLS = (call_linear,) * 6 + (call_decode,) * 3 + (call_blocks,) * 2 + (call_run, call_rows, call_sums)
 
 
 @contextlib.contextmanager

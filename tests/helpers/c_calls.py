@@ -508,7 +508,7 @@ def call_rows(draw: Draw) -> tuple[str, float]:
     places_of = [row.place for _, row in asked]
     exact, plain = steps_of(start.double()), steps_of(start)
     allowed = _allowed(steps_of, start, exact, plain, allowed_of(blocks[0].q.dtype, count * (times + 2)), draw)
-    worst = error(got[places_of], exact) / allowed
+    worst = error(got[places_of], exact) / (2 * allowed)  # of which there are few numbers to tell
     for _, row in asked if alike else ():
         rows.start(row.place, start[row.place])
         rows.step([row])

@@ -26,7 +26,7 @@ struct linear {
 };
 MIRRORED(linear, 44);
 
-enum { AHEAD_NEXT = 12 << 10 /* bytes */, ROWS_OF_PASS = 8, GROUP = 24 /* columns that passes of rows share in a cache */ };
+enum { AHEAD_NEXT = 12 << 10 /* bytes */, ROWS_OF_PASS = MOST_DOTS < 8 ? MOST_DOTS : 8, GROUP = 24 /* columns that passes of rows share in a cache */ };
 
 /* The form of a linear; "dot" of bf16 may round x. */
 enum { IS_DOT, IS_ROUNDED_DOT, IS_OUTER, IS_AMX };

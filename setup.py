@@ -21,6 +21,7 @@ TRAIN = [*DATA, *PLOT, "accelerate>=1.0", "pydantic>=2"]
 # from 70.1 on it builds wheels by itself
 INTEROP = ["dalle2-pytorch==1.15.6", "setuptools>=70.1,<81"]
 DIFFUSERS = ["diffusers>=0.42", "transformers>=4.40", "pillow"]
+SERVE = ["fastapi>=0.110", "uvicorn>=0.29", "prometheus-client>=0.20", "orjson>=3.9"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.5.4"]
 TEST = [
     *CLIP,
@@ -29,6 +30,10 @@ TEST = [
     *INTEROP,
     *DIFFUSERS,
     *ONNX,
+    *SERVE,
+    "httpx>=0.27",
+    "openai>=1.40",
+    "schemathesis>=4",
     "onnxruntime>=1.22",
     "peft>=0.17",
     "pytest>=8.2",
@@ -48,7 +53,10 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fastprior", "fastprior.*"]), "fastprior.kernels.cpu", "fastprior.kernels.gpu"],
     package_dir={"fastprior": "fastprior", "fastprior.kernels": "kernels"},
-    package_data={"fastprior": ["kernels/__init__.py"], "fastprior.kernels.cpu": ["c/*.c", "c/*.h"]},
+    package_data={
+        "fastprior": ["kernels/__init__.py", "server/page.html"],
+        "fastprior.kernels.cpu": ["c/*.c", "c/*.h"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -64,6 +72,7 @@ setup(
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "onnx": ONNX,
+        "serve": SERVE,
         "hub": ["huggingface_hub>=0.20"],
         "deepspeed": ["deepspeed>=0.19"],
         "diffusers": DIFFUSERS,

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 LAYERS = (  # from the top; a room may import from rooms of the layers below it, and from those that BESIDE names
-    "cli train_diffusion_prior demos dropin",
+    "cli train_diffusion_prior demos dropin server",
     "fastprior dalle2_pytorch train_configs",
     "serving pipelines trainer checkpoints dataloaders trackers",
     "prior",
@@ -23,7 +23,7 @@ LAYERS = (  # from the top; a room may import from rooms of the layers below it,
 BESIDE = {  # rooms that import from one of their own layer
     "clip": "weight_files",  # local files of CLIPs
     "checks": "reading",  # what messages quote
-    "cli": "demos train_diffusion_prior",  # which commands start
+    "cli": "demos train_diffusion_prior server",  # which commands start
     "pipelines": "checkpoints",  # other weights for what serves, and what of them must agree
     "serving": "checkpoints",  # the same
     "utils": "reading",  # what messages quote

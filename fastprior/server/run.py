@@ -60,11 +60,11 @@ def serve(server: Server, bound: socket.socket, log_level: str = "warning") -> i
     """Answer until a signal comes; what is on its way then has the settings' `drain` seconds.
 
     Returns:
-        0 where all was answered, 1 where it was aborted.
+        0 where all was answered, 1 where it was aborted, or had not the time.
     """
     config = uvicorn.Config(
         server.app, log_level=log_level, access_log=False, server_header=False,
-        timeout_graceful_shutdown=max(1, round(server.settings.drain)), timeout_keep_alive=30,
+        timeout_graceful_shutdown=server.settings.drain, timeout_keep_alive=30,
     )  # fmt: skip
     running = _Uvicorn(config, server)
 
@@ -77,9 +77,10 @@ def serve(server: Server, bound: socket.socket, log_level: str = "warning") -> i
 
     with running.capture_signals():
         asyncio.run(main())
+    stats = server.engine.stats()
     server.engine.close()
     server.close()
-    return int(running.force_exit)
+    return int(running.force_exit or stats["running"] + stats["waiting"] > 0)
 
 
 async def _warm_up(server: Server) -> None:

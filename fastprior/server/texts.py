@@ -40,22 +40,27 @@ class Texts:
                 future.cancel()  # whoever asked is gone
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._waiting:
             batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
             batch = [(text, future) for text, future in batch if not future.done()]
-            if not batch:
-                continue
-            try:
-                found = await loop.run_in_executor(self._thread, self._encode, [text for text, _ in batch])
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), one in zip(batch, found):
-                if not future.done():
-                    future.set_result(one)
+            if batch:
+                await self._encode_batch(batch)
+
+    async def _encode_batch(self, batch: list[tuple[str, asyncio.Future]]) -> None:
+        """Encode texts together; where that fails, each by itself, so that a text fails alone."""
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.run_in_executor(self._thread, self._encode, [text for text, _ in batch])
+        except Exception as error:
+            if len(batch) > 1:
+                for one in batch:
+                    await self._encode_batch([one])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        for (_, future), one in zip(batch, found):
+            if not future.done():
+                future.set_result(one)
 
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> list[dict[str, Tensor]]:

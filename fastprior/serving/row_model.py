@@ -189,6 +189,11 @@ class RowModel:
             found = self.prior.sampling_plan(solver.timesteps, scale, solver.solver, solver.eta, spacing=solver.spacing)
             if found.path != "cached":
                 raise ValueError(f"this prior cannot be served step by step: {'; '.join(found.reasons)}")
+            if not found.table.times:
+                name = found.table.solver
+                raise ValueError(
+                    f"timesteps={solver.timesteps}; {name} makes one evaluation less, so it must be at least 2"
+                )
             plans[key] = found
             if len(plans) > PLANS:
                 plans.popitem(last=False)

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
@@ -291,6 +293,25 @@ def test_texts_that_wait_are_encoded_together():
     with serving(prior=make_prior(clip=clip)) as (client, _):
         answer = client.post("/v1/embeddings", json=dict(input=[f"text {n}" for n in range(20)], seed=0))
         assert len(answer.json()["data"]) == 20 and clip.calls == 1
+
+
+def test_a_text_that_cannot_be_encoded_fails_alone(caplog):
+    """Beside others in one batch; what the CLIP says of it is in the log."""
+    clip, gate, encode = WordClip(), threading.Event(), WordClip.embed_text
+
+    def held(self, text):
+        assert gate.wait(20)
+        return encode(self, text)
+
+    clip.embed_text = held.__get__(clip)
+    with serving(prior=make_prior(clip=clip)) as (client, _), ThreadPoolExecutor(4) as pool:
+        asks = [
+            pool.submit(client.post, "/v1/embeddings", json=dict(input=text)) for text in ("first", "a", "\u1234", "b")
+        ]
+        time.sleep(0.3)  # three wait together behind the first
+        gate.set()
+        assert sorted(ask.result().status_code for ask in asks) == [200, 200, 200, 500]
+    assert "index out of range" in caplog.text
 
 
 @pytest.mark.parametrize("change, message", [

@@ -336,6 +336,7 @@ def test_closing_drains_or_aborts():
         (dict(timesteps=21), "timesteps=21; the schedule has 20"), (dict(solver="euler"), "solver='euler'"),
         (dict(seed=1.5), "seed=1.5; it must be an integer"), (dict(timeout=0), "timeout=0"),
         (dict(eta=0.5, solver="dpm++"), "eta"),
+        (dict(timesteps=1, solver="ddim"), "timesteps=1; ddim makes one evaluation less, so it must be at least 2"),
     ],
 )  # fmt: skip
 def test_bad_requests(options, message):

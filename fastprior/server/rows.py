@@ -44,8 +44,8 @@ class Rows:
         """Embeddings (texts * n, dim), those of a text together.
 
         Raises:
-            ApiError: 400 for what does not fit the prior, 429 where too many wait, 503 while the server ends, 504 past
-                the deadline, 500 for an embedding that is not finite.
+            ApiError: 400 for what does not fit the prior, or makes embeddings that are not finite, 429 where too many
+                wait, 503 while the server ends, 504 past the deadline.
             Gone: the client has left; its rows are let go of.
         """
         timeout = min(options.timeout or math.inf, self._settings.timeout)
@@ -65,7 +65,8 @@ class Rows:
         except EngineClosed:
             raise _closing() from None
         except ValueError as error:
-            raise ApiError(500, str(error), None, "not_finite") from None
+            rule = "guidance_scale, eta and the text must not be so large"
+            raise ApiError(400, f"{error}; {rule}", None, "not_finite") from None
         finally:
             left.cancel()
             waiting.cancel()

@@ -48,7 +48,7 @@ def test_requests_drawn_from_it():
             def call(case):
                 answer = case.call(base_url=str(client.base_url))
                 statuses.add((case.operation.path, answer.status_code))
-                assert answer.status_code in (503, 504) or answer.status_code < 500, f"{answer.status_code}: {answer.text[:300]}"
+                assert answer.status_code == 504 or answer.status_code < 500, answer.text[:300]
 
             call()
         assert ("/v1/embeddings", 200) in statuses and ("/v1/embeddings", 400) in statuses

@@ -114,6 +114,7 @@ def test_without_a_seed_there_is_another_each_time(served):
     (dict(temperature=1.0), 400, "temperature", "Extra inputs are not permitted"),
     (dict(model="other"), 404, "model", "model='other'; this server has 'tiny'"),
     (dict(timeout=0), 400, "timeout", "timeout=0"),
+    (dict(guidance_scale=3e38), 400, None, "is not finite; guidance_scale, eta and the text must not be so large"),
 ])  # fmt: skip
 def test_bad_requests_name_the_field(served, change, status, param, message):
     client, _ = served

@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     summary = "measure how fast a checkpoint samples on this machine, beside its peer where that is installed"
     parser = add_command(subparsers, "bench", run, summary)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="a prior's file, or a folder of diffusers")
+    add("--checkpoint", metavar="PATH", help="a prior's file, or a folder of diffusers")
     add_config_option(parser)
     add("--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
     add("--timesteps", type=int, help="(64; of diffusers 25)")
@@ -29,7 +29,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "load", "requests that come by a Poisson process, at rates relative to what one at a time manages"
     )
     add = load.add_argument
-    add("--serve", action="store_true", help="measure a StepEngine of a prior under load, beside simpler servers")
+    add(
+        "--serve", nargs="?", const="", metavar="URL",
+        help="measure a StepEngine of the checkpoint under load, beside simpler servers; or the server at an address",
+    )  # fmt: skip
+    add("--api-key", metavar="KEY", help="of the server")
     add("--load", type=float, nargs="+", default=[0.5, 0.95, 2.0, 4.0], metavar="X", help="rates (0.5 0.95 2 4)")
     add("--requests", type=int, default=100, metavar="N", help="of each rate (%(default)s)")
     add("--short", type=int, metavar="STEPS", help="of 7 requests in 10; the others have --timesteps")
@@ -43,7 +47,11 @@ def run(args: argparse.Namespace) -> int:
     check_cond_scale(args.cond_scale)
     check_least(1, runs=args.runs, batch_size=args.batch_size, timesteps=args.timesteps, requests=args.requests)
     check_least(1, short=args.short, rows=args.rows)
-    if args.serve:
+    if not args.checkpoint and not args.serve:
+        raise ValueError("--checkpoint PATH must be given, or the address of a server: --serve URL")
+    if args.checkpoint and args.serve:
+        raise ValueError(f"--serve {args.serve} has a checkpoint of its own: --checkpoint does not go with it")
+    if args.serve is not None:
         from fastprior.cli import bench_load
 
         return bench_load.run(args)

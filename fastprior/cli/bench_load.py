@@ -20,6 +20,7 @@ from fastprior.cli.common import load_prior
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.prior.sampling_quality import Way
 from fastprior.serving.load import Ask, Batches, Measured, Submit, asks, offer, one_by_one
+from fastprior.serving.remote import Remote
 from fastprior.serving.step_engine import StepEngine
 from fastprior.utils import atomic
 
@@ -29,6 +30,7 @@ SHARE = 0.7  # of requests that are short
 BATCH = 16  # prompts of the server of batches
 ONE_ALONE = 1.2  # the share above which one at a time would fall behind for ever
 COLUMNS = "server", "of one", "came/s", "done/s", "p50 ms", "p95 ms", "p99 ms", "rows/step", "refused"
+REMOTE = "the server"
 SERVERS = "step by step", f"batches of {BATCH}", "one at a time"
 
 
@@ -42,9 +44,9 @@ class Level(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What all servers serve: a prior, its texts by name, and how."""
+    """What all servers serve: a prior, or a server elsewhere; texts by name; and how."""
 
-    prior: DiffusionPrior
+    prior: DiffusionPrior | Remote
     text: dict[str, Tensor]
     cond_scale: float
     dtype: torch.dtype
@@ -60,19 +62,25 @@ def run(args: argparse.Namespace) -> int:
             raise FileNotFoundError(f"--{name} {path}: its folder does not exist")
     if not all(math.isfinite(share) and share > 0 for share in args.load):
         raise ValueError(f"--load {args.load}: rates must be more than 0")
-    prior = load_prior(args)
     scale, timesteps = 1.0 if args.cond_scale is None else args.cond_scale, args.timesteps or 64
     way = Way.parse(args.solver or "ddim")._asdict()
-    case = Case(prior, _texts(prior), scale, getattr(torch, args.dtype), way, args.rows)
+    if args.serve:
+        remote, servers = Remote(args.serve, args.api_key), (REMOTE,)
+        case = Case(remote, remote.random_texts(TEXTS), scale, torch.float32, way, None)
+        what = f"{args.serve}, {remote.model['id']}"
+    else:
+        prior, servers = load_prior(args), SERVERS
+        case = Case(prior, _texts(prior), scale, getattr(torch, args.dtype), way, args.rows)
+        what = args.dtype
     steps, shares = ([timesteps], [1.0]) if args.short is None else ([args.short, timesteps], [SHARE, 1 - SHARE])
     requests = asks(args.requests, steps, shares, TEXTS)
-    mean = _seconds_of_one(case, requests)
-    print(f"{args.dtype}, {' and '.join(map(str, steps))} steps, cond_scale {scale:g}, {args.requests} requests a rate")
+    mean = _seconds_of_one(servers[-1], case, requests)
+    print(f"{what}, {' and '.join(map(str, steps))} steps, cond_scale {scale:g}, {args.requests} requests a rate")
     print(f"one at a time: {mean * 1e3:.0f} ms, {1 / mean:.2f} requests/s")
     print(*(f"{title:>13}" for title in COLUMNS), flush=True)
     levels = []
     for share in args.load:
-        for server in SERVERS:
+        for server in servers:
             if server == SERVERS[2] and share > ONE_ALONE:
                 continue
             levels.append(_level(server, share, case, requests, share / mean))
@@ -85,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _seconds_of_one(case: Case, requests: Sequence[Ask]) -> float:
-    """The mean of a request to one at a time without load, of those that differ in steps as often as they come."""
-    with _serving(SERVERS[2], case) as (submit, _):
+def _seconds_of_one(server: str, case: Case, requests: Sequence[Ask]) -> float:
+    """The mean of a request without load, of those that differ in steps as often as they come."""
+    with _serving(server, case) as (submit, _):
         seconds = {}
         for timesteps in {ask.timesteps for ask in requests}:
             part = [ask for ask in requests if ask.timesteps == timesteps][: UNLOADED + 1]
@@ -119,6 +127,14 @@ def _texts(prior: DiffusionPrior) -> dict[str, Tensor]:
 def _serving(server: str, case: Case) -> Iterator[tuple[Submit, Callable[[], dict]]]:
     """A server, by what takes its requests; and what counts its steps and their rows."""
     prior, text, scale, dtype, way, rows = case
+    if isinstance(prior, Remote):
+
+        def submit_there(ask: Ask):
+            options = dict(seed=ask.number, guidance_scale=scale, steps=ask.timesteps, **way)
+            return prior.submit({name: t[ask.text] for name, t in text.items()}, **options)
+
+        yield submit_there, prior.stats
+        return
     if server != SERVERS[0]:
         most = BATCH if server == SERVERS[1] else 1
         batches = Batches(prior, text, scale, most, dtype=dtype, guidance=scale != 1, **way)

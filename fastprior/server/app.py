@@ -177,6 +177,7 @@ class Server:
         model = {"id": self.settings.name, "object": "model", "created": self._began, "owned_by": "fastprior"}
         model |= dict(
             embedding_dim=prior.image_embed_dim, text_embed_dim=net.text_embed_dim, text_encodings_dim=net.text_dim,
+            max_text_len=net.max_text_len,
             needs_text_encodings=prior.condition_on_text_encodings, takes_texts=self._texts is not None,
             timesteps=prior.noise_scheduler.num_timesteps, guidance=prior.can_classifier_guidance,
         )  # fmt: skip

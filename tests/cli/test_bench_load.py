@@ -7,6 +7,7 @@ import pytest
 import fastprior
 from fastprior.cli import command_line as cli
 from helpers.priors import make_prior
+from helpers.servers import serving
 
 
 @pytest.fixture
@@ -51,3 +52,26 @@ def test_a_load_on_three_servers(checkpoint, tmp_path, capsys):
 def test_bad_options(checkpoint, capsys, options, message):
     assert cli.main(["bench", "--serve", "--checkpoint", checkpoint, *options]) != 0
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_load_on_a_server_elsewhere(capsys, tmp_path):
+    with serving(rows=4) as (client, server):
+        address, figures = str(client.base_url), tmp_path / "load.json"
+        command = ["bench", "--serve", address, "--timesteps", "9", "--requests", "20", "--load", "0.5", "3"]
+        assert cli.main([*command, "--json", str(figures)]) == 0
+        assert server.engine.stats()["done"] >= 40
+    first, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert first == f"{address}, tiny, 9 steps, cond_scale 1, 20 requests a rate"
+    assert len(rows) == 2 and all(row.split()[:2] == ["the", "server"] for row in rows)
+    assert [level["answered"] for level in json.loads(figures.read_text())] == [20, 20]
+
+
+def test_a_server_that_is_not_there(capsys, checkpoint):
+    for options, message in (
+        (["--serve", "http://127.0.0.1:9"], "refused"), ([], "--checkpoint PATH must be given"),
+        (["--serve", "ftp://x"], "url='ftp://x'; it must be that of a server"),
+        (["--serve", "http://x", "--checkpoint", checkpoint], "does not go with it"),
+    ):  # fmt: skip
+        assert cli.main(["bench", *options]) == 2
+        assert message in capsys.readouterr().err

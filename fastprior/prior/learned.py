@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -19,14 +19,14 @@ from fastprior.reading import quoted
 NO_TABLES: Mapping[int, LearnedTable] = MappingProxyType({})
 
 
-def digests(prior: nn.Module) -> dict[str, str]:
+def digests(prior: nn.Module, dtypes: Iterable[str] = DTYPES) -> dict[str, str]:
     """SHA-256 of what a prior predicts with, for its weights in each of the dtypes that they may be cast to.
 
     So a table that was learned for weights of fp32 is known to belong to their casts, and to nothing else: neither to
     weights that training changed, however little, nor to a schedule, clamp or kind of prediction of another meaning.
     """
     state = prior.net.state_dict()
-    return {name: _digest(prior, state, getattr(torch, name)) for name in DTYPES}
+    return {name: _digest(prior, state, getattr(torch, name)) for name in dtypes}
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ BESIDE = {  # rooms that import from one of their own layer
     "checks": "reading",  # what messages quote
     "cli": "demos train_diffusion_prior server",  # which commands start
     "pipelines": "checkpoints",  # other weights for what serves, and what of them must agree
-    "serving": "checkpoints",  # the same
+    "serving": "checkpoints dataloaders",  # the same, and files of shards
     "utils": "reading",  # what messages quote
     "trackers": "checkpoints",  # files of models that are saved
 }

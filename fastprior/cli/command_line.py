@@ -7,13 +7,27 @@ import sys
 import warnings
 from typing import NoReturn
 
-from fastprior.cli import bench, convert, evaluate, info, init, inspect, quality, quickstart, sample, serve, train, tune
+from fastprior.cli import (
+    bench,
+    convert,
+    embed,
+    evaluate,
+    info,
+    init,
+    inspect,
+    quality,
+    quickstart,
+    sample,
+    serve,
+    train,
+    tune,
+)
 from fastprior.cli.common import brief, say
 from fastprior.program import open_standard_streams, settle_output
 from fastprior.version import __version__
 
 # What takes long to import (torch above all) commands import when they run: --help needs none of it.
-COMMANDS = info, quickstart, sample, convert, inspect, init, train, evaluate, quality, tune, bench, serve
+COMMANDS = info, quickstart, sample, embed, convert, inspect, init, train, evaluate, quality, tune, bench, serve
 
 
 class _Parser(argparse.ArgumentParser):

@@ -107,10 +107,15 @@ def check_cond_scale(cond_scale: float | None) -> None:
         raise ValueError(f"--cond-scale {cond_scale}: it must be finite")
 
 
-def check_clip_and_out(args: argparse.Namespace) -> None:
-    """Raise ValueError for half of a CLIP, and OSError for an `--out` that cannot be written."""
+def check_clip(args: argparse.Namespace) -> None:
+    """Raise ValueError for half of a CLIP."""
     if bool(args.clip_model) != bool(args.clip_pretrained):
         raise ValueError("--clip-model and --clip-pretrained go together")
+
+
+def check_clip_and_out(args: argparse.Namespace) -> None:
+    """Raise ValueError for half of a CLIP, and OSError for an `--out` that cannot be written."""
+    check_clip(args)
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: its folder does not exist")
     if args.out and Path(args.out).is_dir():

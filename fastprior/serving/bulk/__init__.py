@@ -3,5 +3,16 @@
 from fastprior.serving.bulk.embedder import Embedder, Options, row_seed
 from fastprior.serving.bulk.inputs import InputShard, find_shards
 from fastprior.serving.bulk.manifest import Manifest
+from fastprior.serving.bulk.runs import Summary, embed_shards, share_of
 
-__all__ = ["Embedder", "InputShard", "Manifest", "Options", "find_shards", "row_seed"]
+__all__ = [
+    "Embedder",
+    "InputShard",
+    "Manifest",
+    "Options",
+    "Summary",
+    "embed_shards",
+    "find_shards",
+    "row_seed",
+    "share_of",
+]

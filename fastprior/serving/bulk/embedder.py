@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,7 +25,6 @@ from fastprior.utils import atomic
 ON_BAD = "error", "skip"
 SAVED = "float16", "float32"
 _GROUP_BYTES = 2**28  # of decoded row groups that are kept
-_AS_IT_IS = "as it is"
 
 
 def row_seed(seed: int, shard: str, row: int, sample: int = 0) -> int:
@@ -160,7 +158,8 @@ class Embedder:
             OSError: a file cannot be written.
         """
         self.check([shard])
-        hashes, bad = shard.hashes(), []
+        before, hashes, bad = shard.identities(), shard.hashes(), []
+        manifest.forget(shard)
         if path := manifest.metadata_path(shard):
             with atomic(path) as temporary:
                 shard.metadata.copy_to(temporary)
@@ -172,10 +171,10 @@ class Embedder:
                 rows = self._rows(shard, block, saved, bad)
                 file.write(rows.tobytes())
                 progress(block.rows)
-        del shard.__dict__["identities"]  # as it is now: what changed meanwhile does not fit the entry
-        if shard.hashes() != hashes:
+        if shard.identities() != before:
             raise ShardError(shard.name, "changed while it was embedded")
-        return manifest.write_entry(shard, hashes, bad)
+        inputs = [{**one, "sha256": digest} for one, digest in zip(before, hashes)]
+        return manifest.write_entry(shard, inputs, bad)
 
     def _blocks(self, shard: InputShard) -> Iterator[Block]:
         """The rows of a shard in order, read one block ahead."""
@@ -218,7 +217,7 @@ class Embedder:
         if len(where):
             try:
                 found = self._sample(shard, block, where)
-            except RuntimeError as error:  # as of memory
+            except (RuntimeError, ValueError) as error:  # no memory; a CLIP that gives NaN
                 what = f"rows {block.start} to {block.start + block.rows - 1} cannot be embedded ({error})"
                 raise ShardError(shard.name, what) from error
             with np.errstate(over="ignore"):

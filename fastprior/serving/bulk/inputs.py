@@ -8,11 +8,14 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastprior.dataloaders.files import (  # first: says what to install
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastprior.dataloaders.files import (
     NpyFile,
     ParquetColumn,
     ShardError,
@@ -21,11 +24,6 @@ from fastprior.dataloaders.files import (  # first: says what to install
     naming,
     shard_number,
 )
-
-# isort: split
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 DIMENSIONS = {"text": 0, "text_embed": 2, "text_encodings": 3}
 _HEADER_THREADS = 32
@@ -115,9 +113,8 @@ class InputShard:
     def every_file(self) -> dict[str, ShardFile]:
         return self.files | ({"metadata": self.metadata} if self.metadata else {})
 
-    @cached_property
     def identities(self) -> list[dict]:
-        """What its files are, without their hashes: column, name, size, mtime_ns."""
+        """What its files are now, without their hashes: column, name, size, mtime_ns."""
         return [_identity(column, file, self.names[column]) for column, file in self.every_file.items()]
 
     def hashes(self) -> list[str]:
@@ -192,7 +189,7 @@ def _shard(number: int, sources: list[_Source], columns: dict[str, str]) -> Inpu
     names = {source.column: source.paths[number][1] for source in sources}
     stem = name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     digits = [run for run in re.findall(r"\d+", stem) if int(run) == number]
-    return InputShard(name, digits[-1] if digits else "0", files, {"metadata": name} | names, metadata)
+    return InputShard(name, max(digits, key=len, default="0"), files, {"metadata": name} | names, metadata)
 
 
 def _folders(url: str) -> dict[str, str]:
@@ -229,13 +226,14 @@ def find_shards(
         url: a folder (or anything that fsspec opens) of .npy files of text embeddings (rows, dim), of parquet files
             with a column of text embeddings or captions, or what clip-retrieval wrote, with text_emb/ or metadata/.
         encodings: folder of text encodings, .npy (rows, length, dim), matched by number.
-        metadata: folder of parquet files that are carried along, matched by number. By default those that clip-retrieval
-            wrote beside the embeddings, or the other columns of the parquet files.
+        metadata: folder of parquet files that are carried along, matched by number. By default those that
+            clip-retrieval wrote beside the embeddings, or the other columns of the parquet files.
         captions: take captions also where there are text embeddings.
         caption_column, embedding_column: of parquet files.
     Returns:
         shards by rising number.
     Raises:
+        ValueError: both captions and text encodings are asked for.
         FileNotFoundError: a folder does not exist, or holds no such files.
         ShardError: a file is corrupt, lacks its partner, or has another number of rows; further ones are counted.
     """
@@ -245,6 +243,8 @@ def find_shards(
     if not captions:
         text = beside.get("text_embed", text)
     column = _main_column(text, captions, embedding_column)
+    if column == "text" and encodings is not None:
+        raise ValueError(f"encodings={os.fspath(encodings)!r}; {text} holds captions, which are encoded themselves")
     sources = [_Source.find(column, text)]
     carried = metadata or (beside.get("metadata") if text != beside.get("metadata") else None)
     for name, folder in (("text_encodings", encodings), ("metadata", carried)):

@@ -121,16 +121,21 @@ class Manifest:
             hashes = [one.pop("sha256") for one in known]
         except (KeyError, TypeError, AttributeError, ValueError):
             return False
-        if known == shard.identities and all(one["mtime_ns"] is not None for one in known):
+        now = shard.identities()
+        if known == now and all(one["mtime_ns"] is not None for one in known):
             return True
-        timeless = [[{**one, "mtime_ns": None} for one in files] for files in (known, shard.identities)]
+        timeless = [[{**one, "mtime_ns": None} for one in files] for files in (known, now)]
         return timeless[0] == timeless[1] and hashes == shard.hashes()
 
-    def write_entry(self, shard: InputShard, hashes: list[str], bad: list[int]) -> dict:
+    def forget(self, shard: InputShard) -> None:
+        """Drop a shard's entry, before what it tells of is overwritten."""
+        self._entry_path(shard).unlink(missing_ok=True)
+
+    def write_entry(self, shard: InputShard, inputs: list[dict], bad: list[int]) -> dict:
         """Note that a shard is done, whose files are whole by now: its entry.
 
         Args:
-            hashes: of its input files, see `InputShard.hashes`.
+            inputs: what its files were when they were read, with `sha256`.
             bad: numbers of the rows that are NaN.
         """
         paths = [path for path in (self.image_path(shard), self.metadata_path(shard)) if path]
@@ -140,7 +145,7 @@ class Manifest:
             rows=shard.rows,
             bad_rows=len(bad),
             first_bad_rows=bad[:100],
-            inputs=[{**one, "sha256": digest} for one, digest in zip(shard.identities, hashes)],
+            inputs=inputs,
             outputs={str(path.relative_to(self.out)): path.stat().st_size for path in paths},
         )
         with atomic(self._entry_path(shard)) as temporary:

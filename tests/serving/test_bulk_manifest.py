@@ -114,6 +114,14 @@ def test_a_folder_of_somebody_else(tmp_path):
         Manifest(tmp_path / "file", RUN)
 
 
+def test_what_killed_runs_left_is_removed(done, tmp_path):
+    left = [f"out/{name}.0123abcd.tmp" for name in ("manifest/.shard_02.json", "img_emb/.img_emb_02.npy")]
+    for name in left:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "in-use").touch()
+    assert done() == [True] * 3 and not [name for name in left if (tmp_path / name).exists()]
+
+
 def test_strangers_are_named(done, tmp_path):
     shards = find_shards(tmp_path / "in")
     assert Manifest(tmp_path / "out", RUN).strangers(shards) == []

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastprior.reading import quoted, read_json
 from fastprior.serving.bulk.inputs import InputShard
-from fastprior.utils import atomic, temporary_folder
+from fastprior.utils import atomic, remove_leftovers, temporary_folder
 
 FOLDER, RUN = "manifest", "run.json"
 IMAGES, METADATA = "img_emb", "metadata"
@@ -69,6 +69,8 @@ class Manifest:
         self._compare(read_json(path))
         for folder in (IMAGES, METADATA):
             (self.out / folder).mkdir(exist_ok=True)
+        for name in (f"{FOLDER}/{{}}.json", f"{IMAGES}/{{}}.npy", f"{METADATA}/{{}}.parquet"):
+            remove_leftovers(self.out / name)  # of killed runs, also where nothing is written again
 
     def _check_free(self) -> None:
         """Raise ValueError where there are files that would be mistaken for a bulk run's, or overwritten."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastprior.cli import common
 from fastprior.utils import first_few
 
 if TYPE_CHECKING:
-    from fastprior.serving.bulk import Embedder, InputShard
+    from fastprior.serving.bulk import Embedder, InputShard, Manifest
 
 DTYPES = "float32", "bfloat16", "float16"
 
@@ -58,13 +59,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add = work.add_argument
     add("--batch-size", type=int, default=64, metavar="N", help="rows that run together (%(default)s)")
     add("--part", type=part_of, default=(1, 1), metavar="I/N", help="do the I-th of N shares of the shards, from 1 on")
+    add(
+        "--ray", action="store_true", help="on actors of Ray: of the cluster that RAY_ADDRESS names, or of this machine"
+    )
+    add("--actors", type=int, metavar="N", help="of Ray; by default one for each GPU, or each machine without")
     common.add_clip_options(parser)
 
 
 def _check(args: argparse.Namespace) -> None:
     common.check_cond_scale(args.cond_scale)
     common.check_least(1, steps=args.steps, samples_per_prompt=args.samples_per_prompt, batch_size=args.batch_size)
+    common.check_least(1, actors=args.actors)
     common.check_clip(args)
+    if args.actors and not args.ray:
+        raise ValueError("--actors goes with --ray")
     if "://" in args.target:
         raise ValueError(f"OUT {args.target} is an url; it must be a folder of this machine")
     if os.path.exists(args.target) and not os.path.isdir(args.target):
@@ -103,6 +111,16 @@ def make_embedder(args: argparse.Namespace, captions: bool) -> Embedder:
     return Embedder(prior, options, batch_size=args.batch_size, on_bad=args.on_bad, text_encoder=clip)
 
 
+def _embed_on_ray(args: argparse.Namespace, captions: bool, device: str, shards: list, manifest: Manifest, begin):
+    """What was done by actors, which may run in other folders."""
+    from fastprior.serving.bulk.ray_actors import embed_on_ray
+
+    files = "checkpoint", "config", "clip_pretrained"
+    there = {name: common.absolute(path) for name in files if (path := getattr(args, name)) and os.path.exists(path)}
+    make = partial(make_embedder, argparse.Namespace(**vars(args) | there | dict(run=None)), captions)
+    return embed_on_ray(make, shards, manifest, on_bad=args.on_bad, actors=args.actors, device=device, begin=begin)
+
+
 def run(args: argparse.Namespace) -> int:
     _check(args)
     from tqdm import tqdm
@@ -110,20 +128,27 @@ def run(args: argparse.Namespace) -> int:
     from fastprior.serving.bulk import Manifest, embed_shards, share_of
 
     shards = find(args)
-    embedder = make_embedder(args, "text" in shards[0].files)
+    captions = "text" in shards[0].files
+    embedder = make_embedder(args, captions)
     embedder.check(shards)
     manifest = Manifest(args.target, embedder.run(shards))
     if strange := manifest.strangers(shards):
         common.say(
             "warning", f"{args.target} holds embeddings of other shards, which IN does not have: {first_few(strange)}"
         )
+    own = share_of(shards, *args.part)
     with tqdm(unit="row", unit_scale=True, disable=None, smoothing=0.1) as bar:
 
         def begin(rows: int):
             bar.reset(total=rows)
             return bar.update
 
-        done = embed_shards(embedder, share_of(shards, *args.part), manifest, begin=begin)
+        if args.ray:
+            device = embedder.prior.device.type
+            del embedder  # of which each actor has its own
+            done = _embed_on_ray(args, captions, device, own, manifest, begin)
+        else:
+            done = embed_shards(embedder, own, manifest, begin=begin)
     bad = f", {done.bad_rows:,} of them bad, which are NaN" if done.bad_rows else ""
     there = f"; {done.there:,} shards were there" if done.there else ""
     print(f"wrote {args.target}: {done.rows:,} rows of {done.shards:,} shards{bad}{there}")

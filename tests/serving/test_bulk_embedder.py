@@ -4,6 +4,8 @@ import errno
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -134,6 +136,22 @@ def test_bad_rows_are_named_or_skipped(prior, source, tmp_path, value, fault):
     assert entry(tmp_path / "out")["bad_rows"] == len(bad) and entry(tmp_path / "out")["first_bad_rows"] == bad
     with pytest.raises(ShardError, match="row 17"):  # NaN is not what is wanted now
         run(prior, source, tmp_path / "out", batch_size=8)
+
+
+def test_rows_that_are_missing_and_pages_that_are_corrupt(prior, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    rows = list(rows_of(2, 50, DIM).astype(np.float32))
+    table = pa.table(dict(embedding=pa.array([*rows[:20], None, *rows[21:]])))
+    pq.write_table(table, source / "part_02.parquet", use_dictionary=False, compression="none")
+    with pytest.raises(ShardError, match="part_02.parquet: row 20 is missing, or not finite"):
+        run(prior, source, tmp_path / "out")
+    assert run(prior, source, tmp_path / "out", on_bad="skip") == (1, 50, 1, 0)
+    data = bytearray((source / "part_02.parquet").read_bytes())
+    data[4:60] = bytes(56)  # of the first page's header
+    (source / "part_02.parquet").write_bytes(data)
+    with pytest.raises(ShardError, match="part_02.parquet: cannot be read"):
+        run(prior, source, tmp_path / "other", on_bad="skip")
 
 
 def test_results_that_are_not_finite_are_bad(source, tmp_path):

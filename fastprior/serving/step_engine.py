@@ -281,11 +281,11 @@ class StepEngine:
             with snapshot.running(self.prior.net):
                 try:
                     self._engine.refresh(self.prior.net, self._model.build)
-                except ValueError as error:  # the network is no longer one that can be served
+                except Exception as error:  # such as of a network that can no longer be served
                     with self._changed:
                         failed, self._queue = self._queue, deque()
                     for request in failed:
-                        self._end(request, ValueError(str(error)), "failed")
+                        self._end(request, error, "failed")
                     return
                 while not self._aborted:
                     self._drop_those_that_ended()
@@ -362,9 +362,17 @@ class StepEngine:
             if (error := errors.get(id(request.row))) is not None:
                 self._leave(request, error)
             elif request.row.index >= request.row.steps:
-                embed = self._model.finish(request.row)
-                wrong = None if embed.isfinite().all() else ValueError("the embedding of this request is not finite")
-                self._leave(request, wrong, embed)
+                self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        wrong: Exception | None = None
+        try:
+            embed = self._model.finish(request.row)
+            if not embed.isfinite().all():
+                wrong = ValueError("the embedding of this request is not finite")
+        except Exception as error:  # too little memory
+            embed, wrong = None, error
+        self._leave(request, wrong, embed)
 
     def _leave(self, request: Request, error: Exception | None, embed: Tensor | None = None) -> None:
         """A request that ran is over."""

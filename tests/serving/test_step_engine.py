@@ -260,6 +260,28 @@ def test_a_poisoned_request_fails_alone(monkeypatch):
     assert sorted(events.ended) == ["done"] * 3 + ["failed"] * 2
 
 
+def test_what_fails_at_an_end_or_a_start_fails_alone(monkeypatch):
+    """No memory for a result, or for what is built of new weights: those that wait are told, and the engine goes on."""
+    finish, build = row_model.RowModel.finish, row_model.RowModel.build
+    broken = dict(finish=True, build=True)
+
+    def once(name, what):
+        def call(*args):
+            if broken.pop(name, False):
+                raise MemoryError(f"no memory to {name}")
+            return what(*args)
+
+        return call
+
+    monkeypatch.setattr(row_model.RowModel, "finish", once("finish", finish))
+    monkeypatch.setattr(row_model.RowModel, "build", once("build", build))
+    with StepEngine(make_prior(), rows=2) as engine:
+        for name in ("build", "finish"):
+            with pytest.raises(MemoryError, match=f"no memory to {name}"):
+                ask(engine, 0).result(WAIT)
+        assert ask(engine, 0).result(WAIT).isfinite().all() and engine.stats()["failed"] == 2
+
+
 def test_what_listens_can_not_hurt(caplog):
     class Bad(Events):
         def step(self, rows, seconds):

@@ -192,6 +192,22 @@ def test_a_file_that_changes_meanwhile(prior, source, tmp_path):
     assert not list((tmp_path / "out/manifest").glob("shard*"))
 
 
+def test_a_shard_that_is_done_again_is_not_done_meanwhile(prior, source, tmp_path):
+    run(prior, source, tmp_path / "out")
+    before, noted = images(tmp_path / "out"), tmp_path / "out/manifest/shard_02.json"
+    np.save(source / "text_emb/text_emb_02.npy", rows_of(2, 50, DIM, salt=9))
+    shards, embedder, seen = find_shards(source), Embedder(prior, Options(saved="float32")), []
+    manifest = Manifest(tmp_path / "out", embedder.run(shards))
+
+    def begin(rows):
+        return lambda done: seen.append((rows, done, noted.exists()))
+
+    assert embed_shards(embedder, shards, manifest, begin=begin) == (1, 50, 0, 2)
+    assert seen == [(50, 50, False)] and noted.exists()
+    same = {name: np.array_equal(rows, before[name]) for name, rows in images(tmp_path / "out").items()}
+    assert same == {"img_emb_00.npy": True, "img_emb_02.npy": False, "img_emb_10.npy": True}
+
+
 @pytest.mark.parametrize("which", ["img_emb", "metadata", "manifest"])
 def test_a_full_disk(prior, source, tmp_path, monkeypatch, which):
     """One line that says which file and why, nothing half, and the rest when there is room."""

@@ -51,11 +51,11 @@ def test_rows_are_those_of_the_sampler_with_the_seed_of_their_names(prior, sourc
 
 
 def test_batch_sizes_and_parts_change_nothing(prior, source, tmp_path):
-    run(prior, source, tmp_path / "whole")
+    run(prior, source, tmp_path / "whole", timesteps=4)
     whole = images(tmp_path / "whole")
     for number, batch_size in enumerate((5, 50)):
         out = tmp_path / f"out-{number}"
-        shards = [run(prior, source, out, (part, 2), batch_size).shards for part in (2, 1)]
+        shards = [run(prior, source, out, (part, 2), batch_size, timesteps=4).shards for part in (2, 1)]
         assert shards == [1, 2]
         found = images(out)
         assert found.keys() == whole.keys()
@@ -64,13 +64,13 @@ def test_batch_sizes_and_parts_change_nothing(prior, source, tmp_path):
 
 
 def test_other_seeds_names_and_options_give_other_rows(prior, source, tmp_path):
-    run(prior, source, tmp_path / "one")
-    run(prior, source, tmp_path / "other", seed=1)
+    run(prior, source, tmp_path / "one", timesteps=4)
+    run(prior, source, tmp_path / "other", seed=1, timesteps=4)
     (source / "text_emb/text_emb_02.npy").rename(source / "text_emb/other_02.npy")
-    run(prior, source, tmp_path / "renamed")
+    run(prior, source, tmp_path / "renamed", timesteps=4)
     one, other, renamed = (images(tmp_path / name)["img_emb_02.npy"] for name in ("one", "other", "renamed"))
     assert not np.isclose(one, other).any(axis=1).all() and not np.isclose(one, renamed).any(axis=1).all()
-    run(prior, source, tmp_path / "half", saved="float16")
+    run(prior, source, tmp_path / "half", saved="float16", timesteps=4)
     np.testing.assert_array_equal(images(tmp_path / "half")["img_emb_02.npy"], renamed.astype(np.float16))
 
 

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from fastprior.server.settings import Settings
 
     settings = Settings(
-        name=args.name or Path(args.checkpoint).stem, api_key=args.api_key or os.environ.get(KEY) or None,
+        name=args.name or Path(args.checkpoint).stem,
+        api_key=os.environ.get(KEY) if args.api_key is None else args.api_key,  # an empty one is an error, not none
         timeout=args.timeout, most_body=args.most_body, most_rows=args.most_rows, drain=args.drain,
     )  # fmt: skip
     settings.check_queue(args.waiting)

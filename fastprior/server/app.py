@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
-import json
 import logging
 import time
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from fastprior.prior.diffusion_prior import DiffusionPrior
-from fastprior.server import wire
+from fastprior.server import bodies, wire
 from fastprior.server.errors import ApiError
 from fastprior.server.limits import Limits
 from fastprior.server.metrics import Metrics
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 BINARY_BODY = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in wire.BINARY}
 TENSORS = "it may hold text_embed and text_encodings"
 ERROR = {"description": "An error, in OpenAI's shape."}
-ERRORS = {status: ERROR for status in (400, 401, 404, 408, 413, 422, 429, 500, 503, 504)}
+ERRORS = {status: ERROR for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)}
 
 
 class Server:
@@ -53,12 +53,13 @@ class Server:
         self.prior, self.engine, self.settings, self.metrics = prior, engine, settings, metrics
         self.warm = self.ending = False
         self._rows = Rows(engine, settings, self._note)
-        self._texts = None if prior.clip is None else Texts(prior)
+        self._texts = None if prior.clip is None else Texts(prior, engine.waiting)
         self._began = int(time.time())
-        api = FastAPI(title="fastprior", version=__version__, docs_url="/docs", redoc_url=None)
+        api = FastAPI(title="fastprior", version=__version__, docs_url=None, redoc_url=None)
         self._add_errors(api)
         self._add_routes(api)
-        self.app = Limits(Counted(api, metrics), settings, self._note)
+        routes = {route.path for route in api.routes}
+        self.app = Counted(Limits(api, settings, self._note), metrics, routes)
 
     def _note(self, reason: str) -> None:
         self.metrics.rejected.labels(reason).inc()
@@ -75,7 +76,7 @@ class Server:
             return _json(error.body(), error.status, error.headers)
 
         def of_body(_: Request, error: RequestValidationError) -> Response:
-            return of_api(_, _invalid(error.errors()))
+            return of_api(_, bodies.invalid(error.errors()))
 
         def of_route(_: Request, error: HTTPException) -> Response:
             return of_api(_, ApiError(error.status_code, str(error.detail), None, None, dict(error.headers or {})))
@@ -96,7 +97,7 @@ class Server:
         api.post("/v1/embeddings", responses=ERRORS, openapi_extra=of_texts)(self.embeddings)
         api.post("/v1/priors/sample", responses=ERRORS, openapi_extra=binary)(self.sample)
         api.get("/v1/models", responses={401: ERROR})(self.models)
-        api.get("/health/live")(self.live)
+        api.get("/health/live", responses={503: ERROR})(self.live)
         api.get("/health/ready", responses={503: ERROR})(self.ready)
         api.get("/metrics")(self.figures)
         api.get("/stats")(self.stats)
@@ -104,7 +105,7 @@ class Server:
 
     async def embeddings(self, request: Request) -> Response:
         """Image embeddings of texts."""
-        asked = await _parsed(request, EmbeddingsRequest)
+        asked = bodies.parsed(await request.body(), EmbeddingsRequest)
         self._check_model(asked)
         if self._texts is None:
             rule = "this server has no CLIP; send text embeddings to /v1/priors/sample"
@@ -119,18 +120,26 @@ class Server:
         if len(texts) * asked.n > self.settings.most_rows:  # before they are encoded
             rule = f"a request must ask for at most {self.settings.most_rows}"
             raise ApiError(400, f"{len(texts)} texts, {asked.n} embeddings each; {rule}", "input", "too_many_rows")
-        embeds = await self._rows.sample(request, await self._texts.encode(texts), asked)
-        return self._answer(request, embeds, asked.encoding_format, sum(len(text.split()) for text in texts))
+        tokens = 0
+
+        async def encoded() -> list[dict[str, Tensor]]:
+            nonlocal tokens
+            found = await self._texts.encode(texts)
+            tokens = sum(one.tokens for one in found)
+            return [one.condition for one in found]
+
+        embeds = await self._rows.sample(request, encoded(), asked)
+        return self._answer(request, embeds, asked.encoding_format, tokens)
 
     async def sample(self, request: Request) -> Response:
         """An image embedding of a text embedding; the body is JSON, or safetensors with options in the query."""
         if _media(request.headers.get("content-type", "")) in wire.BINARY:
-            asked: Any = _validated(BinaryOptions, dict(request.query_params))
+            asked: Any = bodies.validated(dict(request.query_params), BinaryOptions)
             given: dict[str, Any] = wire.load_safetensors(await request.body())
             if strange := sorted(given.keys() - {"text_embed", "text_encodings"}):
                 raise ApiError(400, f"the body holds {strange[0][:100]}; {TENSORS}", "body")
         else:
-            asked = await _parsed(request, SampleRequest)
+            asked = bodies.parsed(await request.body(), SampleRequest)
             given = dict(text_embed=asked.text_embed, text_encodings=asked.text_encodings)
         self._check_model(asked)
         embeds = await self._rows.sample(request, [self._text(given)], asked)
@@ -164,11 +173,11 @@ class Server:
             message = f"model={asked.model[:100]!r}; this server has {self.settings.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def _answer(self, request: Request, embeds: Tensor, encoding_format: str, words: int = 0) -> Response:
+    def _answer(self, request: Request, embeds: Tensor, encoding_format: str, tokens: int = 0) -> Response:
         if _media(request.headers.get("accept", "")) in wire.BINARY:
             return Response(wire.save_safetensors(embeds, dict(model=self.settings.name)), media_type=wire.SAFETENSORS)
         data = wire.embeddings(embeds, encoding_format == "base64")
-        usage = dict(prompt_tokens=words, total_tokens=words)  # words: nobody is billed by them
+        usage = dict(prompt_tokens=tokens, total_tokens=tokens)
         return _json({"object": "list", "data": data, "model": self.settings.name, "usage": usage})
 
     async def models(self) -> Response:
@@ -184,8 +193,9 @@ class Server:
         return _json({"object": "list", "data": [model]})
 
     async def live(self) -> Response:
-        """Whether the process answers at all."""
-        return _json({"status": "live"})
+        """Whether the process can answer at all: 503 where its engine has ended, and it is not ending itself."""
+        is_dead = self.engine.closed and not self.ending
+        return _json({"status": "dead" if is_dead else "live"}, 503 if is_dead else 200)
 
     async def ready(self) -> Response:
         """Whether requests are answered: 503 before the first one was, while the server ends, and where steps stall."""
@@ -217,8 +227,8 @@ class Server:
 class Counted:
     """An ASGI application whose requests are counted by route and status, and timed."""
 
-    def __init__(self, app: FastAPI, metrics: Metrics):
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: Callable, metrics: Metrics, routes: Collection[str]):
+        self._app, self._metrics, self._routes = app, metrics, routes
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -240,7 +250,7 @@ class Counted:
             status = 500
             raise
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
+            route = scope["path"] if scope["path"] in self._routes else "unknown"  # few labels, whatever is asked for
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
 
@@ -255,25 +265,3 @@ def _schema_of(kind: type[BaseModel]) -> dict[str, Any]:
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(wire.dumps(value), status, headers, "application/json")
-
-
-async def _parsed(request: Request, kind: type[BaseModel]) -> Any:
-    """The body as JSON. Raises ApiError that names the field."""
-    try:
-        return kind.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise _invalid(error.errors()) from None
-
-
-def _validated(kind: type[BaseModel], given: dict[str, Any]) -> Any:
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise _invalid(error.errors()) from None
-
-
-def _invalid(errors: list[dict[str, Any]]) -> ApiError:
-    first = errors[0]
-    param = str(first["loc"][0])[:100] if first["loc"] else "body"  # what follows are names of our alternatives
-    value = json.dumps(first["input"], default=str)[:100] if "input" in first else ""
-    return ApiError(400, f"{param}={value}: {first['msg']}", param, first["type"])

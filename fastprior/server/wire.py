@@ -40,11 +40,29 @@ def tensor_of(value: Any, name: str, width: int, ndim: int) -> Tensor:
         except ValueError:
             raise ApiError(400, f"{name} is no base64; it must be that of little-endian fp32 or fp16", name) from None
         return _of_bytes(data, name, width, ndim)
+    lists = value if ndim == 2 and isinstance(value, list) else [value]
+    if not all(isinstance(one, list) for one in lists) or {len(one) for one in lists} - {width} or not lists:
+        shape = f"({width},)" if ndim == 1 else f"(length, {width})"
+        raise ApiError(400, f"{name} has shape {_shape(value)}; it must be {shape}", name)
+    if not all(set(map(type, one)) <= {int, float} for one in lists):
+        raise ApiError(400, f"{name} is no array of numbers; each of its items must be one", name)
     try:
-        array = np.asarray(value, dtype=np.float32)
-    except (ValueError, TypeError, OverflowError):
-        raise ApiError(400, f"{name} is no array of numbers; its lists must have the same lengths", name) from None
+        with np.errstate(over="ignore"):  # what is too large for fp32 becomes infinite, which is refused
+            array = np.asarray(value, dtype=np.float32)
+    except OverflowError:
+        raise ApiError(400, f"{name} holds an integer beyond fp32; all its numbers must be finite", name) from None
     return _checked(torch.from_numpy(array), name, width, ndim)
+
+
+def _shape(value: Any) -> str:
+    """What a message says of lists that were given."""
+    if not isinstance(value, list):
+        return f"of a {type(value).__name__}"
+    inner = {len(one) if isinstance(one, list) else -1 for one in value}
+    if inner <= {-1}:
+        return f"({len(value)},)"
+    lengths = sorted(inner)
+    return f"({len(value)}, {lengths[0]})" if len(lengths) == 1 else f"({len(value)}, …) with lists of {lengths[:4]}"
 
 
 def _of_bytes(data: bytes, name: str, width: int, ndim: int) -> Tensor:

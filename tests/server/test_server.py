@@ -102,7 +102,7 @@ def test_without_a_seed_there_is_another_each_time(served):
     (dict(text_embed=[[1.0] * 32]), 400, "text_embed", "text_embed"),
     (dict(text_embed=in_base64(torch.full((32,), torch.nan))), 400, "text_embed", "holds NaN or infinity"),
     (dict(text_encodings=None), 400, "text_encodings", "text_encodings is missing; this prior is conditioned"),
-    (dict(text_encodings=[[1.0] * 32, [1.0]]), 400, "text_encodings", "no array of numbers"),
+    (dict(text_encodings=[[1.0] * 32, [1.0]]), 400, "text_encodings", "(2, …) with lists of [1, 32]"),
     (dict(text_encodings=[]), 400, "text_encodings", "it must be (length, 32)"),
     (dict(steps=0), 400, "steps", "steps=0: Input should be greater than or equal to 1"),
     (dict(steps=99), 400, "steps", "steps=99; the schedule has 20"),

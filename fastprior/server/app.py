@@ -208,8 +208,9 @@ class Server:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def stats(self) -> Response:
-        """What the engine does now, see `StepEngine.stats`."""
+        """What the engine does now, see `StepEngine.stats`, and how many texts wait to be encoded."""
         stats = self.engine.stats()
+        stats["texts_waiting"] = 0 if self._texts is None else self._texts.waiting
         stats["idle_s"] = max(0.0, time.monotonic() - stats.pop("last_step"))
         return _json(stats)
 

@@ -11,10 +11,13 @@ from pydantic import BaseModel, ValidationError
 from fastprior.server.errors import ApiError
 
 SHOWN = 100  # characters of a value that a message quotes
+MOST_LISTS = 50_000  # lists and objects of a body: of millions Python's garbage collector would take seconds
 
 
 def parsed(body: bytes, kind: type[BaseModel]) -> Any:
     """The JSON of a body as `kind`. Raises ApiError that names the field."""
+    if body.count(b"[") + body.count(b"{") > MOST_LISTS:
+        raise ApiError(400, f"the body holds more than {MOST_LISTS:,} lists and objects", "body", "too_many_lists")
     try:
         given = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -69,6 +69,10 @@ class Rows:
         except (TimeoutError, asyncio.TimeoutError):  # which are two before Python 3.11
             self._note("deadline")
             raise ApiError(504, f"there was no answer within {timeout:g} s", "timeout", "deadline_exceeded") from None
+        except ApiError as error:
+            if error.status == 429:  # of the engine's queue, or of the texts'
+                self._note("queue")
+            raise
         except EngineClosed:
             raise _closing() from None
         except ValueError as error:
@@ -101,7 +105,6 @@ class Rows:
             if isinstance(error, ApiError):
                 raise
             if isinstance(error, QueueFull):
-                self._note("queue")
                 after = {"Retry-After": str(math.ceil(error.retry_after))}
                 raise ApiError(429, str(error), None, "queue_full", after) from None
             if isinstance(error, EngineClosed):
@@ -167,6 +170,7 @@ async def _first(work: Awaitable[Any], left: asyncio.Future, end: float) -> Any:
             raise Gone
         raise TimeoutError
     finally:
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # which nobody else looks at
         task.cancel()
 
 

@@ -39,6 +39,11 @@ class Texts:
         self._thread = ThreadPoolExecutor(1, "fastprior-texts")
         self._seconds = 0.0  # of the last batch
 
+    @property
+    def waiting(self) -> int:
+        """How many texts wait, besides those that are being encoded."""
+        return sum(not future.done() for _, future in self._waiting)
+
     async def encode(self, texts: list[str]) -> list[Encoded]:
         """Encode texts, with whatever else waits.
 

@@ -5,10 +5,10 @@ import random as chance
 import pytest
 import torch
 
-from cpu.test_steps import CONFIGS, STEPS, conditioned, inputs, network, prepare
 from fastprior.kernels import ops
 from fastprior.kernels.cpu import library as cpu_library
 from helpers.cpu_cases import BF16, FP32, NEEDS_KERNELS
+from helpers.step_cases import CONFIGS, STEPS, conditioned, inputs, network, prepare
 
 pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu_library.most_rows(FP32) < 32, reason="these steps have 32 tokens")]
 PROMPTS = 7

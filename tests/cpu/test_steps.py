@@ -16,42 +16,10 @@ from fastprior.kernels.cpu import run as cpu_run
 from fastprior.prior import loop
 from helpers.cpu_cases import BF16, EPS, FP32, NEEDS_KERNELS, check, random, threads, through_reference
 from helpers.priors import make_prior, make_text, relative_error, sample
+from helpers.step_cases import CONFIGS, STEPS, conditioned, inputs, network, prepare
 
 pytestmark = [NEEDS_KERNELS, pytest.mark.skipif(cpu_library.most_rows(FP32) < 32, reason="these steps have 32 tokens")]
-STEPS = 5
-CONFIGS = {
-    "plain": {},
-    "two-times": dict(num_time_embeds=2),
-    "continuous": dict(num_timesteps=None, normformer=True),
-    "odd": dict(dim=33, dim_head=7, heads=5, ff_mult=1.5, rotary_emb=False),
-}
 LOOP = dict(clamp=None, radius=1.5, scale=2.5)
-
-
-def network(dtype=FP32, **config):
-    torch.manual_seed(0)
-    sizes = dict(dim=40, depth=2, heads=3, dim_head=12, num_timesteps=STEPS, max_text_len=4)
-    net = DiffusionPriorNetwork(**sizes | config).eval().requires_grad_(False)
-    for weight in net.parameters():
-        if weight.ndim == 2:
-            weight.copy_(torch.randn(weight.shape) * 0.2)
-    return net.to(dtype)
-
-
-@torch.no_grad()
-def conditioned(net, prompts=2, samples=4):
-    times = torch.linspace(0, 1, STEPS) if net.num_timesteps is None else torch.arange(STEPS)
-    text = random(prompts, net.dim, seed=1), random(prompts, 3, net.dim, seed=2)
-    dtype = net.stream_dtype
-    return net.share(net.prefill(*(t.to(dtype) for t in text), times), samples)
-
-
-def inputs(net, rows, dtype=FP32):
-    """x, noise of each step, the null table, coefficients."""
-    tables = random(STEPS, net.dim, seed=5), random(STEPS, 6, seed=6) * 0.5
-    noise = [random(rows, net.dim, seed=number) if number % 3 else None for number in range(STEPS)]
-    given = random(rows, net.dim, seed=3), noise, *tables
-    return [t.to(dtype) if torch.is_tensor(t) else [n if n is None else n.to(dtype) for n in t] for t in given]
 
 
 @torch.no_grad()
@@ -65,12 +33,6 @@ def by_steps(net, samples, dtype=FP32, clamp=None, radius=1.5, scale=2.5):
         drawn = torch.zeros_like(x) if drawn is None else drawn
         x, x0 = step(tables, scale, x, x0, drawn, torch.tensor(number))
     return x
-
-
-def prepare(net, samples=4, cond=None, clamp=None, radius=1.5, scale=2.5, **changes):
-    _, _, null, table = inputs(net, 2 * samples)
-    given = dict(coefficients=table, null_table=null, cond_scale=scale, clamp=clamp, radius=radius) | changes
-    return net.prepare_run(cond or conditioned(net, samples=samples), 2 * samples, **given)
 
 
 def by_calls(net, samples=4, parts=(2, 3), **loop):

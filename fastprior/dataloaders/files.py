@@ -154,11 +154,13 @@ class ShardFile:
         edges: row numbers between which rows are decoded together, from 0 to `rows`; None where any row is as near.
         nulls: captions that are missing, as far as the header says.
         fill: read rows that are missing, or of another width, as NaN; ShardError otherwise.
+        absent: what is read for captions that are missing; None leaves them null.
     """
 
     dtype: str = "float32"
     stored = np.dtype("float32")
     fill = False
+    absent: str | None = ""
     rows: int = 0
     shape: tuple[int, ...] = ()
     edges: np.ndarray | None = None
@@ -380,7 +382,7 @@ class ParquetColumn(ShardFile):
             return column.combine_chunks()
         column = column.cast(pa.large_string()).combine_chunks()
         column.validate(full=True)  # that all of it is UTF-8
-        return column.fill_null("")
+        return column if self.absent is None else column.fill_null(self.absent)
 
     def _floats(self, array: pa.Array) -> np.ndarray:
         whole = pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False) == self.shape[0]

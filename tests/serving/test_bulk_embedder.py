@@ -14,7 +14,7 @@ from fastprior.dataloaders.files import ShardError
 from fastprior.serving.bulk import Embedder, Manifest, Options, embed_shards, find_shards, row_seed, share_of
 from helpers.bulk_cases import DIM, SIZES, entry, images, write_caption_files, write_npy, write_prior, written
 from helpers.priors import WordClip, make_prior
-from helpers.shard_cases import captions_of, rows_of
+from helpers.shard_cases import captions_of, rows_of, write_captions
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,45 @@ def test_rows_that_are_missing_and_pages_that_are_corrupt(prior, tmp_path):
     (source / "part_02.parquet").write_bytes(data)
     with pytest.raises(ShardError, match="part_02.parquet: cannot be read"):
         run(prior, source, tmp_path / "other", on_bad="skip")
+
+
+class SpoilingClip(WordClip):
+    """It encodes captions that begin with "bad" as NaN, those that begin with "zero" as 0."""
+
+    def tokenize(self, texts):
+        self.values = [dict(bad=torch.nan, zero=0.0).get(text.partition(" ")[0]) for text in texts]
+        return super().tokenize(texts)
+
+    def embed_text(self, text):
+        embedded = super().embed_text(text)
+        for row, value in enumerate(self.values):
+            if value is not None:
+                embedded.text_embed[row] = value
+        return embedded
+
+
+@pytest.mark.parametrize(
+    "spoilt, fault",
+    [
+        (None, "is missing"),
+        ("bad caption", "is encoded by the CLIP as what is not finite, or of norm 0"),
+        ("zero caption", "is encoded by the CLIP as what is not finite, or of norm 0"),
+    ],
+)
+def test_captions_that_are_missing_or_that_the_clip_spoils(tmp_path, spoilt, fault):
+    prior, source = make_prior(clip=SpoilingClip(), image_embed_dim=None), tmp_path / "in"
+    captions = captions_of(3, 9)
+    source.mkdir()
+    write_captions(source / "captions_03.parquet", captions)
+    run(prior, source, tmp_path / "good", batch_size=4)
+    write_captions(source / "captions_03.parquet", [*captions[:5], spoilt, *captions[6:8], spoilt])
+    with pytest.raises(ShardError, match=f"captions_03.parquet: row 5 {fault}; --on-bad skip writes NaN"):
+        run(prior, source, tmp_path / "out", batch_size=4)
+    assert run(prior, source, tmp_path / "out", batch_size=4, on_bad="skip") == (1, 9, 2, 0)
+    found, wanted = (images(tmp_path / name)["img_emb_03.npy"] for name in ("out", "good"))
+    kept = np.isfinite(found).all(axis=1)
+    assert np.flatnonzero(~kept).tolist() == [5, 8] and np.isnan(found[~kept]).all()
+    np.testing.assert_allclose(found[kept], wanted[kept], rtol=0, atol=1e-5)
 
 
 def test_results_that_are_not_finite_are_bad(source, tmp_path):

@@ -88,6 +88,12 @@ def _weights(prior: DiffusionPrior) -> str:
     return hashlib.sha256(f"{digests(prior, ['float32'])['float32']} {built}".encode()).hexdigest()
 
 
+def _usable(text: dict[str, Tensor]) -> Tensor:
+    """Of each row of what a CLIP made: whether it is finite, and its embedding not of norm 0."""
+    finite = [tensor.flatten(1).isfinite().all(dim=1) for tensor in text.values()]
+    return torch.stack([*finite, text["text_embed"].ne(0).any(dim=1)]).all(dim=0)
+
+
 class Embedder:
     """Embeds shards with one prior and one set of options.
 
@@ -197,6 +203,7 @@ class Embedder:
         good = np.ones(len(next(iter(columns.values()))), bool)
         for column, values in columns.items():
             if column == "text":
+                good &= self._agree(values.is_valid().to_numpy(zero_copy_only=False), shard, column, start, "missing")
                 continue
             flat = values.reshape(len(values), -1).astype(np.float32)
             good &= self._agree(np.isfinite(flat).all(axis=1), shard, column, start, "missing, or not finite")
@@ -212,30 +219,42 @@ class Embedder:
 
     def _rows(self, shard: InputShard, block: Block, saved: np.dtype, bad: list[int]) -> np.ndarray:
         """The embeddings of a block, (rows, dim), of NaN where a row is bad, which `bad` is told."""
-        rows = np.full((block.rows, self.prior.image_embed_dim), np.nan, saved)
-        where = np.flatnonzero(block.good)
-        if len(where):
-            try:
-                found = self._sample(shard, block, where)
-            except (RuntimeError, ValueError) as error:  # no memory; a CLIP that gives NaN
-                what = f"rows {block.start} to {block.start + block.rows - 1} cannot be embedded ({error})"
-                raise ShardError(shard.name, what) from error
-            with np.errstate(over="ignore"):
-                rows[where] = found.float().cpu().numpy()
-        finite = np.isfinite(rows).all(axis=1)
-        self._agree(finite | ~block.good, shard, next(iter(shard.files)), block.start, "embedded as what is not finite")
+        rows, good = np.full((block.rows, self.prior.image_embed_dim), np.nan, saved), block.good.copy()
+        try:
+            text = self._text(block)
+            if "text" in block.columns and text:
+                good[good] = _usable(text).cpu().numpy()
+                fault = "encoded by the CLIP as what is not finite, or of norm 0"
+                self._agree(good | ~block.good, shard, "text", block.start, fault)
+                text = {name: tensor[torch.from_numpy(good[block.good])] for name, tensor in text.items()}
+            if good.any():
+                found = self._sample(shard, block.start + np.flatnonzero(good), text)
+                with np.errstate(over="ignore"):
+                    rows[good] = found.float().cpu().numpy()
+        except ShardError:
+            raise
+        except (RuntimeError, ValueError) as error:  # no memory, for one
+            what = f"rows {block.start} to {block.start + block.rows - 1} cannot be embedded ({error})"
+            raise ShardError(shard.name, what) from error
+        finite, first = np.isfinite(rows).all(axis=1), next(iter(shard.files))
+        self._agree(finite | ~good, shard, first, block.start, "embedded as what is not finite")
         rows[~finite] = np.nan
         bad += (block.start + np.flatnonzero(~finite)).tolist()
         return rows
 
-    def _sample(self, shard: InputShard, block: Block, where: np.ndarray) -> Tensor:
-        """Embeddings of those rows of a block."""
-        prior, options = self.prior, self.options
+    def _text(self, block: Block) -> dict[str, Tensor]:
+        """What the prior is conditioned on in the good rows of a block; empty where there are none."""
+        where = np.flatnonzero(block.good)
+        if not len(where):
+            return {}
         if "text" in block.columns:
-            text = prior.text_condition(block.columns["text"].to_pylist(), None, None)
-        else:
-            tensors = {c: torch.from_numpy(np.ascontiguousarray(rows[where])) for c, rows in block.columns.items()}
-            text = {c: rows.to(prior.device).float() for c, rows in tensors.items()}
+            return self.prior.text_condition([block.columns["text"][int(i)].as_py() for i in where], None, None)
+        tensors = {c: torch.from_numpy(np.ascontiguousarray(rows[where])) for c, rows in block.columns.items()}
+        return {column: rows.to(self.prior.device).float() for column, rows in tensors.items()}
+
+    def _sample(self, shard: InputShard, rows: np.ndarray, text: dict[str, Tensor]) -> Tensor:
+        """Embeddings of those rows of a shard."""
+        options = self.options
         samples = range(options.samples_per_prompt)
-        seeds = [row_seed(options.seed, shard.name, int(block.start + i), k) for i in where for k in samples]
+        seeds = [row_seed(options.seed, shard.name, int(row), sample) for row in rows for sample in samples]
         return self.sampler(**text, cond_scale=options.cond_scale, generator=seeds)

@@ -165,7 +165,7 @@ def _open(source: _Source, number: int, columns: dict[str, str], only: ShardFile
         file = NpyFile(source.fs, path, DIMENSIONS[source.column])
     else:
         file = ParquetColumn(source.fs, path, columns[source.column], DIMENSIONS[source.column])
-    file.fill = source.column != "text"  # rows that are missing are NaN, which is met when they are read
+    file.fill, file.absent = True, None  # rows that are missing are NaN or null, which is met when they are read
     if only is not None and file.rows != only.rows:
         raise ShardError(file.name, f"{file.rows} rows, and {only.rows} in {only.name}")
     return file

@@ -107,8 +107,7 @@ def make_embedder(args: argparse.Namespace, captions: bool) -> Embedder:
     steps = dict(timesteps=args.steps, solver=args.solver, spacing=args.spacing, cond_scale=args.cond_scale)
     kinds = dict(dtype=args.dtype, quantise=args.quantise, saved=args.save_dtype)
     options = Options(**steps, **kinds, samples_per_prompt=args.samples_per_prompt, seed=args.seed)
-    clip = [args.clip_model, args.clip_pretrained] if args.clip_model else str(prior.text_encoder)
-    return Embedder(prior, options, batch_size=args.batch_size, on_bad=args.on_bad, text_encoder=clip)
+    return Embedder(prior, options, batch_size=args.batch_size, on_bad=args.on_bad)
 
 
 def _embed_on_ray(args: argparse.Namespace, captions: bool, device: str, shards: list, manifest: Manifest, begin):

@@ -140,7 +140,7 @@ def test_captions(capsys, tmp_path, monkeypatch):
     assert embed(source, out, given, "--clip-model", "letters", "--clip-pretrained", "letters.pt") == 0
     assert images(out)["img_emb_01.npy"].shape == (5, DIM)
     made = json.loads((out / "manifest/run.json").read_text())
-    assert made["columns"] == ["text"] and made["text_encoder"] == ["letters", "letters.pt"]
+    assert made["columns"] == ["text"] and made["text_encoder"]["model"] == "WordClip"
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Rows of a bulk run: each depends on its text and its name alone, bad ones are named or NaN, and files are whole."""
 
 import errno
-import json
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,7 @@ import torch
 import fastprior
 from fastprior.dataloaders.files import ShardError
 from fastprior.serving.bulk import Embedder, Manifest, Options, embed_shards, find_shards, row_seed, share_of
-from helpers.bulk_cases import DIM, SIZES, entry, images, write_caption_files, write_npy, write_prior, written
+from helpers.bulk_cases import DIM, SIZES, entry, images, write_caption_files, write_npy, written
 from helpers.priors import WordClip, make_prior
 from helpers.shard_cases import captions_of, rows_of, write_captions
 
@@ -307,13 +306,3 @@ def test_options_and_parts_are_checked(prior, tmp_path):
         share_of([1, 2, 3], 3, 2)
     shares = [share_of(list(range(7)), part, 3) for part in (1, 2, 3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
-
-
-@pytest.mark.slow
-def test_checkpoints_of_the_same_weights_are_the_same(prior, source, tmp_path):
-    loaded = fastprior.load(write_prior(tmp_path / "prior.safetensors"))
-    one, other = (Embedder(each).run(find_shards(source)) for each in (prior, loaded))
-    assert one == other and json.dumps(one)
-    with torch.no_grad():
-        loaded.net.learned_query[0] += 1e-3
-    assert Embedder(loaded).run(find_shards(source))["weights"] != one["weights"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastprior.checks import check_choice, check_count, check_number
 from fastprior.dataloaders.files import RowGroups, ShardError
 from fastprior.prior.diffusion_prior import DiffusionPrior
-from fastprior.prior.learned import digests
+from fastprior.serving.bulk import fingerprints
 from fastprior.serving.bulk.inputs import InputShard
 from fastprior.serving.bulk.manifest import Manifest
 from fastprior.serving.prior_sampler import PriorSampler, default_run
@@ -82,14 +82,8 @@ class Block(NamedTuple):
         return len(self.good)
 
 
-def _weights(prior: DiffusionPrior) -> str:
-    """SHA-256 of all that a prior predicts with: weights, schedule, and how the network is built."""
-    built = json.dumps(prior.net.config, sort_keys=True, default=str)
-    return hashlib.sha256(f"{digests(prior, ['float32'])['float32']} {built}".encode()).hexdigest()
-
-
 def _usable(text: dict[str, Tensor]) -> Tensor:
-    """Of each row of what a CLIP made: whether it is finite, and its embedding not of norm 0."""
+    """Which rows a prior can take of what a CLIP made: those that are finite, and whose embedding is not of norm 0."""
     finite = [tensor.flatten(1).isfinite().all(dim=1) for tensor in text.values()]
     return torch.stack([*finite, text["text_embed"].ne(0).any(dim=1)]).all(dim=0)
 
@@ -106,7 +100,6 @@ class Embedder:
         batch_size: rows that run together.
         on_bad: rows whose text has numbers that are not finite, or norm 0, or whose result is not finite: "error"
             raises, "skip" writes rows of NaN in their place and counts them.
-        text_encoder: what is noted of the CLIP that encodes captions.
 
     Raises:
         ValueError: the prior cannot be cached, or an argument does not fit.
@@ -119,7 +112,6 @@ class Embedder:
         *,
         batch_size: int = 64,
         on_bad: str = "error",
-        text_encoder: Any = None,
     ):
         check_choice("on_bad", on_bad, ON_BAD)
         check_count("batch_size", batch_size)
@@ -128,17 +120,20 @@ class Embedder:
         built = dict(batch_sizes=(batch_size,), samples_per_prompt=options.samples_per_prompt, dtype=dtype)
         self.sampler = PriorSampler(prior, **steps, **built, quantise=options.quantise)
         self.prior, self.options, self.batch_size, self.on_bad = prior, options, batch_size, on_bad
-        self.text_encoder = text_encoder
 
     def run(self, shards: list[InputShard]) -> dict[str, Any]:
         """What results of shards depend on, as a `Manifest` keeps it."""
         prior, options, columns = self.prior, self.options, sorted(shards[0].files) if shards else []
         timesteps, _, spacing, _ = default_run(prior, options.timesteps, options.solver, options.spacing, None)
-        solver = dict(timesteps=timesteps, solver=self.sampler.plan.table.solver, spacing=spacing)
+        table = self.sampler.plan.table
+        steps = dict(
+            timesteps=timesteps, solver=table.solver, spacing=spacing, learned_table=fingerprints.of_table(table)
+        )
         dtype = options.dtype or str(self.sampler.dtype).removeprefix("torch.")
         where = dict(device=prior.device.type, dtype=dtype)  # generators of other devices draw other noise
-        encoder = self.text_encoder if "text" in columns else None
-        return dict(asdict(options), **where | solver, columns=columns, text_encoder=encoder, weights=_weights(prior))
+        encoder = fingerprints.of_clip(prior.clip) if "text" in columns and prior.clip is not None else None
+        made_with = dict(weights=fingerprints.of_prior(prior), text_encoder=encoder)
+        return dict(asdict(options), **where, **made_with, columns=columns) | steps
 
     def check(self, shards: list[InputShard]) -> None:
         """Raise ShardError for a shard whose columns, or their widths, are not what the prior takes."""

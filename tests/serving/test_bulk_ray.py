@@ -8,10 +8,12 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
+import fastprior  # noqa: E402
+from fastprior.demos import digits  # noqa: E402
 from fastprior.serving.bulk import Embedder, Manifest, Options, find_shards  # noqa: E402
 from fastprior.serving.bulk.ray_actors import TRIES, embed_on_ray  # noqa: E402
 from helpers import ROOT  # noqa: E402
-from helpers.bulk_cases import embed, write_npy, write_prior, written  # noqa: E402
+from helpers.bulk_cases import embed, write_caption_files, write_npy, write_prior, written  # noqa: E402
 from helpers.command_line import error_of, run  # noqa: E402
 from helpers.priors import make_prior  # noqa: E402
 
@@ -69,6 +71,19 @@ def test_the_command(given, tmp_path, capsys):
         capsys, "embed", tmp_path / "in", tmp_path / "x", "--checkpoint", checkpoint, "--ray", "--actors", 9
     )
     assert "actors=9; Ray has 2 cores, and each actor takes at least one" in said
+
+
+def test_captions_of_a_checkpoint_that_is_named_from_here(cluster, tmp_path, capsys, monkeypatch):
+    """Actors run in another folder, and make the CLIP themselves, which must be that of the manifest."""
+    monkeypatch.chdir(tmp_path)
+    write_caption_files(tmp_path / "in", {1: 5, 2: 3})
+    prior = make_prior(dict(dim=digits.DIM, max_text_len=digits.MAX_WORDS), image_channels=1)
+    fastprior.save(prior, tmp_path / "prior.safetensors", metadata=dict(text_encoder=digits.NAME))
+    given = "--checkpoint", "prior.safetensors", "--steps", 4
+    for out, more in (("plain", ()), ("ray", ("--ray", "--actors", 2))):
+        status, said, complaints = run(capsys, "embed", "in", out, *given, *more)
+        assert (status, said) == (0, f"wrote {out}: 8 rows of 2 shards\n"), complaints
+    assert written(tmp_path / "ray") == written(tmp_path / "plain")
 
 
 def test_killed_actors_are_replaced(given, tmp_path):

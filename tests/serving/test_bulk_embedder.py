@@ -204,6 +204,23 @@ def test_results_that_are_not_finite_are_bad(source, tmp_path):
         embedder.embed(shards[0], manifest)
 
 
+@pytest.mark.parametrize("saved, value", [("float32", np.inf), ("float16", 1e5)], ids=["inf", "beyond-fp16"])
+def test_results_that_are_partly_not_finite_are_wholly_nan(prior, source, tmp_path, saved, value):
+    embedder = Embedder(prior, Options(saved=saved), on_bad="skip")
+    shards = find_shards(source)
+    manifest = Manifest(tmp_path / "out", embedder.run(shards))
+
+    def sampler(text_embed, **_):
+        rows = torch.ones(len(text_embed), DIM)
+        rows[4, 3] = value
+        return rows
+
+    embedder.sampler = sampler
+    assert embedder.embed(shards[0], manifest)["first_bad_rows"] == [4]
+    rows = images(tmp_path / "out")["img_emb_00.npy"]
+    assert np.isnan(rows[4]).all() and (np.delete(rows, 4, axis=0) == 1).all()
+
+
 def test_shards_of_other_widths_are_refused(prior, source, tmp_path):
     np.save(source / "text_emb/text_emb_10.npy", np.ones((23, 16), np.float32))
     with pytest.raises(ShardError, match="text_emb_10.npy: rows are 16 wide; this prior takes text_embed of 32"):

@@ -64,7 +64,7 @@ def test_bad_rows(capsys, folders, checkpoint):
     rows[7] = np.nan
     np.save(source / "text_emb/text_emb_02.npy", rows)
     said = error_of(capsys, "embed", source, out, "--checkpoint", checkpoint)
-    assert "text_emb_02.npy: row 7 is missing, or not finite; --on-bad skip writes NaN in its place" in said
+    assert "text_emb_02.npy: row 7 is not finite; --on-bad skip writes NaN in its place" in said
     assert run(capsys, "embed", source, out, "--checkpoint", checkpoint, "--on-bad", "skip") == (
         0, f"wrote {out}: 73 rows of 2 shards, 1 of them bad, which are NaN; 1 shards were there\n", "",
     )  # fmt: skip

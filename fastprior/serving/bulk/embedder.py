@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprior.checks import check_choice, check_count, check_number
-from fastprior.dataloaders.files import RowGroups, ShardError
+from fastprior.dataloaders.files import ParquetColumn, RowGroups, ShardError
 from fastprior.prior.diffusion_prior import DiffusionPrior
 from fastprior.serving.bulk import fingerprints
 from fastprior.serving.bulk.inputs import InputShard
@@ -201,7 +201,9 @@ class Embedder:
                 good &= self._agree(values.is_valid().to_numpy(zero_copy_only=False), shard, column, start, "missing")
                 continue
             flat = values.reshape(len(values), -1).astype(np.float32)
-            good &= self._agree(np.isfinite(flat).all(axis=1), shard, column, start, "missing, or not finite")
+            listed = isinstance(shard.files[column], ParquetColumn)
+            fault = "missing, of another width, or not finite" if listed else "not finite"
+            good &= self._agree(np.isfinite(flat).all(axis=1), shard, column, start, fault)
             if column == "text_embed":
                 good &= self._agree(~good | (np.abs(flat).max(axis=1) > 0), shard, column, start, "of norm 0")
         return Block(start, columns, good)

@@ -74,7 +74,7 @@ setup(
         "onnx": ONNX,
         "serve": SERVE,
         "hub": ["huggingface_hub>=0.20"],
-        "ray": ["ray>=2.40"],
+        "ray": ["ray[serve]>=2.40"],
         "deepspeed": ["deepspeed>=0.19"],
         "diffusers": DIFFUSERS,
         "interop": INTEROP,

@@ -8,10 +8,12 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import torch
 import torch.nn.functional as F
 import uvicorn
+from torch import Tensor
 
 from fastprior.server.app import Server
 
@@ -84,14 +86,18 @@ def serve(server: Server, bound: socket.socket, log_level: str = "warning") -> i
     return int(running.force_exit or stats["running"] + stats["waiting"] > 0)
 
 
-async def _warm_up(server: Server) -> None:
-    """Let one request through, which builds, compiles and measures what the others find ready."""
+def first_request(server: Server) -> Future[Tensor]:
+    """Ask for an embedding, which builds, compiles and measures what later requests find ready."""
     prior = server.prior
     text = dict(text_embed=F.normalize(torch.ones(prior.net.text_embed_dim), dim=-1))
     if prior.condition_on_text_encodings:
         text["text_encodings"] = torch.ones(1, prior.net.text_dim)
+    return server.engine.submit(**text, seed=0)
+
+
+async def _warm_up(server: Server) -> None:
     try:
-        await asyncio.wrap_future(server.engine.submit(**text, seed=0))
+        await asyncio.wrap_future(first_request(server))
     except Exception:
         _log.exception("the first request failed; the server is not ready")
         return

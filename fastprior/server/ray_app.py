@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -31,7 +31,7 @@ class Args(BaseModel):
     Attributes:
         checkpoint: of a prior; a path that all machines have.
         name: of the model, in requests and answers; by default the file's, without its suffix.
-        api_key: that requests under /v1 must carry; by default FASTPRIOR_API_KEY of a replica's environment.
+        api_key: that requests under /v1 must carry; by default FASTPRIOR_API_KEY of the environment.
         clip: encodes texts, as `prior.clip` of training configs describes it; by default none, and texts are refused.
         device: "cpu" or "cuda"; by default "cuda" where the replica sees one.
         dtype: of the network.
@@ -48,11 +48,11 @@ class Args(BaseModel):
     clip: dict[str, Any] | None = None
     device: Literal["cpu", "cuda"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    steps: int | None = None
+    steps: int | None = Field(None, ge=1)
     solver: str | None = None
     spacing: str | None = None
-    rows: int | None = None
-    waiting: int = 256
+    rows: int | None = Field(None, ge=1)
+    waiting: int = Field(256, ge=1)
     alike: bool = False
     most_rows: int = 64
     most_body: int = 32 * 2**20
@@ -97,7 +97,7 @@ class Replica:
         """What the server's application answers; routes and the key are looked at below the prefix of the route."""
         scope, found = dict(request.scope), Response()
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        scope |= dict(path=path, raw_path=path.encode(), root_path="")
+        scope |= dict(path=path, root_path="")
         parts = []
 
         async def send(message: dict) -> None:
@@ -158,5 +158,5 @@ def build(args: dict[str, Any]) -> Any:
         ImportError: there is no Ray Serve.
     """
     asked = Args.model_validate(args)
-    asked.settings()
+    asked.api_key = asked.settings().api_key  # of this environment, which replicas elsewhere may not have
     return deploy(partial(Args.server, asked), waiting=asked.waiting, drain=asked.drain)

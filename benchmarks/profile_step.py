@@ -87,7 +87,7 @@ def _launch_named(sizes: dict[str, int], dtype: torch.dtype, kernel, grid, args:
     shapes = [arg.shape for arg in args if torch.is_tensor(arg)]
     label = _label(kernel.fn.__name__, shapes)
     sizes[label] = _bytes(shapes, dtype)
-    names = {"launch_pdl": "dependent", "launch_cooperative_grid": "cooperative"}
+    names = {"launch_pdl": "dependent", "launch_cooperative_grid": "cooperative", "maxnreg": "registers"}
     options = {names.get(name, name): value for name, value in options.items()}
     with record_function(label), launch.instead(None):
         launch.launch(kernel, grid, *args, **options, **constants)

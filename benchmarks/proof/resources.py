@@ -46,7 +46,7 @@ DEFAULT_RECORD = RECORDS / f"triton-{VERSION}.jsonl"
 IDENTITY = "kernel", "arch", "pointers", "constants", "num_warps", "num_stages"
 SAMPLED = 25  # one of so many lines of a record is compiled each day
 OWN_ACCORD = 32  # bytes that the assembler keeps on the stack to use fewer registers than it may: all kernels may
-WIDE = "8 bytes in a loop over all columns or rows; no smaller tile was tried"
+WIDE = "8 or 16 bytes in a loop over all columns or rows; no smaller tile was tried"
 UNALIGNED = "heads of 65 to 127 features that are no multiple of 16: every element takes an address of its own"
 
 
@@ -74,14 +74,18 @@ SPILLS_KNOWN = (
         *("_decode_attention_fwd_kernel", ("bf16",), "unaligned BLOCK_D=128"),
         *({"3.6.0": 176, "3.8.0": 24, "3.9.0": 224}, UNALIGNED + "; over a cache of fp32"),
     ),
-    Spill("_decode_attention_fwd_kernel", ("bf16",), "BLOCK_D=64 BLOCK_M=16 BLOCK_N=64", {"3.9.0": 8}, WIDE),
+    Spill("_decode_attention_fwd_kernel", ("bf16",), "BLOCK_D=64 BLOCK_M=16 BLOCK_N=64", {"3.9.0": 16}, WIDE),
     Spill(
-        *("_skinny_linear_fwd_kernel", ("bf16", "fp16"), "BLOCK_M=8 BLOCK_N=64", {"3.9.0": 72}),
-        "rows are held beside a tile of weights; half of it would be two waves of programs",
+        *("_skinny_linear_fwd_kernel", ("bf16",), "AHEAD=8 BLOCK_M=8 CHUNKS=32", {"3.6.0": 64}),
+        "on 8.0, where no launch is limited to fewer registers",
     ),
     Spill(
-        *("_skinny_linear_fwd_kernel", ("fp32",), "BLOCK_M=8 BLOCK_N=32 CHUNKS=4", {"3.9.0": 112}),
-        "rows of 2,048 are held beside a tile of weights; a norm of its own would cost a launch",
+        *("_skinny_linear_fwd_kernel", ("bf16",), "AHEAD=2 BLOCK_M=16 CHUNKS=2 HOLDS", {"3.8.0": 64, "3.9.0": 88}),
+        "of 16 rows that are held beside weights of 8 bits; with fewer weights ahead the wait would show",
+    ),
+    Spill(
+        *("_attend_project_fwd_kernel", ("bf16",), "HEADS=16 OPERAND=bf16 REST=16 TOKENS=4", {"3.6.0": 8, "3.9.0": 8}),
+        "on 8.0, of more heads than the published configurations have",
     ),
     Spill("_attention_bwd_dq_kernel", ("fp32",), "DIM=100", {"3.6.0": 8, "3.8.0": 16, "3.9.0": 16}, UNALIGNED),
     Spill("_attention_bwd_dq_kernel", ("fp32",), "DIM=128", {"3.9.0": 8}, WIDE),
@@ -146,7 +150,8 @@ def describe(variant: Variant) -> str:
         for name, value in variant.constants
         if value is not False and value is not None
     ]
-    return " ".join([*words, *(name for name, _ in variant.flags)])
+    words += [name if value is True else f"{name}={value}" for name, value in variant.flags]
+    return " ".join(words)
 
 
 def read_record(path: Path) -> dict[tuple, dict]:

@@ -102,6 +102,7 @@ def launched(kernel, grid, args, options, constants) -> Launch:
     flags = dict(
         cooperative=options.get("launch_cooperative_grid", False), dependent=options.get("launch_pdl", False),
         num_warps=options["num_warps"], num_stages=options["num_stages"],
+        registers=options.get("maxnreg"),
     )  # fmt: skip
     with launch.recording() as recorded:
         launch.launch(kernel, grid, *args, **flags, **constants)

@@ -18,8 +18,10 @@ from ..reference import Rotary
 from . import launch
 from .decode import MAX_SUFFIX, load_heads, load_prefix, load_rotary, prepare_heads
 from .launch import ceil_div, power_of_2, row_strides
-from .skinny_linear import MULTIPROCESSORS, OPERANDS, TILE_BYTES, Weight
+from .skinny_linear import MULTIPROCESSORS, OPERANDS, Weight
+from .tiles import in_order, sum_parts
 
+TILE_BYTES = 112 * 1024  # of weights
 MAX_QUERIES = 64  # tokens times heads, both rounded up to powers of two: more take longer than a launch
 MAX_PREFIX = 128  # columns of the cache, that a program attends to at once
 
@@ -32,11 +34,12 @@ def _attend_project_fwd_kernel(
     stride_q_seq, stride_k_seq, stride_v_seq, stride_prefix_k_seq, stride_prefix_v_seq, stride_cos, stride_sin,
     stride_bias_seq, stride_bias_head, stride_bias_column, stride_weight_row, stride_out_row,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, REST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SUFFIX: tl.constexpr, COSINE: tl.constexpr, OPERAND: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr, BLOCK_SUFFIX: tl.constexpr,
+    COSINE: tl.constexpr, OPERAND: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
+    LOG2E: tl.constexpr = 1.4426950408889634  # powers of 2 take less time
     QUERIES: tl.constexpr = TOKENS * HEADS
     query = tl.arange(0, QUERIES)
     token, head = query // HEADS, query % HEADS
@@ -48,10 +51,15 @@ def _attend_project_fwd_kernel(
     result = tl.arange(0, BLOCK_N)
     column = tl.program_id(0) * span + result
     in_tile = (result < span) & (column < outputs)
-    part, feature = tl.arange(0, HEADS)[:, None, None], tl.arange(0, BLOCK_D)[None, None, :]
-    weight_at = column.to(tl.int64)[None, :, None] * stride_weight_row + part * dim_head + feature
-    in_weight = in_tile[None, :, None] & (part < heads) & (feature < dim_head)
+    # as in a skinny linear: a head is a part of the sum, and weights stay in the registers where they arrive
+    head_of, feature = tl.arange(0, HEADS)[None, :, None, None], tl.arange(0, BLOCK_D)[None, None, None, :]
+    weight_row = tl.permute(tl.reshape(column.to(tl.int64), (BLOCK_N // 8, 8)), (1, 0))[:, None, :, None]
+    in_weight = tl.permute(tl.reshape(in_tile, (BLOCK_N // 8, 8)), (1, 0))[:, None, :, None]
+    in_weight = in_weight & (head_of < heads) & (feature < dim_head)
+    weight_at = weight_row * stride_weight_row + head_of * dim_head + feature
     weight = tl.load(weight_ptr + weight_at, mask=in_weight, other=0.0, eviction_policy="evict_first")
+    weight = tl.reshape(tl.permute(weight, (1, 2, 0, 3)), (HEADS, BLOCK_N, BLOCK_D))
+    weight = in_order(weight, HEADS, BLOCK_N, VECTOR)
     if out_bias_ptr is not None:
         out_bias = tl.load(out_bias_ptr + column, mask=in_tile, other=0.0).to(tl.float32)
     if out_scale_ptr is not None:
@@ -79,6 +87,9 @@ def _attend_project_fwd_kernel(
         sin_q = load_rotary(sin_ptr, rows, position, offs_d, stride_sin, width, 0.0)
         cos_k = load_rotary(cos_ptr, kept, own, offs_d, stride_cos, width, 1.0)
         sin_k = load_rotary(sin_ptr, kept, own, offs_d, stride_sin, width, 0.0)
+    extra, own_extra, scale = extra * LOG2E, own_extra * LOG2E, scale * LOG2E
+    if REST > 0:
+        rest_extra *= LOG2E
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
 
@@ -98,19 +109,23 @@ def _attend_project_fwd_kernel(
         rest_logits = tl.dot(q, tl.trans(rest_k.to(OPERAND)), input_precision="tf32x3") * scale + rest_extra
         top = tl.maximum(top, tl.max(rest_logits, axis=1))
     base = tl.where(top == -float("inf"), 0.0, top)[:, None]  # of rows that are none
-    weights, own_weights = tl.exp(logits - base), tl.exp(own_logits - base)
+    weights, own_weights = tl.exp2(logits - base), tl.exp2(own_logits - base)
     total = tl.sum(weights, axis=1) + tl.sum(own_weights, axis=1)
     acc = tl.dot(own_weights.to(OPERAND), v.to(OPERAND), input_precision="tf32x3")
     acc = tl.dot(weights.to(OPERAND), tile_v.to(OPERAND), acc, input_precision="tf32x3")
     if REST > 0:
-        rest_weights = tl.exp(rest_logits - base)
+        rest_weights = tl.exp2(rest_logits - base)
         total += tl.sum(rest_weights, axis=1)
         acc = tl.dot(rest_weights.to(OPERAND), rest_v.to(OPERAND), acc, input_precision="tf32x3")
     # results are rounded as where attention has a launch of its own; tokens and heads that are none are NaN so far
-    x = tl.where(rows[:, None], acc / total[:, None], 0.0).to(OPERAND)
-    x = tl.permute(tl.reshape(x, (TOKENS, HEADS, BLOCK_D)), (1, 2, 0))
-    y = tl.dot(weight.to(OPERAND), x, input_precision="tf32x3")
-    y = tl.sum(y, axis=0)  # (results, tokens)
+    x = tl.where(rows[:, None], acc * (1.0 / total)[:, None], 0.0).to(OPERAND)
+    x = in_order(tl.reshape(x, (TOKENS, HEADS, BLOCK_D)), TOKENS, HEADS, VECTOR)
+    y = tl.dot(weight.to(OPERAND), tl.permute(x, (1, 2, 0)), input_precision="tf32x3")
+    if HEADS < WARPS:
+        y = tl.sum(y, axis=0)  # (results, tokens)
+    else:
+        y = tl.sum(tl.reshape(y, (HEADS // WARPS, WARPS, BLOCK_N, TOKENS)), axis=0)
+        y = sum_parts(tl.permute(y, (1, 2, 0)), BLOCK_N, TOKENS, WARPS)
     if out_scale_ptr is not None:
         y *= out_scale[:, None]
     if out_bias_ptr is not None:
@@ -146,7 +161,7 @@ def attend_project_config(seq: int, heads: int, dim_head: int, prefix: int, outp
         block_c *= 2
     rest = prefix - block_c if prefix > block_c else 0
     rest = max(16, power_of_2(rest)) if rest else 0
-    block_n = max(16, power_of_2(span))
+    block_n = max(8, power_of_2(span))
     num_warps = 4 if tokens * block_heads <= 64 else 8  # more would compute the same twice
     return AttendProjectConfig(
         tokens, block_heads, max(32, power_of_2(dim_head)), block_c, rest, block_n, span, num_warps
@@ -196,7 +211,7 @@ def launch_attend_project(
         *row_strides(q, k, v, prefix_k, prefix_v, cos, sin), *((0, 0, 0) if bias is None else bias.stride()),
         *row_strides(weight.weight, out),
         TOKENS=config.tokens, HEADS=config.heads, BLOCK_D=config.block_d, BLOCK_C=config.block_c,
-        REST=config.rest, BLOCK_N=config.block_n, BLOCK_SUFFIX=MAX_SUFFIX,
-        COSINE=cosine, OPERAND=OPERANDS[q.dtype], DEPENDENT=launch.in_chain(), chained=True,
-        num_warps=config.num_warps, num_stages=1,
+        REST=config.rest, BLOCK_N=config.block_n, VECTOR=min(16 // weight.weight.itemsize, config.block_d // 4),
+        WARPS=config.num_warps, BLOCK_SUFFIX=MAX_SUFFIX, COSINE=cosine, OPERAND=OPERANDS[q.dtype],
+        DEPENDENT=launch.in_chain(), chained=True, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip

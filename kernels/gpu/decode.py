@@ -40,7 +40,7 @@ def prepare_heads(x, cos, sin, COSINE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D
         even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK_D // 2, 2)))
         x = x * cos + tl.reshape(tl.join(odd, even), (ROWS, BLOCK_D)) * sin
     if COSINE:
-        x = x / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)[:, None]
+        x *= tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), 1e-24))[:, None]
     return x
 
 

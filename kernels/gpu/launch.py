@@ -34,7 +34,7 @@ class Variant:
     constants: tuple[tuple[str, object], ...]  # constexprs, arguments that are None, and integers that are 1
     num_warps: int
     num_stages: int
-    flags: tuple[tuple[str, bool], ...]  # other options of the launch, such as ("launch_pdl", True)
+    flags: tuple[tuple[str, int], ...]  # other options of the launch, such as ("launch_pdl", True)
     divisible: tuple[str, ...] = field(compare=False)  # arguments that are multiples of 16: any call may differ
 
 
@@ -47,6 +47,7 @@ def launch(
     cooperative: bool = False,
     dependent: bool = False,
     chained: bool = False,
+    registers: int | None = None,
     **constants,
 ) -> None:
     """Run `kernel[grid]` on the device of its tensors; within `instead`, hand it over instead.
@@ -58,11 +59,14 @@ def launch(
         cooperative: all programs run at once, or the launch fails.
         dependent: it may begin before the launch before it has ended (compute capability 9.0).
         chained: the same within `chain`, but for the first launch there.
+        registers: of a thread, at most; None for as many as the compiler likes.
         **constants: the constexprs, by name.
     """
     options = dict(num_warps=num_warps, num_stages=num_stages)
     if cooperative:
         options["launch_cooperative_grid"] = True
+    if registers is not None:
+        options["maxnreg"] = registers
     links = getattr(_local, "links", None)
     if chained and links is not None:
         dependent, _local.links = links > 0, links + 1

@@ -24,105 +24,31 @@ from torch import Tensor
 
 from . import launch
 from .launch import ceil_div, power_of_2, row_strides
+from .tiles import (
+    add,
+    columns,
+    in_order,
+    join,
+    load_first,
+    load_rows,
+    load_tile,
+    load_vector,
+    moments,
+    multiply,
+    normed,
+    pairs,
+    store_total,
+)
 
 MAX_ROWS = 16
 MULTIPROCESSORS = 132  # of an H200: results are shared out so that all of them read
-TILE_BYTES = (
-    112 * 1024
-)  # of weights in shared memory: two programs, such as one and the next launch's, fit side by side
-CHUNK_BYTES = 32 * 1024  # that are under way at a time, behind those that were asked for before the wait
-HELD = 48 * 32  # numbers of rows with a norm that a warp's registers hold, with room for a tile of weights
+MOST = 64  # results of a program
+AHEAD = 64  # registers of a thread for weights that are asked for before the wait, of which short rows leave more
+HELD = 12  # numbers of rows with a norm that a thread holds; more are read again
+LONG = 2048  # columns
+MAX_HELD = 16896  # numbers of rows with a norm: longer ones have a launch of their own
+WARPS = 8
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _load_rows(ptr, row, in_rows, stride, k, dim, EVEN: tl.constexpr):
-    """Numbers of rows by parts of the sum, (parts, rows, columns)."""
-    mask = in_rows[None, :, None]
-    if not EVEN:
-        mask = mask & (k < dim)
-    at = row.to(tl.int64)[None, :, None] * stride + k
-    return tl.load(ptr + at, mask=mask, other=0.0, cache_modifier=".cg")  # others wrote it
-
-
-@triton.jit
-def _load_first(ptr, row, in_rows, stride):
-    """The first number of each row, (1, rows, 1)."""
-    first = tl.load(ptr + row.to(tl.int64) * stride, mask=in_rows, other=0.0, cache_modifier=".cg")
-    return first.to(tl.float32)[None, :, None]
-
-
-@triton.jit
-def _normed(chunks, first, gains, biases, k, dim, eps, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
-    """LayerNorm of rows in chunks, all fp32, and the factors of it: mean and reciprocal deviation.
-
-    Warps meet once: sums and squares are those of differences from a number of the row, its first. That is at most
-    sqrt(dim) deviations from the mean, so the variance is right to dim units in the last place at worst.
-    """
-    total, squares = tl.zeros(chunks[0].shape[:2], tl.float32), tl.zeros(chunks[0].shape[:2], tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        c = chunks[chunk] - first
-        if not EVEN:
-            c = tl.where(k + chunk * CHUNK < dim, c, 0.0)
-        total += tl.sum(c, axis=2)
-        squares += tl.sum(c * c, axis=2)
-    total, squares = tl.split(tl.sum(tl.join(total, squares), axis=0))
-    mean = (total / dim)[None, :, None]
-    rstd = tl.rsqrt(tl.maximum((squares / dim)[None, :, None] - mean * mean, 0.0) + eps)
-    mean += first
-    out = ()
-    for chunk in tl.static_range(CHUNKS):
-        y = (chunks[chunk] - mean) * rstd
-        if gains is not None:
-            y *= gains[chunk].to(tl.float32)
-        if biases is not None:
-            y += biases[chunk].to(tl.float32)
-        if not EVEN:
-            y = tl.where(k + chunk * CHUNK < dim, y, 0.0)
-        out += (y,)
-    return out, mean, rstd
-
-
-@triton.jit
-def _load_vector(ptr, k, dim, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
-    """A vector in chunks, for rows in chunks."""
-    out = ()
-    for chunk in tl.static_range(CHUNKS):
-        at = k + chunk * CHUNK
-        if EVEN:
-            out += (tl.load(ptr + at),)
-        else:
-            out += (tl.load(ptr + at, mask=at < dim, other=0.0),)
-    return out
-
-
-@triton.jit
-def _store_total(total_ptr, x, row, in_rows, at, dim):
-    """Write a chunk of a stream's sum."""
-    cell = total_ptr + row[None, :, None] * dim + at
-    tl.store(cell, x.to(total_ptr.dtype.element_ty), mask=in_rows[None, :, None] & (at < dim))
-
-
-@triton.jit
-def _load_tile(ptr, row, in_tile, stride, k, dim, EVEN: tl.constexpr):
-    """Weights of results by parts of the sum, (parts, results, columns); nobody reads them again soon."""
-    at = row.to(tl.int64)[None, :, None] * stride + k
-    mask = in_tile[None, :, None]
-    if not EVEN:
-        mask = mask & (k < dim)
-    return tl.load(ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _multiply(weight, x, y, OPERAND: tl.constexpr):
-    """Add the products of parts of the sum, (parts, results, rows): rows are the narrow side of the tensor cores."""
-    return tl.dot(weight.to(OPERAND), tl.permute(x.to(OPERAND), (0, 2, 1)), y, input_precision="tf32x3")
-
-
-@triton.jit
-def _halves(y, HALF: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The two halves of the rows of (2 * HALF, BLOCK_M)."""
-    return tl.split(tl.permute(tl.reshape(y, (2, HALF, BLOCK_M)), (1, 2, 0)))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -136,15 +62,18 @@ def _skinny_linear_fwd_kernel(
     group,  # rows whose results lie side by side
     stride_x_row, stride_weight_row, stride_second_row, stride_third_row, stride_stream_row, stride_residual_row,
     stride_out_group, stride_out_row, eps,
-    ACTIVATION: tl.constexpr, STABLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, STABLE: tl.constexpr, BLOCK_M: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr,  # results, that are computed together
+    PARTS: tl.constexpr, VECTOR: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
+    HOLDS: tl.constexpr, ROWS_AHEAD: tl.constexpr, EVEN: tl.constexpr,
     OPERAND: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
+    BLOCK_K: tl.constexpr = 4 * VECTOR
+    BLOCK_N: tl.constexpr = (4 if PIECES == 3 else PIECES) * PIECE  # a power of two
     CHUNK: tl.constexpr = PARTS * BLOCK_K  # columns, that fill dim where EVEN
     NORMED: tl.constexpr = STABLE or norm_gain_ptr is not None
-    HOLDS: tl.constexpr = NORMED or stream_ptr is not None
     tile, column = tl.program_id(0), 0  # where the results of this weight begin
     outputs = first_outputs
     if second_ptr is not None:
@@ -173,32 +102,111 @@ def _skinny_linear_fwd_kernel(
                 scale_ptr = tl.where(later, third_scale_ptr, scale_ptr)
 
     # before the wait: what no launch writes
-    k = tl.arange(0, PARTS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
-    result = tl.arange(0, BLOCK_N)
-    if ACTIVATION == "swiglu":  # values, then their gates
-        result = result % (BLOCK_N // 2)
-        in_tile = (result < span) & (tile * span + result < outputs)
-        weight_row = tile * span + result + tl.arange(0, BLOCK_N) // (BLOCK_N // 2) * outputs
-    else:
-        in_tile = (result < span) & (tile * span + result < outputs)
-        weight_row = tile * span + result
+    ROWS: tl.constexpr = min(BLOCK_M, 8)
+    read = columns(PARTS, 32 // ROWS, BLOCK_K)
+    some_row = tl.arange(0, ROWS)[None, :, None, None, None, None]
+    some_group = tl.arange(0, BLOCK_M // ROWS)[None, None, None, :, None, None]
+    k = tl.arange(0, PARTS)[None, None, :, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, None, :]
+    weight_rows, in_pieces = (), ()
+    for piece in tl.static_range(PIECES):
+        result, of_pair = piece * PIECE + tl.arange(0, PIECE), 0
+        if ACTIVATION == "swiglu":  # eight values, then their gates
+            of_pair = tl.arange(0, PIECE) // 8 * outputs
+            result = piece * 8 + tl.arange(0, PIECE) % 8
+        in_pieces += ((result < span) & (tile * span + result < outputs),)
+        weight_rows += (tile * span + result + of_pair,)
     tiles_ahead = ()
     for chunk in tl.static_range(AHEAD):
-        tiles_ahead += (_load_tile(weight_ptr, weight_row, in_tile, stride_weight_row, k + chunk * CHUNK, dim, EVEN),)
-    stream_gains, gains, biases = None, None, None
-    if stream_ptr is not None:
-        stream_gains = _load_vector(stream_gain_ptr, k, dim, CHUNKS, CHUNK, EVEN)
-        first_gain = tl.load(stream_gain_ptr).to(tl.float32)
-    if norm_gain_ptr is not None:
-        gains = _load_vector(norm_gain_ptr, k, dim, CHUNKS, CHUNK, EVEN)
+        for piece in tl.static_range(PIECES):
+            weight_row, in_piece = weight_rows[piece], in_pieces[piece]
+            tiles_ahead += (
+                load_tile(weight_ptr, weight_row, in_piece, stride_weight_row, chunk * CHUNK, dim, PARTS, VECTOR, EVEN),
+            )
+    stream_gains, gains, biases = (), (), ()
+    for chunk in tl.static_range(ROWS_AHEAD):
+        at = read + chunk * CHUNK
+        if stream_ptr is not None:
+            stream_gains += (load_vector(stream_gain_ptr, some_row, at, dim, EVEN),)
+        if norm_gain_ptr is not None:
+            gains += (load_vector(norm_gain_ptr, some_row, at, dim, EVEN),)
         if norm_bias_ptr is not None:
-            biases = _load_vector(norm_bias_ptr, k, dim, CHUNKS, CHUNK, EVEN)
+            biases += (load_vector(norm_bias_ptr, some_row, at, dim, EVEN),)
+    share = 1.0 / dim
+    if stream_ptr is not None:
+        first_gain = tl.load(stream_gain_ptr).to(tl.float32)
+    result = tl.arange(0, BLOCK_N)
+    weight_row = tile * span + result
+    if ACTIVATION == "swiglu":
+        result = result // 16 * 8 + result % 8
+        weight_row = tile * span + result + tl.arange(0, BLOCK_N) // 8 % 2 * outputs
+    in_tile = (result < span) & (tile * span + result < outputs)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + weight_row, mask=in_tile, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + weight_row, mask=in_tile, other=0.0)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
+
+    xs, mean, rstd = (), None, None
+    read_row = some_group * ROWS + some_row
+    in_read = read_row < rows
+    if HOLDS or NORMED:
+        whole_row = tl.arange(0, BLOCK_M // ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        first = load_first(x_ptr, whole_row, whole_row < rows, stride_x_row)
+        total = tl.zeros((BLOCK_M // ROWS, ROWS, PARTS, BLOCK_K), tl.float32)
+        squares = total
+    if HOLDS:
+        streams = ()
+        for chunk in tl.static_range(CHUNKS):  # all are asked for before any is waited for
+            at = read + chunk * CHUNK
+            if stream_ptr is not None:
+                streams += (load_rows(stream_ptr, read_row, in_read, stride_stream_row, at, dim, EVEN).to(tl.float32),)
+            xs += (load_rows(x_ptr, read_row, in_read, stride_x_row, at, dim, EVEN),)
+        if stream_ptr is not None:
+            stream_first = load_first(stream_ptr, whole_row, whole_row < rows, stride_stream_row)
+        tl.debug_barrier()  # or some are asked for when others are there
+        if stream_ptr is not None:
+            for chunk in tl.static_range(CHUNKS):
+                total, squares = add(xs[chunk], first, total, squares, k + chunk * CHUNK, dim, EVEN)
+            mean, rstd = moments(total, squares, first, share, eps)
+            first = stream_first + (first - mean) * rstd * first_gain
+            joined = ()
+            for chunk in tl.static_range(CHUNKS):
+                x = normed(xs[chunk], mean, rstd, stream_gains[chunk], None, k + chunk * CHUNK, dim, EVEN)
+                joined += (streams[chunk] + x,)
+            xs = joined
+            if tl.program_id(0) == 0:
+                for chunk in tl.static_range(CHUNKS):
+                    store_total(total_ptr, xs[chunk], read_row, in_read, read + chunk * CHUNK, dim)
+            total = tl.zeros_like(total)
+            squares = total
+        if STABLE:
+            top = tl.full((BLOCK_M // ROWS, ROWS, PARTS), -float("inf"), tl.float32)
+            for chunk in tl.static_range(CHUNKS):
+                x = xs[chunk].to(tl.float32)
+                top = tl.maximum(top, tl.max(tl.where(k + chunk * CHUNK < dim, x, -float("inf")), axis=3))
+            most = tl.max(top, axis=2)[:, :, None, None]
+            divided = ()
+            for chunk in tl.static_range(CHUNKS):
+                divided += (xs[chunk].to(tl.float32) / most,)
+            xs = divided
+            first /= most
+        if NORMED:
+            for chunk in tl.static_range(CHUNKS):
+                total, squares = add(xs[chunk], first, total, squares, k + chunk * CHUNK, dim, EVEN)
+    elif NORMED:
+        for chunk in tl.static_range(CHUNKS):
+            if ROWS_AHEAD < CHUNKS and chunk % 2 == 0 and chunk > 0:
+                tl.debug_barrier()  # or all are asked for at once, which takes registers
+            x = load_rows(x_ptr, read_row, in_read, stride_x_row, read + chunk * CHUNK, dim, EVEN)
+            total, squares = add(x, first, total, squares, k + chunk * CHUNK, dim, EVEN)
+    if not HOLDS:
+        if NORMED:
+            tl.debug_barrier()  # or they take registers before the others are summed up
+        for chunk in tl.static_range(ROWS_AHEAD):
+            xs += (load_rows(x_ptr, read_row, in_read, stride_x_row, read + chunk * CHUNK, dim, EVEN),)
+    if NORMED:
+        mean, rstd = moments(total, squares, first, share, eps)
 
     row = tl.arange(0, BLOCK_M)
     in_rows = row < rows
@@ -212,59 +220,49 @@ def _skinny_linear_fwd_kernel(
     if residual_ptr is not None:
         residual_at = row.to(tl.int64)[None, :] * stride_residual_row + out_column[:, None]
         residual = tl.load(residual_ptr + residual_at, mask=inside, other=0.0).to(tl.float32)
-    xs = ()
-    if HOLDS:
-        streams = ()
-        for chunk in tl.static_range(CHUNKS):  # all are asked for before any is waited for
-            at = k + chunk * CHUNK
-            if stream_ptr is not None:
-                streams += (_load_rows(stream_ptr, row, in_rows, stride_stream_row, at, dim, EVEN).to(tl.float32),)
-            xs += (_load_rows(x_ptr, row, in_rows, stride_x_row, at, dim, EVEN).to(tl.float32),)
-        first = _load_first(x_ptr, row, in_rows, stride_x_row)
-        if stream_ptr is not None:
-            stream_first = _load_first(stream_ptr, row, in_rows, stride_stream_row)
-        tl.debug_barrier()  # or some are asked for when others are there
-        if stream_ptr is not None:
-            normed, mean, rstd = _normed(xs, first, stream_gains, None, k, dim, eps, CHUNKS, CHUNK, EVEN)
-            first = stream_first + (first - mean) * rstd * first_gain
-            xs = ()
-            for chunk in tl.static_range(CHUNKS):
-                xs += (streams[chunk] + normed[chunk],)
-            if tl.program_id(0) == 0:
-                for chunk in tl.static_range(CHUNKS):
-                    _store_total(total_ptr, xs[chunk], row, in_rows, k + chunk * CHUNK, dim)
-        if STABLE:
-            top = tl.full((PARTS, BLOCK_M), -float("inf"), tl.float32)
-            for chunk in tl.static_range(CHUNKS):
-                top = tl.maximum(top, tl.max(tl.where(k + chunk * CHUNK < dim, xs[chunk], -float("inf")), axis=2))
-            most = tl.max(top, axis=0)[None, :, None]
-            divided = ()
-            for chunk in tl.static_range(CHUNKS):
-                divided += (xs[chunk] / most,)
-            xs = divided
-            first /= most
-        if NORMED:
-            xs, _, _ = _normed(xs, first, gains, biases, k, dim, eps, CHUNKS, CHUNK, EVEN)
-
-    y = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
+    sums = ()
+    for _piece in tl.static_range(PIECES):
+        sums += (tl.zeros((PARTS, PIECE, BLOCK_M), tl.float32),)
     for chunk in tl.static_range(CHUNKS):
-        if chunk + AHEAD < CHUNKS:
-            at = k + (chunk + AHEAD) * CHUNK
-            tiles_ahead += (_load_tile(weight_ptr, weight_row, in_tile, stride_weight_row, at, dim, EVEN),)
         at = k + chunk * CHUNK
-        if HOLDS:
-            x = xs[chunk]
-        else:
-            x = _load_rows(x_ptr, row, in_rows, stride_x_row, at, dim, EVEN)
-        y = _multiply(tiles_ahead[chunk], x, y, OPERAND)
-    y = tl.reshape(tl.sum(tl.reshape(y, (PARTS, BLOCK_N * BLOCK_M)), axis=0), (BLOCK_N, BLOCK_M))
+        if chunk + ROWS_AHEAD < CHUNKS:
+            later = read + (chunk + ROWS_AHEAD) * CHUNK
+            xs += (load_rows(x_ptr, read_row, in_read, stride_x_row, later, dim, EVEN),)
+            if norm_gain_ptr is not None:
+                gains += (load_vector(norm_gain_ptr, some_row, later, dim, EVEN),)
+            if norm_bias_ptr is not None:
+                biases += (load_vector(norm_bias_ptr, some_row, later, dim, EVEN),)
+        x = xs[chunk]
+        if NORMED:
+            gain, bias_of_norm = None, None
+            if norm_gain_ptr is not None:
+                gain = gains[chunk]
+            if norm_bias_ptr is not None:
+                bias_of_norm = biases[chunk]
+            x = normed(x, mean, rstd, gain, bias_of_norm, at, dim, EVEN)
+        x = tl.reshape(x.to(OPERAND), (BLOCK_M, PARTS, BLOCK_K))
+        x = tl.permute(in_order(x, BLOCK_M, PARTS, VECTOR), (1, 2, 0))
+        added = ()
+        for piece in tl.static_range(PIECES):
+            added += (multiply(tiles_ahead[chunk * PIECES + piece], x, sums[piece], OPERAND),)
+        sums = added
+        if chunk + AHEAD < CHUNKS:
+            for piece in tl.static_range(PIECES):
+                weight_row, in_piece = weight_rows[piece], in_pieces[piece]
+                tiles_ahead += (
+                    load_tile(
+                        weight_ptr, weight_row, in_piece, stride_weight_row, (chunk + AHEAD) * CHUNK, dim,
+                        PARTS, VECTOR, EVEN,
+                    ),
+                )  # fmt: skip
+    y = join(sums, PIECES, PIECE, BLOCK_M)
 
     if scale_ptr is not None:
         y *= scale[:, None]
     if bias_ptr is not None:
         y += bias[:, None]
     if ACTIVATION == "swiglu":
-        y, gate = _halves(y, BLOCK_N // 2, BLOCK_M)
+        y, gate = pairs(y, BLOCK_N // 2, BLOCK_M)
         y *= gate / (1.0 + tl.exp(-gate))
     elif ACTIVATION == "gelu":
         y *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
@@ -281,19 +279,24 @@ class SkinnyConfig:
 
     Attributes:
         block_m: rows.
-        span: results of a program, of `block_n` that it computes; with "swiglu" pairs of half of them.
-        parts, block_k, chunks: the sum is `chunks` times `parts` side by side of `block_k`.
+        span: results of a program, of `pieces` times `piece` that it computes; with "swiglu" pairs of half of them.
+        vector, chunks: the sum is `chunks` times a part for each warp, four threads with `vector` numbers each.
         ahead: chunks of weights that are asked for before the wait.
+        holds: whether rows with a norm stay in registers; others are read again, a chunk at a time.
+        rows_ahead: chunks of rows that are read before they are multiplied.
+        registers: of a thread, at most.
     """
 
     block_m: int
-    block_n: int
+    pieces: int
+    piece: int
     span: int
-    parts: int
-    block_k: int
+    vector: int
     chunks: int
     ahead: int
-    num_warps: int
+    holds: bool
+    rows_ahead: int
+    registers: int | None
 
 
 def block_rows(rows: int) -> int:
@@ -302,29 +305,33 @@ def block_rows(rows: int) -> int:
 
 
 def skinny_config(
-    rows: int, outputs: int, dim: int, itemsize: int, pairs: bool = False, held: int = 0, quantised: bool = False
+    rows: int, outputs: int, dim: int, itemsize: int, pairs: bool = False, normed: bool = False, joined: bool = False
 ) -> SkinnyConfig:
     """The launch configuration of a linear.
 
     Args:
         outputs: of all weights; with `pairs` as many pairs.
-        itemsize: bytes of a weight in shared memory.
-        held: numbers of rows with a norm.
-        quantised: whether weights have 8 bits.
+        itemsize: bytes of a weight.
+        normed: whether rows have a norm.
+        joined: whether more than that is done to them before they are multiplied.
     """
-    span = ceil_div(outputs, MULTIPROCESSORS)
-    each = 2 if pairs else 1
-    # of what registers hold besides; weights of 8 bits stand there, too, before they are converted
-    most = 64 if held <= 8 * HELD else 16 if quantised else 32
-    block_n = min(most, max(8, power_of_2(span) * each))
-    span = min(span, block_n // each)
-    most = max(128, CHUNK_BYTES // (block_n * itemsize))
-    chunk = next((c for c in (1024, 512, 256) if c <= most and -dim % c * 8 <= dim), 128)
-    num_warps = 16 if dim > 1024 and held > 6 * HELD else 8
-    parts = min(num_warps, chunk // 32)
-    chunks = ceil_div(dim, chunk)
-    ahead = max(1, min(chunks, TILE_BYTES // (block_n * chunk * itemsize)))
-    return SkinnyConfig(block_rows(rows), block_n, span, parts, chunk // parts, chunks, ahead, num_warps)
+    each, vector = 2 if pairs else 1, 16 // itemsize
+    span = min(ceil_div(outputs, MULTIPROCESSORS), MOST // each)
+    piece = 8 if span <= 8 and not pairs else 16
+    pieces = ceil_div(span * each, piece)
+    chunks = ceil_div(dim, WARPS * 4 * vector)
+    of_thread = block_rows(rows) * dim // (32 * WARPS)
+    short, long = of_thread <= HELD, dim > LONG
+    holds = joined or (normed and short)
+    # registers, so that two programs fit side by side: of this launch and of the next
+    ahead, registers = AHEAD, 104
+    if holds:
+        ahead, registers = (AHEAD * 3 // 2, 128) if short else (AHEAD * 3 // 8, None)
+    elif normed:
+        ahead, registers = AHEAD * 3 // 4, 128 if long else None
+    ahead = max(1, min(chunks, ahead * 128 // (pieces * piece * 4 * vector * itemsize)))
+    rows_ahead = chunks if holds or (normed and long) else 1
+    return SkinnyConfig(block_rows(rows), pieces, piece, span, vector, chunks, ahead, holds, rows_ahead, registers)
 
 
 class Weight(NamedTuple):
@@ -342,7 +349,7 @@ def takes(rows: int, operand: torch.dtype) -> bool:
 
 def holds(rows: int, dim: int) -> bool:
     """Whether it also takes their norm; longer rows need a launch for that."""
-    return block_rows(rows) * dim <= 11 * HELD
+    return block_rows(rows) * dim <= MAX_HELD
 
 
 def launch_skinny_linear(
@@ -373,8 +380,10 @@ def launch_skinny_linear(
     """
     (rows, dim), pairs = x.shape, activation == "swiglu"
     counts = [len(w.weight) // (2 if pairs else 1) for w in weights]
-    held = 0 if norm_gain is None and stream is None and not stable else block_rows(rows) * dim
-    config = skinny_config(rows, sum(counts), dim, operand.itemsize, pairs, held, weights[0].scale is not None)
+    joined = stream is not None or stable
+    config = skinny_config(
+        rows, sum(counts), dim, weights[0].weight.element_size(), pairs, joined or norm_gain is not None, joined
+    )
     out = out if out.ndim == 3 else out[:, None]
     given = [*weights, *[Weight(None)] * (3 - len(weights))]
     launch.launch(
@@ -384,8 +393,9 @@ def launch_skinny_linear(
         rows, *counts, *[0] * (3 - len(counts)), dim, config.span,
         out.shape[1], *row_strides(x, *(w.weight for w in given), stream, residual), *out.stride()[:2], eps,
         ACTIVATION=activation, STABLE=stable,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PARTS=config.parts, BLOCK_K=config.block_k,
-        CHUNKS=config.chunks, AHEAD=config.ahead, EVEN=dim % (config.parts * config.block_k) == 0,
+        BLOCK_M=config.block_m, PIECES=config.pieces, PIECE=config.piece, PARTS=WARPS,
+        VECTOR=config.vector, CHUNKS=config.chunks, AHEAD=config.ahead, HOLDS=config.holds,
+        ROWS_AHEAD=config.rows_ahead, EVEN=dim % (WARPS * 4 * config.vector) == 0,
         OPERAND=OPERANDS[operand], DEPENDENT=launch.in_chain(), chained=True,
-        num_warps=config.num_warps, num_stages=1,
+        num_warps=WARPS, num_stages=1, registers=config.registers if launch.in_chain() else None,
     )  # fmt: skip

@@ -40,7 +40,7 @@ def few_programs(monkeypatch):
     """The interpreter runs them one after the other; and little room for weights: some come in the loop."""
     if launch.interpreted():
         monkeypatch.setattr(skinny_linear, "MULTIPROCESSORS", 3)
-        monkeypatch.setattr(skinny_linear, "TILE_BYTES", 8 * 1024)
+        monkeypatch.setattr(skinny_linear, "AHEAD", 8)
 
 
 def make(rows, outputs, dim, dtype, options=(), *, stored=None, stream=torch.float32) -> dict:
@@ -265,9 +265,8 @@ LINEARS = {
 @pytest.mark.parametrize("rows, outputs, dim, pairs, normed", LINEARS.values(), ids=LINEARS)
 def test_config_of_the_models(rows, outputs, dim, pairs, normed, itemsize, monkeypatch):
     monkeypatch.undo()
-    held = skinny_linear.block_rows(rows) * dim if normed else 0
-    config = skinny_config(rows, outputs, dim, itemsize, pairs, held)
-    assert config.block_m >= rows and config.span * (2 if pairs else 1) <= config.block_n
+    config = skinny_config(rows, outputs, dim, itemsize, pairs, normed)
+    assert config.block_m >= rows and config.span * (2 if pairs else 1) <= config.pieces * config.piece
     assert 100 <= ceil_div(outputs, config.span) <= skinny_linear.MULTIPROCESSORS, "not one wave of all of the chip"
 
 
@@ -278,13 +277,13 @@ def test_config_covers_all_within_limits(dim, outputs, itemsize, monkeypatch):
     monkeypatch.undo()
     for rows in (1, 3, 16):
         for pairs in (False, True):
-            for held in (0, skinny_linear.block_rows(rows) * dim):
-                config = skinny_config(rows, outputs, dim, itemsize, pairs, held)
-                chunk = config.parts * config.block_k
+            for normed, joined in ((False, False), (True, False), (True, True)):
+                config = skinny_config(rows, outputs, dim, itemsize, pairs, normed, joined)
+                chunk = skinny_linear.WARPS * 4 * config.vector
                 assert (config.chunks - 1) * chunk < dim <= config.chunks * chunk
-                assert chunk == 128 or config.chunks * chunk - dim <= dim / 8
-                assert 1 <= config.ahead <= config.chunks and config.block_k >= 16 and config.block_n >= 8
-                assert config.span * (2 if pairs else 1) <= config.block_n
-                tile = config.block_n * chunk * itemsize
-                assert config.ahead == 1 or config.ahead * tile <= skinny_linear.TILE_BYTES
-                assert tile <= skinny_linear.TILE_BYTES, "two programs would not fit side by side"
+                assert config.vector * itemsize == 16, "not the widest reads"
+                assert 1 <= config.ahead <= config.chunks and 1 <= config.rows_ahead <= config.chunks
+                assert config.span * (2 if pairs else 1) <= config.pieces * config.piece <= skinny_linear.MOST
+                assert config.piece == 16 or not pairs
+                registers = config.pieces * config.piece * chunk * itemsize // (4 * 32 * skinny_linear.WARPS)
+                assert config.ahead == 1 or config.ahead * registers <= 3 * skinny_linear.AHEAD // 2

@@ -68,7 +68,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         path.relative_to(ROOT)
         for folder in ("fastprior", "kernels")
         for path in (ROOT / folder).rglob("*.*")
-        if path.suffix in (".py", ".c", ".h")
+        if path.suffix in (".py", ".c", ".h", ".html")
     }
     assert names == {str("fastprior" / path if path.parts[0] == "kernels" else path) for path in files}
 

@@ -242,7 +242,7 @@ def test_a_struct_of_another_size_is_not_filled(tmp_path, monkeypatch):
     source = cpu_library.SOURCES / "run.c"
     source.write_text(source.read_text().replace("double cond_scale,", "double more, cond_scale,"))
     with built(QUICK, FASTPRIOR_CACHE=tmp_path):
-        goes_on("structs.py mirrors struct run")
+        goes_on("structs.py mirrors struct row")
 
 
 @pytest.mark.parametrize("mirror", [m for m in structs.ALL if m is not structs.Linear], ids=lambda m: m.__name__)

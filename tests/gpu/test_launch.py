@@ -238,7 +238,7 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_linears_of_a_step_fetch_their_weights_by_16_bytes_ahead():
     """The four of a layer of D2-small: where a launch knows less of its arguments, loads are of 2 bytes, and late."""
-    tiles = (8 * 768, 256), (8 * 768, 256), (64 * 768, 256), (8 * 3072, 512)  # weights of a program, and its threads
+    tiles = (8 * 768, 256), (8 * 768, 256), (48 * 768, 256), (8 * 3072, 512)  # weights of a program, and its threads
     for (wide, single), (weights, threads) in zip(run(LINEARS), tiles, strict=True):
         assert wide >= weights * 2 / (16 * threads)
         assert single <= 8  # of gains, and of the first number of each row

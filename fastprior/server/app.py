@@ -72,22 +72,27 @@ class Server:
         return time.monotonic() - self.engine.stats()["last_step"] < self.settings.stall
 
     def _add_errors(self, api: FastAPI) -> None:
-        def of_api(_: Request, error: ApiError) -> Response:
+        # All are coroutines: Starlette would call plain functions in threads of a pool
+        async def of_api(_: Request, error: ApiError) -> Response:
             return _json(error.body(), error.status, error.headers)
 
-        def of_body(_: Request, error: RequestValidationError) -> Response:
-            return of_api(_, bodies.invalid(error.errors()))
+        async def of_body(_: Request, error: RequestValidationError) -> Response:
+            return await of_api(_, bodies.invalid(error.errors()))
 
-        def of_route(_: Request, error: HTTPException) -> Response:
-            return of_api(_, ApiError(error.status_code, str(error.detail), None, None, dict(error.headers or {})))
+        async def of_route(_: Request, error: HTTPException) -> Response:
+            headers = dict(error.headers or {})
+            return await of_api(_, ApiError(error.status_code, str(error.detail), None, None, headers))
 
-        def of_us(_: Request, error: Exception) -> Response:
+        async def of_us(_: Request, error: Exception) -> Response:
             _log.error("a request failed", exc_info=error)
-            return of_api(_, ApiError(500, "the server failed; its log says why", None, "internal_error"))
+            return await of_api(_, ApiError(500, "the server failed; its log says why", None, "internal_error"))
+
+        async def of_gone(_: Request, error: Gone) -> Response:
+            return Response(status_code=499)
 
         for kind, handler in (
             (ApiError, of_api), (RequestValidationError, of_body), (HTTPException, of_route), (Exception, of_us),
-            (Gone, lambda *_: Response(status_code=499)),
+            (Gone, of_gone),
         ):  # fmt: skip
             api.add_exception_handler(kind, handler)
 
